@@ -1,0 +1,86 @@
+"""The one contract between data and model: every field of a batch with its dtype and shape.
+
+Legend: B samples, I images per sample, R text rows, T padded text length, N packed tokens, Q queries, M targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Role = Literal["pair", "negative", "placeholder"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One caption of a batch before planning.
+
+    ``token_ids`` is ``<s> w1 .. wk </s>``; ``image`` the sample (0..B-1) whose image the row reads; ``seed`` a 64-bit
+    integer from which every random decision about the row is drawn. ``negative`` rows carry somebody else's caption,
+    ``placeholder`` rows stand for an unusable sample and have no targets.
+    """
+
+    token_ids: list[int]
+    image: int
+    seed: int
+    role: Role = "pair"
+
+
+class Term(NamedTuple):
+    """Targets of one loss term: ``position`` int64 [M] into the term's features, ``label`` int64 [M]."""
+
+    position: Tensor
+    label: Tensor
+
+
+@dataclass
+class Batch:
+    """A micro-batch. Index lists are made on the host, so their sizes are known without asking the device."""
+
+    images: Tensor  # uint8 [B, I, 3, H, W]
+    text: Tensor  # int64 [R, T], pad_id beyond the length
+    lengths: Tensor  # int64 [R], real tokens including <s> and </s>
+    image_of_row: Tensor  # int64 [R]
+    token_index: Tensor  # int64 [N], flat positions r*T+t of the tokens that are computed
+    query_index: Tensor  # int64 [Q], flat positions of the reconstruction queries
+    query_span: Tensor  # int64 [Q, 2], hidden (lo, hi) inclusive; (1, 0) hides nothing
+    terms: dict[str, Term]
+    keys: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of targets per term, known on the host."""
+        return {name: int(term.label.shape[0]) for name, term in self.terms.items()}
+
+    def _map(self, function) -> Batch:
+        tensors = {
+            name: function(getattr(self, name))
+            for name in ("images", "text", "lengths", "image_of_row", "token_index", "query_index", "query_span")
+        }
+        terms = {name: Term(function(t.position), function(t.label)) for name, t in self.terms.items()}
+        return Batch(**tensors, terms=terms, keys=self.keys, problems=self.problems)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The batch with every tensor on ``device``; images stay uint8."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by ``torch.utils.data.DataLoader``)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+class Planner(Protocol):
+    """Turns images and rows into a batch; made by an objective, run in the loader's workers (so it must pickle).
+
+    ``negative_share`` is the share of samples for which the loader adds one row with role ``negative``;
+    ``full_stop`` says that captions are normalised to end in "." (the released behaviour).
+    """
+
+    negative_share: float
+    full_stop: bool
+
+    def __call__(self, images: Tensor, rows: list[Row]) -> Batch: ...

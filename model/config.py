@@ -1,0 +1,122 @@
+"""Sizes and choices of a model, typed; the defaults are the paper's model (ViT-B/32 at 288 px, RoBERTa-base)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class VisionConfig:
+    """Vision tower: a CLIP-style ViT.
+
+    Args:
+        name: open_clip architecture whose sizes are used (for example ViT-B-32-quickgelu); null uses the sizes below.
+        pretrained: open_clip tag (openai), local weights file, or null for random initialisation.
+        image_size: input resolution in pixels; the position table is resized bicubically to it.
+        patch_size: pixels per patch side (when name is null).
+        width: hidden width (when name is null).
+        layers: transformer blocks before dropping the last (when name is null).
+        head_width: width of one attention head (when name is null).
+        mlp_ratio: MLP width over hidden width (when name is null).
+        quick_gelu: x*sigmoid(1.702x) instead of GELU (when name is null).
+        drop_last_block: leave out the last block, as FLM does.
+    """
+
+    name: str | None = "ViT-B-32-quickgelu"
+    pretrained: str | None = None
+    image_size: int = 288
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    quick_gelu: bool = True
+    drop_last_block: bool = True
+
+
+@dataclass
+class TextConfig:
+    """Text tower: RoBERTa-style bottom half, cross-modal top half.
+
+    Args:
+        pretrained: Hugging Face name or folder of a RoBERTa model for the bottom half; null for random initialisation.
+        width: hidden width, a multiple of heads.
+        heads: attention heads.
+        ffn_width: feed-forward width.
+        bottom_layers: uni-modal layers.
+        top_layers: layers that also cross-attend to the image.
+        max_positions: rows of the position table, RoBERTa counts from 2, so texts may have max_positions - 2 tokens.
+        dropout: dropout probability on attention and hidden states.
+    """
+
+    pretrained: str | None = None
+    width: int = 768
+    heads: int = 12
+    ffn_width: int = 3072
+    bottom_layers: int = 6
+    top_layers: int = 6
+    max_positions: int = 514
+    dropout: float = 0.1
+
+
+@dataclass
+class ReconstructorConfig:
+    """Reconstructor depth: the last so many bottom and top text layers get a reconstructor layer.
+
+    Args:
+        bottom_layers: at most text.bottom_layers; null means all.
+        top_layers: at most text.top_layers; null means all.
+    """
+
+    bottom_layers: int | None = None
+    top_layers: int | None = None
+
+
+@dataclass
+class ModelConfig:
+    """The model.
+
+    Args:
+        behaviour: default mends the defects of the public release, released reproduces its numbers.
+        vision: vision tower.
+        text: text tower.
+        reconstructor: reconstructor depth.
+    """
+
+    behaviour: Literal["default", "released"] = "default"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    reconstructor: ReconstructorConfig = field(default_factory=ReconstructorConfig)
+
+
+@dataclass
+class ObjectiveConfig:
+    """The pretraining objective. Total = (flm + l2r_weight*l2r + r2l_weight*r2l)/(1 + both weights) + itm_weight*itm.
+
+    Args:
+        name: objective.
+        corruption_rate: share of a caption's words hidden from each target, itself included; 0 hides only the target.
+        l2r_weight: weight of the forward language-model loss.
+        r2l_weight: weight of the reverse language-model loss.
+        itm_weight: weight of image-text matching, which trains the CLS query; ignored by released behaviour.
+        negative_share: share of samples that get one negative caption for image-text matching.
+    """
+
+    name: Literal["flm"] = "flm"
+    corruption_rate: float = 0.0
+    l2r_weight: float = 1.0
+    r2l_weight: float = 1.0
+    itm_weight: float = 0.1
+    negative_share: float = 0.25
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the model must know of the tokenizer: size and the ids of the special tokens."""
+
+    size: int
+    bos_id: int  # <s>
+    pad_id: int
+    eos_id: int  # </s>
+    mask_id: int

@@ -1,0 +1,37 @@
+# Everything a newcomer needs; each target sets up .venv by itself (scripts/setup.sh) and reuses it afterwards.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The launcher, ruff and mpirun are found in .venv; compiled extensions stay inside the repository.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup demo test unit lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## create or refresh .venv (all other targets do this first)
+	@scripts/setup.sh
+
+demo: setup ## make data, train a small model with DeepSpeed, caption held-out images, write the report (ARGS=--help)
+	@python scripts/demo.py $(ARGS)
+
+test: lint ## lint, then all tests, slow ones last
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest $(ARGS)
+
+unit: setup ## only the fast tests
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -m "not slow" $(ARGS)
+
+lint: setup ## ruff: rules and format
+	@ruff check .
+	@ruff format --check --quiet .
+
+format: setup ## ruff: mend what it can
+	@ruff check --fix .
+	@ruff format .
+
+clean: ## remove .venv and every cache; data/ and runs/ stay
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

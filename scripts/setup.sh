@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# Creates or refreshes .venv so that it holds requirements.txt; returns at once when it already does.
+#
+#   scripts/setup.sh            environment variables: PYTHON (interpreter to use), TORCH_INDEX (pip index for torch)
+#
+# Missing system packages are installed with apt where that needs no password; otherwise one line says which and how.
+# An install that was interrupted is done again from an empty .venv; a .venv made by hand is kept and completed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly VENV=.venv LOG=.cache/setup.log
+readonly STAMP=$VENV/.openflm-installed UNFINISHED=$VENV/.openflm-installing
+readonly MPICH=mpich==5.0.2
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+apt_install() { # apt_install PACKAGE... -> installed, or false where we may not
+    command -v apt-get >/dev/null || return 1
+    local sudo=()
+    if [ "$(id -u)" -ne 0 ]; then
+        command -v sudo >/dev/null && sudo -n true 2>/dev/null || return 1
+        sudo=(sudo -n)
+    fi
+    say "installing system packages: $*"
+    { "${sudo[@]}" apt-get update && "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y --no-install-recommends "$@"; } >>"$LOG" 2>&1
+}
+
+usable() { "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null; }
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+        if command -v "$candidate" >/dev/null && usable "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+ensure_python() { # sets python; an existing .venv keeps its own interpreter
+    if [ -x $VENV/bin/python ] && usable $VENV/bin/python && [ ! -e $UNFINISHED ] && [ -z "${PYTHON:-}" ]; then
+        python=$VENV/bin/python
+        return
+    fi
+    if ! python=$(find_python); then
+        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not a Python 3.11 or newer"
+        apt_install python3 python3-venv || true
+        find_python >/dev/null || apt_install python3.11 python3.11-venv || true
+        python=$(find_python) || fail "Python 3.11 or newer is missing; install it with: sudo apt-get install python3.11 python3.11-venv"
+    fi
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        local package
+        package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+        apt_install "$package" && "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "the venv module of $python is missing; install it with: sudo apt-get install $package"
+    fi
+}
+
+ensure_compiler() { # only torch.compile, CPU offload and fused optimizers build code, so its absence is no error
+    command -v c++ >/dev/null || command -v g++ >/dev/null || apt_install g++ ||
+        say "no C++ compiler: torch.compile and DeepSpeed's fused operators will not work; install one with: sudo apt-get install g++"
+}
+
+torch_index() { # on a machine without NVIDIA GPU, PyTorch's own index saves gigabytes of CUDA packages
+    if [ -n "${TORCH_INDEX:-}" ]; then
+        echo "$TORCH_INDEX"
+    elif [ ! -e /dev/nvidiactl ] && [ ! -e /dev/dxg ]; then
+        local index=https://download.pytorch.org/whl/cpu
+        "$python" -c "import urllib.request as u; u.urlopen('$index/torch/', timeout=5)" 2>/dev/null && echo $index
+    fi
+    return 0
+}
+
+fingerprint() { { "$1" -V; cat requirements.txt; echo $MPICH; } | sha256sum | cut -d' ' -f1; }
+
+pip_install() {
+    if ! $VENV/bin/python -m pip install --disable-pip-version-check --progress-bar off "$@" >>"$LOG" 2>&1; then
+        grep -E '^ *(ERROR|error):' "$LOG" | tail -n 5 >&2 || true
+        fail "pip install failed; the whole output is in $LOG; run the same command again once the cause is gone"
+    fi
+}
+
+mkdir -p .cache
+exec 9>.cache/setup.lock
+command -v flock >/dev/null && flock 9
+if [ -z "${PYTHON:-}" ] && [ ! -e $UNFINISHED ] && [ -x $VENV/bin/python ] &&
+    [ "$(cat $STAMP 2>/dev/null)" = "$(fingerprint $VENV/bin/python)" ]; then
+    exit 0
+fi
+
+started=$SECONDS
+: >"$LOG"
+ensure_python
+ensure_compiler
+if [ "$python" != $VENV/bin/python ]; then
+    say "creating $VENV with $("$python" -V)"
+    "$python" -m venv --clear $VENV >>"$LOG" 2>&1 || fail "python -m venv failed; the whole output is in $LOG"
+    touch $UNFINISHED
+fi
+rm -f $STAMP
+say "installing requirements.txt into $VENV; a first install downloads about 1 GB (progress: tail -f $LOG)"
+index=$(torch_index)
+pip_install ${index:+--extra-index-url "$index"} -r requirements.txt
+if ! $VENV/bin/python -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI' 2>/dev/null; then
+    say "no MPI library on this machine: installing $MPICH into $VENV"
+    pip_install $MPICH
+fi
+fingerprint $VENV/bin/python >$STAMP
+rm -f $UNFINISHED
+say "ready after $((SECONDS - started)) s"

@@ -8,6 +8,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+PATH=${PATH//"$PWD/.venv/bin:"/} # never build .venv with its own interpreter
+
 readonly VENV=.venv LOG=.cache/setup.log
 readonly STAMP=$VENV/.openflm-installed UNFINISHED=$VENV/.openflm-installing
 readonly MPICH=mpich==5.0.2
@@ -85,8 +87,8 @@ pip_install() {
 mkdir -p .cache
 exec 9>.cache/setup.lock
 command -v flock >/dev/null && flock 9
-if [ -z "${PYTHON:-}" ] && [ ! -e $UNFINISHED ] && [ -x $VENV/bin/python ] &&
-    [ "$(cat $STAMP 2>/dev/null)" = "$(fingerprint $VENV/bin/python)" ]; then
+if [ ! -e $UNFINISHED ] && [ -x $VENV/bin/python ] &&
+    [ "$(cat $STAMP 2>/dev/null)" = "$(fingerprint "${PYTHON:-$VENV/bin/python}")" ]; then
     exit 0
 fi
 
@@ -97,8 +99,8 @@ ensure_compiler
 if [ "$python" != $VENV/bin/python ]; then
     say "creating $VENV with $("$python" -V)"
     "$python" -m venv --clear $VENV >>"$LOG" 2>&1 || fail "python -m venv failed; the whole output is in $LOG"
-    touch $UNFINISHED
 fi
+touch $UNFINISHED
 rm -f $STAMP
 say "installing requirements.txt into $VENV; a first install downloads about 1 GB (progress: tail -f $LOG)"
 index=$(torch_index)

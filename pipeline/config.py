@@ -1,0 +1,203 @@
+"""Typed configuration: every option with its default and meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from model.config import ModelConfig, ObjectiveConfig
+
+
+class ConfigError(ValueError):
+    """A mistake of the user: one line that says what was found, what was expected and what to do."""
+
+
+@dataclass
+class DataConfig:
+    """Training data.
+
+    Args:
+        paths: folders of prepared data, DIR or DIR:WEIGHT (its share in the mix); same as --data.
+        train_split: split to train on.
+        eval_split: split held out for evaluation; null or a missing split evaluates nothing.
+        tokenizer: tokenizer folder or Hugging Face name; null is the folder tokenizer inside the first data path.
+        max_text_length: longest caption in tokens, with <s> and </s>; longer ones are cut.
+        num_workers: loader processes per rank; 0 loads in the training process.
+        prefetch: micro-batches each worker keeps ready.
+        max_pixels: images with more pixels than this are unusable (decompression bombs).
+        fast_decode: let the JPEG decoder shrink large images while decoding (faster, within rounding of the resize).
+        bad_sample_budget: unusable samples that are always tolerated.
+        bad_sample_share: share of the samples seen that may be unusable beyond bad_sample_budget.
+        timeout_seconds: longest wait for one batch before the run ends with an error.
+    """
+
+    paths: list[str] = field(default_factory=lambda: ["data"])
+    train_split: str = "train"
+    eval_split: str | None = "dev"
+    tokenizer: str | None = None
+    max_text_length: PositiveInt = 50
+    num_workers: NonNegativeInt = 4
+    prefetch: PositiveInt = 4
+    max_pixels: PositiveInt = 100_000_000
+    fast_decode: bool = True
+    bad_sample_budget: NonNegativeInt = 100
+    bad_sample_share: ClosedUnitInterval = 0.01
+    timeout_seconds: PositiveFloat = 300.0
+
+
+@dataclass
+class OptimConfig:
+    """Optimisation: AdamW with three learning rates, warm-up and decay.
+
+    Args:
+        batch_size: samples per optimizer step over all ranks; accumulation is derived from it.
+        micro_batch_size: samples per forward pass on one rank.
+        learning_rate: peak learning rate of the pretrained towers.
+        lr_mult_head: multiplier of the learning rate for the heads.
+        lr_mult_cross: multiplier of the learning rate for the cross-modal layers and the reconstructor.
+        betas: decay rates of Adam's two moments.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay; biases and layer norms are never decayed.
+        warmup_fraction: share of the steps over which the learning rate rises linearly from 0.
+        schedule: shape of the learning rate after the warm-up.
+        end_lr: learning rate at the last step (times the same multipliers).
+        clip_grad_norm: largest gradient norm; 0 does not clip.
+    """
+
+    batch_size: PositiveInt = 4096
+    micro_batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 8e-5
+    lr_mult_head: PositiveFloat = 5.0
+    lr_mult_cross: PositiveFloat = 5.0
+    betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_fraction: ClosedUnitInterval = 0.05
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    end_lr: NonNegativeFloat = 0.0
+    clip_grad_norm: NonNegativeFloat = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """The run.
+
+    Args:
+        steps: optimizer steps.
+        seed: seed of initialisation, sample order, spans and dropout.
+        precision: auto is bf16 where the device has it and ZeRO's stage allows it, else fp32.
+        compile: compile the model with torch.compile.
+        log_every: steps between log lines.
+        eval_every: steps between evaluations; 0 evaluates only at the end.
+        eval_samples: held-out samples per evaluation; null takes the whole split.
+        save_every: steps between checkpoints; 0 saves only at the end and when told to stop.
+        keep_last: newest checkpoints to keep.
+    """
+
+    steps: PositiveInt = 30_000
+    seed: NonNegativeInt = 2022
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    log_every: PositiveInt = 10
+    eval_every: NonNegativeInt = 1000
+    eval_samples: PositiveInt | None = 2048
+    save_every: NonNegativeInt = 1000
+    keep_last: PositiveInt = 2
+
+
+@dataclass
+class TrackingConfig:
+    """Where numbers go besides log.jsonl.
+
+    Args:
+        tensorboard: write RUN/tensorboard.
+        wandb: log to Weights & Biases (needs the wandb package and a login).
+        report: write RUN/report.html at the end.
+    """
+
+    tensorboard: bool = True
+    wandb: bool = False
+    report: bool = True
+
+
+@dataclass
+class Config:
+    """Everything that decides what a run computes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def validate(config: Config) -> None:
+    if not config.data.paths:
+        raise ConfigError("data.paths is empty; give --data DIR")
+    if max(config.optim.betas) >= 1:
+        raise ConfigError(
+            f"optim.betas: found {list(config.optim.betas)}, expected two numbers below 1, like [0.9, 0.98]"
+        )
+    limit = config.model.text.max_positions - 2
+    if config.data.max_text_length > limit:
+        raise ConfigError(
+            f"data.max_text_length {config.data.max_text_length} exceeds the text tower's {limit} positions "
+            f"(model.text.max_positions - 2); use --data.max_text_length {limit}"
+        )
+    if config.data.max_text_length < 3:
+        raise ConfigError(
+            f"data.max_text_length: found {config.data.max_text_length}, expected at least 3 (<s> word </s>)"
+        )
+
+
+def accumulation_steps(optim: OptimConfig, world_size: int) -> int:
+    """Micro-batches per rank and step, so that the effective batch is ``batch_size`` on any number of ranks."""
+    per_pass = optim.micro_batch_size * world_size
+    if optim.batch_size % per_pass == 0:
+        return optim.batch_size // per_pass
+    share, remainder = divmod(optim.batch_size, world_size)
+    if remainder:
+        lower = max(share, 1) * world_size
+        fix = f"--optim.batch_size {lower} (a multiple of {world_size} ranks)"
+    else:
+        limit = min(share, optim.micro_batch_size)
+        fix = f"--optim.micro_batch_size {next(n for n in range(limit, 0, -1) if share % n == 0)}"
+    raise ConfigError(
+        f"optim.batch_size {optim.batch_size} is not a multiple of optim.micro_batch_size {optim.micro_batch_size} "
+        f"x {world_size} ranks = {per_pass}; use {fix}"
+    )
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted option, value) of every setting of a dataclass, in order of declaration."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Nested dicts of plain numbers, strings and lists, fit for YAML and JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def fail(error: ValueError, is_main: bool = True) -> int:
+    """Print a user's mistake as one line, on one rank only; returns the exit code of configuration errors."""
+    if is_main:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2

@@ -46,7 +46,7 @@ class Batch:
     image_of_row: Tensor  # int64 [R]
     token_index: Tensor  # int64 [N], flat positions r*T+t of the tokens that are computed
     query_index: Tensor  # int64 [Q], flat positions of the reconstruction queries
-    query_span: Tensor  # int64 [Q, 2], hidden (lo, hi) inclusive; (1, 0) hides nothing
+    query_span: Tensor  # int64 [Q, 2], hidden (lo, hi): l2r states < lo and r2l states > hi are read; CLS has (length, -1)
     terms: dict[str, Term]
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)

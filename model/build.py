@@ -1,0 +1,59 @@
+"""Builds an objective from its options, checking what can be checked before a device is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.objectives import FLMPretraining
+from model.vision import resolve_sizes
+from model.weights import load_text, load_vision
+
+
+def build_objective(
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    max_text_length: int = 50,
+    pretrained: bool = True,
+) -> nn.Module:
+    """The objective with random or pretrained towers, as ``model.vision.pretrained`` and ``model.text.pretrained`` say.
+
+    ``pretrained=False`` skips the starting weights, for callers that load a checkpoint over them.
+
+    Raises:
+        ValueError: an option out of range, or options that do not fit each other.
+    """
+    _check(model, objective, vocabulary, max_text_length)
+    model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
+    built = FLMPretraining(model, objective, vocabulary, max_text_length)
+    if pretrained and model.vision.pretrained:
+        load_vision(built.net.vision, model.vision)
+    if pretrained and model.text.pretrained:
+        load_text(built.net, model.text)
+    return built
+
+
+def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int) -> None:
+    shares = {"corruption_rate": objective.corruption_rate, "negative_share": objective.negative_share}
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"objective.{name} is {value}, expected 0 to 1")
+    for name in ("l2r_weight", "r2l_weight", "itm_weight"):
+        if getattr(objective, name) < 0:
+            raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected 0 or more")
+    if not 0 <= model.text.dropout < 1:
+        raise ValueError(f"model.text.dropout is {model.text.dropout}, expected 0 to below 1")
+    if max_text_length < 3:
+        raise ValueError(f"data.max_text_length is {max_text_length}, expected at least 3: <s>, one word, </s>")
+    if max_text_length + 2 > model.text.max_positions:
+        raise ValueError(
+            f"data.max_text_length {max_text_length} needs {max_text_length + 2} positions,"
+            f" model.text.max_positions is {model.text.max_positions}; raise it"
+        )
+    special = {name: getattr(vocabulary, name) for name in ("bos_id", "pad_id", "eos_id", "mask_id")}
+    for name, value in special.items():
+        if not 0 <= value < vocabulary.size:
+            raise ValueError(f"tokenizer's {name} {value} lies outside its vocabulary of {vocabulary.size}")

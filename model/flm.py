@@ -1,0 +1,145 @@
+"""The FLM network: two text streams over one image, and a reconstructor that reads both (specification section 2).
+
+Legend: B images, R text rows, T padded length, N packed tokens, Q queries, P image tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import masks
+from model.batch import Batch
+from model.config import ModelConfig, Vocabulary
+from model.heads import Pooler
+from model.layers import Packing
+from model.reconstructor import ReconstructorLayer
+from model.text import BottomLayer, TextEmbedding, TopLayer
+from model.vision import VisionTower
+
+
+class Features(NamedTuple):
+    """Outputs of the network: ``l2r`` and ``r2l`` [N, D] in the order of the packed tokens, ``queries`` [Q, D]."""
+
+    l2r: Tensor
+    r2l: Tensor
+    queries: Tensor
+
+
+class FLM(nn.Module):
+    """Encodes captions in both directions in one pass and reconstructs freely hidden targets from the states."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
+        """``config`` with resolved vision sizes.
+
+        Raises:
+            ValueError: sizes that do not fit each other.
+        """
+        super().__init__()
+        text = config.text
+        num_bottom, num_top = _reconstructor_depth(config)
+        self.released = config.behaviour == "released"
+        self.vocabulary = vocabulary
+        self.dropout = text.dropout
+        self.vision = VisionTower(config.vision)
+        self.embedding = TextEmbedding(text, vocabulary.size, vocabulary.pad_id)
+        self.bottom = nn.ModuleList(BottomLayer(text) for _ in range(text.bottom_layers))
+        self.text_projection = nn.Linear(text.width, text.width)
+        self.image_projection = nn.Linear(config.vision.width, text.width)
+        self.type_embedding = nn.Embedding(2, text.width)  # l2r text, image
+        self.stream_embedding = nn.Embedding(2, text.width)  # r2l text, reconstruction queries
+        self.top = nn.ModuleList(TopLayer(text) for _ in range(text.top_layers))
+        self.reconstructor_bottom = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_bottom))
+        self.reconstructor_top = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_top))
+        self.pooler = Pooler(text.width)
+        self._reset_text_parameters()
+
+    def _reset_text_parameters(self) -> None:
+        """N(0, 0.02) for all but the vision tower; the released reconstructor keeps PyTorch's defaults (section 2.8)."""
+        for name, module in self.named_modules():
+            if name.startswith("vision") or (self.released and name.startswith("reconstructor")):
+                continue
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.token_type, std=0.02)
+
+    def forward(self, batch: Batch) -> Features:
+        """Runs a whole batch; images uint8 [B, 1, 3, S, S]."""
+        if batch.images.shape[1] != 1:
+            raise ValueError(f"FLM reads one image per sample, found {batch.images.shape[1]}")
+        images = self.image_projection(self.vision(batch.images[:, 0])) + self.type_embedding.weight[1]
+        return self.fuse(batch, images)
+
+    def fuse(self, batch: Batch, images: Tensor) -> Features:
+        """The text side, given projected image tokens [B, P, D]."""
+        num_rows, num_positions = batch.text.shape
+        grid_index = torch.cat([batch.token_index, batch.token_index + num_rows * num_positions])
+        packing = Packing(grid_index, 2 * num_rows, num_positions)
+        query_packing = Packing(batch.query_index, num_rows, num_positions)
+        stream_masks = masks.released_streams if self.released else masks.causal_streams
+        mask = stream_masks(batch.lengths, num_positions).flatten(0, 1)[:, None]
+        spans = query_packing.spread(batch.query_span)
+        query_mask = masks.reconstructor(batch.lengths, spans, bos_visible=not self.released)[:, None]
+
+        tokens, queries = self._embed(batch)
+        states = F.dropout(torch.cat([tokens, tokens]), self.dropout, self.training)
+        queries = F.dropout(queries, self.dropout, self.training)
+        skip = len(self.bottom) - len(self.reconstructor_bottom)
+        for number, layer in enumerate(self.bottom):
+            states = layer(states, packing, mask)
+            if number >= skip:
+                queries = self.reconstructor_bottom[number - skip](queries, query_packing, states, packing, query_mask)
+
+        states, queries = self.text_projection(states), self.text_projection(queries)
+        num_tokens = tokens.shape[0]
+        l2r_type, r2l_type = self.type_embedding.weight[0], self.stream_embedding.weight[0]
+        states = torch.cat([states[:num_tokens] + l2r_type, states[num_tokens:] + r2l_type])
+        queries = queries + self.stream_embedding.weight[1]
+        skip = len(self.top) - len(self.reconstructor_top)
+        for number, layer in enumerate(self.top):
+            states = layer(states, packing, mask, images, batch.image_of_row)
+            if number >= skip:
+                queries = self.reconstructor_top[number - skip](queries, query_packing, states, packing, query_mask)
+        return Features(states[:num_tokens], states[num_tokens:], queries)
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embeddings of the packed tokens [N, D] and of the queries [Q, D], by one look-up."""
+        num_positions = batch.text.shape[1]
+        index = torch.cat([batch.token_index, batch.query_index])
+        position, row = index % num_positions, index // num_positions
+        length = batch.lengths[row]
+        num_tokens = batch.token_index.shape[0]
+        words = batch.text.flatten()[index[:num_tokens]]
+        position = torch.where(position < length, position, -1)
+        query_words = self._query_words(position[num_tokens:], length[num_tokens:])
+        embedded = self.embedding(torch.cat([words, query_words]), position)
+        return embedded[:num_tokens], embedded[num_tokens:]
+
+    def _query_words(self, position: Tensor, length: Tensor) -> Tensor:
+        """`<mask>`, `<s>` for the CLS query; the released code gives the last query its true `</s>` (section 2.6)."""
+        words = torch.where(position == 0, self.vocabulary.bos_id, self.vocabulary.mask_id)
+        if self.released:
+            words = torch.where(position == length - 1, self.vocabulary.eos_id, words)
+        return words
+
+
+def _reconstructor_depth(config: ModelConfig) -> tuple[int, int]:
+    depths = []
+    for half in ("bottom", "top"):
+        available = getattr(config.text, f"{half}_layers")
+        wanted = getattr(config.reconstructor, f"{half}_layers")
+        if wanted is not None and not 0 <= wanted <= available:
+            raise ValueError(
+                f"model.reconstructor.{half}_layers is {wanted}, expected 0 to model.text.{half}_layers ({available})"
+            )
+        depths.append(available if wanted is None else wanted)
+    if config.text.width % config.text.heads:
+        raise ValueError(
+            f"model.text.width {config.text.width} is not a multiple of model.text.heads {config.text.heads}; change either"
+        )
+    return depths[0], depths[1]

@@ -1,0 +1,111 @@
+"""Output heads; the vocabulary head never holds [targets x vocabulary] logits.
+
+Legend: M targets, D width, V vocabulary, C vocabulary chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.text import TOP_EPS
+
+
+class LanguageModelHead(nn.Module):
+    """Linear, GELU, LayerNorm, then a vocabulary projection with separate bias (specification section 2.7)."""
+
+    def __init__(self, width: int, vocabulary_size: int, chunk_size: int = 4096) -> None:
+        """``chunk_size``: vocabulary entries whose logits are held at once."""
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=TOP_EPS)
+        self.weight = nn.Parameter(torch.empty(vocabulary_size, width))
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy of each target.
+
+        Args:
+            features: [M, D].
+            labels: int64 [M].
+
+        Returns:
+            fp32 [M] losses with gradient, bool [M] whether the largest logit is the label's.
+        """
+        return ChunkedCrossEntropy.apply(self.hidden(features), self.weight, self.bias, labels, self.chunk_size)
+
+    def hidden(self, features: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.transform(features)))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[M, D] -> [M, V], for decoding and parity tests."""
+        return F.linear(self.hidden(features), self.weight, self.bias)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Linear layer and cross entropy in one, a chunk of the vocabulary at a time.
+
+    Forward keeps a running maximum and sum of exponentials (online log-sum-exp, Milakov & Gimelshein 2018,
+    arXiv 1805.02867); backward computes each chunk's logits again, so that weight and weight gradient are read and
+    written once and memory is [M, C] instead of [M, V]. Products run in the input's dtype, everything else in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int):
+        maximum = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+        total = torch.zeros_like(maximum)
+        label_logit = torch.zeros_like(maximum)
+        for start in range(0, weight.shape[0], chunk_size):
+            logits = _chunk_logits(hidden, weight, bias, start, chunk_size)
+            new_maximum = torch.maximum(maximum, logits.amax(1))
+            local = (labels - start).clamp(0, logits.shape[1] - 1)
+            inside = (labels >= start) & (labels < start + logits.shape[1])
+            label_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], label_logit)
+            total = total * (maximum - new_maximum).exp() + logits.sub_(new_maximum[:, None]).exp_().sum(1)
+            maximum = new_maximum
+        log_sum = maximum + total.log()
+        ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
+        ctx.chunk_size = chunk_size
+        correct = label_logit >= maximum
+        ctx.mark_non_differentiable(correct)
+        return log_sum - label_logit, correct
+
+    @staticmethod
+    def backward(ctx, loss_grad: Tensor, _):
+        hidden, weight, bias, labels, log_sum = ctx.saved_tensors
+        hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
+        for start in range(0, weight.shape[0], ctx.chunk_size):
+            grad = _chunk_logits(hidden, weight, bias, start, ctx.chunk_size)
+            grad.sub_(log_sum[:, None]).exp_()
+            stop = start + grad.shape[1]
+            local = (labels - start).clamp(0, grad.shape[1] - 1)
+            inside = (labels >= start) & (labels < stop)
+            grad.scatter_add_(1, local[:, None], -inside[:, None].to(grad.dtype))
+            grad.mul_(loss_grad[:, None])
+            bias_grad[start:stop] = grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            hidden_grad += grad @ weight[start:stop]
+            torch.mm(grad.T, hidden, out=weight_grad[start:stop])
+        return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor, start: int, chunk_size: int) -> Tensor:
+    """fp32 [M, C] logits of vocabulary entries start .. start+C."""
+    stop = min(start + chunk_size, weight.shape[0])
+    return F.linear(hidden, weight[start:stop], bias[start:stop]).float()
+
+
+class Pooler(nn.Module):
+    """Linear and tanh on the CLS query."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[M, D] -> [M, D]."""
+        return torch.tanh(self.dense(features))

@@ -1,0 +1,134 @@
+"""Attention and feed-forward blocks on packed text, written for post-LN BERT layers.
+
+Legend: S packed states, D width, H heads, T padded length, G rows of a padded grid, P image tokens.
+Text is packed: states of all rows stand one after another without padding in ``[S, D]``; only inside attention are
+they spread over a padded grid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Packing:
+    """The map between packed states [S, ...] and a padded grid [rows, positions, ...]."""
+
+    def __init__(self, index: Tensor, num_rows: int, num_positions: int) -> None:
+        """``index`` int64 [S]: flat grid position row*positions+position of each packed state, without repeats."""
+        self.index, self.num_rows, self.num_positions = index, num_rows, num_positions
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """[S, ...] -> [rows, positions, ...]; positions nobody holds are zero."""
+        grid = packed.new_zeros(self.num_rows * self.num_positions, *packed.shape[1:])
+        return grid.index_copy(0, self.index, packed).unflatten(0, (self.num_rows, self.num_positions))
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """[rows, positions, ...] -> [S, ...]."""
+        return grid.flatten(0, 1).index_select(0, self.index)
+
+
+def split_heads(states: Tensor, num_heads: int, parts: int = 1) -> tuple[Tensor, ...]:
+    """[G, T, parts*D] -> ``parts`` tensors [G, H, T, D/H]."""
+    heads = states.unflatten(-1, (parts, num_heads, -1))
+    return tuple(part.transpose(1, 2) for part in heads.unbind(2))
+
+
+def merge_heads(heads: Tensor) -> Tensor:
+    """[G, H, T, D/H] -> [G, T, D]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Masked self-attention over text; returns the output projection, without residual."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, states: Tensor, packing: Packing, mask: Tensor) -> Tensor:
+        """states [S, D], mask bool [rows, 1, T, T] -> [S, D]."""
+        query, key, value = split_heads(packing.spread(self.qkv(states)), self.num_heads, 3)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.out(packing.gather(merge_heads(mixed)))
+
+
+class CrossAttention(nn.Module):
+    """Attention from packed queries to a context whose keys and values are computed once."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def to_images(self, states: Tensor, packing: Packing, context: Tensor, image_of_row: Tensor) -> Tensor:
+        """Text of both streams reads image tokens; the keys and values of an image serve every row that reads it.
+
+        Args:
+            states: [S, D], both streams, packed over a grid of 2R rows (l2r rows, then r2l rows).
+            packing: of the 2R rows.
+            context: image tokens [B, P, D]; rows 0..B-1 read images 0..B-1.
+            image_of_row: int64 [R].
+        """
+        num_images, num_rows = context.shape[0], image_of_row.shape[0]
+        key, value = split_heads(self.key_value(context), self.num_heads, 2)
+        spread = packing.spread(self.query(states)).unflatten(0, (2, num_rows))  # [2, R, T, D]
+        (query,) = split_heads(torch.cat(spread.unbind(0), dim=1), self.num_heads)  # [R, H, 2T, D/H]
+        mixed = self._attend(query[:num_images], key, value, None)
+        if num_rows > num_images:
+            others = image_of_row[num_images:]
+            more = self._attend(query[num_images:], key[others], value[others], None)
+            mixed = torch.cat([mixed, more])
+        l2r, r2l = merge_heads(mixed).split(packing.num_positions, dim=1)
+        return self.out(packing.gather(torch.cat([l2r, r2l])))
+
+    def to_streams(self, queries: Tensor, query_packing: Packing, streams: Tensor, packing: Packing, mask: Tensor):
+        """Reconstruction queries read the states of both streams side by side.
+
+        Args:
+            queries: [Q, D] packed over R rows.
+            query_packing: of the queries.
+            streams: [S, D], both streams, packed over 2R rows.
+            packing: of the streams.
+            mask: bool [R, 1, T, 2T].
+        """
+        grid = packing.spread(self.key_value(streams))
+        key_value = torch.cat(grid.unflatten(0, (2, -1)).unbind(0), dim=1)  # [R, 2T, 2D]
+        key, value = split_heads(key_value, self.num_heads, 2)
+        (query,) = split_heads(query_packing.spread(self.query(queries)), self.num_heads)
+        return self.out(query_packing.gather(merge_heads(self._attend(query, key, value, mask))))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+class ResidualNorm(nn.Module):
+    """LN(dropout(update) + states), the post-LN residual of BERT."""
+
+    def __init__(self, width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, update: Tensor, states: Tensor) -> Tensor:
+        return self.norm(self.dropout(update) + states)
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, linear, then the post-LN residual."""
+
+    def __init__(self, width: int, ffn_width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, ffn_width)
+        self.down = nn.Linear(ffn_width, width)
+        self.residual = ResidualNorm(width, eps, dropout)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.residual(self.down(F.gelu(self.up(states))), states)

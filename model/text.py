@@ -1,0 +1,66 @@
+"""RoBERTa-style text tower on packed tokens: embeddings, uni-modal bottom layers, cross-modal top layers.
+
+Specification sections 2.2 and 2.3. Legend: S packed states, D width, R rows, T padded length, P image tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.config import TextConfig
+from model.layers import CrossAttention, FeedForward, Packing, ResidualNorm, SelfAttention
+
+BOTTOM_EPS = 1e-5  # RoBERTa's LayerNorm
+TOP_EPS = 1e-12  # BERT's, used by all layers that FLM adds
+PAD_POSITION = 1  # row of the position table for padding; the first token stands at row 2
+
+
+class TextEmbedding(nn.Module):
+    """Word + position + token-type embedding and LayerNorm; dropout is left to the caller, one draw per stream."""
+
+    def __init__(self, config: TextConfig, vocabulary_size: int, pad_id: int) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocabulary_size, config.width, padding_idx=pad_id)
+        self.position = nn.Embedding(config.max_positions, config.width, padding_idx=PAD_POSITION)
+        self.token_type = nn.Parameter(torch.empty(config.width))
+        self.norm = nn.LayerNorm(config.width, eps=BOTTOM_EPS)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids and positions int64 [S] (0 for `<s>`, -1 for padding) -> [S, D]."""
+        return self.norm(self.word(ids) + self.position(positions + PAD_POSITION + 1) + self.token_type)
+
+
+class BottomLayer(nn.Module):
+    """Post-LN BERT layer: masked self-attention, feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config.width, config.heads, config.dropout)
+        self.residual = ResidualNorm(config.width, BOTTOM_EPS, config.dropout)
+        self.ffn = FeedForward(config.width, config.ffn_width, BOTTOM_EPS, config.dropout)
+
+    def forward(self, states: Tensor, packing: Packing, mask: Tensor) -> Tensor:
+        """states [S, D], mask bool [rows, 1, T, T] -> [S, D]."""
+        return self.ffn(self.residual(self.attention(states, packing, mask), states))
+
+
+class TopLayer(nn.Module):
+    """Post-LN layer: masked self-attention, cross-attention to all image tokens, feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config.width, config.heads, config.dropout)
+        self.residual = ResidualNorm(config.width, TOP_EPS, config.dropout)
+        self.cross_attention = CrossAttention(config.width, config.heads, config.dropout)
+        self.cross_residual = ResidualNorm(config.width, TOP_EPS, config.dropout)
+        self.ffn = FeedForward(config.width, config.ffn_width, TOP_EPS, config.dropout)
+
+    def forward(self, states: Tensor, packing: Packing, mask: Tensor, images: Tensor, image_of_row: Tensor) -> Tensor:
+        """states [S, D], mask bool [rows, 1, T, T], images [B, P, D], image_of_row int64 [R] -> [S, D]."""
+        states = self.residual(self.attention(states, packing, mask), states)
+        states = self.cross_residual(
+            self.cross_attention.to_images(states, packing, images, image_of_row), states
+        )
+        return self.ffn(states)
+

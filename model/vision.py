@@ -1,0 +1,152 @@
+"""CLIP-style vision transformer that returns all tokens (specification section 2.1).
+
+Legend: B images, P = 1 + grid**2 tokens, W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import VisionConfig
+from model.layers import merge_heads, split_heads
+from model.torchvision_shim import ensure_torchvision
+
+# Channel statistics of CLIP's training images (specification section 6.2).
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTower(nn.Module):
+    """uint8 pixels -> tokens after ``ln_post``; the last block is left out when ``drop_last_block``."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        """``config`` must have its sizes resolved (:func:`resolve_sizes`)."""
+        super().__init__()
+        if config.image_size % config.patch_size:
+            raise ValueError(
+                f"model.vision.image_size {config.image_size} is not a multiple of the patch size {config.patch_size};"
+                f" choose {config.image_size // config.patch_size * config.patch_size or config.patch_size}"
+            )
+        if config.width % config.head_width:
+            raise ValueError(
+                f"model.vision.width {config.width} is not a multiple of head_width {config.head_width}; change either"
+            )
+        self.config = config
+        self.grid = config.image_size // config.patch_size
+        width, num_blocks = config.width, config.layers - int(config.drop_last_block)
+        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.position_embedding = nn.Parameter(torch.empty(1 + self.grid**2, width))
+        self.ln_pre = nn.LayerNorm(width, eps=1e-5)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(num_blocks))
+        self.ln_post = nn.LayerNorm(width, eps=1e-5)
+        # In millionths, as integers: a module cast to bf16 has its float buffers rounded to 8 bits, these it leaves alone.
+        statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD], dtype=torch.float64) * 255e6
+        self.register_buffer("statistics", statistics.round().long().view(2, 3, 1, 1), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random initialisation with the standard deviations of CLIP (Radford et al. 2021, released model code)."""
+        width, layers = self.config.width, self.config.layers
+        nn.init.normal_(self.class_embedding, std=width**-0.5)
+        nn.init.normal_(self.position_embedding, std=width**-0.5)
+        for block in self.blocks:
+            nn.init.normal_(block.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.up.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.down.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            for linear in (block.qkv, block.out, block.up, block.down):
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] (or floats already normalised) -> [B, P, W]; normalisation happens here, on the device."""
+        if images.dtype == torch.uint8:
+            mean, std = (self.statistics.float() / 1e6).unbind(0)
+            images = (images.float() - mean) / std
+        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(patches.shape[0], 1, -1)
+        tokens = self.ln_pre(torch.cat([first, patches], dim=1) + self.position_embedding)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.ln_post(tokens)
+
+
+class VisionBlock(nn.Module):
+    """Pre-LN transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.num_heads, self.quick_gelu = width // config.head_width, config.quick_gelu
+        self.ln_1 = nn.LayerNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.ln_2 = nn.LayerNorm(width, eps=1e-5)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = split_heads(self.qkv(self.ln_1(tokens)), self.num_heads, 3)
+        tokens = tokens + self.out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        hidden = self.up(self.ln_2(tokens))
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
+        return tokens + self.down(hidden)
+
+
+def resolve_sizes(config: VisionConfig) -> VisionConfig:
+    """Fills the sizes from the open_clip architecture named in ``config.name``; unchanged when it names none.
+
+    Raises:
+        ValueError: the name is unknown to open_clip, or is not a plain ViT.
+    """
+    if config.name is None:
+        return config
+    ensure_torchvision()
+    import open_clip
+
+    architecture = open_clip.get_model_config(config.name)
+    if architecture is None:
+        raise ValueError(
+            f"model.vision.name {config.name!r} is not an open_clip architecture; list them with"
+            " `python -c 'import open_clip; print(open_clip.list_models())'`, or set it to null and give the sizes"
+        )
+    vision = architecture["vision_cfg"]
+    layers, patch_size = vision.get("layers"), vision.get("patch_size")
+    unsupported = {
+        key: value
+        for key, value in vision.items()
+        if key not in ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio") and value
+    }
+    if not isinstance(layers, int) or patch_size is None or unsupported:
+        raise ValueError(
+            f"model.vision.name {config.name!r} is not a plain CLIP ViT (found {unsupported or vision}); use ViT-B-32,"
+            " ViT-B-16, ViT-L-14 or their variants"
+        )
+    return dataclasses.replace(
+        config,
+        patch_size=patch_size,
+        width=vision.get("width", 768),
+        layers=layers,
+        head_width=vision.get("head_width", 64),
+        mlp_ratio=vision.get("mlp_ratio", 4.0),
+        quick_gelu=bool(architecture.get("quick_gelu", False)),
+    )
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """Bicubic resize of a position table [1 + g*g, W] to [1 + grid*grid, W]; the class row is kept.
+
+    align_corners=False, no antialiasing (specification section 2.1).
+    """
+    source = round((table.shape[0] - 1) ** 0.5)
+    if source * source + 1 != table.shape[0]:
+        raise ValueError(f"position table has {table.shape[0]} rows, expected 1 + a square; is this a ViT with a class token?")
+    if source == grid:
+        return table
+    square = table[1:].float().T.reshape(1, -1, source, source)
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], resized.flatten(2)[0].T.to(table.dtype)])

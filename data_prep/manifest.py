@@ -153,7 +153,8 @@ def read_manifest(split_dir: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(
-            f"{split_dir}: no {MANIFEST_NAME}: half-written or not a split; run `python -m data_prep` to prepare it again"
+            f"{split_dir}: no {MANIFEST_NAME}: half-written or not a split; run `python -m data_prep synth` "
+            "or prepare it again"
         ) from None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: not readable as JSON ({error}); prepare the split again") from error

@@ -1,0 +1,214 @@
+"""Which records are kept, and the reason for each that is not; pure but for the memory of duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass, replace
+
+from PIL import Image, ImageOps
+
+from data_prep.record import Record, Rejection
+
+REASONS = {
+    "empty_image": "the image file or response has zero bytes",
+    "missing_image": "the named image file does not exist or is not a plain file",
+    "image_bytes_too_large": "the encoded image is larger than --max-image-bytes; it was not read further",
+    "not_an_image": "the bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF (an HTML error page, for example)",
+    "truncated_image": "the image ends before its last row",
+    "undecodable_image": "the image has a valid header but its content cannot be decoded",
+    "too_many_pixels": "the header announces more than --max-pixels; the image was refused before decoding",
+    "image_too_small": "a side is shorter than --min-side pixels",
+    "aspect_ratio": "the longer side is more than --max-aspect times the shorter",
+    "empty_caption": "the caption is missing or holds only white space",
+    "invalid_utf8": "a text is not valid UTF-8",
+    "duplicate_key": "another record has the same key (after its name was made safe for a tar)",
+    "duplicate_pair": "the same image bytes came with the same caption before (--drop-duplicates)",
+    "malformed_row": "the input row has the wrong number of cells, or is not a JSON object",
+    "bad_url": "the address is missing or not http(s)",
+    "http_NNN": "the server answered with status NNN",
+    "timeout": "the server did not answer, or not completely, in time",
+    "dns_failure": "the host name could not be resolved",
+    "connection_failed": "no connection, or it broke off",
+    "disallowed_by_server": "the server's X-Robots-Tag forbids the use",
+    "download_failed": "any other failure of the download; `rejected.jsonl` has its text",
+    "lost_by_downloader": "img2dataset reported nothing about this row",
+}
+
+# Formats decoded by self-contained code; others (EPS, PDF, ...) may start programs or read further files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
+_DECODE_ERRORS += (struct.error, zlib.error, AttributeError, MemoryError)
+_JPEG_QUALITY = 92
+_MAX_KEY_LENGTH = 80
+
+
+class UnusableImage(ValueError):
+    """Bytes that cannot be used as an image; ``reason`` is one of REASONS."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what is kept. ``image_size``: shrink the shorter side to so many pixels; None keeps the bytes."""
+
+    max_pixels: int = 50_000_000
+    max_image_bytes: int = 50_000_000
+    min_side: int = 16
+    max_aspect: float | None = None
+    image_size: int | None = None
+
+
+def check_record(record: Record, limits: Limits) -> tuple[Record | None, list[Rejection]]:
+    """The record as it will be written, or None, with what was rejected of it (counted in rows)."""
+    name = safe_key(record.key)
+    captions, rejections = _check_captions(name, record.captions)
+    if not captions:
+        return None, rejections
+    images, extensions = [], []
+    for image in record.images:
+        try:
+            content, extension = check_image(image, limits)
+        except UnusableImage as error:
+            rejections.append(Rejection(error.reason, name, error.detail, rows=len(captions)))
+            return None, rejections
+        images.append(content)
+        extensions.append(extension)
+    kept = replace(record, key=name, images=tuple(images), captions=captions, extensions=tuple(extensions))
+    return kept, rejections
+
+
+def _check_captions(name: str, captions: tuple[str, ...]) -> tuple[tuple[str, ...], list[Rejection]]:
+    if not captions:
+        return (), [Rejection("empty_caption", name)]
+    kept, rejections = [], []
+    for caption in captions:
+        reason = caption_problem(caption)
+        if reason is None:
+            kept.append(" ".join(caption.split()))
+        else:
+            rejections.append(Rejection(reason, name, ascii(caption[:80])))
+    return tuple(kept), rejections
+
+
+def caption_problem(caption: str | None) -> str | None:
+    """The reason why a caption cannot be used, or None. Bytes that were no UTF-8 arrive as lone surrogates."""
+    if caption is None or not caption.strip() or "\0" in caption:
+        return "empty_caption"
+    return "invalid_utf8" if any("\ud800" <= character <= "\udfff" for character in caption) else None
+
+
+def check_image(content: bytes, limits: Limits) -> tuple[bytes, str]:
+    """Decode an image completely; its bytes (as they came where possible) and extension.
+
+    JPEG, PNG and WebP bytes are kept, whatever their colour mode; other formats become a JPEG of their first frame.
+    Raises UnusableImage. The header is judged before any pixel is decoded.
+    """
+    if not content:
+        raise UnusableImage("empty_image")
+    if len(content) > limits.max_image_bytes:
+        raise UnusableImage("image_bytes_too_large", f"{len(content)} bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns below our own bound, and about harmless metadata
+        with _open(content, limits) as image:
+            return _decode(image, content, limits)
+
+
+def _open(content: bytes, limits: Limits) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise UnusableImage("too_many_pixels", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise UnusableImage("not_an_image", f"starts with {content[:12]!r}") from error
+    except _DECODE_ERRORS as error:
+        raise UnusableImage("undecodable_image", str(error)) from error
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise UnusableImage("too_many_pixels", f"{width}x{height}")
+    if min(width, height) < limits.min_side:
+        raise UnusableImage("image_too_small", f"{width}x{height}")
+    if limits.max_aspect is not None and max(width, height) > limits.max_aspect * min(width, height):
+        raise UnusableImage("aspect_ratio", f"{width}x{height}")
+    return image
+
+
+def _decode(image: Image.Image, content: bytes, limits: Limits) -> tuple[bytes, str]:
+    try:
+        image.load()
+        extension = _KEPT_FORMATS.get(image.format or "")
+        shrink = limits.image_size is not None and min(image.size) > limits.image_size
+        if extension is not None and not shrink:
+            return content, extension
+        return _as_jpeg(image, limits.image_size if shrink else None), "jpg"
+    except _DECODE_ERRORS as error:
+        message = str(error)
+        truncated = any(word in message for word in ("truncated", "end of file", "Truncated"))
+        raise UnusableImage("truncated_image" if truncated else "undecodable_image", message) from error
+
+
+def _as_jpeg(image: Image.Image, shorter_side: int | None) -> bytes:
+    image = flatten(ImageOps.exif_transpose(image))
+    if shorter_side is not None:
+        scale = shorter_side / min(image.size)
+        image = image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=_JPEG_QUALITY)
+    return stream.getvalue()
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """RGB; transparent parts become white."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def safe_key(key: str) -> str:
+    """A tar member's stem: letters, digits, ``_`` and ``-`` only (webdataset ends a key at the first dot)."""
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", key)
+    if len(safe) > _MAX_KEY_LENGTH or not safe:
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        safe = f"{safe[: _MAX_KEY_LENGTH - 17]}_{digest}"
+    return safe
+
+
+class DuplicateFilter:
+    """Remembers keys, and on request (image, caption) pairs, as 16-byte digests."""
+
+    def __init__(self, drop_pairs: bool) -> None:
+        self._drop_pairs = drop_pairs
+        self._keys: set[bytes] = set()
+        self._pairs: set[bytes] = set()
+
+    def __call__(self, record: Record) -> tuple[Record | None, list[Rejection]]:
+        key = _digest(record.key.encode())
+        if key in self._keys:
+            return None, [Rejection("duplicate_key", record.key, rows=len(record.captions))]
+        self._keys.add(key)
+        if not self._drop_pairs:
+            return record, []
+        image = b"".join(_digest(content) for content in record.images)
+        kept, rejections = [], []
+        for caption in record.captions:
+            pair = _digest(image + caption.encode())
+            if pair in self._pairs:
+                rejections.append(Rejection("duplicate_pair", record.key, caption[:80]))
+            else:
+                self._pairs.add(pair)
+                kept.append(caption)
+        return (replace(record, captions=tuple(kept)) if kept else None), rejections
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -1,0 +1,51 @@
+"""A map over processes that keeps the order and holds a bounded number of items in memory."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, chunk_size: int = 32
+) -> Iterator[Result]:
+    """``map(function, items)`` in ``workers`` processes; ``function`` must pickle. One worker means this process."""
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    chunks = _chunks(items, chunk_size)
+    # spawn, not fork: the parent may hold threads (pyarrow), and a forked copy of a locked lock never opens.
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    try:
+        pending: deque = deque()
+        for chunk in chunks:
+            pending.append(executor.submit(_run_chunk, function, chunk))
+            if len(pending) >= 3 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    return iter(lambda: list(itertools.islice(iterator, size)), [])
+
+
+def _run_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
+    return list(map(function, chunk))
+
+
+def _ignore_interrupt() -> None:
+    """Ctrl-C reaches the whole terminal group; the parent alone decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

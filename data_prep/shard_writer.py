@@ -1,0 +1,200 @@
+"""Writes a split: deterministic tar shards, their indexes, the list of rejected records, and the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.manifest import Manifest, Shard, index_columns, is_split, sync_directory, write_manifest
+from data_prep.record import PrepError, Record, Rejection
+
+REJECTED_NAME = "rejected.jsonl"
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class SplitWriter:
+    """Context manager that builds a split in a hidden folder beside and puts it in place when it is complete.
+
+    Leaving by an exception (Ctrl-C included) removes the hidden folder; what stood at ``split_dir`` stays.
+    Raises PrepError when a finished split stands there and ``overwrite`` is not given.
+    """
+
+    def __init__(
+        self,
+        split_dir: Path,
+        corpus: str,
+        split: str,
+        num_images: int = 1,
+        samples_per_shard: int = 2000,
+        overwrite: bool = False,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        self._split_dir = Path(split_dir)
+        self._corpus, self._split = corpus, split
+        self._fields = ("image", "image1", "text", "meta") if num_images == 2 else ("image", "text", "meta")
+        self._samples_per_shard = samples_per_shard
+        self._provenance = provenance or {}
+        self._shards: list[Shard] = []
+        self._shard: _ShardWriter | None = None
+        self._rejected: Counter[str] = Counter()
+        self.manifest: Manifest | None = None
+        refuse_existing(self._split_dir, overwrite)
+        self._folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
+
+    def __enter__(self) -> SplitWriter:
+        self._folder.mkdir(parents=True)
+        self._rejected_stream = open(self._folder / REJECTED_NAME, "w", encoding="utf-8")
+        return self
+
+    def add(self, record: Record) -> None:
+        """Write a checked record (safe key, known extensions)."""
+        if self._shard is None:
+            self._shard = _ShardWriter(self._folder, len(self._shards), self._fields)
+        self._shard.add(record)
+        if self._shard.samples == self._samples_per_shard:
+            self._close_shard()
+
+    def reject(self, rejection: Rejection) -> None:
+        """Count and name a record that is not written."""
+        self._rejected[rejection.reason] += rejection.rows
+        line = {"reason": rejection.reason, "name": rejection.name, "rows": rejection.rows, "detail": rejection.detail}
+        self._rejected_stream.write(json.dumps(line) + "\n")
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append(self._shard.close())
+            self._shard = None
+
+    def __exit__(self, error_type: type[BaseException] | None, error: object, trace: object) -> None:
+        complete = False
+        try:
+            if error_type is None:
+                self._finish()
+                complete = True
+        finally:
+            if not complete:
+                self._rejected_stream.close()
+                if self._shard is not None:
+                    self._shard.abandon()
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _finish(self) -> None:
+        self._close_shard()
+        _sync_and_close(self._rejected_stream)
+        if not self._shards:
+            raise PrepError(f"{self._split_dir}: no usable record ({describe_counts(self._rejected)}); nothing written")
+        self.manifest = Manifest(
+            corpus=self._corpus,
+            split=self._split,
+            fields=self._fields,
+            shards=tuple(self._shards),
+            rejected=dict(sorted(self._rejected.items())),
+            provenance=self._provenance,
+        )
+        write_manifest(self._folder, self.manifest)
+        _put_in_place(self._folder, self._split_dir)
+
+
+def refuse_existing(split_dir: Path, overwrite: bool) -> None:
+    """Raises PrepError where writing to ``split_dir`` would destroy something without being told to."""
+    if is_split(split_dir) and not overwrite:
+        raise PrepError(f"{split_dir}: already prepared; give --overwrite to replace it, or another --output")
+    if split_dir.exists() and not is_split(split_dir) and (not split_dir.is_dir() or any(split_dir.iterdir())):
+        raise PrepError(f"{split_dir}: holds something that is no finished split; move it away first")
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """For example ``3 http_404, 1 empty_caption``, most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {reason}" for reason, count in ordered) or "none rejected"
+
+
+def _put_in_place(folder: Path, split_dir: Path) -> None:
+    old = split_dir.parent / f".{split_dir.name}.{os.getpid()}.old"
+    if split_dir.exists():
+        os.rename(split_dir, old)
+    os.rename(folder, split_dir)
+    sync_directory(split_dir.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class _ShardWriter:
+    """One tar with the index of its rows; hashes while it writes."""
+
+    def __init__(self, folder: Path, number: int, fields: tuple[str, ...]) -> None:
+        self._folder, self._fields = folder, fields
+        self._columns = index_columns(fields)
+        self._file, self._index_file = f"{number:05d}.tar", f"{number:05d}.index.npy"
+        self._stream = open(folder / self._file, "wb")
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._rows: list[list[int]] = []
+        self.samples = 0
+
+    def add(self, record: Record) -> None:
+        captions = list(record.captions)
+        meta = json.dumps({**record.meta, "captions": captions}, ensure_ascii=False).encode()
+        members = {"text": ("txt", captions[0].encode()), "meta": ("json", meta)}
+        for number, (content, extension) in enumerate(zip(record.images, record.extensions, strict=True)):
+            paired = len(record.images) == 2
+            name = "image" if number == 0 else f"image{number}"
+            members[name] = (f"{number}.{extension}" if paired else extension, content)
+        row = [-1] * self._columns.width
+        for field in self._fields:
+            extension, content = members[field]
+            row[self._columns.offset[field]] = self._add_member(f"{record.key}.{extension}", content)
+            row[self._columns.size[field]] = len(content)
+        for caption_number in range(len(captions)):
+            self._rows.append([*row[:-1], caption_number])
+        self.samples += 1
+
+    def _add_member(self, name: str, content: bytes) -> int:
+        info = tarfile.TarInfo(name)  # mtime, uid, gid 0 and mode 644: equal content gives equal bytes
+        info.size = len(content)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._position
+        self._write(content)
+        self._write(b"\0" * (-len(content) % _BLOCK))
+        return offset
+
+    def _write(self, content: bytes) -> None:
+        self._stream.write(content)
+        self._hash.update(content)
+        self._position += len(content)
+
+    def close(self) -> Shard:
+        end = self._position + 2 * _BLOCK
+        self._write(b"\0" * (2 * _BLOCK + -end % tarfile.RECORDSIZE))
+        _sync_and_close(self._stream)
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(self._rows, dtype=np.int64), allow_pickle=False)
+        with open(self._folder / self._index_file, "wb") as stream:
+            stream.write(buffer.getvalue())
+            _sync_and_close(stream)
+        return Shard(
+            file=self._file,
+            index_file=self._index_file,
+            rows=len(self._rows),
+            samples=self.samples,
+            bytes=self._position,
+            sha256=self._hash.hexdigest(),
+            index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        )
+
+    def abandon(self) -> None:
+        self._stream.close()
+
+
+def _sync_and_close(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()

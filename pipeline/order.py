@@ -1,4 +1,4 @@
-"""The order in which samples are seen: pure functions of seed, epoch and corpus sizes, constant time at any position."""
+"""The order in which samples are seen: pure functions of seed, epoch and corpus sizes, in constant time."""
 
 from __future__ import annotations
 

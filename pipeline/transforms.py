@@ -1,0 +1,159 @@
+"""From encoded image bytes nobody vouches for to a uint8 tensor of the model's resolution."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what data_prep may write and users caption; no rare, risky decoders
+DEFAULT_MAX_PIXELS = 100_000_000
+MAX_ASPECT = 100  # longer over shorter side: resizing the shorter one would blow up the longer
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
+_DECODE_ERRORS += (struct.error, zlib.error, MemoryError)  # what Pillow raises on damaged data
+_TRUNCATION_WORDS = ("truncated", "unexpected end", "not enough image data")
+_ORIENTATION_TAG = 0x0112  # of EXIF; its values and what turns each upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnusableSample(ValueError):
+    """A sample that cannot be used: its ``key``, and a ``reason`` from a small fixed set, fit for counting."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+    def __reduce__(self):
+        return type(self), (self.key, self.reason)
+
+
+def decode_image(
+    data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, key: str = "", draft_size: int | None = None
+) -> Image.Image:
+    """The image as mode RGB, or RGBA where it has transparency (``ClipTransform`` drops alpha after the resize).
+
+    Size and aspect are checked in the header before anything is decoded. Greyscale, palette, CMYK and 16-bit images
+    are converted; of an animation the first frame is taken; the EXIF orientation is applied, because captions describe
+    the upright picture (NOTE release: ignores it). ``draft_size`` lets the JPEG decoder shrink images whose shorter
+    side stays at least that long. Raises UnusableSample with one of the reasons "empty image", "not an image",
+    "too many pixels", "extreme aspect ratio", "truncated image", "broken image", "unsupported pixel format".
+    """
+    if not data:
+        raise UnusableSample(key, "empty image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a bomb is judged by max_pixels below, odd metadata does not matter
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(image.size, max_pixels, key)
+            if draft_size is not None:
+                image.draft("RGB", (draft_size, draft_size))
+            image.load()
+            return _upright(_as_rgb(image, key))
+    except UnusableSample:
+        raise
+    except Image.DecompressionBombError:
+        raise UnusableSample(key, "too many pixels") from None
+    except UnidentifiedImageError:
+        raise UnusableSample(key, "not an image") from None
+    except _DECODE_ERRORS as error:
+        truncated = any(word in str(error).lower() for word in _TRUNCATION_WORDS)
+        raise UnusableSample(key, "truncated image" if truncated else "broken image") from error
+
+
+@dataclass(frozen=True)
+class ClipTransform:
+    """Shorter side to ``size`` (bicubic), centre crop; uint8 [3, size, size], normalised later on the device.
+
+    Specification 6.2. Only the columns that survive the crop are resized vertically; Pillow rounds to 8 bits between
+    its two passes, so the result is the same bit for bit.
+    """
+
+    size: int
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """``image`` in mode RGB or RGBA; alpha takes part in the resize and is dropped after it."""
+        width, height = image.size
+        if width <= height:
+            resized = image.resize((self.size, self.size * height // width), Image.Resampling.BICUBIC)
+            top = round((resized.height - self.size) / 2)
+            resized = resized.crop((0, top, self.size, top + self.size))
+        else:
+            resized = self._landscape(image)
+        pixels = np.asarray(resized if resized.mode == "RGB" else resized.convert("RGB"))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    def _landscape(self, image: Image.Image) -> Image.Image:
+        scaled_width = self.size * image.width // image.height
+        left = round((scaled_width - self.size) / 2)
+        if image.mode != "RGB":  # alpha is premultiplied around a resize, so it must stay one call
+            resized = image.resize((scaled_width, self.size), Image.Resampling.BICUBIC)
+            return resized.crop((left, 0, left + self.size, self.size))
+        wide = image.resize((scaled_width, image.height), Image.Resampling.BICUBIC)
+        columns = wide.crop((left, 0, left + self.size, image.height))
+        return columns.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+
+def clip_transform(size: int) -> ClipTransform:
+    """The transform of CLIP, used by FLM pretraining: no augmentation."""
+    return ClipTransform(size)
+
+
+def draft_size(image_size: int, fast_decode: bool) -> int | None:
+    """``decode_image``'s draft size: with ``fast_decode`` at least twice the model's resolution, else none.
+
+    Images of less than four times the resolution decode exactly either way; above, the decoder averages blocks of
+    pixels, which differs from the exact resize by little and saves most of the decoding time.
+    """
+    return 2 * image_size if fast_decode else None
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, key: str) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise UnusableSample(key, "broken image")
+    if width * height > max_pixels:
+        raise UnusableSample(key, "too many pixels")
+    if max(size) > MAX_ASPECT * min(size):
+        raise UnusableSample(key, "extreme aspect ratio")
+
+
+def _as_rgb(image: Image.Image, key: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it to white
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return _keep_exif(image, Image.fromarray(levels.astype(np.uint8)).convert("RGB"))
+    if image.mode == "F":
+        raise UnusableSample(key, "unsupported pixel format")
+    return _keep_exif(image, image.convert("RGBA" if image.has_transparency_data else "RGB"))
+
+
+def _keep_exif(source: Image.Image, converted: Image.Image) -> Image.Image:
+    if "exif" in source.info:
+        converted.info["exif"] = source.info["exif"]
+    return converted
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if "exif" not in image.info:
+        return image
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _DECODE_ERRORS:
+        return image  # damaged metadata, sound pixels
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image

@@ -126,7 +126,8 @@ def test_transparency_is_kept_until_after_the_resize():
     image = decode_image(encoded(Image.fromarray(rgba), "PNG"))
     assert image.mode == "RGBA"
     out = clip_transform(4)(image)
-    assert out[:, 0, 0].tolist() == [200, 100, 50] and out[1].max() < 130
+    colour = torch.tensor([200, 100, 50]).view(3, 1, 1)
+    assert (out[:, :, :2].int() - colour).abs().max() <= 4 and out[1].max() < 130
     grey_alpha = Image.fromarray(noise(8, 8, 2), "LA")
     assert decode_image(encoded(grey_alpha, "PNG")).mode == "RGBA"
 

@@ -1,0 +1,284 @@
+"""The one place that drives DeepSpeed: optimizer steps over micro-batches, and the full-precision state by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from model.batch import Batch
+from pipeline.config import OptimConfig, TrainConfig
+from pipeline.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
+from pipeline.ranks import Agreement, Place
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class StepResult:
+    """One optimizer step. Loss sums are this rank's, on the device; counts are of all ranks, on the host."""
+
+    loss_sums: dict[str, Tensor]
+    counts: dict[str, int]
+    learning_rate: float
+    grad_norm: float | Tensor | None
+
+
+class _Pass(nn.Module):
+    """Sends training and scoring through one forward, because ZeRO-3 gathers parameters around forward only."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: Batch, score: bool = False) -> dict[str, Any]:
+        return self.objective.score(batch) if score else self.objective(batch)
+
+
+class TrainEngine:
+    """A DeepSpeed engine around an objective, with our parameter groups, schedule and loss normalisation."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        ds_config: dict[str, Any],
+        optim: OptimConfig,
+        train: TrainConfig,
+        place: Place,
+        agreement: Agreement,
+    ) -> None:
+        _quiet_deepspeed(place.is_main)
+        self.term_weights: Mapping[str, float] = objective.term_weights
+        self.accumulation = ds_config["gradient_accumulation_steps"]
+        self.stage = ds_config["zero_optimization"]["stage"]
+        self.precision = next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
+        self._optim, self._train, self._place, self._agreement = optim, train, place, agreement
+        groups = parameter_groups(objective.named_parameters(), objective.parameter_group, objective.decays, optim)
+        module = _Pass(objective)
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=build_adamw(groups, optim), config=ds_config, dist_init_required=False
+        )
+        if train.compile:
+            self._deepspeed.compile()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._deepspeed.device)
+
+    @property
+    def objective(self) -> nn.Module:
+        return self._deepspeed.module.objective
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that DeepSpeed left out because a gradient was not finite."""
+        return self._deepspeed.skipped_steps
+
+    def step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
+        """Optimizer step number ``step`` (0-based) over this rank's micro-batches; nothing here waits for the device.
+
+        Loss = sum over terms of weight * sum over all ranks and micro-batches / their global count; a term without
+        targets contributes 0. The engine divides by ranks and micro-batches, which the factor undoes.
+        """
+        assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
+        counts = self._global_counts(micro_batches)
+        undo = self._place.world_size * self.accumulation
+        factors = {name: self.term_weights[name] * undo / max(count, 1) for name, count in counts.items()}
+        base = learning_rate(step, self._train.steps, self._optim)
+        set_learning_rate(self._deepspeed.optimizer.param_groups, base)
+        self._deepspeed.train()
+        loss_sums: dict[str, Tensor] = {}
+        grad_norm = None
+        for index, batch in enumerate(micro_batches):
+            torch.manual_seed(self._dropout_seed(step, index))
+            sums = self._deepspeed(batch.to(self.device))
+            loss = sum(factors[name] * value for name, value in sums.items())
+            self._deepspeed.backward(loss)
+            if self.stage == 0 and index == self.accumulation - 1:
+                grad_norm = self._stage0_grad_norm()
+            self._deepspeed.step()
+            for name, value in sums.items():
+                loss_sums[name] = loss_sums[name] + value.detach() if name in loss_sums else value.detach()
+        if self.stage > 0:
+            grad_norm = self._deepspeed.get_global_grad_norm()
+        return StepResult(loss_sums, counts, base, grad_norm)
+
+    @contextmanager
+    def scoring(self) -> Iterator[Callable[[Batch], dict[str, tuple[Tensor, Tensor]]]]:
+        """A function batch -> {term: (loss sum, number correct)} in evaluation mode, training mode restored after."""
+        self._deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield lambda batch: self._deepspeed(batch.to(self.device), score=True)
+        finally:
+            self._deepspeed.train()
+
+    def named_state(self, keep: bool = True) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(parameter name, {"weight", "exp_avg", "exp_avg_sq"}) in fp32, whole, on the host; every rank must iterate.
+
+        Frozen parameters and persistent buffers come with their weight only. Moments are there once a step was taken.
+        Ranks that do not ``keep`` the values take part in gathering them and get empty dicts.
+        """
+        for name, parameter in self.objective.named_parameters():
+            if parameter.requires_grad:
+                state = {"weight": self._master(parameter)}
+                if self._has_moments():
+                    state |= {key: self._moment(parameter, key) for key in MOMENTS}
+            else:
+                with self._whole(parameter):
+                    state = {"weight": parameter.detach()}
+            yield name, _on_host(state) if keep else {}
+        for name, buffer in _persistent_buffers(self.objective):
+            yield name, _on_host({"weight": buffer}) if keep else {}
+
+    def load_named_state(self, read: Callable[[str, str], Tensor], optimizer_steps: int) -> None:
+        """Set every master weight and moment from ``read(key, parameter name)``, and Adam's step counter.
+
+        ``optimizer_steps`` 0 means that there are no moments yet. The working copies are set too.
+        """
+        if optimizer_steps:
+            self._make_moments(optimizer_steps)
+        for name, parameter in self.objective.named_parameters():
+            weight = read("weight", name)
+            if parameter.requires_grad:
+                self._set(parameter, weight, None)
+                for key in MOMENTS if optimizer_steps else ():
+                    self._set(parameter, read(key, name), key)
+            with self._whole(parameter):
+                parameter.data.copy_(weight)
+        for name, buffer in _persistent_buffers(self.objective):
+            buffer.data.copy_(read("weight", name))
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that Adam has taken; skipped ones do not count."""
+        states = self._inner_optimizer().state.values()
+        return int(next((state["step"] for state in states if "step" in state), 0))
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """State of fp16's dynamic loss scaler, None in other precisions."""
+        if self.precision != "fp16":
+            return None
+        scaler = self._deepspeed.optimizer.loss_scaler
+        return {key: value for key, value in vars(scaler).items() if isinstance(value, (int, float))}
+
+    @loss_scale.setter
+    def loss_scale(self, state: dict[str, float] | None) -> None:
+        if state is not None and self.precision == "fp16":
+            vars(self._deepspeed.optimizer.loss_scaler).update(state)
+
+    def _global_counts(self, micro_batches: Sequence[Batch]) -> dict[str, int]:
+        names = sorted(self.term_weights)
+        local = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in names]
+        return {name: int(total) for name, total in zip(names, self._agreement.total(local), strict=True)}
+
+    def _dropout_seed(self, step: int, index: int) -> int:
+        """Seed of one micro-batch's dropout: a function of the step and its place in it, so resuming needs no state."""
+        slot = self._place.rank * self.accumulation + index
+        return ((self._train.seed * 1_000_003 + step) * 65_537 + slot) % (1 << 63)
+
+    def _stage0_grad_norm(self) -> Tensor:
+        grads = [parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(grads)
+
+    def _inner_optimizer(self) -> torch.optim.AdamW:
+        optimizer = self._deepspeed.optimizer
+        return optimizer if self.stage == 0 else optimizer.optimizer
+
+    def _has_moments(self) -> bool:
+        return any("exp_avg" in state for state in self._inner_optimizer().state.values())
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The tensors that the inner optimizer steps on this rank."""
+        if self.stage == 0:
+            return [parameter for group in self._inner_optimizer().param_groups for parameter in group["params"]]
+        optimizer = self._deepspeed.optimizer
+        return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def _make_moments(self, optimizer_steps: int) -> None:
+        """Give the inner optimizer the state that it makes by itself only at its first step."""
+        state = self._inner_optimizer().state
+        for flat in self._flat_masters():
+            state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS}
+            state[flat]["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=flat.device)
+        if self.stage in (1, 2):
+            self._deepspeed.optimizer._hp_optimizer_states_linked = False
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.stage == 0:
+            return self._inner_optimizer().state[parameter][key]
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Set a master weight (``key`` None) or moment from its whole value; each rank takes its part."""
+        if self.stage == 0:
+            target = parameter if key is None else self._inner_optimizer().state[parameter][key]
+            target.data.copy_(value)
+        elif self.stage == 3:
+            part = _zero3_part(value.to(self.device), parameter, self._place)
+            if key is None:
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, key)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, value.to(self.device))
+        else:
+            safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+
+    def _whole(self, parameter: nn.Parameter):
+        """Inside, the working copy is whole; changes made on every rank alike are kept."""
+        if self.stage != 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """Settings of the library that must precede its first use in a process."""
+    if device.type == "cpu":  # the shared-memory collective is compiled at first use, half a minute for nothing
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+
+
+def _zero3_part(value: Tensor, parameter: nn.Parameter, place: Place) -> Tensor:
+    """This rank's share of a whole value: equal parts of the flat value, the last padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    flat = value.flatten()
+    part = flat.new_zeros(size)
+    begin = min(size * place.rank, flat.numel())
+    end = min(begin + size, flat.numel())
+    part[: end - begin] = flat[begin:end]
+    return part
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _on_host(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+
+
+def _quiet_deepspeed(is_main: bool) -> None:
+    deepspeed.utils.logger.setLevel(logging.WARNING if is_main else logging.ERROR)

@@ -1,0 +1,64 @@
+"""Runs a function on several gloo ranks, forked from this warm process, and hands back what each returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipeline.ranks import Place, connect, leave
+
+TIMEOUT_SECONDS = 100
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(place, *arguments)`` on every rank; raises RuntimeError with the traceback of a rank that failed."""
+    import deepspeed  # noqa: F401  imported once here, inherited by every fork
+
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, workers = [], []
+    for rank in range(world_size):
+        receive, send = context.Pipe(duplex=False)
+        worker = context.Process(
+            target=_work, args=(send, Place(rank, world_size, rank, "environment"), port, function, arguments)
+        )
+        worker.start()
+        send.close()
+        pipes.append(receive)
+        workers.append(worker)
+    results: list[Any] = []
+    try:
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(TIMEOUT_SECONDS):
+                raise RuntimeError(f"rank {rank} said nothing for {TIMEOUT_SECONDS} s")
+            kind, value = pipe.recv()
+            if kind == "error":
+                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            results.append(value)
+    finally:
+        for worker in workers:
+            worker.join(timeout=5 if len(results) == world_size else 0.5)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+    return results
+
+
+def _work(send: Any, place: Place, port: int, function: Callable[..., Any], arguments: tuple) -> None:
+    try:
+        torch.set_num_threads(1)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        connect(place, torch.device("cpu"))
+        send.send(("result", function(place, *arguments)))
+    except BaseException:
+        send.send(("error", traceback.format_exc()))
+    send.close()
+    leave(0)

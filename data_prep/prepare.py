@@ -14,8 +14,8 @@ from tqdm import tqdm
 from data_prep.filters import DuplicateFilter, Limits, check_record
 from data_prep.manifest import Manifest
 from data_prep.parallel import ordered_map
-from data_prep.record import Record, Rejection
-from data_prep.shard_writer import SplitWriter
+from data_prep.record import LowYieldError, Record, Rejection
+from data_prep.shard_writer import SplitWriter, describe_counts
 
 
 def fill_split(
@@ -24,10 +24,14 @@ def fill_split(
     limits: Limits,
     workers: int,
     drop_duplicates: bool = False,
+    min_yield: float = 0.0,
     total: int | None = None,
     label: str = "",
 ) -> Manifest:
-    """Write what the filters keep of ``source``; every row of it ends up written or counted by reason."""
+    """Write what the filters keep of ``source``; every row of it ends up written or counted by reason.
+
+    Raises LowYieldError, writing nothing, when less than the share ``min_yield`` of the rows is kept.
+    """
     is_duplicate = DuplicateFilter(drop_duplicates)
     with writer:
         checked = ordered_map(partial(_check, limits=limits), source, workers)
@@ -41,8 +45,19 @@ def fill_split(
                 writer.reject(rejection)
             if record is not None:
                 writer.add(record)
+        _check_yield(writer, min_yield)
     assert writer.manifest is not None
     return writer.manifest
+
+
+def _check_yield(writer: SplitWriter, min_yield: float) -> None:
+    kept, rejected = writer.rows, sum(writer.rejected.values())
+    if kept < min_yield * (kept + rejected):
+        share = f"{kept} of {kept + rejected} rows are usable ({kept / (kept + rejected):.1%})"
+        raise LowYieldError(
+            f"only {share}, --min-yield is {min_yield:.1%}: {describe_counts(writer.rejected)}; nothing written; "
+            "lower it, or give --restart to download again"
+        )
 
 
 def _check(item: Record | Rejection, limits: Limits) -> tuple[Record | None, list[Rejection]]:

@@ -12,7 +12,7 @@ from typing import Any
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RADII = {"large": (0.25, 0.28), "medium": (0.165, 0.185), "small": (0.085, 0.10)}  # share of the image side
-SIDES = {"left": (0.29, 0.34), "middle": (0.48, 0.52), "right": (0.66, 0.71)}
+SIDES = {"left": (0.30, 0.34), "middle": (0.48, 0.52), "right": (0.66, 0.70)}
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 NUMBERS = ("zero", "one", "two", "three", "four")
 BACKGROUNDS = ("plain", "noisy")

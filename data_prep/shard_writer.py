@@ -45,7 +45,8 @@ class SplitWriter:
         self._provenance = provenance or {}
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
-        self._rejected: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.rows = 0
         self.manifest: Manifest | None = None
         refuse_existing(self._split_dir, overwrite)
         self._folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
@@ -60,12 +61,13 @@ class SplitWriter:
         if self._shard is None:
             self._shard = _ShardWriter(self._folder, len(self._shards), self._fields)
         self._shard.add(record)
+        self.rows += len(record.captions)
         if self._shard.samples == self._samples_per_shard:
             self._close_shard()
 
     def reject(self, rejection: Rejection) -> None:
         """Count and name a record that is not written."""
-        self._rejected[rejection.reason] += rejection.rows
+        self.rejected[rejection.reason] += rejection.rows
         line = {"reason": rejection.reason, "name": rejection.name, "rows": rejection.rows, "detail": rejection.detail}
         self._rejected_stream.write(json.dumps(line) + "\n")
 
@@ -91,13 +93,13 @@ class SplitWriter:
         self._close_shard()
         _sync_and_close(self._rejected_stream)
         if not self._shards:
-            raise PrepError(f"{self._split_dir}: no usable record ({describe_counts(self._rejected)}); nothing written")
+            raise PrepError(f"{self._split_dir}: no usable record ({describe_counts(self.rejected)}); nothing written")
         self.manifest = Manifest(
             corpus=self._corpus,
             split=self._split,
             fields=self._fields,
             shards=tuple(self._shards),
-            rejected=dict(sorted(self._rejected.items())),
+            rejected=dict(sorted(self.rejected.items())),
             provenance=self._provenance,
         )
         write_manifest(self._folder, self.manifest)

@@ -1,0 +1,59 @@
+"""The command line: ``python -m data_prep VERB --help``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import signal
+import sys
+from typing import NoReturn
+
+from data_prep.manifest import ManifestError
+from data_prep.record import PrepError
+from data_prep.verbs import VERBS
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (`{self.prog} --help` lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 verify found problems, 2 user error, 3 too low a yield."""
+    parser = _Parser(prog="python -m data_prep", description="Turn image-text data into verified shards.")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    verb_parsers = {}
+    for verb, (summary, add_options, _) in VERBS.items():
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        verb_parser = subparsers.add_parser(
+            verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False, formatter_class=formatter
+        )
+        add_options(verb_parser)
+        verb_parsers[verb] = verb_parser
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        verb_parsers[args.verb].error(_unknown_option(unknown[0], verb_parsers[args.verb]))
+    # A batch system's SIGTERM must clean up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return VERBS[args.verb][2](args)
+    except (PrepError, ManifestError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    except OSError as error:
+        print(f"error: {error.filename or args.verb}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing half-written is left; run the same command again", file=sys.stderr)
+        return 130
+
+
+def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = difflib.get_close_matches(option.split("=")[0], known, n=1)
+    return f"unknown option {option}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

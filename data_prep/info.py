@@ -1,0 +1,134 @@
+"""Says what prepared data holds: counts, sizes, caption lengths, what was rejected, where it comes from."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import statistics
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_prep.manifest import Manifest, ManifestError, index_columns, is_split, open_index, read_manifest, row_text
+
+_IMAGE_SAMPLE = 200
+
+
+def all_splits(path: Path) -> list[Path]:
+    """Every finished split at or below ``path`` (a split, a corpus or a root of corpora), hidden folders left out."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ManifestError(f"{path}: no such folder; run `python -m data_prep synth` first")
+    folders = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))]
+    visible = (folder for folder in folders if not any(part.startswith(".") for part in folder.relative_to(path).parts))
+    splits = [folder for folder in visible if folder.is_dir() and (is_split(folder) or any(folder.glob("*.tar")))]
+    if not splits:
+        raise ManifestError(f"{path}: nothing prepared here; run `python -m data_prep synth` first")
+    return splits
+
+
+def row_texts(split_dir: Path, manifest: Manifest) -> Iterator[str]:
+    """The caption of every row, in index order."""
+    columns = index_columns(manifest.fields)
+    for shard in manifest.shards:
+        index = open_index(split_dir, manifest, shard)
+        with open(split_dir / shard.file, "rb") as stream:
+            for row in index.tolist():
+                text = _read(stream, row, columns.offset["text"], columns.size["text"])
+                meta = _read(stream, row, columns.offset["meta"], columns.size["meta"])
+                yield row_text(
+                    None if text is None else text.decode(),
+                    None if meta is None else json.loads(meta),
+                    row[columns.caption],
+                )
+
+
+def _read(stream: io.BufferedReader, row: list[int], offset: int, size: int) -> bytes | None:
+    if row[offset] < 0:
+        return None
+    stream.seek(row[offset])
+    return stream.read(row[size])
+
+
+def describe_split(split_dir: Path) -> dict[str, Any]:
+    """Numbers about one split; ``image_pixels`` (width x height: count) is a sample of the first images."""
+    manifest = read_manifest(split_dir)
+    lengths = sorted(len(text.split()) for text in row_texts(split_dir, manifest))
+    return {
+        "path": str(split_dir),
+        "corpus": manifest.corpus,
+        "split": manifest.split,
+        "rows": manifest.rows,
+        "samples": manifest.samples,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "images_per_sample": manifest.num_images,
+        "image_pixels": _image_sizes(split_dir, manifest),
+        "caption_words": _summary(lengths),
+        "rejected": manifest.rejected,
+        "provenance": manifest.provenance,
+        "fingerprint": manifest.fingerprint(),
+    }
+
+
+def _summary(lengths: list[int]) -> dict[str, float]:
+    if not lengths:
+        return {}
+    return {
+        "min": lengths[0],
+        "median": statistics.median(lengths),
+        "mean": round(statistics.fmean(lengths), 2),
+        "p99": lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))],
+        "max": lengths[-1],
+    }
+
+
+def _image_sizes(split_dir: Path, manifest: Manifest) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    shard = manifest.shards[0]
+    columns = index_columns(manifest.fields)
+    index = open_index(split_dir, manifest, shard)
+    with open(split_dir / shard.file, "rb") as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        offsets = dict.fromkeys(tuple(row) for row in index[:, [0, 1]].tolist())
+        for offset, size in itertools.islice(offsets, _IMAGE_SAMPLE):
+            assert columns.offset["image"] == 0
+            stream.seek(offset)
+            try:
+                with Image.open(io.BytesIO(stream.read(size))) as image:
+                    name = f"{image.width}x{image.height}"
+            except (OSError, ValueError, SyntaxError):
+                name = "unreadable"
+            sizes[name] = sizes.get(name, 0) + 1
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def format_table(descriptions: list[dict[str, Any]]) -> str:
+    """A table for people: one line for each split, then what was rejected."""
+    header = ("corpus/split", "rows", "samples", "shards", "MiB", "images", "pixels", "words min/median/p99/max")
+    lines = [header]
+    for split in descriptions:
+        words, pixels = split["caption_words"], split["image_pixels"]
+        common = next(iter(pixels), "-") + (f" +{len(pixels) - 1} sizes" if len(pixels) > 1 else "")
+        lines.append(
+            (
+                f"{split['corpus']}/{split['split']}",
+                str(split["rows"]),
+                str(split["samples"]),
+                str(split["shards"]),
+                f"{split['bytes'] / 2**20:.1f}",
+                str(split["samples"] * split["images_per_sample"]),
+                common,
+                "/".join(f"{words[name]:g}" for name in ("min", "median", "p99", "max")) if words else "-",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    for split in descriptions:
+        for reason, count in split["rejected"].items():
+            text.append(f"rejected in {split['corpus']}/{split['split']}: {count} {reason}")
+    return "\n".join(text)

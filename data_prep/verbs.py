@@ -1,0 +1,293 @@
+"""The verbs of the command line: their options, and what each does with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_prep import fetch, info, sources, synth, tokenizer
+from data_prep.filters import Limits
+from data_prep.manifest import Manifest, file_sha256, find_splits
+from data_prep.prepare import fill_split, provenance
+from data_prep.record import PrepError
+from data_prep.shard_writer import SplitWriter, describe_counts, refuse_existing
+from data_prep.tables import FORMATS
+from data_prep.verify import verify_split
+
+Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+
+
+def run_synth(args: argparse.Namespace) -> int:
+    options = synth.SynthOptions(
+        counts={"train": args.train, "dev": args.dev, "test": args.test},
+        seed=args.seed,
+        image_size=args.image_size,
+        captions_per_image=args.captions_per_image,
+        pair_share=args.pair_share,
+        samples_per_shard=args.samples_per_shard,
+        workers=args.workers,
+        overwrite=args.overwrite,
+    )
+    if args.urls is not None:
+        for table in synth.write_url_tables(args.urls, args.base_url, options):
+            print(table)
+        return 0
+    for manifest in synth.write_corpora(args.output, options):
+        _report(args.output.parent / manifest.corpus / manifest.split, manifest)
+    return 0
+
+
+def add_synth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("data/synth"), help="corpus; pairs go to OUTPUT_pairs")
+    parser.add_argument("--train", type=_count, default=20000, help="training scenes")
+    parser.add_argument("--dev", type=_count, default=1000, help="scenes of the dev split")
+    parser.add_argument("--test", type=_count, default=1000, help="scenes of the test split")
+    parser.add_argument("--image-size", type=_positive, default=64, help="pixels a side")
+    parser.add_argument("--captions-per-image", type=_positive, default=1, help="the first is the canonical one")
+    parser.add_argument("--pair-share", type=float, default=0.25, help="image pairs for each scene; 0 for none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--urls", type=Path, metavar="DIR", help="write loose images and DIR/SPLIT.tsv instead")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where DIR will be served (with --urls)")
+    _add_writing(parser)
+
+
+def run_urls(args: argparse.Namespace) -> int:
+    split_dir = args.output / args.split
+    refuse_existing(split_dir, args.overwrite)
+    work = args.output / f".{args.split}.download"
+    if args.restart:
+        shutil.rmtree(work, ignore_errors=True)
+    if not args.input.is_file():
+        raise PrepError(f"{args.input}: no such file; expected a TSV, CSV, JSONL or parquet file")
+    request = {
+        "input": args.input.name,
+        "sha256": file_sha256(args.input),
+        "columns": [args.url_column, args.caption_column, args.extra_columns, args.json_columns, args.columns],
+        "format": args.format,
+    }
+    rows = sources.url_rows(
+        args.input,
+        args.url_column,
+        args.caption_column,
+        args.extra_columns,
+        args.json_columns,
+        columns=args.columns,
+        table_format=args.format,
+    )
+    options = fetch.FetchOptions(
+        processes=args.processes,
+        threads=args.threads,
+        timeout=args.timeout,
+        retries=args.retries,
+        min_yield=args.min_yield,
+        max_image_bytes=args.max_image_bytes,
+        stall_seconds=args.stall_seconds,
+        deadline_seconds=args.deadline_seconds,
+    )
+    plan = fetch.plan_download(work, request, rows, args.processes)
+    fetch.download(plan, options)
+    writer = _writer(args, args.output, args.split, {**request, **_limits(args).__dict__}, ("img2dataset", "pillow"))
+    manifest = fill_split(
+        writer,
+        fetch.results(plan),
+        _limits(args),
+        args.workers,
+        args.drop_duplicates,
+        min_yield=args.min_yield,
+        total=plan.urls,
+        label=args.split,
+    )
+    shutil.rmtree(work)
+    _report(split_dir, manifest)
+    return 0
+
+
+def add_urls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help="TSV, CSV, JSONL or parquet (.gz too), a URL a row")
+    parser.add_argument("--output", type=Path, default=Path("data/urls"), help="corpus folder")
+    parser.add_argument("--split", default="train", type=_plain_name)
+    parser.add_argument("--format", choices=FORMATS, help="of the input, where its suffix does not say")
+    parser.add_argument("--columns", type=_names, help="cells of a file without header line: caption,url for CC3M")
+    parser.add_argument("--url-column", default="url")
+    parser.add_argument("--caption-column", default="caption")
+    parser.add_argument("--extra-columns", type=_names, default=[], help="kept in KEY.json, as A,B,...")
+    parser.add_argument("--json-columns", type=_names, default=[], help="kept too, their cells parsed as JSON")
+    parser.add_argument("--processes", type=_positive, default=max(1, min(16, os.cpu_count() or 1)))
+    parser.add_argument("--threads", type=_positive, default=32, help="downloads at a time in each process")
+    parser.add_argument("--timeout", type=_positive, default=10, help="seconds for a read; a download may take 3x")
+    parser.add_argument("--retries", type=_count, default=1, help="further tries of a failed download")
+    parser.add_argument("--min-yield", type=_share, default=0.1, help="fail below this share of usable rows")
+    parser.add_argument("--stall-seconds", type=float, default=300, help="give up after so long without progress")
+    parser.add_argument("--deadline-seconds", type=float, help="give up after so long in all; resume by running again")
+    parser.add_argument("--restart", action="store_true", help="forget an unfinished download")
+    _add_filters(parser)
+    _add_writing(parser)
+
+
+def run_flickr8k(args: argparse.Namespace) -> int:
+    images = args.images or next(
+        (args.input / name for name in ("images", "Flicker8k_Dataset", "Images") if (args.input / name).is_dir()), None
+    )
+    if images is None or not images.is_dir():
+        raise PrepError(f"{images or args.input / 'images'}: no folder of images; give it by --images")
+    captions, problems = sources.read_flickr8k_captions(args.captions or args.input / "Flickr8k.token.txt")
+    lists = {split: args.input / name for split, name in sources.FLICKR8K_SPLITS.items()}
+    found = {split: path for split, path in lists.items() if path.is_file()}
+    if not found:
+        raise PrepError(f"{args.input}: none of the split lists {', '.join(p.name for p in lists.values())}")
+    for split in found:
+        refuse_existing(args.output / split, args.overwrite)
+    for split, path in found.items():
+        names = sources.read_names(path)
+        writer = _writer(args, args.output, split, {"list": path.name, **_limits(args).__dict__}, ("pillow",))
+        records = sources.flickr8k_records(images, captions, names)
+        # A line that cannot be read belongs to no split: it is counted where most captions are.
+        extra = problems if split == next(iter(found)) else []
+        source = (item for part in (extra, records) for item in part)
+        manifest = fill_split(
+            writer, source, _limits(args), args.workers, args.drop_duplicates, total=len(names), label=split
+        )
+        _report(args.output / split, manifest)
+    return 0
+
+
+def add_flickr8k(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help="folder of images/, Flickr8k.token.txt, split lists")
+    parser.add_argument("--images", type=Path, help="folder of the images, where it is another one")
+    parser.add_argument("--captions", type=Path, help="file of the captions, where it is another one")
+    parser.add_argument("--output", type=Path, default=Path("data/flickr8k"), help="corpus folder")
+    _add_filters(parser)
+    _add_writing(parser)
+
+
+def run_tokenizer(args: argparse.Namespace) -> int:
+    splits = [split for path in args.data for split in find_splits(path, "train")]
+    size = tokenizer.train_tokenizer(splits, args.output, args.vocab_size, args.overwrite)
+    print(f"{args.output}: {size} tokens (asked for {args.vocab_size}) from {', '.join(map(str, splits))}")
+    return 0
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, nargs="+", default=[Path("data")], help="train splits at or below these")
+    parser.add_argument("--output", type=Path, default=Path("data/tokenizer"))
+    parser.add_argument("--vocab-size", type=_positive, default=8192, help="at most; special tokens included")
+    parser.add_argument("--overwrite", action="store_true")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    num_problems = 0
+    for split_dir in [split for path in args.data for split in info.all_splits(path)]:
+        found = verify_split(split_dir, _limits(args), args.workers)
+        state = "ok" if not found.problems else f"{len(found.problems)} problem(s)"
+        print(f"{split_dir}: {found.rows} rows, {found.samples} samples, {found.images} images decoded: {state}")
+        for problem in found.problems[: args.max_problems]:
+            print(f"  {problem}")
+        if len(found.problems) > args.max_problems:
+            print(f"  ... and {len(found.problems) - args.max_problems} more (--max-problems)")
+        num_problems += len(found.problems)
+    return 1 if num_problems else 0
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, nargs="*", default=[Path("data")], help="split, corpus or root folders")
+    parser.add_argument("--max-problems", type=_positive, default=20, help="lines shown for each split")
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
+    parser.add_argument("--max-pixels", type=_positive, default=Limits.max_pixels)
+    parser.set_defaults(max_image_bytes=sys.maxsize, min_side=1, max_aspect=None, image_size=None)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    descriptions = [info.describe_split(split) for path in args.data for split in info.all_splits(path)]
+    print(json.dumps(descriptions, indent=1) if args.json else info.format_table(descriptions))
+    return 0
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, nargs="*", default=[Path("data")], help="split, corpus or root folders")
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+
+
+VERBS: dict[str, Verb] = {
+    "synth": ("make the synthetic corpora (no network, no files needed)", add_synth, run_synth),
+    "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
+    "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
+    "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
+    "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
+    "info": ("say what is there", add_info, run_info),
+}
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is kept (docs/data.md explains each reason)")
+    group.add_argument("--image-size", type=_positive, help="shrink the shorter side to this; default: keep the bytes")
+    group.add_argument("--max-pixels", type=_positive, default=Limits.max_pixels, help="refused before decoding")
+    group.add_argument("--max-image-bytes", type=_positive, default=Limits.max_image_bytes)
+    group.add_argument("--min-side", type=_positive, default=Limits.min_side, help="pixels")
+    group.add_argument("--max-aspect", type=float, help="longer over shorter side; default: any")
+    group.add_argument("--drop-duplicates", action="store_true", help="drop a caption that an equal image had before")
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples-per-shard", type=_positive, default=2000)
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a split that is there already")
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    return Limits(args.max_pixels, args.max_image_bytes, args.min_side, args.max_aspect, args.image_size)
+
+
+def _writer(
+    args: argparse.Namespace, corpus: Path, split: str, arguments: dict[str, Any], packages: tuple[str, ...]
+) -> SplitWriter:
+    return SplitWriter(
+        corpus / split,
+        corpus.resolve().name,
+        split,
+        samples_per_shard=args.samples_per_shard,
+        overwrite=args.overwrite,
+        provenance=provenance(f"data_prep {args.verb}", arguments, packages),
+    )
+
+
+def _report(split_dir: Path, manifest: Manifest) -> None:
+    rejected = f"; rejected: {describe_counts(manifest.rejected)}" if manifest.rejected else ""
+    print(f"{split_dir}: {manifest.rows} rows, {manifest.samples} samples, {len(manifest.shards)} shards{rejected}")
+
+
+def _count(text: str) -> int:
+    return _bounded(int, text, "a whole number from 0", lambda value: value >= 0)
+
+
+def _positive(text: str) -> int:
+    return _bounded(int, text, "a whole number from 1", lambda value: value >= 1)
+
+
+def _share(text: str) -> float:
+    return _bounded(float, text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def _bounded(kind: type, text: str, expected: str, accept: Callable[[Any], bool]) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _plain_name(text: str) -> str:
+    if not text or text.startswith(".") or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a plain folder name")
+    return text

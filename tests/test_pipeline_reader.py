@@ -1,0 +1,278 @@
+"""Reading rows of shards: what was written comes back, and every kind of damage gets its name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.manifest import Manifest, ManifestError, Shard, index_columns, write_manifest
+from data_prep.record import Record
+from data_prep.shard_writer import SplitWriter
+from pipeline.shard_reader import Corpus, RawSample, open_corpora
+from pipeline.transforms import UnusableSample
+
+FIELDS = ("image", "text", "meta")
+
+
+def jpeg(number: int, width: int = 24, height: int = 16) -> bytes:
+    """A small picture that differs from number to number."""
+    colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(stream, "JPEG", quality=95)
+    return stream.getvalue()
+
+
+def records(count: int, captions: int = 1, images: int = 1) -> list[Record]:
+    return [
+        Record(
+            key=f"k{number:04d}",
+            images=tuple(jpeg(number * images + i) for i in range(images)),
+            captions=tuple(f"caption {c} of picture number {number}" for c in range(captions)),
+            meta={"number": number},
+            extensions=("jpg",) * images,
+        )
+        for number in range(count)
+    ]
+
+
+def write_split(split_dir: Path, rows: list[Record], samples_per_shard: int = 4, corpus: str = "toy") -> Path:
+    num_images = len(rows[0].images)
+    with SplitWriter(split_dir, corpus, split_dir.name, num_images, samples_per_shard) as writer:
+        for record in rows:
+            writer.add(record)
+    return split_dir
+
+
+def write_raw_split(split_dir: Path, samples: list[dict[str, tuple[str, bytes] | tarfile.TarInfo]]) -> Path:
+    """One shard with any members whatever: per sample, field -> (member name, content) or a header without content."""
+    split_dir.mkdir(parents=True)
+    columns, stream, index = index_columns(FIELDS), io.BytesIO(), []
+    for members in samples:
+        row = [-1] * columns.width
+        row[columns.caption] = 0
+        for field, member in members.items():
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member[0])
+            content = b"" if isinstance(member, tarfile.TarInfo) else member[1]
+            info.size = len(content)
+            stream.write(info.tobuf(tarfile.USTAR_FORMAT))
+            row[columns.offset[field]], row[columns.size[field]] = stream.tell(), len(content)
+            stream.write(content + b"\0" * (-len(content) % 512))
+        index.append(row)
+    stream.write(b"\0" * 1024)
+    (split_dir / "00000.tar").write_bytes(stream.getvalue())
+    np.save(split_dir / "00000.index.npy", np.array(index, dtype=np.int64))
+    shard = Shard("00000.tar", "00000.index.npy", len(index), len(samples), len(stream.getvalue()), "0" * 64, "0" * 64)
+    write_manifest(split_dir, Manifest("toy", split_dir.name, FIELDS, (shard,)))
+    return split_dir
+
+
+def reason_of(corpus: Corpus, index: int) -> tuple[str, str]:
+    with pytest.raises(UnusableSample) as caught:
+        corpus.read(index)
+    return caught.value.key, caught.value.reason
+
+
+def test_rows_come_back_as_written(tmp_path):
+    rows = records(10, captions=3)
+    corpus = Corpus(write_split(tmp_path / "train", rows))
+    assert len(corpus) == 30 and corpus.num_images == 1 and len(corpus.manifest.shards) == 3
+    for index in (29, 0, 13, 14, 28):
+        record, caption = rows[index // 3], rows[index // 3].captions[index % 3]
+        expected = RawSample(
+            record.key, list(record.images), caption, {"number": index // 3, "captions": [*record.captions]}
+        )
+        assert corpus.read(index) == expected
+        assert corpus.read_text(index) == caption
+    with pytest.raises(IndexError):
+        corpus.read(30)
+    with pytest.raises(IndexError):
+        corpus.read(-1)
+
+
+def test_image_pairs(tmp_path):
+    rows = records(3, images=2)
+    corpus = Corpus(write_split(tmp_path / "train", rows))
+    assert corpus.num_images == 2 and corpus.read(2).images == list(rows[2].images) and corpus.read(2).key == "k0002"
+
+
+def test_caption_falls_back_to_the_text_member(tmp_path):
+    folder = write_raw_split(
+        tmp_path / "train", [{"image": ("a.jpg", jpeg(0)), "text": ("a.txt", "zwölf Boote".encode())}]
+    )
+    assert Corpus(folder).read(0) == RawSample("a", [jpeg(0)], "zwölf Boote", {})
+
+
+def meta(value: object) -> tuple[str, bytes]:
+    return "a.json", json.dumps(value).encode()
+
+
+def special(kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
+
+
+@pytest.mark.parametrize(
+    "members, reason",
+    [
+        ({"meta": meta({"captions": ["x"]})}, "missing image"),
+        ({"image": ("a.jpg", b"1")}, "missing caption"),
+        ({"image": ("a.jpg", b"1"), "meta": meta({"captions": []})}, "missing caption"),
+        ({"image": ("a.jpg", b"1"), "meta": meta({"captions": [7]})}, "missing caption"),
+        ({"image": ("a.jpg", b"1"), "meta": meta({"captions": [" \n\u3000"]})}, "empty caption"),
+        ({"image": ("a.jpg", b"1"), "text": ("a.txt", b"")}, "empty caption"),
+        ({"image": ("a.jpg", b"1"), "text": ("a.txt", b"caf\xe9")}, "invalid UTF-8"),
+        ({"image": ("a.jpg", b"1"), "meta": meta({"captions": ["\ud800"]})}, "invalid UTF-8"),
+        ({"image": ("a.jpg", b"1"), "meta": ("a.json", b"\xff{}")}, "invalid UTF-8"),
+        ({"image": ("a.jpg", b"1"), "meta": ("a.json", b"{")}, "invalid metadata"),
+        ({"image": ("a.jpg", b"1"), "meta": ("a.json", b"[" * 100_000)}, "invalid metadata"),
+        ({"image": ("a.jpg", b"1"), "meta": meta(["captions"])}, "invalid metadata"),
+        ({"image": ("../a.jpg", b"1"), "text": ("a.txt", b"x")}, "bad key"),
+        ({"image": ("sub/a.jpg", b"1"), "text": ("a.txt", b"x")}, "bad key"),
+        ({"image": (".jpg", b"1"), "text": ("a.txt", b"x")}, "bad key"),
+        ({"image": special(tarfile.SYMTYPE), "text": ("a.txt", b"x")}, "not a regular file"),
+        ({"image": special(tarfile.LNKTYPE), "text": ("a.txt", b"x")}, "not a regular file"),
+    ],
+)
+def test_damage_inside_a_sample_is_named(tmp_path, members, reason):
+    """Invariants 7 and 8."""
+    corpus = Corpus(write_raw_split(tmp_path / "train", [members]))
+    assert reason_of(corpus, 0)[1] == reason
+
+
+def change_index(folder: Path, field: str, which: str, value: int) -> None:
+    path = folder / "00000.index.npy"
+    index = np.load(path)
+    columns = index_columns(FIELDS)
+    index[1, getattr(columns, which)[field]] = value
+    np.save(path, index)
+
+
+@pytest.mark.parametrize(
+    "which, value, reason",
+    [
+        ("offset", 10**9 // 512 * 512, "truncated shard"),
+        ("offset", 0, "index does not fit shard"),
+        ("offset", 513, "index does not fit shard"),
+        ("offset", -512, "index does not fit shard"),
+        ("offset", 1024, "index does not fit shard"),
+        ("size", 5, "index does not fit shard"),
+        ("size", -5, "index does not fit shard"),
+        ("size", 2**62, "member too large"),
+    ],
+)
+def test_index_that_points_elsewhere_is_named(tmp_path, which, value, reason):
+    """Invariants 7 and 8: the neighbours of the bad row stay readable."""
+    folder = write_split(tmp_path / "train", records(3))
+    change_index(folder, "image", which, value)
+    corpus = Corpus(folder)
+    assert reason_of(corpus, 1)[1] == reason
+    assert corpus.read(0).key == "k0000" and corpus.read(2).key == "k0002"
+
+
+def test_shards_that_vanish_or_shrink_after_opening(tmp_path):
+    """Invariant 8: the key is named where the header is readable, else shard and row."""
+    folder = write_split(tmp_path / "train", records(8))
+    corpus = Corpus(folder)
+    (folder / "00001.tar").unlink()
+    assert reason_of(corpus, 5) == ("toy/train/00001.tar#1", "missing shard")
+    os.truncate(folder / "00000.tar", 700)
+    assert reason_of(corpus, 0) == ("toy/train/00000.tar#0", "truncated shard")
+    assert reason_of(corpus, 3) == ("toy/train/00000.tar#3", "truncated shard")
+
+
+def test_split_that_does_not_match_its_manifest_is_refused_at_once(tmp_path):
+    """Invariant 6."""
+    folder = write_split(tmp_path / "train", records(8))
+    os.truncate(folder / "00001.tar", 700)
+    with pytest.raises(ManifestError, match="truncated or changed"):
+        Corpus(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ManifestError, match="half-written"):
+        Corpus(folder)
+
+
+def test_index_of_another_shape_stops_the_run(tmp_path):
+    folder = write_split(tmp_path / "train", records(4))
+    np.save(folder / "00000.index.npy", np.zeros((2, 2), dtype=np.int64))
+    with pytest.raises(ManifestError, match="expected int64"):
+        Corpus(folder).read(0)
+
+
+def test_copies_read_on_their_own(tmp_path):
+    corpus = Corpus(write_split(tmp_path / "train", records(8)))
+    corpus.read(0)
+    copied = pickle.loads(pickle.dumps(corpus))
+    corpus.close()
+    assert copied.read(7).key == "k0007" and corpus.read(7).key == "k0007"
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if corpus.read(0).key == "k0000" and corpus.read(7).key == "k0007" else 1)
+    assert os.waitpid(child, 0)[1] == 0 and corpus.read(1).key == "k0001"
+
+
+def test_open_files_are_bounded(tmp_path):
+    corpus = Corpus(write_split(tmp_path / "train", records(40), samples_per_shard=2), max_open=3)
+    before = len(os.listdir("/proc/self/fd"))
+    for index in list(range(40)) * 2:
+        assert corpus.read(index).key == f"k{index:04d}"
+    assert len(os.listdir("/proc/self/fd")) - before <= 6
+    corpus.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_opening_a_thousand_shards_is_fast_and_light(tmp_path):
+    folder = write_split(tmp_path / "train", records(4))
+    content = json.loads((folder / "manifest.json").read_text())
+    one = content["shards"][0]
+    content["shards"] = []
+    for number in range(1000):
+        shard = {**one, "file": f"{number:05d}.tar", "index_file": f"{number:05d}.index.npy"}
+        if number:
+            os.link(folder / one["file"], folder / shard["file"])
+            os.link(folder / one["index_file"], folder / shard["index_file"])
+        content["shards"].append(shard)
+    content["rows"], content["samples"] = 4000, 4000
+    (folder / "manifest.json").write_text(json.dumps(content))
+    start = time.perf_counter()
+    corpus = Corpus(folder)
+    assert time.perf_counter() - start < 1.0
+    assert len(pickle.dumps(corpus)) < 2**20
+    assert corpus.read(3999).key == "k0003"
+
+
+def test_open_corpora(tmp_path):
+    write_split(tmp_path / "b" / "train", records(3), corpus="b")
+    write_split(tmp_path / "a" / "train", records(2), corpus="a")
+    assert [(corpus.name, len(corpus)) for corpus in open_corpora([tmp_path], "train")] == [("a", 2), ("b", 3)]
+    assert [corpus.name for corpus in open_corpora([str(tmp_path / "b"), tmp_path / "a" / "train"], "train")] == [
+        "b",
+        "a",
+    ]
+    with pytest.raises(ManifestError, match="given twice"):
+        open_corpora([tmp_path / "a", tmp_path], "train")
+    with pytest.raises(ManifestError, match="python -m data_prep"):
+        open_corpora([tmp_path / "nothing"], "train")
+
+
+def test_empty_split_is_refused(tmp_path):
+    write_manifest_of_nothing = Manifest("toy", "train", FIELDS, ())
+    (tmp_path / "train").mkdir()
+    write_manifest(tmp_path / "train", write_manifest_of_nothing)
+    with pytest.raises(ManifestError, match="no samples"):
+        Corpus(tmp_path / "train")
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    one, same = (Corpus(write_split(tmp_path / name / "train", records(4))) for name in ("x", "y"))
+    other = Corpus(write_split(tmp_path / "z" / "train", records(5)))
+    assert one.fingerprint == same.fingerprint != other.fingerprint

@@ -34,7 +34,7 @@ RUNGS: dict[str, list[list[str]]] = {
         ["__main__"],
     ],
     "pipeline": [
-        ["config", "order", "ranks", "preempt", "metrics", "figures", "tokenizer", "transforms"],
+        ["config", "order", "ranks", "preempt", "metrics", "figures", "caption_scores", "tokenizer", "transforms"],
         ["shard_reader", "optim", "ds_config", "command_line"],
         ["collate"],
         ["loader", "engine"],

@@ -133,10 +133,13 @@ class TrainEngine:
         Frozen parameters and persistent buffers come with their weight only. Moments are there once a step was taken.
         Ranks that do not ``keep`` the values take part in gathering them and get empty dicts.
         """
+        has_moments = self._has_moments()
+        if has_moments:
+            self._link_moments()
         for name, parameter in self.objective.named_parameters():
             if parameter.requires_grad:
                 state = {"weight": self._master(parameter)}
-                if self._has_moments():
+                if has_moments:
                     state |= {key: self._moment(parameter, key) for key in MOMENTS}
             else:
                 with self._whole(parameter):
@@ -188,8 +191,8 @@ class TrainEngine:
         return {name: int(total) for name, total in zip(names, self._agreement.total(local), strict=True)}
 
     def _dropout_seed(self, step: int, index: int) -> int:
-        """Seed of one micro-batch's dropout: a function of the step and its place in it, so resuming needs no state."""
-        slot = self._place.rank * self.accumulation + index
+        """Seed of one micro-batch's dropout: a function of its place in the sample order, so resuming needs no state."""
+        slot = index * self._place.world_size + self._place.rank
         return ((self._train.seed * 1_000_003 + step) * 65_537 + slot) % (1 << 63)
 
     def _stage0_grad_norm(self) -> Tensor:
@@ -216,6 +219,13 @@ class TrainEngine:
         for flat in self._flat_masters():
             state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS}
             state[flat]["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=flat.device)
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let the ``safe_*`` functions see every group's moments.
+
+        DeepSpeed 0.19.8 links them once, after the first group's first step, when the other groups have none yet.
+        """
         if self.stage in (1, 2):
             self._deepspeed.optimizer._hp_optimizer_states_linked = False
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()

@@ -40,10 +40,12 @@ def make_engine(place, config: Config, stage: int, dropout: float = 0.0):
 
 def micro_batches(config: Config, place, step: int) -> list:
     """This rank's micro-batches of a step; the samples of a step do not depend on the number of ranks."""
+    from pipeline.order import micro_batch_positions
+
     size = config.optim.micro_batch_size
-    per_rank = config.optim.batch_size // place.world_size
-    begin = step * config.optim.batch_size + place.rank * per_rank
-    return [tiny_batch(list(range(at, at + size))) for at in range(begin, begin + per_rank, size)]
+    accumulation = config.optim.batch_size // size // place.world_size
+    layout = (place.rank, place.world_size, size, accumulation)
+    return [tiny_batch(list(micro_batch_positions(step, micro, *layout))) for micro in range(accumulation)]
 
 
 def global_loss(engine, agreement, result) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class TinyObjective(nn.Module):
         image = self.image(colour.to(dtype))[batch.image_of_row]
         hidden = self.embedding(batch.text) + image[:, None]
         hidden = hidden + self.cross(self.dropout(torch.tanh(self.norm(hidden))))
-        flat = hidden.flatten(0, 1)[batch.token_index]
+        flat = hidden.flatten(0, 1)
         result = {}
         for name, (position, label) in batch.terms.items():
             layer = self.odd if name == "rare" else self.head
@@ -70,29 +72,25 @@ def tiny_batch(samples: list[int]) -> Batch:
     lengths = torch.tensor([len(ids) for ids in tokens])
     for row, ids in enumerate(tokens):
         text[row, : len(ids)] = ids
-    mask = torch.arange(width) < lengths[:, None]
-    token_index = mask.flatten().nonzero().flatten()
-    following = torch.roll(text, -1, 1).flatten()[token_index]
-    ends = lengths.cumsum(0) - 1
-    inner = torch.ones(len(token_index), dtype=torch.bool)
-    inner[ends] = False
-    predicted = inner.nonzero().flatten()
-    even = predicted[token_index[predicted] % width % 2 == 0]
-    first = ends[torch.tensor(rare)]
+    position = torch.arange(width).expand(len(samples), width)
+    following = torch.roll(text, -1, 1).flatten()
+    predicted = (position < lengths[:, None] - 1).flatten().nonzero().flatten()
+    even = predicted[predicted % width % 2 == 0]
+    first = torch.arange(len(samples))[torch.tensor(rare)] * width
+    kinds = torch.tensor([index // 5 % 5 for index in samples if index % 5 == 0], dtype=torch.int64)
     terms = {
         "flm": Term(predicted, following[predicted]),
         "l2r": Term(even, following[even]),
-        "rare": Term(first, torch.tensor([index // 5 % 5 for index in samples if index % 5 == 0], dtype=torch.int64)),
+        "rare": Term(first, kinds),
     }
-    nothing = torch.empty(0, dtype=torch.int64)
+    unused = [item.name for item in dataclasses.fields(Batch) if item.name.endswith("_index")]
     return Batch(
         images=torch.stack(images),
         text=text,
         lengths=lengths,
         image_of_row=torch.arange(len(samples)),
-        token_index=token_index,
-        query_index=nothing,
-        query_span=nothing.reshape(0, 2),
+        query_span=torch.empty(0, 2, dtype=torch.int64),
         terms=terms,
         keys=[str(index) for index in samples],
+        **{name: torch.empty(0, dtype=torch.int64) for name in unused},
     )

@@ -1,0 +1,112 @@
+"""The tokenizer: captions to token ids and back, from a folder or a Hugging Face name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from model.config import Vocabulary
+
+_SPECIAL_NAMES = {  # role -> attributes of a Hugging Face tokenizer that may hold it
+    "bos": ("bos_token", "cls_token"),
+    "pad": ("pad_token",),
+    "eos": ("eos_token", "sep_token"),
+    "mask": ("mask_token",),
+}
+_HOW_TO_GET_ONE = "`python -m data_prep tokenizer` trains one from prepared captions"
+MIN_TEXT_LENGTH = 3  # <s>, one word, </s>
+
+
+class TextTokenizer:
+    """Encodes and decodes captions; holds the fast tokenizer's own engine, so it pickles and needs no network.
+
+    ``special_ids`` maps bos, pad, eos and mask to ids. Words that spell a special token are encoded as plain text.
+    """
+
+    def __init__(self, engine: Any, special_ids: dict[str, int], source: str) -> None:
+        engine.no_truncation()
+        engine.no_padding()
+        engine.encode_special_tokens = True
+        self._engine, self._special_ids = engine, special_ids
+        self.source = source
+        size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocabulary = Vocabulary(size=size, **{f"{role}_id": number for role, number in special_ids.items()})
+        self._hidden = {*special_ids.values()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any text could get other ids."""
+        content = f"{self._engine.to_str()}{sorted(self._special_ids.items())}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode(self, text: str, max_length: int) -> list[int]:
+        """``<s> .. </s>``, at most ``max_length`` ids; a long text loses its end, never ``</s>``."""
+        if max_length < MIN_TEXT_LENGTH:
+            raise ValueError(f"max_text_length {max_length}: expected at least {MIN_TEXT_LENGTH} (<s>, a word, </s>)")
+        words = self._engine.encode(text, add_special_tokens=False).ids[: max_length - 2]
+        return [self.vocabulary.bos_id, *words, self.vocabulary.eos_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids`` without special tokens and surrounding blanks."""
+        words = [number for number in ids if number not in self._hidden]
+        return self._engine.decode(words, skip_special_tokens=True).strip()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"engine": self._engine.to_str(), "special_ids": self._special_ids, "source": self.source}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self.__init__(Tokenizer.from_str(state["engine"]), state["special_ids"], state["source"])
+
+
+def load_tokenizer(source: str | Path) -> TextTokenizer:
+    """The tokenizer in folder ``source`` (no network is touched), or of that name on the Hugging Face hub.
+
+    A ``Path`` is always a folder, a string may be either. Raises ValueError when there is none, or when it lacks a
+    special token that FLM needs.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are encoded one by one, in loader processes
+    must_be_folder = isinstance(source, Path) or source.startswith(("/", ".", "~")) or Path(source).exists()
+    source, is_folder = str(source), Path(source).is_dir()
+    if must_be_folder and not is_folder:
+        raise ValueError(f"tokenizer {source}: no such folder; {_HOW_TO_GET_ONE}")
+    if is_folder and not any((Path(source) / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise ValueError(f"tokenizer {source}: neither tokenizer.json nor a vocabulary in it; {_HOW_TO_GET_ONE}")
+    tokenizer = _from_transformers(source, local_only=is_folder)
+    engine = getattr(tokenizer, "backend_tokenizer", None)
+    if engine is None:
+        raise ValueError(f"tokenizer {source}: has no fast version (tokenizer.json); {_HOW_TO_GET_ONE}")
+    special_ids = _special_ids(tokenizer, source)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"tokenizer {source}: knows special tokens only, its vocabulary was not read; {_HOW_TO_GET_ONE}"
+        )
+    return TextTokenizer(type(engine).from_str(engine.to_str()), special_ids, source)
+
+
+def _from_transformers(source: str, local_only: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        where = "not readable" if local_only else "neither a folder nor to be had from the Hugging Face hub"
+        raise ValueError(f"tokenizer {source}: {where} ({reason}); {_HOW_TO_GET_ONE}") from error
+
+
+def _special_ids(tokenizer: Any, source: str) -> dict[str, int]:
+    vocabulary, found = tokenizer.get_vocab(), {}
+    for role, names in _SPECIAL_NAMES.items():
+        tokens = [token for token in (getattr(tokenizer, name, None) for name in names) if token in vocabulary]
+        if not tokens:
+            raise ValueError(f"tokenizer {source}: has no {' or '.join(names)}, which FLM needs; {_HOW_TO_GET_ONE}")
+        found[role] = vocabulary[tokens[0]]
+    if len(set(found.values())) < len(found):
+        raise ValueError(
+            f"tokenizer {source}: special tokens share ids ({found}), FLM needs them apart; {_HOW_TO_GET_ONE}"
+        )
+    return found

@@ -1,0 +1,289 @@
+"""Captions images with the model of a run.
+
+    python -m pipeline.generate --run RUN IMAGE...                           one caption per image file
+    python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
+
+Exit codes: 0 done, 2 nothing to caption or a wrong command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from model.build import build_objective
+from model.decode import beam, greedy
+from pipeline.caption_scores import summarise
+from pipeline.checkpoint import load_weights, resolve
+from pipeline.command_line import load_config
+from pipeline.config import DataConfig
+from pipeline.shard_reader import Corpus, open_corpora
+from pipeline.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
+
+SAMPLES_NAME = "samples.json"
+THUMBNAIL_PIXELS = 192
+MAX_FILE_BYTES = 256 * 2**20
+
+
+class Item(NamedTuple):
+    """An image to caption: its name, pixels uint8 [3, H, W], and what is known about it."""
+
+    name: str
+    pixels: Tensor
+    references: list[str]
+    meta: dict[str, Any]
+
+
+@dataclass
+class Captioner:
+    """A trained model ready to caption."""
+
+    objective: nn.Module
+    tokenizer: TextTokenizer
+    transform: ClipTransform
+    max_pixels: int
+    device: torch.device
+    checkpoint: Path
+    beams: int = 1
+    max_tokens: int = 30
+    prompt: Sequence[int] = ()
+
+    @torch.inference_mode()
+    def caption(self, pixels: Sequence[Tensor]) -> list[str]:
+        """One caption per image, uint8 [3, H, W] each."""
+        images = torch.stack(list(pixels)).unsqueeze(1).to(self.device)
+        if self.beams > 1:
+            ids = beam(self.objective, images, self.max_tokens, self.beams, self.prompt)
+        else:
+            ids = greedy(self.objective, images, self.max_tokens, self.prompt)
+        return [self.tokenizer.decode(row) for row in ids]
+
+
+def load_captioner(
+    run: Path, device: torch.device, beams: int = 1, max_tokens: int | None = None, prompt: str = ""
+) -> Captioner:
+    """The model of a run folder, or of one of its checkpoint folders; captions start with ``prompt``.
+
+    Raises:
+        ValueError: the run, its checkpoint or its tokenizer is missing or damaged; one line that says which.
+    """
+    checkpoint = resolve(run)
+    config = load_config(run_of(checkpoint))
+    tokenizer = load_tokenizer(tokenizer_source(run_of(checkpoint), config.data))
+    longest = config.data.max_text_length
+    objective = build_objective(config.model, config.objective, tokenizer.vocabulary, longest, pretrained=False)
+    try:
+        objective.load_state_dict(load_weights(checkpoint))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{checkpoint}: does not fit its config.yaml and tokenizer ({reason})") from None
+    return Captioner(
+        objective=objective.eval().to(device),
+        tokenizer=tokenizer,
+        transform=clip_transform(config.model.vision.image_size),
+        max_pixels=config.data.max_pixels,
+        device=device,
+        checkpoint=checkpoint,
+        beams=beams,
+        max_tokens=min(max_tokens or longest - 2, longest - 2),  # words without <s> and </s>
+        prompt=tokenizer.encode(prompt, longest)[1:-1] if prompt else (),
+    )
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint folder RUN/checkpoints/step_N."""
+    return checkpoint.parent.parent
+
+
+def tokenizer_source(run: Path, data: DataConfig) -> str | Path:
+    """Where the tokenizer of a run is: its own copy, else the one it was trained with."""
+    if (run / "tokenizer").is_dir():
+        return run / "tokenizer"
+    return data.tokenizer or Path(data.paths[0].rsplit(":", 1)[0]) / "tokenizer"
+
+
+def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) -> Iterator[tuple[Item, str]]:
+    """Captions a stream of images in batches, in order."""
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == batch_size:
+            yield from zip(batch, captioner.caption([one.pixels for one in batch]), strict=True)
+            batch = []
+    if batch:
+        yield from zip(batch, captioner.caption([one.pixels for one in batch]), strict=True)
+
+
+def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item]:
+    """The readable images among ``paths``; each of the others is one line on stderr."""
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                raise UnusableSample(str(path), f"file larger than {MAX_FILE_BYTES // 2**20} MiB")
+            image = decode_image(data, captioner.max_pixels, key=str(path))
+        except OSError as error:
+            print(f"skipped {path}: {error.strerror or error}", file=sys.stderr)
+            continue
+        except UnusableSample as error:
+            print(f"skipped {error}", file=sys.stderr)
+            continue
+        yield Item(str(path), captioner.transform(image), [], {})
+
+
+def items_of_corpora(corpora: Sequence[Corpus], num_samples: int, captioner: Captioner) -> Iterator[Item]:
+    """Up to ``num_samples`` images spread evenly over the corpora, each image once; unusable ones on stderr."""
+    total = sum(len(corpus) for corpus in corpora)
+    seen: set[tuple[int, str]] = set()
+    for number in range(min(num_samples, total)):
+        index, which = number * total // min(num_samples, total), 0
+        while index >= len(corpora[which]):
+            index -= len(corpora[which])
+            which += 1
+        try:
+            sample = corpora[which].read(index)
+            if (which, sample.key) in seen:
+                continue
+            seen.add((which, sample.key))
+            image = decode_image(sample.images[0], captioner.max_pixels, key=sample.key)
+        except UnusableSample as error:
+            print(f"skipped {error}", file=sys.stderr)
+            continue
+        references = sample.meta.get("captions") or [sample.text]
+        yield Item(sample.key, captioner.transform(image), list(references), sample.meta)
+
+
+def thumbnail(pixels: Tensor) -> str:
+    """uint8 [3, H, W] as a small JPEG, base64."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def write_samples(path: Path, captioned: list[tuple[Item, str]], shown: int, protocol: str) -> dict[str, Any]:
+    """Writes samples.json, read by the report; returns its summary."""
+    summary = summarise([(caption, item.references, item.meta) for item, caption in captioned])
+    samples = [
+        {
+            "key": item.name,
+            "references": item.references,
+            "caption": caption,
+            "thumbnail": thumbnail(item.pixels),
+            "meta": {name: item.meta[name] for name in ("main_colour", "main_shape") if name in item.meta},
+        }
+        for item, caption in captioned[:shown]
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"protocol": protocol, "summary": summary, "samples": samples}), encoding="utf-8")
+    os.replace(temporary, path)
+    return summary
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if bool(arguments.images) == bool(arguments.data):
+        print("error: give image files or --data DIR, one of the two", file=sys.stderr)
+        return 2
+    try:
+        captioner = load_captioner(
+            arguments.run, _device(arguments.device), arguments.beams, arguments.max_tokens, arguments.prompt
+        )
+        done = _caption_split(arguments, captioner) if arguments.data else _caption_files(arguments, captioner)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if not done:
+        print("error: no usable image", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device that is not here
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"--device {name}: not usable here ({reason}); cpu always is") from None
+
+
+def _caption_files(arguments: argparse.Namespace, captioner: Captioner) -> int:
+    items = items_of_files(arguments.images, captioner)
+    stream = open(arguments.output, "w", encoding="utf-8") if arguments.output else sys.stdout  # noqa: SIM115
+    count = 0
+    try:
+        for item, caption in caption_items(captioner, items, arguments.batch_size):
+            record = json.dumps({"file": item.name, "caption": caption}, ensure_ascii=False)
+            print(record if arguments.json else f"{item.name}\t{caption}", file=stream, flush=True)
+            count += 1
+    finally:
+        if stream is not sys.stdout:
+            stream.close()
+    return count
+
+
+def _caption_split(arguments: argparse.Namespace, captioner: Captioner) -> int:
+    corpora = open_corpora(arguments.data, arguments.split)
+    items = items_of_corpora(corpora, arguments.samples, captioner)
+    captioned = list(caption_items(captioner, items, arguments.batch_size))
+    if not captioned:
+        return 0
+    search = f"beam search of width {captioner.beams}" if captioner.beams > 1 else "greedy search"
+    names = ", ".join(f"{corpus.name}/{corpus.manifest.split}" for corpus in corpora)
+    protocol = f"{search.capitalize()}, {len(captioned)} images of {names}, checkpoint {captioner.checkpoint.name}."
+    path = arguments.output or run_of(captioner.checkpoint) / SAMPLES_NAME
+    summary = write_samples(path, captioned, arguments.shown, protocol)
+    if arguments.json:
+        print(json.dumps({"protocol": protocol, **summary}))
+    else:
+        print(protocol)
+        for name, value in summary.items():
+            print(f"  {name.replace('_', ' ')}: {f'{100 * value:.1f} %' if isinstance(value, float) else value}")
+        print(path)
+    return len(captioned)
+
+
+def _parser() -> argparse.ArgumentParser:
+    def positive(text: str) -> int:
+        if not text.isdecimal() or not int(text):
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
+        return int(text)
+
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.generate", description="Caption images with the model of a run.", allow_abbrev=False
+    )
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files to caption")
+    parser.add_argument("--run", type=Path, required=True, help="run folder, or one of its checkpoint folders")
+    parser.add_argument("--data", nargs="+", metavar="DIR", help="caption prepared samples instead of image files")
+    parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")
+    parser.add_argument("--samples", type=positive, default=256, help="how many, spread over the split (default: 256)")
+    parser.add_argument("--shown", type=positive, default=24, help="how many the report shows (default: 24)")
+    parser.add_argument("--beams", type=positive, default=1, help="beam search of this width; 1 is greedy (default)")
+    parser.add_argument("--max-tokens", type=positive, help="longest caption in tokens (default: as in training)")
+    parser.add_argument("--prompt", default="", help="words every caption starts with (needed for released behaviour)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--output", type=Path, help="file to write instead of stdout, or of RUN/samples.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Tests of captioning from a run: files, held-out samples, and everything that can be wrong with either."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.synth import SynthOptions, write_corpora
+from data_prep.tokenizer import train_tokenizer
+from model.build import build_objective
+from pipeline.checkpoint import RunState, save
+from pipeline.command_line import load_config
+from pipeline.generate import load_captioner, main
+from pipeline.ranks import Agreement
+from pipeline.report import write_report
+from pipeline.tokenizer import load_tokenizer
+
+CONFIG = """
+model:
+  vision: {{name: null, image_size: 32, patch_size: 16, width: 16, layers: 2, head_width: 8}}
+  text: {{width: 16, heads: 2, ffn_width: 32, bottom_layers: 1, top_layers: 1, max_positions: 40, dropout: 0.0}}
+data: {{paths: ["{data}"], max_text_length: 20}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with prepared data, a tokenizer and the checkpoint of an untrained model."""
+    folder = tmp_path_factory.mktemp("generate")
+    data = folder / "data"
+    write_corpora(data / "shapes", SynthOptions({"train": 40, "dev": 12, "test": 0}, image_size=32, pair_share=0))
+    train_tokenizer([data / "shapes" / "train"], data / "tokenizer", 300)
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(CONFIG.format(data=data))
+    config = load_config(run)
+    torch.manual_seed(0)
+    vocabulary = load_tokenizer(data / "tokenizer").vocabulary
+    objective = build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
+    state = [(name, {"weight": parameter.detach()}) for name, parameter in objective.named_parameters()]
+    engine = SimpleNamespace(optimizer_steps=1, loss_scale=None, named_state=lambda keep: state)
+    assert save(run, engine, RunState(step=1), 1, Agreement(), True) is not None
+    return run
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (50, 40), "red").save(path)
+    return path
+
+
+def test_caption_files_as_text_and_json(run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--run", str(run), str(image), str(image)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith(f"{image}\t")
+    output = tmp_path / "captions.jsonl"
+    assert main(["--run", str(run), str(image), "--json", "--output", str(output)]) == 0
+    assert json.loads(output.read_text()) == {"file": str(image), "caption": first.split("\t")[1]}
+
+
+def test_beams_prompt_and_length(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--run", str(run), str(image), "--beams", "3", "--max-tokens", "6", "--prompt", "a large"]
+    assert main(options) == 0
+    caption = capsys.readouterr().out.strip().split("\t")[1]
+    assert caption.startswith("a large")
+    captioner = load_captioner(run, torch.device("cpu"), max_tokens=10_000)
+    assert captioner.max_tokens == 18  # max_text_length without <s> and </s>
+
+
+def test_batching_changes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Invariant 5."""
+    files = []
+    for number in range(5):
+        files.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (40, 40), (50 * number, 20, 200 - 30 * number)).save(files[-1])
+    assert main(["--run", str(run), *files, "--batch-size", "5"]) == 0
+    together = capsys.readouterr().out
+    assert main(["--run", str(run), *files, "--batch-size", "2"]) == 0
+    assert capsys.readouterr().out == together
+
+
+def test_unusable_files_are_named_and_the_rest_is_captioned(
+    run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Invariant 8."""
+    empty, text = tmp_path / "empty.jpg", tmp_path / "text.jpg"
+    empty.touch()
+    text.write_text("no image")
+    bad = [str(empty), str(text), str(tmp_path / "absent.jpg"), str(tmp_path)]
+    assert main(["--run", str(run), *bad, str(image)]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    assert [line.split(": ")[0] for line in err.splitlines()] == [f"skipped {path}" for path in bad]
+    assert main(["--run", str(run), *bad]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no usable image"
+
+
+def test_held_out_samples_for_the_report(run: Path, capsys: pytest.CaptureFixture) -> None:
+    data = run.parent / "data"
+    options = ["--run", str(run), "--data", str(data), "--split", "dev", "--samples", "10", "--shown", "4"]
+    assert main(options) == 0
+    assert "exact match: " in capsys.readouterr().out
+    content = json.loads((run / "samples.json").read_text())
+    assert content["summary"]["captions"] == 10 and len(content["samples"]) == 4
+    assert set(content["summary"]) == {"captions", "exact_match", "main_colour_and_shape_share"}
+    sample = content["samples"][0]
+    assert sample["references"] and sample["meta"]["main_colour"]
+    assert len({sample["key"] for sample in content["samples"]}) == 4
+    assert "data:image/jpeg;base64," in write_report(run).read_text()
+    assert main([*options, "--json", "--samples", "1000"]) == 0
+    assert json.loads(capsys.readouterr().out)["captions"] == 12  # the whole split, nothing twice
+
+
+def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    shutil.copytree(run.parent / "data" / "tokenizer", moved / "tokenizer")
+    (moved / "config.yaml").write_text(CONFIG.format(data=tmp_path / "gone"))
+    assert main(["--run", str(moved), str(image)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "RUN"], "give image files or --data DIR"),
+        (["--run", "RUN", "IMAGE", "--data", "DATA"], "give image files or --data DIR"),
+        (["--run", "ABSENT", "IMAGE"], "no valid checkpoint"),
+        (["--run", "RUN", "--data", "DATA", "--split", "nosuch"], "nosuch"),
+        (["--run", "RUN", "IMAGE", "--max-tokens", "1", "--prompt", "a large red circle"], "max_tokens"),
+        (["--run", "RUN", "IMAGE", "--device", "nosuch"], "nosuch"),
+        (["--run", "OTHER", "IMAGE"], "does not fit its config.yaml"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: Path, image: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    if "OTHER" in arguments:
+        shutil.copytree(run, other)
+        config = (run / "config.yaml").read_text()
+        (other / "config.yaml").write_text(config.replace("bottom_layers: 1", "bottom_layers: 2"))
+    places = {"RUN": run, "IMAGE": image, "DATA": run.parent / "data", "ABSENT": tmp_path / "absent", "OTHER": other}
+    assert main([str(places.get(word, word)) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error.filename or args.verb}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing half-written is left; run the same command again", file=sys.stderr)
+        print("interrupted: no half-written split is left; run the same command again", file=sys.stderr)
         return 130
 
 

@@ -79,12 +79,26 @@ def plan_download(work: Path, request: dict[str, Any], rows: Iterable[UrlRow | R
         return Plan(work, stored["urls"], stored["rows_per_part"])
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    try:
+        count = _write_plan(work, rows)
+    except BaseException:  # an unreadable table or Ctrl-C: a half-written plan must not stay
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    # A few parts for each process, but bounded: a part is what a killed run has to repeat.
+    rows_per_part = max(100, min(_MAX_ROWS_PER_PART, -(-count // (4 * processes))))
+    temporary = request_file.with_suffix(".part")
+    temporary.write_text(json.dumps({"request": request, "urls": count, "rows_per_part": rows_per_part}))
+    os.replace(temporary, request_file)
+    return Plan(work, count, rows_per_part)
+
+
+def _write_plan(work: Path, rows: Iterable[UrlRow | Rejection]) -> int:
     count = 0
+    part: list[dict[str, Any]] = []
     with (
         pyarrow.parquet.ParquetWriter(work / "urls.parquet", _SCHEMA) as writer,
         open(work / "rejected.jsonl", "w", encoding="utf-8") as rejected,
     ):
-        part: list[dict[str, Any]] = []
         for row in rows:
             if isinstance(row, Rejection):
                 rejected.write(json.dumps(asdict(row)) + "\n")
@@ -97,12 +111,7 @@ def plan_download(work: Path, request: dict[str, Any], rows: Iterable[UrlRow | R
                 part = []
         if part:
             writer.write_table(pyarrow.Table.from_pylist(part, _SCHEMA))
-    temporary = request_file.with_suffix(".part")
-    # A few parts for each process, but bounded: a part is what a killed run has to repeat.
-    rows_per_part = max(100, min(_MAX_ROWS_PER_PART, -(-count // (4 * processes))))
-    temporary.write_text(json.dumps({"request": request, "urls": count, "rows_per_part": rows_per_part}))
-    os.replace(temporary, request_file)
-    return Plan(work, count, rows_per_part)
+    return count
 
 
 def download(plan: Plan, options: FetchOptions) -> None:

@@ -1,0 +1,181 @@
+"""The border: a manifest is complete and true, or it is refused with one line that says what to do."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_prep.manifest import (
+    Manifest,
+    ManifestError,
+    Shard,
+    find_splits,
+    index_columns,
+    open_index,
+    read_manifest,
+    row_text,
+    write_manifest,
+)
+
+FIELDS = ("image", "text", "meta")
+
+
+def make_split(folder, corpus="c", split="train", fields=FIELDS):
+    folder.mkdir(parents=True)
+    (folder / "00000.tar").write_bytes(b"x" * 1024)
+    np.save(folder / "00000.index.npy", np.zeros((3, 2 * len(fields) + 1), np.int64))
+    shard = Shard("00000.tar", "00000.index.npy", 3, 2, 1024, "a" * 64, "b" * 64)
+    manifest = Manifest(corpus, split, fields, (shard,), {"http_404": 2}, {"source": "test"})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def edit(folder, **changes):
+    content = json.loads((folder / "manifest.json").read_text())
+    content.update(changes)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_round_trip_keeps_everything_and_leaves_no_other_file(tmp_path):
+    manifest = make_split(tmp_path / "train")
+    assert read_manifest(tmp_path / "train") == manifest
+    assert (manifest.rows, manifest.samples, manifest.num_images) == (3, 2, 1)
+    assert sorted(p.name for p in (tmp_path / "train").iterdir()) == ["00000.index.npy", "00000.tar", "manifest.json"]
+
+
+def test_fingerprint_depends_on_what_determines_samples_only(tmp_path):
+    manifest = make_split(tmp_path / "train")
+    same = replace(manifest, provenance={"source": "elsewhere"}, rejected={})
+    assert same.fingerprint() == manifest.fingerprint() == read_manifest(tmp_path / "train").fingerprint()
+    shard = manifest.shards[0]
+    for other in (
+        replace(manifest, corpus="d"),
+        replace(manifest, split="dev"),
+        replace(manifest, shards=(replace(shard, sha256="c" * 64),)),
+        replace(manifest, shards=(replace(shard, index_sha256="c" * 64),)),
+        replace(manifest, shards=(shard, shard)),
+    ):
+        assert other.fingerprint() != manifest.fingerprint()
+
+
+def test_half_written_altered_and_foreign_splits_are_refused(tmp_path):
+    """Invariant 6: a manifest is complete and verified, or it is not there."""
+    folder = tmp_path / "train"
+    make_split(folder)
+
+    def message():
+        with pytest.raises(ManifestError) as caught:
+            read_manifest(folder)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    original = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").unlink()
+    assert "half-written" in message() and "python -m data_prep" in message()
+    (folder / "manifest.json").write_text(original[:100])
+    assert "JSON" in message()
+    (folder / "manifest.json").write_text("[1]")
+    assert "list" in message()
+    for changes, expected in (
+        ({"format_version": 2}, "version 2"),
+        ({"rows": 99}, "add up"),
+        ({"shards": [{}]}, "file"),
+        ({"shards": None}, "manifest.json"),
+        ({"fields": ["image", "sound"]}, "sound"),
+        ({"corpus": 3}, "strings"),
+    ):
+        (folder / "manifest.json").write_text(original)
+        edit(folder, **changes)
+        assert expected in message()
+    (folder / "manifest.json").write_text(original)
+    (folder / "00000.tar").write_bytes(b"x" * 1000)
+    assert "1000 bytes" in message() and "truncated" in message()
+    (folder / "00000.tar").unlink()
+    assert "missing" in message()
+
+
+@pytest.mark.parametrize("name", ["../00000.tar", "/etc/passwd", "..", "", "a\\b", 7])
+def test_a_path_out_of_the_folder_is_refused(tmp_path, name):
+    """Invariant 7: no path out of the folder."""
+    manifest = make_split(tmp_path / "train")
+    shard = {**manifest.shards[0].__dict__, "file": name}
+    edit(tmp_path / "train", shards=[shard])
+    with pytest.raises(ManifestError, match="not a plain file name"):
+        read_manifest(tmp_path / "train")
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    """Invariant 7: no path out of the folder."""
+    make_split(tmp_path / "train")
+    tar = tmp_path / "train" / "00000.tar"
+    tar.rename(tmp_path / "elsewhere.tar")
+    tar.symlink_to(tmp_path / "elsewhere.tar")
+    with pytest.raises(ManifestError, match="link out of the split"):
+        read_manifest(tmp_path / "train")
+
+
+def test_find_splits_in_split_corpus_and_root(tmp_path):
+    for corpus in ("b", "a"):
+        make_split(tmp_path / corpus / "train", corpus)
+    make_split(tmp_path / "a" / "dev", "a", "dev")
+    assert find_splits(tmp_path, "train") == [tmp_path / "a" / "train", tmp_path / "b" / "train"]
+    assert find_splits(tmp_path, "dev") == [tmp_path / "a" / "dev"]
+    assert find_splits(tmp_path / "a", "dev") == [tmp_path / "a" / "dev"]
+    assert find_splits(tmp_path / "a" / "dev", "dev") == [tmp_path / "a" / "dev"]
+    with pytest.raises(ManifestError, match="holds split 'dev'"):
+        find_splits(tmp_path / "a" / "dev", "train")
+
+
+def test_find_splits_passes_over_image_pairs_unless_asked_for_them(tmp_path):
+    make_split(tmp_path / "a" / "train", "a")
+    make_split(tmp_path / "pairs" / "train", "pairs", fields=("image", "image1", "text", "meta"))
+    assert find_splits(tmp_path, "train") == [tmp_path / "a" / "train"]
+    assert find_splits(tmp_path, "train", num_images=2) == [tmp_path / "pairs" / "train"]
+    with pytest.raises(ManifestError, match="1 image"):
+        find_splits(tmp_path / "pairs", "train")
+
+
+def test_nothing_prepared_and_half_written_are_told_apart(tmp_path):
+    with pytest.raises(ManifestError, match="no such folder.*data_prep synth"):
+        find_splits(tmp_path / "nowhere", "train")
+    with pytest.raises(ManifestError, match="not prepared.*data_prep synth"):
+        find_splits(tmp_path, "train")
+    make_split(tmp_path / "a" / "train")
+    (tmp_path / "b" / "train").mkdir(parents=True)
+    (tmp_path / "b" / "train" / "00000.tar").write_bytes(b"")
+    with pytest.raises(ManifestError, match="half-written"):
+        find_splits(tmp_path, "train")
+    with pytest.raises(ManifestError, match="half-written"):
+        find_splits(tmp_path / "b" / "train", "train")
+    (tmp_path / "b").rename(tmp_path / ".b")
+    assert find_splits(tmp_path, "train") == [tmp_path / "a" / "train"]
+
+
+def test_index_layout_and_shape_check(tmp_path):
+    manifest = make_split(tmp_path / "train")
+    columns = index_columns(FIELDS)
+    assert columns.offset == {"image": 0, "text": 2, "meta": 4}
+    assert columns.size == {"image": 1, "text": 3, "meta": 5}
+    assert (columns.caption, columns.width) == (6, 7)
+    assert isinstance(open_index(tmp_path / "train", manifest, manifest.shards[0]), np.memmap)
+    for content in (np.zeros((2, 7), np.int64), np.zeros((3, 7), np.int32)):
+        np.save(tmp_path / "train" / "00000.index.npy", content)
+        with pytest.raises(ManifestError, match="expected int64"):
+            open_index(tmp_path / "train", manifest, manifest.shards[0])
+    np.save(tmp_path / "train" / "00000.index.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ManifestError, match="not a readable index"):
+        open_index(tmp_path / "train", manifest, manifest.shards[0])
+
+
+def test_captions_rule():
+    assert row_text("t", None, 0) == row_text("t", {}, 3) == "t"
+    assert row_text("t", {"captions": ["a", "b"]}, 1) == "b"
+    for arguments in (
+        (None, {}, 0),
+        ("t", {"captions": ["a"]}, 1),
+        ("t", {"captions": [1]}, 0),
+        ("t", {"captions": 5}, 0),
+    ):
+        with pytest.raises(ValueError):
+            row_text(*arguments)

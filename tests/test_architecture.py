@@ -17,12 +17,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RUNGS: dict[str, list[list[str]]] = {
     "model": [
         ["batch", "config", "torchvision_shim"],
-        ["masks", "merge", "behaviour"],
+        ["masks", "merge", "behaviour", "flops"],
         ["layers"],
         ["plan", "vision", "text"],
         ["reconstructor", "heads"],
         ["flm"],
-        ["objectives", "decode", "flops", "weights"],
+        ["objectives", "decode", "weights"],
         ["build"],
     ],
     "data_prep": [
@@ -35,10 +35,10 @@ RUNGS: dict[str, list[list[str]]] = {
     ],
     "pipeline": [
         ["config", "order", "ranks", "preempt", "metrics", "figures", "caption_scores", "tokenizer", "transforms"],
-        ["shard_reader", "optim", "ds_config", "command_line"],
-        ["collate"],
-        ["loader", "engine"],
-        ["checkpoint"],
+        ["shard_reader", "optim", "ds_config", "command_line", "unusable"],
+        ["collate", "engine"],
+        ["datasets", "checkpoint", "meter"],
+        ["loader"],
         ["evaluate", "generate", "report"],
         ["train"],
     ],

@@ -1,6 +1,7 @@
 """The one contract between data and model: every field of a batch with its dtype and shape.
 
-Legend: B samples, I images per sample, R text rows, T padded text length, N packed tokens, Q queries, M targets.
+Legend: B samples, I images per sample, R text rows, T padded text length, N packed states of a stream, Q queries,
+M targets of a term.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ class Batch:
     text: Tensor  # int64 [R, T], pad_id beyond the length
     lengths: Tensor  # int64 [R], real tokens including <s> and </s>
     image_of_row: Tensor  # int64 [R]
-    token_index: Tensor  # int64 [N], flat positions r*T+t of the tokens that are computed
+    l2r_index: Tensor  # int64 [N1], flat positions r*T+t whose state of the l2r stream is computed
+    r2l_index: Tensor  # int64 [N2], the same of the r2l stream
     query_index: Tensor  # int64 [Q], flat positions of the reconstruction queries
-    query_span: Tensor  # int64 [Q, 2], hidden (lo, hi): l2r states < lo and r2l states > hi are read; CLS has (length, -1)
+    query_span: (
+        Tensor  # int64 [Q, 2], hidden (lo, hi): l2r states < lo and r2l states > hi are read; CLS has (length, -1)
+    )
     terms: dict[str, Term]
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
@@ -57,10 +61,7 @@ class Batch:
         return {name: int(term.label.shape[0]) for name, term in self.terms.items()}
 
     def _map(self, function) -> Batch:
-        tensors = {
-            name: function(getattr(self, name))
-            for name in ("images", "text", "lengths", "image_of_row", "token_index", "query_index", "query_span")
-        }
+        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         terms = {name: Term(function(t.position), function(t.label)) for name, t in self.terms.items()}
         return Batch(**tensors, terms=terms, keys=self.keys, problems=self.problems)
 

@@ -1,6 +1,7 @@
 """The FLM network: two text streams over one image, and a reconstructor that reads both (specification section 2).
 
-Legend: B images, R text rows, T padded length, N packed tokens, Q queries, P image tokens, D width.
+Legend: B images, R text rows, T padded length, N1 and N2 states of the l2r and r2l stream, Q queries, P image tokens,
+D width.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model.vision import VisionTower
 
 
 class Features(NamedTuple):
-    """Outputs of the network: ``l2r`` and ``r2l`` [N, D] in the order of the packed tokens, ``queries`` [Q, D]."""
+    """Outputs of the network: ``l2r`` [N1, D] and ``r2l`` [N2, D] in the order of their index, ``queries`` [Q, D]."""
 
     l2r: Tensor
     r2l: Tensor
@@ -58,7 +59,7 @@ class FLM(nn.Module):
         self._reset_text_parameters()
 
     def _reset_text_parameters(self) -> None:
-        """N(0, 0.02) for all but the vision tower; the released reconstructor keeps PyTorch's defaults (section 2.8)."""
+        """N(0, 0.02) for all but the vision tower; the released reconstructor keeps PyTorch's default (section 2.8)."""
         for name, module in self.named_modules():
             if name.startswith("vision") or (self.released and name.startswith("reconstructor")):
                 continue
@@ -78,7 +79,7 @@ class FLM(nn.Module):
     def fuse(self, batch: Batch, images: Tensor) -> Features:
         """The text side, given projected image tokens [B, P, D]."""
         num_rows, num_positions = batch.text.shape
-        grid_index = torch.cat([batch.token_index, batch.token_index + num_rows * num_positions])
+        grid_index = torch.cat([batch.l2r_index, batch.r2l_index + num_rows * num_positions])
         packing = Packing(grid_index, 2 * num_rows, num_positions)
         query_packing = Packing(batch.query_index, num_rows, num_positions)
         stream_masks = masks.released_streams if self.released else masks.causal_streams
@@ -86,9 +87,8 @@ class FLM(nn.Module):
         spans = query_packing.spread(batch.query_span)
         query_mask = masks.reconstructor(batch.lengths, spans, bos_visible=not self.released)[:, None]
 
-        tokens, queries = self._embed(batch)
-        states = F.dropout(torch.cat([tokens, tokens]), self.dropout, self.training)
-        queries = F.dropout(queries, self.dropout, self.training)
+        num_l2r, num_r2l = batch.l2r_index.shape[0], batch.r2l_index.shape[0]
+        states, queries = self._embed(batch).split([num_l2r + num_r2l, batch.query_index.shape[0]])
         skip = len(self.bottom) - len(self.reconstructor_bottom)
         for number, layer in enumerate(self.bottom):
             states = layer(states, packing, mask)
@@ -96,29 +96,27 @@ class FLM(nn.Module):
                 queries = self.reconstructor_bottom[number - skip](queries, query_packing, states, packing, query_mask)
 
         states, queries = self.text_projection(states), self.text_projection(queries)
-        num_tokens = tokens.shape[0]
         l2r_type, r2l_type = self.type_embedding.weight[0], self.stream_embedding.weight[0]
-        states = torch.cat([states[:num_tokens] + l2r_type, states[num_tokens:] + r2l_type])
+        states = torch.cat([states[:num_l2r] + l2r_type, states[num_l2r:] + r2l_type])
         queries = queries + self.stream_embedding.weight[1]
         skip = len(self.top) - len(self.reconstructor_top)
         for number, layer in enumerate(self.top):
             states = layer(states, packing, mask, images, batch.image_of_row)
             if number >= skip:
                 queries = self.reconstructor_top[number - skip](queries, query_packing, states, packing, query_mask)
-        return Features(states[:num_tokens], states[num_tokens:], queries)
+        return Features(states[:num_l2r], states[num_l2r:], queries)
 
-    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embeddings of the packed tokens [N, D] and of the queries [Q, D], by one look-up."""
+    def _embed(self, batch: Batch) -> Tensor:
+        """Embeddings of both streams' states and the queries [N1+N2+Q, D], by one look-up; dropout drawn for each."""
         num_positions = batch.text.shape[1]
-        index = torch.cat([batch.token_index, batch.query_index])
-        position, row = index % num_positions, index // num_positions
-        length = batch.lengths[row]
-        num_tokens = batch.token_index.shape[0]
-        words = batch.text.flatten()[index[:num_tokens]]
+        num_states = batch.l2r_index.shape[0] + batch.r2l_index.shape[0]
+        index = torch.cat([batch.l2r_index, batch.r2l_index, batch.query_index])
+        position, length = index % num_positions, batch.lengths[index // num_positions]
         position = torch.where(position < length, position, -1)
-        query_words = self._query_words(position[num_tokens:], length[num_tokens:])
+        words = batch.text.flatten()[index[:num_states]]
+        query_words = self._query_words(position[num_states:], length[num_states:])
         embedded = self.embedding(torch.cat([words, query_words]), position)
-        return embedded[:num_tokens], embedded[num_tokens:]
+        return F.dropout(embedded, self.dropout, self.training)
 
     def _query_words(self, position: Tensor, length: Tensor) -> Tensor:
         """`<mask>`, `<s>` for the CLS query; the released code gives the last query its true `</s>` (section 2.6)."""
@@ -140,6 +138,7 @@ def _reconstructor_depth(config: ModelConfig) -> tuple[int, int]:
         depths.append(available if wanted is None else wanted)
     if config.text.width % config.text.heads:
         raise ValueError(
-            f"model.text.width {config.text.width} is not a multiple of model.text.heads {config.text.heads}; change either"
+            f"model.text.width {config.text.width} is not a multiple of model.text.heads {config.text.heads};"
+            " change either"
         )
     return depths[0], depths[1]

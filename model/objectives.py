@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.batch import Batch, Planner
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
 from model.flm import FLM, Features
+from model.flops import training_flops
 from model.heads import LanguageModelHead
 from model.plan import FLMPlanner, ReleasedPlanner
 
@@ -25,6 +26,7 @@ class FLMPretraining(nn.Module):
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int):
         super().__init__()
+        self.config = model
         self.net = FLM(model, vocabulary)
         self.lm_head = LanguageModelHead(model.text.width, vocabulary.size)
         nn.init.normal_(self.lm_head.transform.weight, std=0.02)
@@ -76,6 +78,10 @@ class FLMPretraining(nn.Module):
         logits = self.itm_head(self.net.pooler(features.queries[position])).float()
         return F.cross_entropy(logits, label, reduction="none"), logits.argmax(1) == label
 
+    def flops(self, batch: Batch) -> int:
+        """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
+        return training_flops(self.config, self.net.vocabulary.size, batch)
+
     def parameter_group(self, name: str) -> str:
         """Learning-rate group of a parameter: head, cross or rest (specification section 7)."""
         if name.startswith(("lm_head", "itm_head")):
@@ -86,6 +92,6 @@ class FLMPretraining(nn.Module):
     def decays(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay applies: matrices and embedding tables.
 
-        # NOTE release: CLIP's LayerNorm scales and the class embedding are decayed too; here: no vector is, as is usual.
+        # NOTE release: CLIP's LayerNorm scales and class embedding are decayed too; here: no vector is, as is usual.
         """
         return parameter.ndim > 1

@@ -6,7 +6,7 @@ on rank, worker, or the neighbours in the batch. Legend: n a row's length, k = n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,36 +18,31 @@ from model.config import Vocabulary
 LENGTH_MULTIPLE = 8  # T is rounded up to it: few shapes for compiled kernels
 
 
-@dataclass
 class _Lists:
-    """The index lists of a batch while rows are added to it; ``terms`` holds (positions, labels) per term."""
+    """The index lists of a batch while rows are added to it."""
 
-    token_index: list[np.ndarray] = field(default_factory=list)
-    query_index: list[np.ndarray] = field(default_factory=list)
-    query_span: list[np.ndarray] = field(default_factory=list)
-    terms: dict[str, tuple[list, list]] = field(default_factory=dict)
-    num_tokens: int = 0
-    num_queries: int = 0
+    def __init__(self, terms: tuple[str, ...]) -> None:
+        self.cells: dict[str, list[np.ndarray]] = {"l2r": [], "r2l": [], "query": []}
+        self.sizes = dict.fromkeys(self.cells, 0)
+        self.spans: list[np.ndarray] = []
+        self.targets: dict[str, tuple[list, list]] = {name: ([], []) for name in terms}
 
-    def add_tokens(self, first_cell: int, count: int) -> int:
-        """Computes grid cells first_cell .. +count; returns the packed position of the first."""
-        start = self.num_tokens
-        self.token_index.append(np.arange(first_cell, first_cell + count))
-        self.num_tokens += count
-        return start
+    def compute(self, kind: str, cells: np.ndarray) -> np.ndarray:
+        """Has the grid ``cells`` of a stream (or queries) computed; returns their positions in the packed list."""
+        start = self.sizes[kind]
+        self.cells[kind].append(cells)
+        self.sizes[kind] += len(cells)
+        return np.arange(start, self.sizes[kind])
 
-    def add_queries(self, cells: np.ndarray, spans: np.ndarray) -> int:
-        """Runs reconstruction queries at grid ``cells`` with hidden ``spans`` [len, 2]; returns the first's position."""
-        start = self.num_queries
-        self.query_index.append(cells)
-        self.query_span.append(spans)
-        self.num_queries += len(cells)
-        return start
+    def query(self, cells: np.ndarray, spans: np.ndarray) -> np.ndarray:
+        """Runs reconstruction queries at grid ``cells`` with hidden ``spans`` [len, 2]; returns their positions."""
+        self.spans.append(spans)
+        return self.compute("query", cells)
 
-    def add_targets(self, term: str, positions: np.ndarray, labels: np.ndarray) -> None:
-        held = self.terms[term]
-        held[0].append(positions)
-        held[1].append(labels)
+    def predict(self, term: str, positions: np.ndarray, labels: np.ndarray) -> None:
+        held_positions, held_labels = self.targets[term]
+        held_positions.append(positions)
+        held_labels.append(labels)
 
 
 @dataclass(frozen=True)
@@ -67,25 +62,35 @@ class FLMPlanner:
         """images uint8 [B, I, 3, H, W]; rows 0..B-1 read images 0..B-1, further rows are negatives."""
         num_positions = _padded_length(max(len(row.token_ids) for row in rows))
         contrasted = {row.image for row in rows if row.role == "negative"}
-        lists = _Lists(terms={name: ([], []) for name in ("flm", "l2r", "r2l", "itm")})
+        lists = _Lists(("flm", "l2r", "r2l", "itm"))
         for number, row in enumerate(rows):
-            first_cell, length = number * num_positions, len(row.token_ids)
-            start = lists.add_tokens(first_cell, length)
-            if row.role == "pair":
-                self._add_language_targets(lists, row, first_cell, start)
+            first_cell = number * num_positions
             if row.role == "negative" or (row.role == "pair" and row.image in contrasted):
-                query = lists.add_queries(np.array([first_cell]), np.array([[length, -1]]))
-                lists.add_targets("itm", np.array([query]), np.array([int(row.role == "pair")]))
+                self._match(lists, row, first_cell)
+            if row.role == "pair":
+                self._predict_words(lists, row, first_cell, all_states=row.image in contrasted)
         return _assemble(images, rows, num_positions, self.vocabulary, lists)
 
-    def _add_language_targets(self, lists: _Lists, row: Row, first_cell: int, start: int) -> None:
+    def _match(self, lists: _Lists, row: Row, first_cell: int) -> None:
+        """The CLS query of a row says whether the caption belongs to the image; a pair's states are computed anyway."""
+        length = len(row.token_ids)
+        position = lists.query(np.array([first_cell]), np.array([[length, -1]]))
+        lists.predict("itm", position, np.array([int(row.role == "pair")]))
+        if row.role == "negative":
+            lists.compute("l2r", first_cell + np.arange(length))
+            lists.compute("r2l", first_cell + np.arange(length))
+
+    def _predict_words(self, lists: _Lists, row: Row, first_cell: int, all_states: bool) -> None:
+        """Targets of a pair. Without a CLS query nobody reads the l2r state of `</s>`, nor r2l's of `<s>` and w1."""
         ids, length = np.array(row.token_ids), len(row.token_ids)
         words = np.arange(1, length - 1)
+        l2r_stop, r2l_start = (length, 0) if all_states else (length - 1, 2)
+        l2r = lists.compute("l2r", first_cell + np.arange(l2r_stop))
+        r2l = lists.compute("r2l", first_cell + np.arange(r2l_start, length))
         spans = uniform_spans(length, self.corruption_rate, row_generator(row.seed))
-        first_query = lists.add_queries(first_cell + words, spans)
-        lists.add_targets("flm", first_query + words - 1, ids[words])
-        lists.add_targets("l2r", start + np.arange(length - 1), ids[1:])
-        lists.add_targets("r2l", start + words + 1, ids[words])
+        lists.predict("flm", lists.query(first_cell + words, spans), ids[words])
+        lists.predict("l2r", l2r[: length - 1], ids[1:])
+        lists.predict("r2l", r2l[2 - r2l_start :], ids[words])
 
 
 @dataclass(frozen=True)
@@ -106,23 +111,23 @@ class ReleasedPlanner:
         """As :class:`FLMPlanner`; the first pad of a padded row is computed too, the r2l loss reads its state."""
         longest = max(len(row.token_ids) for row in rows)
         num_positions = _padded_length(min(longest + 1, self.max_text_length))
-        lists = _Lists(terms={name: ([], []) for name in ("flm", "l2r", "r2l")})
+        lists = _Lists(("flm", "l2r", "r2l"))
         for number, row in enumerate(rows):
-            first_cell, length = number * num_positions, len(row.token_ids)
-            padded = length < self.max_text_length
-            start = lists.add_tokens(first_cell, length + int(padded))
-            if row.role != "pair":
-                continue
-            ids, targets = np.array(row.token_ids), np.arange(1, length)
-            generator = row_generator(row.seed)
-            spans = centred_spans(length, self.max_text_length, self.corruption_rate, generator)
-            seen = (spans[:, 0] > 1) | (spans[:, 1] < length - 1)
-            first_query = lists.add_queries((first_cell + targets)[seen], spans[seen])
-            lists.add_targets("flm", first_query + np.arange(seen.sum()), ids[targets[seen]])
-            lists.add_targets("l2r", start + targets[:-1], ids[2:])
-            from_states = np.arange(2, length + int(padded))
-            lists.add_targets("r2l", start + from_states, ids[from_states - 1])
+            if row.role == "pair":
+                self._predict_words(lists, row, number * num_positions)
         return _assemble(images, rows, num_positions, self.vocabulary, lists)
+
+    def _predict_words(self, lists: _Lists, row: Row, first_cell: int) -> None:
+        ids, length = np.array(row.token_ids), len(row.token_ids)
+        stop = min(length + 1, self.max_text_length)  # one past the states: the first pad is among them
+        l2r = lists.compute("l2r", first_cell + np.arange(stop))
+        r2l = lists.compute("r2l", first_cell + np.arange(stop))
+        targets = np.arange(1, length)
+        spans = centred_spans(length, self.max_text_length, self.corruption_rate, row_generator(row.seed))
+        seen = (spans[:, 0] > 1) | (spans[:, 1] < length - 1)
+        lists.predict("flm", lists.query((first_cell + targets)[seen], spans[seen]), ids[targets[seen]])
+        lists.predict("l2r", l2r[targets[:-1]], ids[2:])
+        lists.predict("r2l", r2l[2:], ids[np.arange(1, stop - 1)])
 
 
 def row_generator(seed: int) -> np.random.Generator:
@@ -188,10 +193,11 @@ def _assemble(images: Tensor, rows: list[Row], num_positions: int, vocabulary: V
         text=torch.from_numpy(text),
         lengths=torch.tensor([len(row.token_ids) for row in rows]),
         image_of_row=torch.tensor([row.image for row in rows]),
-        token_index=_joined(lists.token_index),
-        query_index=_joined(lists.query_index),
-        query_span=_joined(lists.query_span).view(-1, 2),
-        terms={name: Term(_joined(held[0]), _joined(held[1])) for name, held in lists.terms.items()},
+        l2r_index=_joined(lists.cells["l2r"]),
+        r2l_index=_joined(lists.cells["r2l"]),
+        query_index=_joined(lists.cells["query"]),
+        query_span=_joined(lists.spans).view(-1, 2),
+        terms={name: Term(*map(_joined, held)) for name, held in lists.targets.items()},
     )
 
 

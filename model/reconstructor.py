@@ -24,6 +24,6 @@ class ReconstructorLayer(nn.Module):
     def forward(
         self, queries: Tensor, query_packing: Packing, streams: Tensor, packing: Packing, mask: Tensor
     ) -> Tensor:
-        """queries [Q, D], streams [S, D] (outputs of the text layer it belongs to), mask bool [R, 1, T, 2T] -> [Q, D]."""
+        """queries [Q, D], streams [S, D] (outputs of its text layer), mask bool [R, 1, T, 2T] -> [Q, D]."""
         update = self.cross_attention.to_streams(queries, query_packing, streams, packing, mask)
         return self.ffn(self.cross_residual(update, queries))

@@ -59,8 +59,5 @@ class TopLayer(nn.Module):
     def forward(self, states: Tensor, packing: Packing, mask: Tensor, images: Tensor, image_of_row: Tensor) -> Tensor:
         """states [S, D], mask bool [rows, 1, T, T], images [B, P, D], image_of_row int64 [R] -> [S, D]."""
         states = self.residual(self.attention(states, packing, mask), states)
-        states = self.cross_residual(
-            self.cross_attention.to_images(states, packing, images, image_of_row), states
-        )
+        states = self.cross_residual(self.cross_attention.to_images(states, packing, images, image_of_row), states)
         return self.ffn(states)
-

@@ -44,7 +44,7 @@ class VisionTower(nn.Module):
         self.ln_pre = nn.LayerNorm(width, eps=1e-5)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(num_blocks))
         self.ln_post = nn.LayerNorm(width, eps=1e-5)
-        # In millionths, as integers: a module cast to bf16 has its float buffers rounded to 8 bits, these it leaves alone.
+        # In millionths, as integers: casting a module to bf16 rounds its float buffers to 8 bits, integers it leaves.
         statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD], dtype=torch.float64) * 255e6
         self.register_buffer("statistics", statistics.round().long().view(2, 3, 1, 1), persistent=False)
         self.reset_parameters()
@@ -144,7 +144,9 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
     """
     source = round((table.shape[0] - 1) ** 0.5)
     if source * source + 1 != table.shape[0]:
-        raise ValueError(f"position table has {table.shape[0]} rows, expected 1 + a square; is this a ViT with a class token?")
+        raise ValueError(
+            f"position table has {table.shape[0]} rows, expected 1 + a square; is this a ViT with a class token?"
+        )
     if source == grid:
         return table
     square = table[1:].float().T.reshape(1, -1, source, source)

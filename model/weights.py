@@ -145,7 +145,9 @@ def import_released(objective: nn.Module, state: Mapping[str, Tensor]) -> Import
             dead.append(key)
         elif first != key and first in consumed:
             if not torch.equal(state[key], state[first]):
-                raise ValueError(f"checkpoint key {key} differs from {first}, which released models share; wrong layout?")
+                raise ValueError(
+                    f"checkpoint key {key} differs from {first}, which released models share; wrong layout?"
+                )
             aliased[key] = first
         else:
             unknown.append(key)
@@ -183,8 +185,8 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"model.vision.pretrained {config.pretrained!r} is neither a file nor a tag of {config.name} that can be"
-                f" fetched ({reason}); give a local weights file, or null for random initialisation"
+                f"model.vision.pretrained {config.pretrained!r} is neither a file nor a tag of {config.name} that can"
+                f" be fetched ({reason}); give a local weights file, or null for random initialisation"
             ) from error
         state = clip.state_dict()
     visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
@@ -212,8 +214,8 @@ def load_text(net: nn.Module, config: TextConfig) -> list[str]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model.text.pretrained {config.pretrained!r} can't be loaded ({reason}); give a folder with a RoBERTa model"
-            " in safetensors, or null for random initialisation"
+            f"model.text.pretrained {config.pretrained!r} can't be loaded ({reason}); give a folder with a RoBERTa"
+            " model in safetensors, or null for random initialisation"
         ) from error
     state = roberta.state_dict()
     half = nn.ModuleDict({"embedding": net.embedding, "bottom": net.bottom})
@@ -232,8 +234,8 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here; all mean that the file can't be used
         raise ValueError(
-            f"{path} is not a plain weights file ({type(error).__name__}); expected safetensors or a state dict saved by"
-            " torch.save"
+            f"{path} is not a plain weights file ({type(error).__name__}); expected safetensors or a state dict saved"
+            " by torch.save"
         ) from error
     return loaded.get("state_dict", loaded)
 

@@ -1,0 +1,51 @@
+"""Analytic cost of a batch in multiply-accumulates, part by part.
+
+A linear layer of [m, k] x [k, n] costs m*k*n; attention of q queries on t keys of total width D costs 2*q*t*D, counted
+over the padded grid, as it runs. Training costs three times the forward pass (two products per product in backward),
+so FLOPs = 2 * 3 * MACs; recomputation (vocabulary logits) is not model work and not counted.
+"""
+
+from __future__ import annotations
+
+from model.batch import Batch
+from model.config import ModelConfig
+
+
+def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch) -> dict[str, int]:
+    """Multiply-accumulates of one forward pass of FLM (vision sizes resolved), by part of the model."""
+    text, vision = config.text, config.vision
+    width, ffn = text.width, 2 * text.width * text.ffn_width
+    num_images, (num_rows, length) = batch.images.shape[0], batch.text.shape
+    states, queries = batch.l2r_index.shape[0] + batch.r2l_index.shape[0], batch.query_index.shape[0]
+    patches = (vision.image_size // vision.patch_size) ** 2
+    image_tokens = patches + 1
+    square = width * width
+
+    blocks = vision.layers - int(vision.drop_last_block)
+    vision_linear = image_tokens * (4 * vision.width**2 + 2 * vision.width * int(vision.width * vision.mlp_ratio))
+    vision_block = vision_linear + 2 * image_tokens**2 * vision.width
+    embedding = patches * 3 * vision.patch_size**2 * vision.width
+
+    self_attention = states * 4 * square + 2 * num_rows * 2 * length * length * width
+    image_attention = (
+        states * 2 * square + num_images * image_tokens * 2 * square + 2 * num_rows * 2 * length * image_tokens * width
+    )
+    reconstruction = queries * (2 * square + ffn) + states * 2 * square + 2 * num_rows * length * 2 * length * width
+    rb, rt = config.reconstructor.bottom_layers, config.reconstructor.top_layers
+    layers = (text.bottom_layers if rb is None else rb) + (text.top_layers if rt is None else rt)
+    language_targets = sum(count for name, count in batch.counts.items() if name != "itm")
+    return {
+        "vision": num_images * (embedding + blocks * vision_block),
+        "bottom_text": text.bottom_layers * (self_attention + states * ffn),
+        "top_text": text.top_layers * (self_attention + image_attention + states * ffn)
+        + (states + queries) * square
+        + num_images * image_tokens * vision.width * width,
+        "reconstructor": layers * reconstruction,
+        "lm_head": language_targets * (square + width * vocabulary_size),
+        "matching": batch.counts.get("itm", 0) * (square + 2 * width),
+    }
+
+
+def training_flops(config: ModelConfig, vocabulary_size: int, batch: Batch) -> int:
+    """Floating-point operations of forward and backward."""
+    return 6 * sum(forward_macs(config, vocabulary_size, batch).values())

@@ -1,0 +1,30 @@
+"""The analytic cost against PyTorch's own operation counter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.flops import forward_macs
+from tests.tiny_flm import VOCABULARY, caption, images, pair_rows, tiny_flm
+
+
+def plain_attention(query, key, value, attn_mask=None, dropout_p=0.0):
+    """The definition, in products that the counter knows on every device."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    return scores.softmax(-1) @ value
+
+
+def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch):
+    """Within 1 %; FlopCounterMode counts two operations per multiply-accumulate."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
+    objective = tiny_flm(corruption_rate=0.3)
+    batch = objective.planner(images(3), pair_rows([caption(5), caption(9), caption(2)]))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        objective(batch)
+    expected = 2 * sum(forward_macs(objective.config, VOCABULARY.size, batch).values())
+    assert abs(counter.get_total_flops() / expected - 1) < 0.01
+    assert objective.flops(batch) == 3 * expected

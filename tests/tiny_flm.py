@@ -1,0 +1,49 @@
+"""A tiny FLM and rows to feed it, for tests."""
+
+from __future__ import annotations
+
+import torch
+
+from model.batch import Row
+from model.build import build_objective
+from model.config import ModelConfig, ObjectiveConfig, ReconstructorConfig, TextConfig, VisionConfig, Vocabulary
+
+VOCABULARY = Vocabulary(size=61, bos_id=0, pad_id=1, eos_id=2, mask_id=60)
+MAX_TEXT_LENGTH = 24
+
+
+def tiny_config(behaviour: str = "default", dropout: float = 0.0, **reconstructor) -> ModelConfig:
+    return ModelConfig(
+        behaviour=behaviour,
+        vision=VisionConfig(name=None, image_size=32, patch_size=16, width=32, layers=3, head_width=16),
+        text=TextConfig(
+            width=32, heads=2, ffn_width=64, bottom_layers=2, top_layers=2, max_positions=40, dropout=dropout
+        ),
+        reconstructor=ReconstructorConfig(**reconstructor),
+    )
+
+
+def tiny_flm(behaviour: str = "default", seed: int = 0, spread: float = 8.0, **objective) -> torch.nn.Module:
+    """An eval-mode objective whose weights are large enough that outputs depend visibly on their inputs."""
+    torch.manual_seed(seed)
+    built = build_objective(tiny_config(behaviour), ObjectiveConfig(**objective), VOCABULARY, MAX_TEXT_LENGTH)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if parameter.ndim > 1 and "vision" not in name:
+                parameter.mul_(spread)
+    return built.eval()
+
+
+def caption(num_words: int, seed: int = 0) -> list[int]:
+    """Token ids `<s> w1 .. wk </s>` of random words."""
+    generator = torch.Generator().manual_seed(seed)
+    return [0, *torch.randint(3, 60, (num_words,), generator=generator).tolist(), 2]
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 1, 3, 32, 32), generator=generator, dtype=torch.uint8)
+
+
+def pair_rows(captions: list[list[int]]) -> list[Row]:
+    return [Row(ids, number, seed=1000 + number) for number, ids in enumerate(captions)]

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         verb_parsers[args.verb].error(_unknown_option(unknown[0], verb_parsers[args.verb]))
     # A batch system's SIGTERM must clean up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return VERBS[args.verb][2](args)
     except (PrepError, ManifestError) as error:
@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: no half-written split is left; run the same command again", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:

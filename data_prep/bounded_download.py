@@ -71,13 +71,10 @@ def _read(key, response, deadline, max_bytes):
 def main(options_file: str) -> None:
     """Run img2dataset with the options of a JSON file; ``max_image_bytes`` is ours, the others its own."""
     options = json.loads(Path(options_file).read_text())
-    # Taken from its importable module, not from __main__, so that the worker processes can unpickle it.
-    from data_prep.bounded_download import BoundedDownloader as importable
-
-    importable.max_bytes = options.pop("max_image_bytes")
+    BoundedDownloader.max_bytes = options.pop("max_image_bytes")
     # By name: the package overwrites its attribute `main` by a function.
     img2dataset_main = importlib.import_module("img2dataset.main")
-    img2dataset_main.Downloader = importable
+    img2dataset_main.Downloader = BoundedDownloader
     img2dataset_main.download(**options)
 
 

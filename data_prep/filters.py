@@ -130,7 +130,7 @@ def _open(content: bytes, limits: Limits) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UnusableImage("not_an_image", f"starts with {content[:12]!r}") from error
     except _DECODE_ERRORS as error:
-        raise UnusableImage("undecodable_image", str(error)) from error
+        raise _damage(error) from error
     width, height = image.size
     if width * height > limits.max_pixels:
         raise UnusableImage("too_many_pixels", f"{width}x{height}")
@@ -150,9 +150,13 @@ def _decode(image: Image.Image, content: bytes, limits: Limits) -> tuple[bytes, 
             return content, extension
         return _as_jpeg(image, limits.image_size if shrink else None), "jpg"
     except _DECODE_ERRORS as error:
-        message = str(error)
-        truncated = any(word in message for word in ("truncated", "end of file", "Truncated"))
-        raise UnusableImage("truncated_image" if truncated else "undecodable_image", message) from error
+        raise _damage(error) from error
+
+
+def _damage(error: BaseException) -> UnusableImage:
+    message = str(error)
+    ends_early = isinstance(error, EOFError) or re.search("truncated|end of file", message, re.IGNORECASE)
+    return UnusableImage("truncated_image" if ends_early else "undecodable_image", message)
 
 
 def _as_jpeg(image: Image.Image, shorter_side: int | None) -> bytes:

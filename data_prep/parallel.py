@@ -8,7 +8,10 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from data_prep.record import PrepError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,7 +20,10 @@ Result = TypeVar("Result")
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, chunk_size: int = 32
 ) -> Iterator[Result]:
-    """``map(function, items)`` in ``workers`` processes; ``function`` must pickle. One worker means this process."""
+    """``map(function, items)`` in ``workers`` processes; ``function`` must pickle. One worker means this process.
+
+    Raises PrepError when a worker dies.
+    """
     if workers <= 1:
         yield from map(function, items)
         return
@@ -33,6 +39,8 @@ def ordered_map(
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise PrepError("a worker process died (out of memory?); give fewer --workers") from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

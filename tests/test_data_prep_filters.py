@@ -92,6 +92,7 @@ def test_unusable_images_by_reason():
     assert reason(b"<html>404</html>") == "not_an_image"
     assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not_an_image"
     assert reason(jpeg[: len(jpeg) // 2]) == "truncated_image"
+    assert reason(encode(size=(32, 32))[:300]) == "truncated_image"  # ends within its header
     assert reason(png[: len(png) // 2]) == "truncated_image"
     assert reason(png[:60] + b"\0" * 30 + png[90:]) in ("undecodable_image", "truncated_image")
     assert reason(jpeg[:8]) in ("not_an_image", "undecodable_image", "truncated_image")

@@ -14,6 +14,7 @@ from PIL import Image
 from data_prep.filters import Limits
 from data_prep.info import all_splits, describe_split, format_table, row_texts
 from data_prep.manifest import index_columns, open_index, read_manifest, row_text
+from data_prep.parallel import ordered_map
 from data_prep.prepare import fill_split
 from data_prep.record import LowYieldError, PrepError, Record, Rejection
 from data_prep.shard_writer import SplitWriter
@@ -206,3 +207,12 @@ def test_verify_notices_undecodable_images_and_hostile_members(tmp_path):
         writer.add(Record("twice", (jpeg(),), ("a",), {}, ("jpg",)))
     text = "\n".join(verify_split(folder, Limits(), 1).problems)
     assert "not_an_image" in text and "unsafe name" in text and "'twice.jpg' occurs 2 times" in text
+
+
+def die(item):
+    os._exit(9)
+
+
+def test_a_dead_worker_is_an_error_and_not_a_hang():
+    with pytest.raises(PrepError, match="worker process died"):
+        list(ordered_map(die, range(3), workers=2))

@@ -1,0 +1,123 @@
+"""How one position of a stream becomes a decoded, tokenised item: for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.collate import Item, clean_caption
+from pipeline.order import SampleOrder, mix_words, sample_seed
+from pipeline.shard_reader import Corpus
+from pipeline.tokenizer import TextTokenizer
+from pipeline.transforms import ClipTransform, UnusableSample, decode_image
+
+_NEGATIVE_TRIES = 8
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Reads, decodes, resizes and tokenises one sample; everything random comes from the seed it is given."""
+
+    corpora: Sequence[Corpus]
+    tokenizer: TextTokenizer
+    transform: ClipTransform
+    max_text_length: int
+    negative_share: float
+    full_stop: bool
+    max_pixels: int
+    draft_size: int | None
+
+    def item(self, corpus: int, index: int, seed: int, image_index: int | None = None) -> Item:
+        """Row ``index`` of a corpus, with the image of row ``image_index`` if given; a placeholder if unusable."""
+        try:
+            sample = self.corpora[corpus].read(index)
+            encoded = sample.images if image_index is None else self.corpora[corpus].read(image_index).images
+            text = clean_caption(sample.text, self.full_stop)
+            if not text:
+                raise UnusableSample(sample.key, "empty caption")
+            images = [
+                self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size)) for data in encoded
+            ]
+        except UnusableSample as error:
+            vocabulary = self.tokenizer.vocabulary
+            return Item(error.key, seed, (), [vocabulary.bos_id, vocabulary.eos_id], None, error.reason)
+        own = [text, *(clean_caption(c, self.full_stop) for c in sample.meta.get("captions", ()) if isinstance(c, str))]
+        return Item(sample.key, seed, images, self._encode(text), self._negative(corpus, index, seed, own))
+
+    def _negative(self, corpus: int, index: int, seed: int, own: list[str]) -> list[int] | None:
+        """For a share of samples the caption of another row of the corpus, unlike every caption of this sample."""
+        if mix_words(seed, "has negative") >= self.negative_share * 2**64:
+            return None
+        for attempt in range(_NEGATIVE_TRIES):
+            other = mix_words(seed, "negative", attempt) % len(self.corpora[corpus])
+            if other == index:
+                continue
+            try:
+                text = clean_caption(self.corpora[corpus].read_text(other), self.full_stop)
+            except UnusableSample:
+                continue  # counted when its own turn comes
+            if text and text not in own:
+                return self._encode(text)
+        return None  # all captions drawn are this sample's own
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, self.max_text_length)
+
+
+@dataclass(frozen=True)
+class TrainDataset:
+    """Positions of the training stream to items."""
+
+    reader: SampleReader
+    order: SampleOrder
+    seed: int
+
+    def __getitem__(self, position: int) -> Item:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Item]:
+        places = zip(*(column.tolist() for column in self.order.at_many(positions)))
+        return [self.reader.item(c, i, sample_seed(self.seed, epoch, c, i)) for c, i, epoch in places]
+
+
+@dataclass(frozen=True)
+class EvalDataset:
+    """Positions of a fixed, evenly spaced choice of ``max_samples`` rows (null: all) to items, seeded as in epoch 0.
+
+    ``shuffle_images`` pairs each text with the image half the corpus's choice away: nobody keeps the own image, and the
+    other captions of an image, which stand beside it, do not either.
+    """
+
+    reader: SampleReader
+    seed: int
+    max_samples: int | None = None
+    shuffle_images: bool = False
+    _chosen: list[np.ndarray] = field(init=False)  # per corpus, row numbers
+
+    def __post_init__(self) -> None:
+        ends = np.cumsum([len(corpus) for corpus in self.reader.corpora])
+        total = int(ends[-1])
+        count = total if self.max_samples is None else min(self.max_samples, total)
+        if count < 1:
+            raise ValueError(f"{count} samples to evaluate: expected at least 1")
+        rows = np.arange(count) * total // count
+        split = np.split(rows, np.searchsorted(rows, ends[:-1]))
+        chosen = [part - (end - len(corpus)) for part, end, corpus in zip(split, ends, self.reader.corpora)]
+        if self.shuffle_images and any(len(part) == 1 for part in chosen):
+            raise ValueError("one sample of a corpus to evaluate: shuffled images need at least 2 of each")
+        object.__setattr__(self, "_chosen", chosen)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._chosen)
+
+    def __getitem__(self, position: int) -> Item:
+        corpus = 0
+        while position >= len(self._chosen[corpus]):
+            position -= len(self._chosen[corpus])
+            corpus += 1
+        part = self._chosen[corpus]
+        index = int(part[position])
+        image_index = int(part[(position + len(part) // 2) % len(part)]) if self.shuffle_images else None
+        return self.reader.item(corpus, index, sample_seed(self.seed, 0, corpus, index), image_index)

@@ -232,7 +232,7 @@ def figures(run: Run) -> Iterable[Figure | None]:
         ("Waiting for data", "share of the step time", lambda n: "data_wait" in n),
         ("Model FLOP/s utilisation", "share of the device's dense peak", lambda n: "mfu" in n),
         ("Memory", "peak, GiB per rank", lambda n: "memory" in n or n.endswith("_gib")),
-        ("Unusable samples", "so far", lambda n: "bad_samples" in n or "skipped" in n),
+        ("Trouble", "unusable samples and skipped steps so far", lambda n: "unusable" in n or "skipped" in n),
     ):
         yield _figure(title, note, run.train, [name for name in _names(run.train) if accept(name)], from_zero=True)
 

@@ -201,3 +201,36 @@ def fail(error: ValueError, is_main: bool = True) -> int:
     if is_main:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def weighted_paths(data: DataConfig) -> list[tuple[Path, float | None]]:
+    """(folder, weight or None) of each entry DIR or DIR:WEIGHT of ``data.paths``."""
+    result: list[tuple[Path, float | None]] = []
+    for entry in data.paths:
+        folder, _, tail = entry.rpartition(":")
+        if not folder or Path(entry).exists():
+            result.append((Path(entry), None))
+            continue
+        try:
+            weight = float(tail)
+        except ValueError:
+            result.append((Path(entry), None))
+            continue
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"data.paths: {entry}: found weight {tail}, expected a number above 0")
+        result.append((Path(folder), weight))
+    return result
+
+
+def tokenizer_source(data: DataConfig) -> str | Path:
+    """``data.tokenizer``, or the folder ``tokenizer`` in or above the first data path."""
+    if data.tokenizer:
+        return data.tokenizer
+    first = weighted_paths(data)[0][0]
+    for folder in (first, first.resolve().parent, first.resolve().parent.parent):
+        if (folder / "tokenizer").is_dir():
+            return folder / "tokenizer"
+    raise ConfigError(
+        f"{first / 'tokenizer'}: no such folder; run `python -m data_prep tokenizer`, or name a Hugging Face "
+        "tokenizer by --data.tokenizer roberta-base"
+    )

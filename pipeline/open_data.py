@@ -1,0 +1,147 @@
+"""Opens the data that a configuration names: corpora, tokenizer, sample order and loaders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data_prep.manifest import ManifestError, find_splits
+from model.batch import Batch, Planner
+from pipeline.collate import Item, collate
+from pipeline.config import Config, ConfigError, tokenizer_source, weighted_paths
+from pipeline.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
+from pipeline.order import SampleOrder
+from pipeline.ranks import Place
+from pipeline.shard_reader import Corpus, open_corpora
+from pipeline.tokenizer import TextTokenizer, load_tokenizer
+
+MAX_EVAL_WORKERS = 2
+
+
+@dataclass
+class TrainingData:
+    """Training corpora with their shares (None: by size), held-out corpora and the tokenizer."""
+
+    corpora: list[Corpus]
+    weights: list[float] | None
+    held_out: list[Corpus]
+    tokenizer: TextTokenizer
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Changes when the sequence of samples or their tokens would."""
+        return {
+            "corpora": [corpus.fingerprint for corpus in self.corpora],
+            "weights": self.weights,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+
+def open_training_data(config: Config) -> TrainingData:
+    """Open everything once, checking sizes; raises ValueError in one line for what is missing or does not fit."""
+    tokenizer = load_tokenizer(tokenizer_source(config.data))
+    corpora: list[Corpus] = []
+    weights: list[float] = []
+    weighted = weighted_paths(config.data)
+    for path, weight in weighted:
+        found = open_corpora([path], config.data.train_split)
+        total = sum(len(corpus) for corpus in found)
+        corpora += found
+        weights += [(1.0 if weight is None else weight) * len(corpus) / total for corpus in found]
+    folders = [corpus.split_dir.resolve() for corpus in corpora]
+    if len(set(folders)) < len(folders):
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
+        raise ConfigError(f"data.paths names {twice} twice; name it once with a weight (DIR:WEIGHT)")
+    samples = sum(len(corpus) for corpus in corpora)
+    if samples < config.optim.batch_size:
+        raise ConfigError(
+            f"the training data has {samples} samples, fewer than one batch of optim.batch_size "
+            f"{config.optim.batch_size}; use a smaller batch or prepare more data"
+        )
+    explicit = any(weight is not None for _, weight in weighted)
+    return TrainingData(corpora, weights if explicit else None, open_held_out(config), tokenizer)
+
+
+def open_held_out(config: Config) -> list[Corpus]:
+    """The corpora of ``data.eval_split``; paths without that split are passed over, half-written ones refused."""
+    split = config.data.eval_split
+    if split is None:
+        return []
+    found: list[Corpus] = []
+    for path, _ in weighted_paths(config.data):
+        try:
+            find_splits(path, split)
+        except ManifestError:
+            if (path / split).exists() or any(path.glob(f"*/{split}")):
+                raise
+            continue
+        found += open_corpora([path], split)
+    return found
+
+
+def train_loader(
+    config: Config, data: TrainingData, planner: Planner, place: Place, accumulation: int, start_step: int, pin: bool
+) -> BatchLoader:
+    """This rank's micro-batches from step ``start_step`` to the last, ``accumulation`` per step."""
+    sizes = [len(corpus) for corpus in data.corpora]
+    return build_train_loader(
+        data.corpora,
+        SampleOrder(sizes, config.train.seed, data.weights),
+        planner,
+        data.tokenizer,
+        image_size=config.model.vision.image_size,
+        max_text_length=config.data.max_text_length,
+        micro_batch=config.optim.micro_batch_size,
+        accumulation=accumulation,
+        rank=place.rank,
+        world=place.world_size,
+        start_step=start_step,
+        num_steps=config.train.steps,
+        seed=config.train.seed,
+        options=_options(config, pin),
+    )
+
+
+def eval_loader(
+    config: Config,
+    corpora: list[Corpus],
+    tokenizer: TextTokenizer,
+    planner: Planner,
+    place: Place,
+    pin: bool,
+    shuffle_images: bool,
+) -> BatchLoader:
+    """Each held-out sample once over all ranks, with its own image or with another sample's."""
+    options = _options(config, pin)
+    return build_eval_loader(
+        corpora,
+        planner,
+        tokenizer,
+        image_size=config.model.vision.image_size,
+        max_text_length=config.data.max_text_length,
+        batch_size=config.optim.micro_batch_size,
+        rank=place.rank,
+        world=place.world_size,
+        seed=config.train.seed,
+        options=replace(options, num_workers=min(options.num_workers, MAX_EVAL_WORKERS)),
+        max_samples=config.train.eval_samples,
+        shuffle_images=shuffle_images,
+    )
+
+
+def placeholder_batch(config: Config, tokenizer: TextTokenizer, planner: Planner) -> Batch:
+    """A batch without targets, for a rank that has run dry while others still compute together."""
+    words = [tokenizer.vocabulary.bos_id, tokenizer.vocabulary.eos_id]
+    return collate([Item("placeholder", 0, (), words, None, "placeholder")], planner, config.model.vision.image_size)
+
+
+def _options(config: Config, pin: bool) -> LoaderOptions:
+    data = config.data
+    return LoaderOptions(
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        pin_memory=pin,
+        timeout_seconds=data.timeout_seconds,
+        max_pixels=data.max_pixels,
+        fast_decode=data.fast_decode,
+    )

@@ -1,0 +1,191 @@
+"""Builds everything a run needs from its launch: device, engine, data, writers, and the state it continues from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.batch import Batch
+from model.build import build_objective
+from model.flops import training_flops
+from model.vision import resolve_sizes
+from pipeline import checkpoint
+from pipeline.checkpoint import RunState
+from pipeline.command_line import Launch
+from pipeline.config import Config, ConfigError, save_config, to_plain, tokenizer_source
+from pipeline.ds_config import Device, read_ds_config, resolve
+from pipeline.engine import TrainEngine, prepare_deepspeed
+from pipeline.environment import describe_environment
+from pipeline.metrics import MetricsWriter
+from pipeline.open_data import TrainingData, eval_loader, open_training_data, placeholder_batch, train_loader
+from pipeline.preempt import StopRequest
+from pipeline.ranks import Agreement, Place
+from pipeline.unusable import UnusableSamples
+
+
+@dataclass
+class Session:
+    """What the training loop works with."""
+
+    config: Config
+    output: Path
+    place: Place
+    agreement: Agreement
+    stop: StopRequest
+    engine: TrainEngine
+    state: RunState
+    batches: Any  # BatchLoader of this rank's micro-batches from state.step on
+    eval_loaders: tuple[Any, Any] | None  # own images, shuffled images
+    placeholder: Batch
+    writer: MetricsWriter
+    unusable: UnusableSamples
+    flops: Callable[[Batch], float]
+
+
+def choose_device(place: Place) -> tuple[Place, torch.device]:
+    """This rank's GPU, or the CPU where there is none; the place with the number of that GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return place, torch.device("cpu")
+    local_rank = 0 if count == 1 and place.launcher == "slurm" else place.local_rank  # Slurm may show each task its own
+    if local_rank >= count:
+        raise ConfigError(f"local rank {local_rank} has no GPU, {count} visible; start at most {count} ranks per node")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return dataclasses.replace(place, local_rank=local_rank), device
+
+
+def resolve_ds_config(launch: Launch, place: Place, device: torch.device) -> dict[str, Any]:
+    """The DeepSpeed JSON without any "auto"; raises ConfigError for every contradiction."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    given = read_ds_config(launch.deepspeed)
+    return resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
+
+
+def set_up(
+    launch: Launch, ds_config: dict[str, Any], place: Place, device: torch.device, agreement: Agreement
+) -> Session:
+    """Open data, build the model and the engine, continue from the run's newest checkpoint if it has one.
+
+    Raises:
+        ValueError: anything a user can mend, in one line.
+    """
+    config, output = launch.config, launch.output
+    data = open_training_data(config)
+    torch.manual_seed(config.train.seed)
+    length = config.data.max_text_length
+    objective = build_objective(config.model, config.objective, data.tokenizer.vocabulary, length)
+    num_parameters = sum(parameter.numel() for parameter in objective.parameters())
+    planner = objective.planner
+    prepare_deepspeed(device)
+    engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
+    fingerprint = run_fingerprint(config, data)
+    state = checkpoint.resume(output, engine, agreement, place.is_main) or RunState(fingerprint=fingerprint)
+    refuse_another_run(output, state.fingerprint, fingerprint)
+    state.topology = {"world_size": place.world_size, "zero_stage": engine.stage, "precision": engine.precision}
+    if place.is_main:
+        _announce(config, data, state, num_parameters, engine)
+        _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision)
+    agreement.wait()
+    tracking = config.tracking
+    writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
+    if state.step:
+        writer.resume_from(state.step)
+    pin = device.type == "cuda"
+    loaders = None
+    if data.held_out:
+        own, shuffled = (
+            eval_loader(config, data.held_out, data.tokenizer, planner, place, pin, shuffle)
+            for shuffle in (False, True)
+        )
+        loaders = (own, shuffled)
+    sizes = dataclasses.replace(config.model, vision=resolve_sizes(config.model.vision))
+    return Session(
+        config=config,
+        output=output,
+        place=place,
+        agreement=agreement,
+        stop=StopRequest().listen(),
+        engine=engine,
+        state=state,
+        batches=train_loader(config, data, planner, place, engine.accumulation, state.step, pin),
+        eval_loaders=loaders,
+        placeholder=placeholder_batch(config, data.tokenizer, planner),
+        writer=writer,
+        unusable=UnusableSamples(output, config.data, agreement, place.is_main, state.unusable),
+        flops=lambda batch: float(training_flops(sizes, data.tokenizer.vocabulary.size, batch)),
+    )
+
+
+def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
+    """What two parts of one run must share, besides the number of steps and everything about speed."""
+    plain = to_plain(config)
+    plain["model"]["vision"].pop("pretrained")
+    plain["model"]["text"].pop("pretrained")
+    return json.loads(json.dumps({
+        "model": plain["model"],
+        "objective": plain["objective"],
+        "data": data.fingerprint,
+        "order": {"seed": config.train.seed, "batch_size": config.optim.batch_size},
+        "max_text_length": config.data.max_text_length,
+    }))  # fmt: skip
+
+
+def refuse_another_run(output: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ConfigError, naming the first difference, when ``output`` holds another run than the one asked for."""
+    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
+    for key in [*new, *(key for key in old if key not in new)]:
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{output} holds a run with another {key} (it has {old.get(key)}, now {new.get(key)}); "
+                "continue with the same settings and data, or start anew with another --output"
+            )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _announce(config: Config, data: TrainingData, state: RunState, num_parameters: int, engine: TrainEngine) -> None:
+    for name, option in (("vision", "openai"), ("text", "roberta-base")):
+        if getattr(config.model, name).pretrained is None and not state.step:
+            print(f"{name} tower starts from random weights (--model.{name}.pretrained {option} starts from a hub's)")
+    sizes = ", ".join(f"{corpus.name} {len(corpus)}" for corpus in data.corpora)
+    held_out = sum(len(corpus) for corpus in data.held_out)
+    print(f"model: {num_parameters / 1e6:.1f} M parameters, {engine.precision}, ZeRO {engine.stage}, {engine.device}")
+    print(f"data: {sizes} training pairs, {held_out} held out")
+    if state.step:
+        print(f"continuing after step {state.step} of {config.train.steps}", flush=True)
+
+
+def _write_run_files(
+    launch: Launch, ds_config: dict[str, Any], device: torch.device, place: Place, num_parameters: int, precision: str
+) -> None:
+    output = launch.output
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(launch.config, output / "config.yaml")
+    (output / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+    environment = {
+        "recipe": launch.recipe,
+        "world_size": place.world_size,
+        "launcher": place.launcher,
+        "precision": precision,
+        "num_parameters": num_parameters,
+        "sources": launch.sources,
+        **describe_environment(device),
+    }
+    (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    source = tokenizer_source(launch.config.data)
+    if Path(source).is_dir() and not (output / "tokenizer").exists():
+        shutil.copytree(source, output / "tokenizer")

@@ -1,0 +1,140 @@
+"""The training loop: steps, and on their beat logs, evaluations and checkpoints; ranks agree when to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from model.batch import Batch
+from pipeline import checkpoint
+from pipeline.evaluate import evaluate
+from pipeline.meter import StepMeter
+from pipeline.metrics import Progress
+from pipeline.preempt import EXIT_PREEMPTED
+from pipeline.report import write_report
+from pipeline.run_setup import Session
+
+EXIT_DONE, EXIT_FAILED, EXIT_MEND = 0, 1, 2
+
+
+def train(s: Session) -> int:
+    """Train to the last step; returns the exit code. Every rank runs the same beats."""
+    total = s.config.train.steps
+    progress = s.writer.progress(total, s.state.step)
+    try:
+        code = EXIT_PREEMPTED if s.state.step == 0 and not _evaluate(s) else _steps(s, progress)
+        progress.close()
+        if code == EXIT_DONE and s.state.step and not _evaluate(s):
+            code = EXIT_PREEMPTED
+        if code in (EXIT_DONE, EXIT_PREEMPTED) and not _save(s):
+            code = EXIT_FAILED
+    finally:
+        progress.close()
+        s.writer.close()
+    if s.config.tracking.report and s.place.is_main:
+        print(f"report: {write_report(s.output)}", flush=True)
+    return code
+
+
+def _steps(s: Session, progress: Progress) -> int:
+    """All steps from the state's on, up to the last or to a reason to stop."""
+    settings, state = s.config.train, s.state
+    meter = StepMeter(s.engine.term_weights, s.agreement, s.engine.device, s.engine.precision)
+    batches = iter(s.batches)
+    skipped_before = s.engine.skipped_steps
+    while state.step < settings.steps:
+        micro_batches, waited = _collect(batches, s.engine.accumulation)
+        result = s.engine.step(state.step, micro_batches)
+        state.step += 1
+        state.samples_seen += s.config.optim.batch_size
+        meter.add(result, micro_batches, waited, sum(s.flops(batch) for batch in micro_batches))
+        problems = [problem for batch in micro_batches for problem in batch.problems]
+        told_to_stop, unusable = s.agreement.total([s.stop.requested, s.unusable.note(state.step, problems)])
+        s.unusable.add_total(int(unusable))
+
+        last = state.step == settings.steps
+        saving = _on_beat(state.step, settings.save_every) or last or told_to_stop
+        logging = _on_beat(state.step, settings.log_every) or saving or s.unusable.too_many(state.samples_seen)
+        if logging:
+            finite = meter.is_finite()
+            _log(s, meter, progress)
+            if not finite and s.engine.skipped_steps == skipped_before:
+                return _explain(
+                    s, f"the loss is not finite at step {state.step}; the last checkpoint is from before it"
+                )
+            skipped_before = s.engine.skipped_steps
+        else:
+            progress.update(state.step)
+        if s.unusable.too_many(state.samples_seen):
+            _save(s)
+            return _explain(s, s.unusable.verdict(), EXIT_MEND)
+        if told_to_stop:
+            return EXIT_PREEMPTED
+        if saving and not last:
+            _save(s)
+        if _on_beat(state.step, settings.eval_every) and not last and not _evaluate(s):
+            return EXIT_PREEMPTED
+        if logging:
+            meter.restart()
+    return EXIT_DONE
+
+
+def _collect(batches: Iterator[Batch], accumulation: int) -> tuple[list[Batch], float]:
+    """This rank's micro-batches of the next step, and how long they were waited for."""
+    began = time.perf_counter()
+    micro_batches = [next(batches) for _ in range(accumulation)]
+    return micro_batches, time.perf_counter() - began
+
+
+def _log(s: Session, meter: StepMeter, progress: Progress) -> None:
+    s.unusable.name()
+    s.state.unusable = dict(s.unusable.counts)
+    values = meter.read(s.engine)
+    values["samples_seen"] = s.state.samples_seen
+    values["bad_samples"] = sum(s.unusable.counts.values())
+    values |= {f"bad_samples/{reason}": number for reason, number in s.unusable.counts.items()}
+    s.writer.log(s.state.step, values)
+    shown = {"loss": values["loss"], "samples/s": values["samples_per_second"]}
+    progress.update(s.state.step, shown | {"data wait": f"{values['data_wait_share']:.0%}"})
+
+
+def _evaluate(s: Session) -> bool:
+    """Evaluate and log; False when told to stop meanwhile. Nothing held out counts as done."""
+    if s.eval_loaders is None:
+        return True
+    own, shuffled = s.eval_loaders
+    began = time.perf_counter()
+    with s.engine.scoring() as score:
+        values = evaluate(score, own, shuffled, s.engine.term_weights, s.placeholder, s.agreement, s.stop)
+    if values is None:
+        return False
+    s.writer.log(s.state.step, values | {"seconds": time.perf_counter() - began}, kind="eval")
+    if s.place.is_main:
+        shuffled_loss = f", with shuffled images {values['shuffled/loss']:.4f}" if "shuffled/loss" in values else ""
+        print(f"held out after step {s.state.step}: loss {values['loss']:.4f}{shuffled_loss}", flush=True)
+    return True
+
+
+def _save(s: Session) -> bool:
+    """Save the run; an alarm and False when the disk refused. What is already saved is not saved again."""
+    path: Path = s.output / "checkpoints" / f"step_{s.state.step:08d}"
+    if s.agreement.gather(path.is_dir() and checkpoint.defect(path) is None)[0]:
+        return True
+    s.state.skipped_steps = s.engine.skipped_steps
+    state = dataclasses.replace(s.state)
+    return (
+        checkpoint.save(s.output, s.engine, state, s.config.train.keep_last, s.agreement, s.place.is_main) is not None
+    )
+
+
+def _on_beat(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _explain(s: Session, reason: str, code: int = EXIT_FAILED) -> int:
+    if s.place.is_main:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    return code

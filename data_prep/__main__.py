@@ -21,19 +21,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 verify found problems, 2 user error, 3 too low a yield."""
-    parser = _Parser(prog="python -m data_prep", description="Turn image-text data into verified shards.")
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    verb_parsers = {}
-    for verb, (summary, add_options, _) in VERBS.items():
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        verb_parser = subparsers.add_parser(
-            verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False, formatter_class=formatter
-        )
-        add_options(verb_parser)
-        verb_parsers[verb] = verb_parser
-    args, unknown = parser.parse_known_args(arguments)
+    args, unknown = build_parser().parse_known_args(arguments)
     if unknown:
-        verb_parsers[args.verb].error(_unknown_option(unknown[0], verb_parsers[args.verb]))
+        args.parser.error(_unknown_option(unknown[0], args.parser))
     # A batch system's SIGTERM must clean up like Ctrl-C does.
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -49,6 +39,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = _Parser(prog="python -m data_prep", description="Turn image-text data into verified shards.")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    for verb, (summary, add_options, _) in VERBS.items():
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        verb_parser = subparsers.add_parser(
+            verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False, formatter_class=formatter
+        )
+        add_options(verb_parser)
+        verb_parser.set_defaults(parser=verb_parser)
+    return parser
 
 
 def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:

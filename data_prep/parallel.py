@@ -11,8 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from data_prep.record import PrepError
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -22,7 +20,7 @@ def ordered_map(
 ) -> Iterator[Result]:
     """``map(function, items)`` in ``workers`` processes; ``function`` must pickle. One worker means this process.
 
-    Raises PrepError when a worker dies.
+    Raises ChildProcessError when a worker dies.
     """
     if workers <= 1:
         yield from map(function, items)
@@ -40,7 +38,7 @@ def ordered_map(
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool as error:
-        raise PrepError("a worker process died (out of memory?); give fewer --workers") from error
+        raise ChildProcessError("a worker process died (out of memory?); give fewer --workers") from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

@@ -214,5 +214,5 @@ def die(item):
 
 
 def test_a_dead_worker_is_an_error_and_not_a_hang():
-    with pytest.raises(PrepError, match="worker process died"):
+    with pytest.raises(ChildProcessError, match="worker process died"):
         list(ordered_map(die, range(3), workers=2))

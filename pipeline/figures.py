@@ -24,7 +24,7 @@ class Series:
 
 
 def draw(series: list[Series], smooth: bool = False, from_zero: bool = False) -> Markup:
-    """The lines as inline SVG whose colours and fonts are those of the page."""
+    """The lines as inline SVG whose colours and fonts are those of the page; dashed ones are not in the legend."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,7 +39,12 @@ def draw(series: list[Series], smooth: bool = False, from_zero: bool = False) ->
         axes = canvas.subplots()
         for one in series:
             colour = _SERIES[one.colour]
-            line = {"color": colour, "linewidth": 1.8, "label": one.label, "solid_capstyle": "round"}
+            line = {
+                "color": colour,
+                "linewidth": 1.8,
+                "label": None if one.dashed else one.label,
+                "solid_capstyle": "round",
+            }
             line |= {"linestyle": (0, (4, 2.5)), "alpha": 0.8} if one.dashed else {}
             many = len(one.values) > 20
             if smooth and many:
@@ -59,7 +64,7 @@ def draw(series: list[Series], smooth: bool = False, from_zero: bool = False) ->
         if from_zero and min(min(one.values) for one in series) >= 0:
             axes.set_ylim(0, 1.1 * max(max(one.values) for one in series))
         axes.set_xlabel("step")
-        if len(series) > 1:
+        if sum(not one.dashed for one in series) > 1:
             canvas.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=1.6, columnspacing=1.4)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

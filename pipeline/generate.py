@@ -28,7 +28,7 @@ from model.decode import beam, greedy
 from pipeline.caption_scores import summarise
 from pipeline.checkpoint import load_weights, resolve
 from pipeline.command_line import load_config
-from pipeline.config import DataConfig
+from pipeline.config import tokenizer_source
 from pipeline.shard_reader import Corpus, open_corpora
 from pipeline.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
@@ -82,7 +82,8 @@ def load_captioner(
     """
     checkpoint = resolve(run)
     config = load_config(run_of(checkpoint))
-    tokenizer = load_tokenizer(tokenizer_source(run_of(checkpoint), config.data))
+    copy = run_of(checkpoint) / "tokenizer"
+    tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
     longest = config.data.max_text_length
     objective = build_objective(config.model, config.objective, tokenizer.vocabulary, longest, pretrained=False)
     try:
@@ -106,13 +107,6 @@ def load_captioner(
 def run_of(checkpoint: Path) -> Path:
     """The run folder of a checkpoint folder RUN/checkpoints/step_N."""
     return checkpoint.parent.parent
-
-
-def tokenizer_source(run: Path, data: DataConfig) -> str | Path:
-    """Where the tokenizer of a run is: its own copy, else the one it was trained with."""
-    if (run / "tokenizer").is_dir():
-        return run / "tokenizer"
-    return data.tokenizer or Path(data.paths[0].rsplit(":", 1)[0]) / "tokenizer"
 
 
 def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) -> Iterator[tuple[Item, str]]:

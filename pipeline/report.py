@@ -24,7 +24,7 @@ from pipeline.metrics import LOG_NAME, read_log
 
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.json"
-SHUFFLED = "shuffled"  # part of the names of held-out numbers that were measured with other samples' images
+SHUFFLED = "shuffled/"  # before the names of held-out numbers that were measured with other samples' images
 _BOOKKEEPING = {"kind", "step", "time"}
 
 
@@ -205,10 +205,10 @@ def held_out_rows(records: list[dict[str, Any]]) -> list[Row]:
     """One row per held-out number, in the order in which they were logged."""
     rows = []
     for name in _names(records):
-        if SHUFFLED in name:
+        if name.startswith(SHUFFLED) or not ("loss" in name or "accuracy" in name):
             continue
         values = [record[name] for record in records if isinstance(record.get(name), (int, float))]
-        others = [record[other] for record in records for other in _shuffled_names(name) if other in record]
+        others = [record[SHUFFLED + name] for record in records if SHUFFLED + name in record]
         if values:
             rows.append(Row(name, values[0], values[-1], others[-1] if others else None))
     return rows
@@ -221,7 +221,7 @@ def figures(run: Run) -> Iterable[Figure | None]:
                   run.train, losses, smooth=True)  # fmt: skip
     for quantity, better in (("loss", "lower"), ("accuracy", "higher")):
         names = [name for name in _names(run.held_out) if quantity in name]
-        has_shuffled = any(SHUFFLED in name for name in names)
+        has_shuffled = any(name.startswith(SHUFFLED) for name in names)
         note = f"{better} is better" + ("; dashed: with another sample's image" if has_shuffled else "")
         yield _figure(f"Held-out {quantity}", note, run.held_out, names)
     for title, note, accept in (
@@ -232,7 +232,7 @@ def figures(run: Run) -> Iterable[Figure | None]:
         ("Waiting for data", "share of the step time", lambda n: "data_wait" in n),
         ("Model FLOP/s utilisation", "share of the device's dense peak", lambda n: "mfu" in n),
         ("Memory", "peak, GiB per rank", lambda n: "memory" in n or n.endswith("_gib")),
-        ("Trouble", "unusable samples and skipped steps so far", lambda n: "unusable" in n or "skipped" in n),
+        ("Trouble", "unusable samples and skipped steps so far", lambda n: n in ("bad_samples", "skipped_steps")),
     ):
         yield _figure(title, note, run.train, [name for name in _names(run.train) if accept(name)], from_zero=True)
 
@@ -243,10 +243,6 @@ def _is_loss(name: str) -> bool:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _shuffled_names(name: str) -> tuple[str, ...]:
-    return (f"{name}_{SHUFFLED}", f"{SHUFFLED}_{name}", f"{SHUFFLED}/{name}", f"{name}/{SHUFFLED}")
 
 
 def _names(records: list[dict[str, Any]]) -> list[str]:
@@ -266,14 +262,16 @@ def _figure(
     series = []
     bases: list[str] = []
     for name in names:
-        base = name.replace(f"_{SHUFFLED}", "").replace(f"{SHUFFLED}_", "").replace(f"{SHUFFLED}/", "")
+        base = name.removeprefix(SHUFFLED)
         if base not in bases:
             bases.append(base)
         points = [(record["step"], float(record[name])) for record in records if _finite(record.get(name))]
         if points:
             steps, values = zip(*points, strict=True)
             label = name.replace("_", " ").replace("/", " ")
-            series.append(Series(label, list(steps), list(values), bases.index(base) % NUM_COLOURS, SHUFFLED in name))
+            series.append(
+                Series(label, list(steps), list(values), bases.index(base) % NUM_COLOURS, name.startswith(SHUFFLED))
+            )
     if not any(any(one.values) for one in series):
         return None
     return Figure(title, note, draw(series, smooth, from_zero))

@@ -32,14 +32,15 @@ def write_log(run: Path, steps: int = 400) -> None:
         if step % 100 == 0:
             held_out = {"flm_loss": 0.4 + 4.5 * fall, "flm_accuracy": 0.85 * (1 - fall), "l2r_loss": 0.9 + 4.2 * fall}
             others = {
-                f"{name}_shuffled": value + 1.1 * (1 - fall) for name, value in held_out.items() if "loss" in name
+                f"shuffled/{name}": value + 1.1 * (1 - fall) for name, value in held_out.items() if "loss" in name
             }
             log.log(step, {**held_out, **others}, kind="eval")
         if step:
             wave = 0.15 * math.sin(step * 12.9898) * fall
             terms = {"loss": 0.6 + 4.4 * fall + wave, "flm_loss": 0.4 + 4.5 * fall + wave, "l2r_loss": 0.9 + 4.2 * fall}
-            beat = {"learning_rate": 1e-3 * min(step / 20, 1) * (1 - step / 500), "samples_per_second": 84 + 5 * wave,
-                    "data_wait_share": 0.01, "peak_memory_gib": 0.71, "grad_norm": 1.2 + wave}  # fmt: skip
+            beat = {"samples_per_second": 84 + 5 * wave, "data_wait_share": 0.01, "peak_memory_gib": 0.71}
+            beat |= {"grad_norm": 1.2 + wave, "learning_rate": 1e-3 * min(step / 20, 1) * (1 - step / 500)}
+            beat |= {"skipped_steps": 0, "samples_seen": 64 * step}
             log.log(step, terms | beat)
     log.close()
 
@@ -127,8 +128,8 @@ def test_nothing_from_the_run_becomes_markup(tmp_path: Path) -> None:
 
 def test_held_out_rows_pair_true_and_shuffled_images() -> None:
     records = [
-        {"kind": "eval", "step": 0, "flm_loss": 5.0, "flm_loss_shuffled": 5.1},
-        {"kind": "eval", "step": 9, "flm_loss": 1.0, "flm_loss_shuffled": 3.0, "flm_accuracy": 0.5},
+        {"kind": "eval", "step": 0, "flm_loss": 5.0, "shuffled/flm_loss": 5.1},
+        {"kind": "eval", "step": 9, "flm_loss": 1.0, "shuffled/flm_loss": 3.0, "flm_accuracy": 0.5, "seconds": 3.0},
     ]
     loss, accuracy = held_out_rows(records)
     assert (loss.name, loss.first, loss.last, loss.shuffled) == ("flm_loss", 5.0, 1.0, 3.0)

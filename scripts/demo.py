@@ -134,6 +134,7 @@ def train(demo: Demo) -> None:
             *("deepspeed", "--log_level", "warning", "--num_gpus", ranks, "--master_port", _free_port()),
             *("pipeline/train.py", "--deepspeed", "ds_configs/zero2.json", "--recipe", "demo"),
             *("--data", demo.data, "--output", demo.run_folder),
+            *(("--train.steps", demo.options.steps) if demo.options.steps else ()),
             environment={"OMP_NUM_THREADS": str(threads)},
         )
 
@@ -224,6 +225,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="remove the results of earlier demos first")
     parser.add_argument("--train", type=int, default=12000, help="training scenes (default: 12000)")
     parser.add_argument("--dev", type=int, default=500, help="held-out scenes (default: 500)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: as the recipe says)")
     parser.add_argument("--work", type=Path, default=Path("demo_run"), help="images and shards (default: demo_run)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     return parser.parse_args()

@@ -65,7 +65,7 @@ def draw(series: list[Series], smooth: bool = False, from_zero: bool = False) ->
             axes.set_ylim(0, 1.1 * max(max(one.values) for one in series))
         axes.set_xlabel("step")
         if sum(not one.dashed for one in series) > 1:
-            canvas.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=1.6, columnspacing=1.4)
+            canvas.legend(loc="outside upper left", ncols=6, frameon=False, handlelength=1.6, columnspacing=1.4)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

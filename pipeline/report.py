@@ -25,6 +25,7 @@ from pipeline.metrics import LOG_NAME, read_log
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.json"
 SHUFFLED = "shuffled/"  # before the names of held-out numbers that were measured with other samples' images
+TERM_COLOURS = {"flm": 0, "l2r": 1, "r2l": 2, "itm": 3, "loss": 5}  # the same in every figure
 _BOOKKEEPING = {"kind", "step", "time"}
 
 
@@ -85,6 +86,7 @@ def write_report(run_dir: Path) -> Path:
         facts=facts(run),
         tiles=tiles(run),
         rows=held_out_rows(run.held_out),
+        evaluated=[run.held_out[0]["step"], run.held_out[-1]["step"]] if run.held_out else [],
         figures=[figure for figure in figures(run) if figure is not None],
         environment=list(flatten(run.environment)),
         config=yaml.safe_dump(run.config, sort_keys=False) if run.config else "",
@@ -145,7 +147,7 @@ def number(value: Any) -> str:
 
 def signed(value: float) -> str:
     """A difference for people, with its sign."""
-    return ("+" if value >= 0 else "\u2212") + number(abs(value))
+    return f"{value:+.3f}".replace("-", "\u2212") if math.isfinite(value) else "not finite"
 
 
 def duration(seconds: float) -> str:
@@ -195,9 +197,9 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     if losses:
         row = min(losses, key=lambda row: (row.name not in ("loss", "flm_loss"), row.name))
         found.append((number(row.last), f"held-out {row.name.replace('_', ' ')}", f"from {number(row.first)}"))
-    for name, value in list(run.samples.get("summary", {}).items())[:3]:
-        share = isinstance(value, float) and name.endswith(("share", "match"))
-        found.append((f"{100 * value:.1f} %" if share else number(value), name.replace("_", " "), "held-out captions"))
+    for name, value in run.samples.get("summary", {}).items():
+        if isinstance(value, float):
+            found.append((f"{100 * value:.1f} %", name.replace("_", " "), "held-out captions"))
     return found
 
 
@@ -225,7 +227,11 @@ def figures(run: Run) -> Iterable[Figure | None]:
         note = f"{better} is better" + ("; dashed: with another sample's image" if has_shuffled else "")
         yield _figure(f"Held-out {quantity}", note, run.held_out, names)
     for title, note, accept in (
-        ("Learning rate", "per parameter group", lambda n: n.startswith("lr") or "learning_rate" in n),
+        (
+            "Learning rate",
+            "base; heads and cross-modal layers have multiples of it",
+            lambda n: n.startswith("lr") or "learning_rate" in n,
+        ),
         ("Gradient norm", "before clipping", lambda n: "grad_norm" in n),
         ("Throughput", "samples per second over all ranks", lambda n: n == "samples_per_second"),
         ("Predicted tokens", "targets per second over all ranks", lambda n: "tokens_per_second" in n),
@@ -260,18 +266,16 @@ def _figure(
     from_zero: bool = False,
 ) -> Figure | None:
     series = []
-    bases: list[str] = []
+    bases = list(dict.fromkeys(name.removeprefix(SHUFFLED) for name in names))
     for name in names:
-        base = name.removeprefix(SHUFFLED)
-        if base not in bases:
-            bases.append(base)
         points = [(record["step"], float(record[name])) for record in records if _finite(record.get(name))]
         if points:
             steps, values = zip(*points, strict=True)
-            label = name.replace("_", " ").replace("/", " ")
-            series.append(
-                Series(label, list(steps), list(values), bases.index(base) % NUM_COLOURS, name.startswith(SHUFFLED))
-            )
+            base = name.removeprefix(SHUFFLED)
+            term = base.removesuffix("_loss").removesuffix("_accuracy")
+            colour = TERM_COLOURS.get(term, bases.index(base) % NUM_COLOURS)
+            label = "total" if term == "loss" else term.replace("_", " ")
+            series.append(Series(label, list(steps), list(values), colour, name.startswith(SHUFFLED)))
     if not any(any(one.values) for one in series):
         return None
     return Figure(title, note, draw(series, smooth, from_zero))

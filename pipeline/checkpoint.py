@@ -15,17 +15,21 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.engine import MOMENTS, TrainEngine
+from pipeline.optim import MOMENTS
 from pipeline.ranks import Agreement
+
+if TYPE_CHECKING:  # weights are read without DeepSpeed
+    from pipeline.engine import TrainEngine
 
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 1 << 30
@@ -111,11 +115,17 @@ def defect(path: Path) -> str | None:
     return None
 
 
-def resume(run: Path, engine: TrainEngine, agreement: Agreement, is_main: bool) -> RunState | None:
+def resume(
+    run: Path,
+    engine: TrainEngine,
+    agreement: Agreement,
+    is_main: bool,
+    fingerprint: dict[str, Any] | None = None,
+) -> RunState | None:
     """Continue from the newest valid checkpoint; None when the run has none yet. Every rank must call it.
 
     Raises:
-        CheckpointError: there are checkpoints but none is valid.
+        CheckpointError: there are checkpoints but none is valid, or they belong to a run with another fingerprint.
     """
     path, skipped = agreement.gather(newest_valid(run) if is_main else None)[0]
     if is_main:
@@ -125,6 +135,8 @@ def resume(run: Path, engine: TrainEngine, agreement: Agreement, is_main: bool) 
         if skipped:
             raise CheckpointError(f"{run}: no checkpoint is valid ({skipped[0]}); restore one or use another --output")
         return None
+    if fingerprint is not None:
+        _refuse_another_run(run, read_state(path).fingerprint, fingerprint)
     return load(path, engine)
 
 
@@ -169,6 +181,25 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """fp32 weights by parameter name, from a run folder or a checkpoint folder, for use without an engine."""
     with _Reader(resolve(Path(path)), kinds=("weight",)) as reader:
         return {name: reader.read("weight", name) for name in reader.names("weight")}
+
+
+def _refuse_another_run(run: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming the first difference, when ``run`` holds another run than the one asked for."""
+    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
+    for key in [*new, *(key for key in old if key not in new)]:
+        if old.get(key) != new.get(key):
+            raise CheckpointError(
+                f"{run} holds a run with another {key} (it has {old.get(key)}, now {new.get(key)}); "
+                "continue with the same settings and data, or start anew with another --output"
+            )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 class _Writer:

@@ -231,6 +231,7 @@ def tokenizer_source(data: DataConfig) -> str | Path:
         if (folder / "tokenizer").is_dir():
             return folder / "tokenizer"
     raise ConfigError(
-        f"{first / 'tokenizer'}: no such folder; run `python -m data_prep tokenizer`, or name a Hugging Face "
+        f"{first / 'tokenizer'}: no such folder; run `python -m data_prep tokenizer --data {first} "
+        f"--output {first}/tokenizer`, or name a Hugging Face "
         "tokenizer by --data.tokenizer roberta-base"
     )

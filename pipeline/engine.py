@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,10 +23,8 @@ from torch import Tensor, nn
 
 from model.batch import Batch
 from pipeline.config import OptimConfig, TrainConfig
-from pipeline.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
+from pipeline.optim import MOMENTS, build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pipeline.ranks import Agreement, Place
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -191,7 +190,7 @@ class TrainEngine:
         return {name: int(total) for name, total in zip(names, self._agreement.total(local), strict=True)}
 
     def _dropout_seed(self, step: int, index: int) -> int:
-        """Seed of one micro-batch's dropout: a function of its place in the sample order, so resuming needs no state."""
+        """Seed of one micro-batch's dropout: a function of its place in the sample order, so none is saved."""
         slot = index * self._place.world_size + self._place.rank
         return ((self._train.seed * 1_000_003 + step) * 65_537 + slot) % (1 << 63)
 
@@ -263,6 +262,7 @@ class TrainEngine:
 
 def prepare_deepspeed(device: torch.device) -> None:
     """Settings of the library that must precede its first use in a process."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
     if device.type == "cpu":  # the shared-memory collective is compiled at first use, half a minute for nothing
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)

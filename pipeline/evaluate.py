@@ -40,7 +40,7 @@ def evaluate(
     agreement: Agreement,
     stop: StopRequest,
 ) -> dict[str, float] | None:
-    """``{term}_loss``, ``{term}_accuracy`` and ``loss``, and ``shuffled/...`` of the same; None when told to stop.
+    """``loss``, ``{term}_loss``, ``{term}_accuracy``, and ``shuffled/{term}_...``; None when told to stop.
 
     Equal on every rank; every rank must call it. Means are over the targets of the whole choice of samples, whatever
     the number of ranks.
@@ -52,7 +52,7 @@ def evaluate(
     shuffled = _pass(score, shuffled_loader, kept, placeholder, agreement, stop)
     if shuffled is None:
         return None
-    return values | {f"shuffled/{name}": value for name, value in shuffled.items()}
+    return values | {f"shuffled/{name}": value for name, value in shuffled.items() if name != "loss"}
 
 
 def _pass(

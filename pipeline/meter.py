@@ -25,7 +25,6 @@ class StepMeter:
         self._weights, self._agreement, self._device = dict(term_weights), agreement, device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._peak_flops = peak_flops(name, precision)
-        self._skipped = 0
         self.restart()
 
     def restart(self) -> None:
@@ -79,9 +78,7 @@ class StepMeter:
         }
         if self._peak_flops is not None and flops:
             values["mfu"] = flops / seconds / ranks / self._peak_flops
-        if engine.skipped_steps != self._skipped:
-            self._skipped = engine.skipped_steps
-        values["skipped_steps"] = float(self._skipped)
+        values["skipped_steps"] = float(engine.skipped_steps)
         self.restart()
         return values
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from data_prep.manifest import ManifestError, find_splits
-from model.batch import Batch, Planner
-from pipeline.collate import Item, collate
+from model.batch import Batch, Planner, Row
 from pipeline.config import Config, ConfigError, tokenizer_source, weighted_paths
 from pipeline.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
 from pipeline.order import SampleOrder
@@ -131,8 +132,9 @@ def eval_loader(
 
 def placeholder_batch(config: Config, tokenizer: TextTokenizer, planner: Planner) -> Batch:
     """A batch without targets, for a rank that has run dry while others still compute together."""
-    words = [tokenizer.vocabulary.bos_id, tokenizer.vocabulary.eos_id]
-    return collate([Item("placeholder", 0, (), words, None, "placeholder")], planner, config.model.vision.image_size)
+    size = config.model.vision.image_size
+    row = Row([tokenizer.vocabulary.bos_id, tokenizer.vocabulary.eos_id], image=0, seed=0, role="placeholder")
+    return planner(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [row])
 
 
 def _options(config: Config, pin: bool) -> LoaderOptions:

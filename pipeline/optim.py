@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.config import OptimConfig
 
 GROUPS = ("rest", "cross", "head")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by their names in torch
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:

@@ -87,8 +87,9 @@ def set_up(
     prepare_deepspeed(device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
     fingerprint = run_fingerprint(config, data)
-    state = checkpoint.resume(output, engine, agreement, place.is_main) or RunState(fingerprint=fingerprint)
-    refuse_another_run(output, state.fingerprint, fingerprint)
+    state = checkpoint.resume(output, engine, agreement, place.is_main, fingerprint) or RunState(
+        fingerprint=fingerprint
+    )
     state.topology = {"world_size": place.world_size, "zero_stage": engine.stage, "precision": engine.precision}
     if place.is_main:
         _announce(config, data, state, num_parameters, engine)
@@ -136,25 +137,6 @@ def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
         "order": {"seed": config.train.seed, "batch_size": config.optim.batch_size},
         "max_text_length": config.data.max_text_length,
     }))  # fmt: skip
-
-
-def refuse_another_run(output: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the first difference, when ``output`` holds another run than the one asked for."""
-    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
-    for key in [*new, *(key for key in old if key not in new)]:
-        if old.get(key) != new.get(key):
-            raise ConfigError(
-                f"{output} holds a run with another {key} (it has {old.get(key)}, now {new.get(key)}); "
-                "continue with the same settings and data, or start anew with another --output"
-            )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _announce(config: Config, data: TrainingData, state: RunState, num_parameters: int, engine: TrainEngine) -> None:

@@ -46,6 +46,11 @@ def check_prepared(launch: Launch) -> None:
 def run(launch: Launch) -> int:
     """Connect the ranks, set up, train; never returns where a rank must leave by itself."""
 
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
+    from pipeline.loader import LoaderError
     from pipeline.ranks import Agreement, connect, discover, leave
     from pipeline.run_setup import choose_device, resolve_ds_config, set_up
     from pipeline.training_loop import train
@@ -68,6 +73,9 @@ def run(launch: Launch) -> int:
         leave(EXIT_FAILED)
     try:
         code = train(session)
+    except LoaderError as error:
+        print(f"error: rank {place.rank}: {error}", file=sys.stderr)
+        leave(EXIT_FAILED)
     except BaseException:  # the other ranks would wait for this one for ever: end the process, the launcher ends them
         traceback.print_exc()
         leave(EXIT_FAILED)

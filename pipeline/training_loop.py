@@ -57,7 +57,9 @@ def _steps(s: Session, progress: Progress) -> int:
 
         last = state.step == settings.steps
         saving = _on_beat(state.step, settings.save_every) or last or told_to_stop
-        logging = _on_beat(state.step, settings.log_every) or saving or s.unusable.too_many(state.samples_seen)
+        evaluating = _on_beat(state.step, settings.eval_every) and not last
+        too_many = s.unusable.too_many(state.samples_seen)
+        logging = _on_beat(state.step, settings.log_every) or saving or evaluating or too_many
         if logging:
             finite = meter.is_finite()
             _log(s, meter, progress)
@@ -68,14 +70,14 @@ def _steps(s: Session, progress: Progress) -> int:
             skipped_before = s.engine.skipped_steps
         else:
             progress.update(state.step)
-        if s.unusable.too_many(state.samples_seen):
+        if too_many:
             _save(s)
             return _explain(s, s.unusable.verdict(), EXIT_MEND)
         if told_to_stop:
             return EXIT_PREEMPTED
         if saving and not last:
             _save(s)
-        if _on_beat(state.step, settings.eval_every) and not last and not _evaluate(s):
+        if evaluating and not _evaluate(s):
             return EXIT_PREEMPTED
         if logging:
             meter.restart()
@@ -113,8 +115,10 @@ def _evaluate(s: Session) -> bool:
         return False
     s.writer.log(s.state.step, values | {"seconds": time.perf_counter() - began}, kind="eval")
     if s.place.is_main:
-        shuffled_loss = f", with shuffled images {values['shuffled/loss']:.4f}" if "shuffled/loss" in values else ""
-        print(f"held out after step {s.state.step}: loss {values['loss']:.4f}{shuffled_loss}", flush=True)
+        name = f"{next(iter(s.engine.term_weights))}_loss"
+        shown = [f"loss {values['loss']:.4f}"]
+        shown += [f"{key} {values[key]:.4f}" for key in (name, f"shuffled/{name}") if key in values]
+        print(f"held out after step {s.state.step}: {', '.join(shown)}", flush=True)
     return True
 
 

@@ -1,0 +1,101 @@
+"""What a run reports: held-out means over every sample once, log values, unusable samples against their budget."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import DataConfig
+from pipeline.engine import StepResult
+from pipeline.evaluate import evaluate
+from pipeline.meter import StepMeter
+from pipeline.preempt import StopRequest
+from pipeline.ranks import Agreement
+from pipeline.unusable import UnusableSamples
+from tests.forked_ranks import run_ranks
+from tests.tiny_objective import TinyObjective, tiny_batch
+
+
+class FakeLoader:
+    """Batch k of all belongs to rank k mod world, as pipeline/loader.py deals them out."""
+
+    def __init__(self, batches: list[list[int]], rank: int, world: int) -> None:
+        self._mine, self.most_batches = batches[rank::world], -(-len(batches) // world)
+
+    def __iter__(self):
+        return iter([tiny_batch(samples) for samples in self._mine])
+
+
+BATCHES = [[0, 1, 2], [3, 4], [5, 6, 7], [8], [9, 10]]
+
+
+def held_out(place, shuffled: bool = False) -> dict[str, float] | None:
+    torch.manual_seed(3)
+    model = TinyObjective().eval()
+    loader = FakeLoader(BATCHES, place.rank, place.world_size)
+    other = FakeLoader(BATCHES[::-1], place.rank, place.world_size) if shuffled else None
+    placeholder = tiny_batch([99])
+    return evaluate(model.score, loader, other, model.term_weights, placeholder, Agreement(), StopRequest())
+
+
+def test_evaluation_counts_every_sample_once_on_any_number_of_ranks() -> None:
+    """3 ranks get 2, 2 and 1 of 5 batches: the dry one computes along without counting."""
+    torch.manual_seed(3)
+    model = TinyObjective().eval()
+    joined = tiny_batch([sample for batch in BATCHES for sample in batch])
+    expected = {}
+    for name, (loss, correct) in model.score(joined).items():
+        expected[f"{name}_loss"] = float(loss) / joined.counts[name]
+        expected[f"{name}_accuracy"] = float(correct) / joined.counts[name]
+    expected["loss"] = sum(weight * expected[f"{name}_loss"] for name, weight in model.term_weights.items())
+    for world_size in (1, 3):
+        for found in run_ranks(world_size, held_out):
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_shuffled_values_stand_beside_the_true_ones() -> None:
+    [found] = run_ranks(1, held_out, True)
+    assert found["shuffled/flm_loss"] == pytest.approx(found["flm_loss"], abs=1e-5)  # the same samples here
+    assert "shuffled/loss" not in found
+
+
+def test_evaluation_stops_when_told() -> None:
+    model = TinyObjective().eval()
+    stop = StopRequest()
+    stop.signal_name = "SIGTERM"
+    loader = FakeLoader(BATCHES, 0, 1)
+    assert evaluate(model.score, loader, None, model.term_weights, tiny_batch([99]), Agreement(), stop) is None
+
+
+def test_meter_gives_means_over_all_targets() -> None:
+    meter = StepMeter({"flm": 0.5, "itm": 0.25}, Agreement(), torch.device("cpu"), "fp32")
+    for loss, count in ((6.0, 2), (2.0, 2)):
+        result = StepResult({"flm": torch.tensor(loss), "itm": torch.tensor(0.0)}, {"flm": count, "itm": 0}, 1e-3, 2.5)
+        meter.add(result, [tiny_batch([1, 2, 3])], waited_seconds=0.0, flops=1.0)
+    assert meter.is_finite()
+    values = meter.read(types.SimpleNamespace(skipped_steps=1))
+    assert values["flm_loss"] == 2.0 and values["loss"] == 1.0 and "itm_loss" not in values
+    assert values["grad_norm"] == 2.5 and values["learning_rate"] == 1e-3 and values["skipped_steps"] == 1
+    assert values["samples_per_second"] / values["predicted_tokens_per_second"] == pytest.approx(6 / 4)
+    assert values["peak_memory_gib"] > 0.01 and "mfu" not in values
+    meter.add(StepResult({"flm": torch.tensor(float("nan"))}, {"flm": 1}, 1e-3, None), [], 0.0, 0.0)
+    assert not meter.is_finite()
+
+
+def test_unusable_samples_against_their_budget(tmp_path: Path) -> None:
+    """Invariant 8."""
+    data = DataConfig(bad_sample_budget=2, bad_sample_share=0.1)
+    unusable = UnusableSamples(tmp_path, data, Agreement(), is_main=True, counts={"old": 1})
+    unusable.add_total(unusable.note(4, [("a", "not an image"), ("b", "empty caption")]))
+    assert not unusable.too_many(samples_seen=10)
+    unusable.add_total(unusable.note(5, [("c", "not an image")]))
+    assert unusable.too_many(samples_seen=10) and not unusable.too_many(samples_seen=20)
+    unusable.name()
+    assert unusable.counts == {"old": 1, "not an image": 2, "empty caption": 1}
+    rows = [json.loads(line) for line in (tmp_path / "unusable.jsonl").read_text().splitlines()]
+    assert {row["key"] for row in rows} == {"a", "b", "c"} and rows[-1]["step"] == 5
+    assert "2 x not an image" in unusable.verdict() and "c (not an image)" in unusable.verdict()

@@ -12,13 +12,14 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from pipeline.metrics import LOG_NAME, read_log  # noqa: E402
-from pipeline.report import held_out_rows, number  # noqa: E402
+from pipeline.report import held_out_rows  # noqa: E402
+from pipeline.report import number as as_text  # noqa: E402
 
 PYTHON = "python"  # as shown; the interpreter that runs this file is what runs it
 
@@ -65,11 +67,12 @@ class Demo:
         shown = [str(word) for word in words]
         print(f"$ {shlex.join(shown)}", flush=True)
         actual = [sys.executable, *shown[1:]] if shown[0] == PYTHON else shown
-        process = subprocess.Popen(actual, cwd=ROOT, env={**os.environ, **(environment or {})})
+        # In a session of its own, so that Ctrl-C reaches this program alone and training can save before it ends.
+        process = subprocess.Popen(actual, cwd=ROOT, env={**os.environ, **(environment or {})}, start_new_session=True)
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # the command got the same Ctrl-C: let it save and end by itself
-            _let_end(process)
+        except KeyboardInterrupt:
+            _end(process)
             raise
         if code:
             raise StageFailed(shown, code if code > 0 else 128 - code)
@@ -82,6 +85,8 @@ def main() -> int:
     if options.fresh:
         for folder in (options.work, options.output):
             shutil.rmtree(folder, ignore_errors=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     try:
         prepare(demo)
@@ -163,7 +168,7 @@ def summarise(demo: Demo, seconds: float) -> None:
     head = ["held-out", "before", "after", "shuffled images"]
     table = [
         head,
-        *([r.name.replace("_", " "), *map(number, (r.first, r.last, r.shuffled))] for r in held_out_rows(records)),
+        *([r.name.replace("_", " "), *map(as_text, (r.first, r.last, r.shuffled))] for r in held_out_rows(records)),
     ]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     print("\n== result")
@@ -196,15 +201,32 @@ def _served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
-def _let_end(process: subprocess.Popen, patience_seconds: float = 60.0) -> None:
-    for stop in (None, process.terminate, process.kill):
-        if stop is not None:
-            stop()
-        try:
-            process.wait(patience_seconds)
-            return
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            continue
+def _end(process: subprocess.Popen, patience_seconds: float = 60.0) -> None:
+    """Asks a command to end, then ends it with everything it started."""
+    print("\nstopping; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
+    for pid in _ranks(process.pid) or [process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.wait(patience_seconds)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _ranks(group: int) -> list[int]:
+    """Training processes of a process group, without the loader processes that they started.
+
+    The launcher is not told to stop: it would kill the ranks before they have saved.
+    """
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            _, parent, process_group = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            command = (folder / "cmdline").read_bytes().split(b"\0")[:4]
+            if int(process_group) == group and b"pipeline/train.py" in command:
+                parents[int(folder.name)] = int(parent)
+    return [process for process, parent in parents.items() if parent not in parents]
 
 
 def _num_gpus() -> int:

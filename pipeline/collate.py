@@ -1,11 +1,10 @@
-"""How decoded samples become a batch: caption cleaning, rows and their seeds, placeholders for unusable samples."""
+"""How samples become a batch: cleaned captions, rows and their seeds, placeholders for the unusable."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from model.batch import Batch, Planner, Row
@@ -13,34 +12,27 @@ from pipeline.order import mix_words
 
 
 class Item(NamedTuple):
-    """One sample, decoded.
+    """One sample without its pixels, which stand in the batch's image tensor already.
 
-    ``images`` are I tensors uint8 [3, S, S]; ``token_ids`` and ``negative_ids`` (another sample's caption, or None) are
-    ``<s> .. </s>``. An unusable sample has its reason in ``problem``, no images, and ``<s></s>`` as tokens.
+    ``token_ids`` and ``negative_ids`` (another sample's caption, or None) are ``<s> .. </s>``. An unusable sample has
+    its reason in ``problem``, and ``<s></s>`` as tokens; its image is black.
     """
 
     key: str
     seed: int
-    images: Sequence[Tensor]
     token_ids: list[int]
     negative_ids: list[int] | None = None
     problem: str | None = None
 
 
-def collate(items: Sequence[Item], planner: Planner, image_size: int, num_images: int = 1) -> Batch:
-    """B items to a batch of B images (groups of ``num_images``) and R >= B rows: own captions first, then negatives.
+def collate(items: Sequence[Item], images: Tensor, planner: Planner) -> Batch:
+    """B items and their images, uint8 [B, I, 3, S, S], to a batch of R >= B rows: own captions first, then negatives.
 
-    An unusable item keeps its slot: black image, row with role "placeholder", an entry in ``Batch.problems``.
+    An unusable item keeps its slot: its row has the role "placeholder", its name stands in ``Batch.problems``.
     """
-    images = torch.zeros((len(items), num_images, 3, image_size, image_size), dtype=torch.uint8)
     rows, negatives = [], []
     for number, item in enumerate(items):
-        if item.problem is not None:
-            rows.append(Row(item.token_ids, number, item.seed, "placeholder"))
-            continue
-        for slot, pixels in enumerate(item.images):
-            images[number, slot].copy_(pixels)
-        rows.append(Row(item.token_ids, number, item.seed, "pair"))
+        rows.append(Row(item.token_ids, number, item.seed, "pair" if item.problem is None else "placeholder"))
         if item.negative_ids is not None:
             negatives.append(Row(item.negative_ids, number, mix_words(item.seed, "negative row"), "negative"))
     batch = planner(images, rows + negatives)

@@ -1,4 +1,4 @@
-"""How one position of a stream becomes a decoded, tokenised item: for training and for evaluation."""
+"""How positions become decoded, tokenised samples: the stream of training and the choice of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from pipeline.collate import Item, clean_caption
 from pipeline.order import SampleOrder, mix_words, sample_seed
@@ -29,22 +30,33 @@ class SampleReader:
     max_pixels: int
     draft_size: int | None
 
-    def item(self, corpus: int, index: int, seed: int, image_index: int | None = None) -> Item:
-        """Row ``index`` of a corpus, with the image of row ``image_index`` if given; a placeholder if unusable."""
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """[I, 3, S, S] of one sample; raises ValueError for corpora that do not agree on I."""
+        num_images = sorted({corpus.num_images for corpus in self.corpora})
+        if len(num_images) > 1:
+            raise ValueError(f"corpora of {num_images} images per sample: expected the same number in all")
+        return num_images[0], 3, self.transform.size, self.transform.size
+
+    def item(self, corpus: int, index: int, seed: int, out: Tensor, image_index: int | None = None) -> Item:
+        """Row ``index`` of a corpus; its images, or those of row ``image_index``, are written into ``out``.
+
+        ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder.
+        """
         try:
             sample = self.corpora[corpus].read(index)
             encoded = sample.images if image_index is None else self.corpora[corpus].read(image_index).images
             text = clean_caption(sample.text, self.full_stop)
             if not text:
                 raise UnusableSample(sample.key, "empty caption")
-            images = [
-                self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size)) for data in encoded
-            ]
+            for slot, data in enumerate(encoded):
+                out[slot] = self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size))
         except UnusableSample as error:
+            out.zero_()
             vocabulary = self.tokenizer.vocabulary
-            return Item(error.key, seed, (), [vocabulary.bos_id, vocabulary.eos_id], None, error.reason)
+            return Item(error.key, seed, [vocabulary.bos_id, vocabulary.eos_id], None, error.reason)
         own = [text, *(clean_caption(c, self.full_stop) for c in sample.meta.get("captions", ()) if isinstance(c, str))]
-        return Item(sample.key, seed, images, self._encode(text), self._negative(corpus, index, seed, own))
+        return Item(sample.key, seed, self._encode(text), self._negative(corpus, index, seed, own))
 
     def _negative(self, corpus: int, index: int, seed: int, own: list[str]) -> list[int] | None:
         """For a share of samples the caption of another row of the corpus, unlike every caption of this sample."""
@@ -74,12 +86,13 @@ class TrainDataset:
     order: SampleOrder
     seed: int
 
-    def __getitem__(self, position: int) -> Item:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: Sequence[int]) -> list[Item]:
+    def items(self, positions: Sequence[int], out: Tensor) -> list[Item]:
+        """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
         places = zip(*(column.tolist() for column in self.order.at_many(positions)))
-        return [self.reader.item(c, i, sample_seed(self.seed, epoch, c, i)) for c, i, epoch in places]
+        return [
+            self.reader.item(corpus, index, sample_seed(self.seed, epoch, corpus, index), pixels)
+            for (corpus, index, epoch), pixels in zip(places, out)
+        ]
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,11 @@ class EvalDataset:
     def __len__(self) -> int:
         return sum(len(part) for part in self._chosen)
 
-    def __getitem__(self, position: int) -> Item:
+    def items(self, positions: Sequence[int], out: Tensor) -> list[Item]:
+        """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
+        return [self._item(position, pixels) for position, pixels in zip(positions, out)]
+
+    def _item(self, position: int, out: Tensor) -> Item:
         corpus = 0
         while position >= len(self._chosen[corpus]):
             position -= len(self._chosen[corpus])
@@ -120,4 +137,4 @@ class EvalDataset:
         part = self._chosen[corpus]
         index = int(part[position])
         image_index = int(part[(position + len(part) // 2) % len(part)]) if self.shuffle_images else None
-        return self.reader.item(corpus, index, sample_seed(self.seed, 0, corpus, index), image_index)
+        return self.reader.item(corpus, index, sample_seed(self.seed, 0, corpus, index), out, image_index)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import multiprocessing
-import shutil
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from model.batch import Batch, Planner, Term
-from pipeline.collate import Item, collate
+from pipeline.collate import collate
 from pipeline.datasets import EvalDataset, SampleReader, TrainDataset
 from pipeline.order import SampleOrder, micro_batch_positions
 from pipeline.shard_reader import Corpus
 from pipeline.tokenizer import TextTokenizer
 from pipeline.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 
-_SHARED_MEMORY = Path("/dev/shm")
 _WORKER_FAILURES = ("timed out", "exited unexpectedly", "killed by signal", "Bus error")
 
 
@@ -73,47 +73,56 @@ class BatchLoader:
     def __init__(
         self,
         dataset: TrainDataset | EvalDataset,
-        batches: Sequence[Sequence[int]] | TrainBatches,
+        batches: Sequence[range] | TrainBatches,
         most_batches: int,
         planner: Planner,
         options: LoaderOptions,
         persistent: bool = False,
     ) -> None:
         self.most_batches = most_batches
-        self._options, workers = options, options.num_workers
-        corpora, image_size = dataset.reader.corpora, dataset.reader.transform.size
-        num_images = {corpus.num_images for corpus in corpora}
-        if len(num_images) > 1:
-            raise ValueError(f"corpora of {sorted(num_images)} images per sample: expected the same number in all")
-        collate_fn = partial(collate, planner=planner, image_size=image_size, num_images=max(num_images))
+        self._options, workers = options, options.num_workers if len(batches) else 0
+        image_shape, slots = dataset.reader.image_shape, None
+        if workers:
+            largest = len(next(iter(batches)))  # the first batch; only the last can be smaller
+            slots = _Slots(workers * (options.prefetch + 1), (largest, *image_shape))
+        self._slots = slots  # owns the memory that the workers' batches refer to
+        self._workers: set[multiprocessing.process.BaseProcess] = set()
         self._loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=_CollateForTransport(collate_fn),
+            _BatchMaker(dataset, planner, image_shape, slots),
+            batch_size=None,  # the workers make whole batches
+            sampler=_Numbered(batches),
+            collate_fn=_unchanged,
             num_workers=workers,
             prefetch_factor=options.prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
             pin_memory=options.pin_memory and torch.cuda.is_available(),
             timeout=options.timeout_seconds if workers else 0,
+            multiprocessing_context="fork" if workers else None,  # the workers inherit the slots
             generator=torch.Generator().manual_seed(0),  # else starting a loader would move the global generator
         )
-        if workers and len(self._loader):
-            largest = max(len(batch) for batch in batches) if isinstance(batches, list) else batches.micro_batch
-            _check_shared_memory(options, largest * max(num_images) * 3 * image_size**2)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        before = set(multiprocessing.active_children())
         try:
-            for batch in self._loader:
+            for batch in self._started():
                 yield batch.unpack() if isinstance(batch, _Parcel) else batch
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _WORKER_FAILURES):
-                raise
-            _kill(set(multiprocessing.active_children()) - before)
-            raise LoaderError(self._explain(str(error))) from error
+            self._workers = {worker for worker in self._workers if worker.is_alive()}
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            _kill(self._workers)
+            if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORKER_FAILURES):
+                raise LoaderError(self._explain(str(error))) from error
+            raise
+
+    def _started(self) -> Iterator[Batch | _Parcel]:
+        """The DataLoader's iterator, with note taken of the processes that it starts."""
+        before = set(multiprocessing.active_children())
+        iterator = iter(self._loader)
+        self._workers |= set(multiprocessing.active_children()) - before
+        return iterator
 
     def _explain(self, message: str) -> str:
         found = " ".join(message.split("\n")[0].split())
@@ -197,52 +206,114 @@ def _reader(
     )
 
 
-class _CollateForTransport:
-    """Collates, and in a loader process packs the batch for its way through the pipe."""
+class _Slots:
+    """Shared memory for the images of the batches in flight, without a name that could outlive the run.
 
-    def __init__(self, collate_fn: partial) -> None:
-        self._collate = collate_fn
+    Batch k is written into slot k mod ``num_slots`` by worker k mod num_workers, and copied out before the worker is
+    given batch k + prefetch * num_workers, which falls into another slot. Reused pages cost no page faults, and unlike
+    a tensor sent through a queue a batch costs no descriptor and nothing of /dev/shm.
+    """
 
-    def __call__(self, items: Sequence[Item]) -> Batch | _Parcel:
-        batch = self._collate(items)
-        return batch if get_worker_info() is None else _Parcel(batch)
+    def __init__(self, num_slots: int, shape: tuple[int, ...]) -> None:
+        self.num_slots, self.slot_bytes = num_slots, math.prod(shape)
+        self.descriptor = os.memfd_create("batches", os.MFD_CLOEXEC)
+        os.ftruncate(self.descriptor, num_slots * self.slot_bytes)
+        memory = mmap.mmap(self.descriptor, num_slots * self.slot_bytes)
+        self._images = torch.frombuffer(memory, dtype=torch.uint8).view(num_slots, *shape)
+
+    def images(self, number: int, batch_size: int) -> Tensor:
+        """Where the images of batch ``number`` go, uint8 [batch_size, I, 3, S, S]."""
+        return self._images[number % self.num_slots, :batch_size]
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class _BatchMaker:
+    """What a loader process runs: the positions of a batch to the batch."""
+
+    def __init__(
+        self,
+        dataset: TrainDataset | EvalDataset,
+        planner: Planner,
+        image_shape: tuple[int, ...],
+        slots: _Slots | None,
+    ) -> None:
+        self._dataset, self._planner, self._image_shape, self._slots = dataset, planner, image_shape, slots
+
+    def __getitem__(self, numbered: tuple[int, range]) -> Batch | _Parcel:
+        number, positions = numbered
+        if self._slots is None:
+            images = torch.empty((len(positions), *self._image_shape), dtype=torch.uint8)
+            return collate(self._dataset.items(positions, images), images, self._planner)
+        images = self._slots.images(number, len(positions))
+        return _Parcel(collate(self._dataset.items(positions, images), images, self._planner), number, self._slots)
 
 
 class _Parcel:
-    """A batch on its way between processes: images in shared memory, the small tensors inline as arrays.
+    """A batch on its way between processes: its images stay in their slot, the small tensors travel as arrays."""
 
-    A tensor costs a file descriptor on either side for as long as it lives; with twenty per batch, prefetching
-    exhausts the usual limit of 1024.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self._images = batch.images
+    def __init__(self, batch: Batch, number: int, slots: _Slots) -> None:
+        assert batch.images.is_set_to(slots.images(number, len(batch.images))), "the planner must keep the images"
+        self._shape = tuple(batch.images.shape)
+        self._place = slots.descriptor, number % slots.num_slots * slots.slot_bytes
         self._arrays = {
             f.name: getattr(batch, f.name).numpy() for f in fields(batch) if _is_small_tensor(batch, f.name)
         }
         self._terms = {name: (term.position.numpy(), term.label.numpy()) for name, term in batch.terms.items()}
         self._lists = (batch.keys, batch.problems)
 
-    def unpack(self) -> Batch:
-        return Batch(
-            images=self._images,
+    def unpack(self, pinned: bool = False) -> Batch:
+        """The batch in memory of its own; the slot is free again."""
+        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=pinned)
+        _read_fully(self._place, images)
+        batch = Batch(
+            images=images,
             **{name: torch.from_numpy(array) for name, array in self._arrays.items()},
             terms={name: Term(*map(torch.from_numpy, arrays)) for name, arrays in self._terms.items()},
             keys=self._lists[0],
             problems=self._lists[1],
         )
+        return batch.pin_memory() if pinned else batch
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader's pinning thread."""
-        return self.unpack().pin_memory()
+        return self.unpack(pinned=True)
+
+
+class _Numbered:
+    """The batches with their numbers, which choose their slots."""
+
+    def __init__(self, batches: Sequence[range] | TrainBatches) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[int, range]]:
+        return enumerate(self._batches)
+
+
+def _unchanged(batch: Batch | _Parcel) -> Batch | _Parcel:
+    return batch
+
+
+def _read_fully(place: tuple[int, int], images: Tensor) -> None:
+    """Fill ``images`` from (descriptor, offset): the kernel copies, which takes fewer page faults than a mapping."""
+    descriptor, offset = place
+    buffer = memoryview(images.numpy()).cast("B")
+    while buffer:
+        count = os.preadv(descriptor, [buffer], offset)
+        assert count > 0, "slots are as long as they were made"
+        buffer, offset = buffer[count:], offset + count
 
 
 def _is_small_tensor(batch: Batch, name: str) -> bool:
-    return name != "images" and isinstance(getattr(batch, name), torch.Tensor)
+    return name != "images" and isinstance(getattr(batch, name), Tensor)
 
 
 def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
-    """Ends workers that hang, which would keep the program from ending; torch need not be told of their deaths."""
+    """Ends workers that may hang, which would keep the program from ending; torch need not hear of their deaths."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
     for worker in workers:
@@ -250,17 +321,3 @@ def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
         worker.join(timeout=5)
     if in_main_thread:
         signal.signal(signal.SIGCHLD, handler)
-
-
-def _check_shared_memory(options: LoaderOptions, batch_bytes: int) -> None:
-    """Refuses prefetching that cannot fit: overflowing /dev/shm kills workers by a bus error much later."""
-    if not _SHARED_MEMORY.is_dir():
-        return
-    needed = batch_bytes * options.prefetch * options.num_workers
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if needed > free:
-        raise ValueError(
-            f"prefetching {options.num_workers} x {options.prefetch} batches needs {needed / 2**20:.0f} MiB of shared "
-            f"memory, {_SHARED_MEMORY} has {free / 2**20:.0f}: lower data.num_workers or data.prefetch, "
-            "or give the container more (docker run --shm-size)"
-        )

@@ -79,8 +79,7 @@ def decode_image(
 class ClipTransform:
     """Shorter side to ``size`` (bicubic), centre crop; uint8 [3, size, size], normalised later on the device.
 
-    Specification 6.2. Only the columns that survive the crop are resized vertically; Pillow rounds to 8 bits between
-    its two passes, so the result is the same bit for bit.
+    Specification 6.2. Of landscape images only what survives the crop is resized, where that is the same bit for bit.
     """
 
     size: int
@@ -88,24 +87,31 @@ class ClipTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """``image`` in mode RGB or RGBA; alpha takes part in the resize and is dropped after it."""
         width, height = image.size
-        if width <= height:
-            resized = image.resize((self.size, self.size * height // width), Image.Resampling.BICUBIC)
-            top = round((resized.height - self.size) / 2)
-            resized = resized.crop((0, top, self.size, top + self.size))
-        else:
+        if width > height and image.mode == "RGB":
             resized = self._landscape(image)
+        else:
+            shape = (self.size, self.size * height // width) if width <= height else (self._scaled(image), self.size)
+            resized = image.resize(shape, Image.Resampling.BICUBIC)
+            left, top = (round((side - self.size) / 2) for side in shape)
+            resized = resized.crop((left, top, left + self.size, top + self.size))
         pixels = np.asarray(resized if resized.mode == "RGB" else resized.convert("RGB"))
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     def _landscape(self, image: Image.Image) -> Image.Image:
-        scaled_width = self.size * image.width // image.height
-        left = round((scaled_width - self.size) / 2)
-        if image.mode != "RGB":  # alpha is premultiplied around a resize, so it must stay one call
-            resized = image.resize((scaled_width, self.size), Image.Resampling.BICUBIC)
-            return resized.crop((left, 0, left + self.size, self.size))
-        wide = image.resize((scaled_width, image.height), Image.Resampling.BICUBIC)
-        columns = wide.crop((left, 0, left + self.size, image.height))
+        """Equal to one resize and a crop: Pillow resizes landscapes across, rounds to 8 bits, then resizes down."""
+        (width, height), scaled = image.size, self._scaled(image)
+        left = round((scaled - self.size) / 2)
+        edges = [column * width / scaled for column in (left, left + self.size)]
+        if all(
+            float(np.float32(edge)) * scaled == column * width for edge, column in zip(edges, (left, left + self.size))
+        ):
+            # Pillow takes boxes as float32; these edges are exact in it, as they are for 4:3 and 3:2
+            return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(edges[0], 0, edges[1], height))
+        columns = image.resize((scaled, height), Image.Resampling.BICUBIC).crop((left, 0, left + self.size, height))
         return columns.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+    def _scaled(self, image: Image.Image) -> int:
+        return self.size * image.width // image.height
 
 
 def clip_transform(size: int) -> ClipTransform:

@@ -97,6 +97,18 @@ def test_transform_reproduces_the_release(size):
     assert (ours - dump[f"clip_{size}"]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("size", [16, 24, 72, 288])
+@pytest.mark.parametrize("width, height", [(100, 75), (160, 120), (120, 80), (96, 54), (101, 75), (88, 80), (300, 10)])
+def test_common_landscapes_are_bit_equal_too(width, height, size):
+    """4:3 and 3:2 take another way than the odd ones: both give what one resize and a crop give."""
+    image = Image.fromarray(noise(height, width, seed=width))
+    scaled = int(size * width / height)
+    left = round((scaled - size) / 2)
+    whole = image.resize((scaled, size), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole.crop((left, 0, left + size, size)))
+    assert np.array_equal(clip_transform(size)(image).permute(1, 2, 0).numpy(), expected)
+
+
 def test_transform_committed_expectation():
     """Guards against a change of Pillow's resampling: CLIP transform of a 6x4 ramp at 3 pixels."""
     ramp = (np.arange(24, dtype=np.uint8) * 10).reshape(4, 6)

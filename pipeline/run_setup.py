@@ -14,8 +14,6 @@ import torch
 
 from model.batch import Batch
 from model.build import build_objective
-from model.flops import training_flops
-from model.vision import resolve_sizes
 from pipeline import checkpoint
 from pipeline.checkpoint import RunState
 from pipeline.command_line import Launch
@@ -107,7 +105,6 @@ def set_up(
             for shuffle in (False, True)
         )
         loaders = (own, shuffled)
-    sizes = dataclasses.replace(config.model, vision=resolve_sizes(config.model.vision))
     return Session(
         config=config,
         output=output,
@@ -121,7 +118,7 @@ def set_up(
         placeholder=placeholder_batch(config, data.tokenizer, planner),
         writer=writer,
         unusable=UnusableSamples(output, config.data, agreement, place.is_main, state.unusable),
-        flops=lambda batch: float(training_flops(sizes, data.tokenizer.vocabulary.size, batch)),
+        flops=objective.flops,
     )
 
 

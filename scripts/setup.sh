@@ -29,7 +29,7 @@ apt_install() { # apt_install PACKAGE... -> installed, or false where we may not
         apt-get install -y --no-install-recommends "$@"; } >>"$LOG" 2>&1
 }
 
-usable() { "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null; }
+usable() { "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
@@ -47,10 +47,10 @@ ensure_python() { # sets python; an existing .venv keeps its own interpreter
         return
     fi
     if ! python=$(find_python); then
-        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not a Python 3.11 or newer"
+        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not a Python 3.11, 3.12 or 3.13"
         apt_install python3 python3-venv || true
         find_python >/dev/null || apt_install python3.11 python3.11-venv || true
-        python=$(find_python) || fail "Python 3.11 or newer is missing; install it with: sudo apt-get install python3.11 python3.11-venv"
+        python=$(find_python) || fail "Python 3.11, 3.12 or 3.13 is missing; install it with: sudo apt-get install python3.11 python3.11-venv"
     fi
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         local package

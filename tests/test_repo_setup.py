@@ -103,8 +103,8 @@ def test_mpi_library_is_added_where_there_is_none(checkout: Checkout) -> None:
     ("variables", "message"),
     [
         ({"NO_VENV": "1"}, "install it with: sudo apt-get install python3.11-venv"),
-        ({"TOO_OLD": "1"}, "Python 3.11 or newer is missing; install it with: sudo apt-get install python3.11"),
-        ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not a Python 3.11 or newer"),
+        ({"TOO_OLD": "1"}, "Python 3.11, 3.12 or 3.13 is missing; install it with: sudo apt-get install python3.11"),
+        ({"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not a Python 3.11, 3.12 or 3.13"),
     ],
 )
 def test_what_is_missing_is_named_in_one_line(checkout: Checkout, variables: dict[str, str], message: str) -> None:

@@ -192,7 +192,7 @@ def stages(
         places = list(zip(corpus.tolist(), index.tolist()))
         samples = timed("read", lambda p=places: [corpora[c].read(i) for c, i in p])
         decoded = timed("decode", lambda s=samples: [decode_image(x.images[0], draft_size=draft) for x in s])
-        timed("resize, crop, store", lambda d=decoded: [out[n, 0].copy_(transform(image)) for n, image in enumerate(d)])
+        timed("resize, crop, store", lambda d=decoded: [transform(image, out[n, 0]) for n, image in enumerate(d)])
         timed(
             "tokenise", lambda s=samples: [tokenizer.encode(clean_caption(x.text, False), MAX_TEXT_LENGTH) for x in s]
         )

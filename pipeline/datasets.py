@@ -50,7 +50,7 @@ class SampleReader:
             if not text:
                 raise UnusableSample(sample.key, "empty caption")
             for slot, data in enumerate(encoded):
-                out[slot] = self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size))
+                self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size), out[slot])
         except UnusableSample as error:
             out.zero_()
             vocabulary = self.tokenizer.vocabulary

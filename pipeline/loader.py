@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import mmap
+import ctypes
 import multiprocessing
-import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from model.batch import Batch, Planner, Term
+from model.batch import Batch, Planner
 from pipeline.collate import collate
 from pipeline.datasets import EvalDataset, SampleReader, TrainDataset
 from pipeline.order import SampleOrder, micro_batch_positions
 from pipeline.shard_reader import Corpus
+from pipeline.shared_batches import Numbered, Parcel, Slots
 from pipeline.tokenizer import TextTokenizer
 from pipeline.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WORKER_FAILURES = ("timed out", "exited unexpectedly", "killed by signal", "Bus error")
 
 
@@ -77,37 +77,28 @@ class BatchLoader:
         most_batches: int,
         planner: Planner,
         options: LoaderOptions,
+        held_batches: int = 1,
         persistent: bool = False,
     ) -> None:
+        """``held_batches``: how many batches the caller keeps at a time; ``persistent`` keeps the workers for the next
+        iteration."""
         self.most_batches = most_batches
-        self._options, workers = options, options.num_workers if len(batches) else 0
-        image_shape, slots = dataset.reader.image_shape, None
-        if workers:
-            largest = len(next(iter(batches)))  # the first batch; only the last can be smaller
-            slots = _Slots(workers * (options.prefetch + 1), (largest, *image_shape))
-        self._slots = slots  # owns the memory that the workers' batches refer to
+        self._dataset, self._batches, self._planner, self._options = dataset, batches, planner, options
+        self._num_workers = options.num_workers if len(batches) else 0
+        self._held_batches, self._persistent = held_batches, persistent and self._num_workers > 0
+        self._image_shape = dataset.reader.image_shape
+        self._kept: tuple[DataLoader, Slots | None] | None = None
         self._workers: set[multiprocessing.process.BaseProcess] = set()
-        self._loader = DataLoader(
-            _BatchMaker(dataset, planner, image_shape, slots),
-            batch_size=None,  # the workers make whole batches
-            sampler=_Numbered(batches),
-            collate_fn=_unchanged,
-            num_workers=workers,
-            prefetch_factor=options.prefetch if workers else None,
-            persistent_workers=persistent and workers > 0,
-            pin_memory=options.pin_memory and torch.cuda.is_available(),
-            timeout=options.timeout_seconds if workers else 0,
-            multiprocessing_context="fork" if workers else None,  # the workers inherit the slots
-            generator=torch.Generator().manual_seed(0),  # else starting a loader would move the global generator
-        )
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for batch in self._started():
-                yield batch.unpack() if isinstance(batch, _Parcel) else batch
+            iterator, slots = self._started()
+            for batch in iterator:
+                yield batch.unpack(slots) if isinstance(batch, Parcel) else batch
+            del iterator
             self._workers = {worker for worker in self._workers if worker.is_alive()}
         except GeneratorExit:
             raise
@@ -117,12 +108,41 @@ class BatchLoader:
                 raise LoaderError(self._explain(str(error))) from error
             raise
 
-    def _started(self) -> Iterator[Batch | _Parcel]:
-        """The DataLoader's iterator, with note taken of the processes that it starts."""
+    def _started(self) -> tuple[Iterator[Batch | Parcel], Slots | None]:
+        """A running iterator of the DataLoader; takes note of the processes that it starts."""
+        if self._kept is not None:
+            loader, slots = self._kept
+            slots.reclaim()  # an iteration that was left early keeps none; the workers finish it before they go on
+        else:
+            loader, slots = self._data_loader()
+        if self._persistent:
+            self._kept = loader, slots
         before = set(multiprocessing.active_children())
-        iterator = iter(self._loader)
+        iterator = iter(loader)
         self._workers |= set(multiprocessing.active_children()) - before
-        return iterator
+        return iterator, slots
+
+    def _data_loader(self) -> tuple[DataLoader, Slots | None]:
+        options, workers, slots = self._options, self._num_workers, None
+        if workers:
+            largest = len(next(iter(self._batches)))  # the first batch; only the last can be smaller
+            per_worker = options.prefetch + 1 + -(-self._held_batches // workers)
+            slots = Slots(workers, per_worker, (largest, *self._image_shape))
+        loader = DataLoader(
+            _BatchMaker(self._dataset, self._planner, self._image_shape, slots),
+            batch_size=None,  # the workers make whole batches
+            sampler=Numbered(self._batches, slots),
+            collate_fn=_unchanged,
+            num_workers=workers,
+            prefetch_factor=options.prefetch if workers else None,
+            persistent_workers=self._persistent,
+            pin_memory=options.pin_memory and torch.cuda.is_available(),
+            timeout=options.timeout_seconds if workers else 0,
+            multiprocessing_context="fork" if workers else None,  # the workers inherit the slots
+            worker_init_fn=_start_worker if workers else None,
+            generator=torch.Generator().manual_seed(0),  # else starting a loader would move the global generator
+        )
+        return loader, slots
 
     def _explain(self, message: str) -> str:
         found = " ".join(message.split("\n")[0].split())
@@ -157,7 +177,7 @@ def build_train_loader(
     """
     reader = _reader(corpora, planner, tokenizer, image_size, max_text_length, options)
     batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation)
-    return BatchLoader(TrainDataset(reader, order, seed), batches, len(batches), planner, options)
+    return BatchLoader(TrainDataset(reader, order, seed), batches, len(batches), planner, options, accumulation)
 
 
 def build_eval_loader(
@@ -206,29 +226,6 @@ def _reader(
     )
 
 
-class _Slots:
-    """Shared memory for the images of the batches in flight, without a name that could outlive the run.
-
-    Batch k is written into slot k mod ``num_slots`` by worker k mod num_workers, and copied out before the worker is
-    given batch k + prefetch * num_workers, which falls into another slot. Reused pages cost no page faults, and unlike
-    a tensor sent through a queue a batch costs no descriptor and nothing of /dev/shm.
-    """
-
-    def __init__(self, num_slots: int, shape: tuple[int, ...]) -> None:
-        self.num_slots, self.slot_bytes = num_slots, math.prod(shape)
-        self.descriptor = os.memfd_create("batches", os.MFD_CLOEXEC)
-        os.ftruncate(self.descriptor, num_slots * self.slot_bytes)
-        memory = mmap.mmap(self.descriptor, num_slots * self.slot_bytes)
-        self._images = torch.frombuffer(memory, dtype=torch.uint8).view(num_slots, *shape)
-
-    def images(self, number: int, batch_size: int) -> Tensor:
-        """Where the images of batch ``number`` go, uint8 [batch_size, I, 3, S, S]."""
-        return self._images[number % self.num_slots, :batch_size]
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-
 class _BatchMaker:
     """What a loader process runs: the positions of a batch to the batch."""
 
@@ -237,79 +234,34 @@ class _BatchMaker:
         dataset: TrainDataset | EvalDataset,
         planner: Planner,
         image_shape: tuple[int, ...],
-        slots: _Slots | None,
+        slots: Slots | None,
     ) -> None:
         self._dataset, self._planner, self._image_shape, self._slots = dataset, planner, image_shape, slots
 
-    def __getitem__(self, numbered: tuple[int, range]) -> Batch | _Parcel:
-        number, positions = numbered
-        if self._slots is None:
+    def __getitem__(self, task: tuple[int | None, range]) -> Batch | Parcel:
+        slot, positions = task
+        if slot is None:
             images = torch.empty((len(positions), *self._image_shape), dtype=torch.uint8)
-            return collate(self._dataset.items(positions, images), images, self._planner)
-        images = self._slots.images(number, len(positions))
-        return _Parcel(collate(self._dataset.items(positions, images), images, self._planner), number, self._slots)
+        else:
+            images = self._slots.images(slot, len(positions))
+        batch = collate(self._dataset.items(positions, images), images, self._planner)
+        assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"
+        return batch if self._slots is None else Parcel(batch, slot, self._slots)
 
 
-class _Parcel:
-    """A batch on its way between processes: its images stay in their slot, the small tensors travel as arrays."""
+def _start_worker(_: int) -> None:
+    """Signals of a loader process: the rank decides about stopping, and takes its workers with it when it dies.
 
-    def __init__(self, batch: Batch, number: int, slots: _Slots) -> None:
-        assert batch.images.is_set_to(slots.images(number, len(batch.images))), "the planner must keep the images"
-        self._shape = tuple(batch.images.shape)
-        self._place = slots.descriptor, number % slots.num_slots * slots.slot_bytes
-        self._arrays = {
-            f.name: getattr(batch, f.name).numpy() for f in fields(batch) if _is_small_tensor(batch, f.name)
-        }
-        self._terms = {name: (term.position.numpy(), term.label.numpy()) for name, term in batch.terms.items()}
-        self._lists = (batch.keys, batch.problems)
-
-    def unpack(self, pinned: bool = False) -> Batch:
-        """The batch in memory of its own; the slot is free again."""
-        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=pinned)
-        _read_fully(self._place, images)
-        batch = Batch(
-            images=images,
-            **{name: torch.from_numpy(array) for name, array in self._arrays.items()},
-            terms={name: Term(*map(torch.from_numpy, arrays)) for name, arrays in self._terms.items()},
-            keys=self._lists[0],
-            problems=self._lists[1],
-        )
-        return batch.pin_memory() if pinned else batch
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader's pinning thread."""
-        return self.unpack(pinned=True)
+    Schedulers send SIGTERM to whole process groups; torch makes workers die of it, and the rank with them, before it
+    can save. A killed rank must not leave workers waiting on a full queue: Linux kills them with it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class _Numbered:
-    """The batches with their numbers, which choose their slots."""
-
-    def __init__(self, batches: Sequence[range] | TrainBatches) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[tuple[int, range]]:
-        return enumerate(self._batches)
-
-
-def _unchanged(batch: Batch | _Parcel) -> Batch | _Parcel:
+def _unchanged(batch: Batch | Parcel) -> Batch | Parcel:
     return batch
-
-
-def _read_fully(place: tuple[int, int], images: Tensor) -> None:
-    """Fill ``images`` from (descriptor, offset): the kernel copies, which takes fewer page faults than a mapping."""
-    descriptor, offset = place
-    buffer = memoryview(images.numpy()).cast("B")
-    while buffer:
-        count = os.preadv(descriptor, [buffer], offset)
-        assert count > 0, "slots are as long as they were made"
-        buffer, offset = buffer[count:], offset + count
-
-
-def _is_small_tensor(batch: Batch, name: str) -> bool:
-    return name != "images" and isinstance(getattr(batch, name), Tensor)
 
 
 def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:

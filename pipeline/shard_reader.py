@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import json
 import os
-import struct
 import tarfile
 from collections import OrderedDict
 from itertools import accumulate
@@ -206,17 +205,23 @@ def _read_range(descriptor: int, offset: int, size: int, name: str) -> bytes:
 
 
 def _verified_key(header: bytes, size: int, name: str) -> str:
-    """The sample's key from the tar header before its image, which must be a plain file of the indexed size."""
+    """The sample's key from the tar header before its image, which must be a plain file of the indexed size.
+
+    POSIX ustar: name 0-99, size 124-135, checksum 148-155, type 156, magic 257-261, directory prefix 345-499.
+    """
     try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError, struct.error):
+        member = header[:100].rstrip(b"\0").decode("utf-8")
+        found_size, checksum = (int(header[a:b].strip(b" \0") or b"0", 8) for a, b in ((124, 136), (148, 156)))
+    except ValueError:  # UnicodeDecodeError is one
         raise UnusableSample(name, "index does not fit shard") from None
-    if not info.isreg():
-        raise UnusableSample(name, "not a regular file")
-    if info.size != size:
+    if header[257:262] != b"ustar" or sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
         raise UnusableSample(name, "index does not fit shard")
-    key = info.name.split(".")[0]
-    if not key or "/" in info.name or "\\" in info.name or not key.isprintable():
+    if header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise UnusableSample(name, "not a regular file")
+    if found_size != size:
+        raise UnusableSample(name, "index does not fit shard")
+    key = member.split(".")[0]
+    if not key or "/" in member or "\\" in member or header[345:346] != b"\0" or not key.isprintable():
         raise UnusableSample(name, "bad key")
     return key
 

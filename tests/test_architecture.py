@@ -48,7 +48,7 @@ RUNGS: dict[str, list[list[str]]] = {
         ],
         ["shard_reader", "optim", "ds_config", "command_line", "unusable"],
         ["collate", "engine"],
-        ["datasets", "checkpoint", "meter"],
+        ["datasets", "shared_batches", "checkpoint", "meter"],
         ["loader"],
         ["open_data"],
         ["run_setup", "evaluate", "generate", "report"],

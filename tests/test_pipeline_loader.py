@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -246,18 +246,37 @@ def test_workers_that_fail_end_the_run_with_a_reason(data, monkeypatch, reads, m
     assert time.perf_counter() - start < 8 and not multiprocessing.active_children()
 
 
-def test_batches_in_flight_cost_no_descriptors_and_keep_their_pixels(data):
-    """A step's micro-batches are all held at once, more than there are slots: none may be overwritten."""
+@pytest.mark.parametrize("held", [1, 8, 40])
+def test_batches_keep_their_pixels_as_long_as_they_are_held(data, held):
+    """As many at a time as announced, which costs no descriptors, or more than that."""
     expected = list(data.train(stop=40, micro_batch=3))
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    loader = data.train(stop=40, micro_batch=3, options=LoaderOptions(num_workers=2, prefetch=2))
-    held = list(loader)
-    assert len(os.listdir("/proc/self/fd")) - before <= 2  # the slots and their mapping
-    assert all(same(a, b) for a, b in zip(held, expected))
-    del loader, held
+    loader = data.train(stop=5, accumulation=8, micro_batch=3, options=LoaderOptions(num_workers=2, prefetch=2))
+    loaded, open_files = deque(maxlen=held), []
+    for number, batch in enumerate(loader):
+        loaded.append(batch)
+        open_files.append(len(os.listdir("/proc/self/fd")))
+        assert all(same(a, b) for a, b in zip(loaded, expected[max(0, number + 1 - held) : number + 1], strict=True))
+    if held <= 8:
+        assert max(open_files) == min(open_files)
+        assert len(loader) == 40
+    del loader, loaded, batch
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_slots_are_reused_and_an_iteration_can_be_left_early(data):
+    loader = data.evaluate(batch_size=2, options=LoaderOptions(num_workers=2, prefetch=1))
+    expected = list(data.evaluate(batch_size=2))
+    places = Counter(batch.images.data_ptr() for batch in loader)
+    assert len(places) <= 2 * 3 and sum(places.values()) == 16
+    for _ in range(4):
+        abandoned = iter(loader)
+        assert same(next(abandoned), expected[0])
+        del abandoned
+        assert all(same(a, b) for a, b in zip(loader, expected, strict=True))
+        assert {batch.images.data_ptr() for batch in loader} <= set(places)
 
 
 def test_slow_workers_do_not_overwrite_each_other(data, monkeypatch):

@@ -13,8 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT ends the process at once.
 
-    Loader workers inherit the handlers. Schedulers signal whole process groups: a worker stays quiet on the first
-    signal, so that the loop can finish its step, and obeys a second SIGTERM.
+    Loader workers inherit the handlers; in them the note has no effect, their rank decides.
     """
 
     def __init__(self) -> None:
@@ -36,8 +35,6 @@ class StopRequest:
         again = self.signal_name == name
         self.signal_name = name
         if os.getpid() != self._owner:
-            if again and number == signal.SIGTERM:
-                os._exit(128 + number)
             return
         if again and number == signal.SIGINT:
             os._exit(128 + number)

@@ -94,13 +94,19 @@ def test_resumed_program_equals_the_uninterrupted_one(work: Path) -> None:
     assert whole.returncode == 0, whole.stderr
 
     log = work / "runs" / "parts" / "log.jsonl"
-    first = subprocess.Popen(program(*options, "--output", "runs/parts"), cwd=work, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        program(*options, "--data.num_workers", "1", "--output", "runs/parts"),
+        cwd=work,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 80
         while not (log.exists() and '"kind": "train"' in log.read_text()):
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        first.send_signal(signal.SIGTERM)
+        os.killpg(first.pid, signal.SIGTERM)  # as schedulers do: the loader's processes get it too
         assert first.wait(timeout=60) == 75, first.stderr.read()
     finally:
         first.kill()

@@ -11,10 +11,15 @@ import torch
 from pipeline.config import Config
 from pipeline.ds_config import Device, read_ds_config, resolve
 from tests.forked_ranks import run_ranks
+from tests.tiny_flm import flm_batch, tiny_flm
 from tests.tiny_objective import TinyObjective, tiny_batch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = Device(kind="cpu", has_bf16=True)
+CASES = {  # name -> (objective from the seeded generator, batch of sample numbers)
+    "stand_in": (TinyObjective, tiny_batch),
+    "flm": (lambda: tiny_flm(seed=3, spread=2.0, corruption_rate=0.4), flm_batch),
+}
 
 
 def tiny_config(batch_size: int = 8, micro: int = 2, steps: int = 20, precision: str = "fp32") -> Config:
@@ -25,7 +30,7 @@ def tiny_config(batch_size: int = 8, micro: int = 2, steps: int = 20, precision:
     return config
 
 
-def make_engine(place, config: Config, stage: int, dropout: float = 0.0):
+def make_engine(place, config: Config, stage: int, objective=TinyObjective):
     from pipeline.engine import TrainEngine, prepare_deepspeed
     from pipeline.ranks import Agreement
 
@@ -34,18 +39,18 @@ def make_engine(place, config: Config, stage: int, dropout: float = 0.0):
     given = read_ds_config(REPOSITORY / "ds_configs" / f"zero{stage}.json")
     ds_config = resolve(given, config, place.world_size, CPU)
     agreement = Agreement()
-    engine = TrainEngine(TinyObjective(dropout), ds_config, config.optim, config.train, place, agreement)
+    engine = TrainEngine(objective(), ds_config, config.optim, config.train, place, agreement)
     return engine, agreement
 
 
-def micro_batches(config: Config, place, step: int) -> list:
+def micro_batches(config: Config, place, step: int, batch=tiny_batch) -> list:
     """This rank's micro-batches of a step; the samples of a step do not depend on the number of ranks."""
     from pipeline.order import micro_batch_positions
 
     size = config.optim.micro_batch_size
     accumulation = config.optim.batch_size // size // place.world_size
     layout = (place.rank, place.world_size, size, accumulation)
-    return [tiny_batch(list(micro_batch_positions(step, micro, *layout))) for micro in range(accumulation)]
+    return [batch(list(micro_batch_positions(step, micro, *layout))) for micro in range(accumulation)]
 
 
 def global_loss(engine, agreement, result) -> float:
@@ -54,24 +59,26 @@ def global_loss(engine, agreement, result) -> float:
     return sum(engine.term_weights[n] * s / max(result.counts[n], 1) for n, s in zip(names, sums, strict=True))
 
 
-def losses_of_run(place, config: Config, stage: int, steps: int) -> list[float]:
-    engine, agreement = make_engine(place, config, stage)
-    results = (engine.step(step, micro_batches(config, place, step)) for step in range(steps))
+def losses_of_run(place, config: Config, stage: int, steps: int, case: str) -> list[float]:
+    objective, batch = CASES[case]
+    engine, agreement = make_engine(place, config, stage, objective)
+    results = (engine.step(step, micro_batches(config, place, step, batch)) for step in range(steps))
     return [global_loss(engine, agreement, result) for result in results]
 
 
-def plain_losses(config: Config, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_losses(config: Config, steps: int, case: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same run without DeepSpeed: one process, the joined batch, torch's AdamW. Also the gradients of step 0."""
     from pipeline.optim import learning_rate, parameter_groups, set_learning_rate
 
     torch.manual_seed(3)
-    model = TinyObjective()
+    objective, make_batch = CASES[case]
+    model = objective().train()
     groups = parameter_groups(model.named_parameters(), model.parameter_group, model.decays, config.optim)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
     losses, gradients = [], {}
     for step in range(steps):
         size = config.optim.batch_size
-        batch = tiny_batch(list(range(step * size, (step + 1) * size)))
+        batch = make_batch(list(range(step * size, (step + 1) * size)))
         sums = model(batch)
         loss = sum(model.term_weights[name] * value / max(batch.counts[name], 1) for name, value in sums.items())
         optimizer.zero_grad()
@@ -85,21 +92,23 @@ def plain_losses(config: Config, steps: int) -> tuple[list[float], dict[str, tor
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_stages_train_like_plain_torch(stage: int) -> None:
+def test_zero_stages_train_like_plain_torch(stage: int, case: str) -> None:
     config = tiny_config()
-    found = run_ranks(2, losses_of_run, config, stage, 20)
-    expected, _ = plain_losses(config, 20)
+    found = run_ranks(2, losses_of_run, config, stage, 20, case)
+    expected, _ = plain_losses(config, 20, case)
     assert found[0] == found[1]
     assert found[0] == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < 0.9 * expected[0]
 
 
-def gradients_of_step(place, config: Config, stage: int) -> dict[str, torch.Tensor]:
+def gradients_of_step(place, config: Config, stage: int, case: str) -> dict[str, torch.Tensor]:
     """What one step's backward leaves in the engine: the gradients that the optimizer is about to use."""
     from deepspeed.utils import safe_get_full_grad
 
-    engine, _ = make_engine(place, config, stage)
+    objective, batch = CASES[case]
+    engine, _ = make_engine(place, config, stage, objective)
     seen = {}
     step = engine._deepspeed.step
 
@@ -110,16 +119,17 @@ def gradients_of_step(place, config: Config, stage: int) -> dict[str, torch.Tens
         step()
 
     engine._deepspeed.step = note_gradients
-    engine.step(0, micro_batches(config, place, 0))
+    engine.step(0, micro_batches(config, place, 0, batch))
     return seen
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", [0, 2])
-def test_gradients_equal_those_of_the_joined_batch(stage: int) -> None:
+def test_gradients_equal_those_of_the_joined_batch(stage: int, case: str) -> None:
     """2 ranks x 2 micro-batches with unequal numbers of targets against one process on all samples at once."""
     config = tiny_config(batch_size=8, micro=2)
-    found = run_ranks(2, gradients_of_step, config, stage)
-    _, expected = plain_losses(config, 1)
+    found = run_ranks(2, gradients_of_step, config, stage, case)
+    _, expected = plain_losses(config, 1, case)
     for name, gradient in expected.items():
         for rank in found:
             torch.testing.assert_close(torch.from_numpy(rank[name]), gradient, atol=1e-6, rtol=0, msg=name)
@@ -141,18 +151,19 @@ def test_a_term_without_targets_anywhere_contributes_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_trains(stage: int) -> None:
+def test_bf16_trains(stage: int, case: str) -> None:
     config = tiny_config(steps=40, precision="bf16")
-    config.optim.learning_rate = 1e-2
-    exact, _ = plain_losses(config, 40)
-    found = run_ranks(2, losses_of_run, config, stage, 40)[0]
+    config.optim.learning_rate = 1e-2 if case == "stand_in" else 2e-3
+    exact, _ = plain_losses(config, 40, case)
+    found = run_ranks(2, losses_of_run, config, stage, 40, case)[0]
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
     assert found == pytest.approx(exact, abs=0.15)
 
 
 def scores_and_mode(place, config: Config, stage: int) -> tuple[dict, bool]:
-    engine, _ = make_engine(place, config, stage, dropout=0.5)
+    engine, _ = make_engine(place, config, stage, lambda: TinyObjective(0.5))
     batch = tiny_batch([0, 1, 2])
     with engine.scoring() as score:
         first, second = score(batch), score(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.batch import Row
+from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, ReconstructorConfig, TextConfig, VisionConfig, Vocabulary
 
@@ -47,3 +47,20 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 def pair_rows(captions: list[list[int]]) -> list[Row]:
     return [Row(ids, number, seed=1000 + number) for number, ids in enumerate(captions)]
+
+
+def flm_batch(samples: list[int]) -> Batch:
+    """The batch of some samples of a fixed corpus whose captions follow from their images; every third has a negative.
+
+    Sample number i decides everything about a sample, so any grouping into micro-batches holds the same targets.
+    """
+    planner = tiny_flm(corruption_rate=0.4).planner
+    pictures, rows, negatives = [], [], []
+    for place, number in enumerate(samples):
+        first = 3 + number * 7 % 20
+        pictures.append(torch.full((1, 3, 32, 32), first * 8, dtype=torch.uint8))
+        words = [first + step for step in range(2 + number % 5)]
+        rows.append(Row([0, *words, 2], place, seed=number))
+        if number % 3 == 0:
+            negatives.append(Row([0, 59, 58, 2], place, seed=number, role="negative"))
+    return planner(torch.stack(pictures), rows + negatives)

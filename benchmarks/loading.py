@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from pipeline.tokenizer import TextTokenizer
 from pipeline.transforms import DEFAULT_MAX_PIXELS, clip_transform, decode_image, draft_size
 
 SEED = 0
+MODES = {"exact": False, "fast": True}  # name -> data.fast_decode
 MAX_TEXT_LENGTH = 50
 CORRUPTION_RATE, NEGATIVE_SHARE = 0.0, 0.25  # the defaults of pretraining
-_PART = 64  # images per task of the bare loop
 WORDS = "a the two red blue small large dog cat man woman boat street tree runs stands holds near under on with".split()
 
 
@@ -76,7 +76,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=2048, help="samples per timing of the loops (default 2048)")
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="paired repeats, interleaved (default 5)")
-    parser.add_argument("--fast-decode", action="store_true", help="let the decoder of the loader shrink large JPEGs")
     parser.add_argument("--output", help="write the figures as JSON here")
     return parser.parse_args(argv)
 
@@ -93,58 +92,61 @@ def measure(corpora: list[Corpus], arguments: argparse.Namespace) -> dict[str, A
         "source": str(arguments.data) if arguments.data else f"generated, longer side {arguments.image_px} px",
         "jpeg_kib": sum(map(len, encoded)) / len(encoded) / 1024,
         "image_size": arguments.image_size,
-        "fast_decode": arguments.fast_decode,
-        "stages_ms": stages(corpora, order, planner, tokenizer, arguments),
+        "stages_ms": {
+            name: stages(corpora, order, planner, tokenizer, arguments, fast) for name, fast in MODES.items()
+        },
         "loops": [],
     }
     for workers in arguments.workers:
-        options = LoaderOptions(num_workers=workers, fast_decode=arguments.fast_decode)
-        loader = partial(
-            build_train_loader,
-            corpora,
-            order,
-            planner,
-            tokenizer,
-            image_size=arguments.image_size,
-            max_text_length=MAX_TEXT_LENGTH,
-            micro_batch=arguments.micro_batch,
-            accumulation=1,
-            rank=0,
-            world=1,
-            start_step=0,
-            num_steps=steps,
-            seed=SEED,
-            options=options,
-        )
-        pairs = []
-        for repeat in range(arguments.repeats):
-            runs = [("bare", partial(time_bare_loop, encoded, arguments.image_size, workers))]
-            runs.append(("loader", partial(time_loader, loader, len(encoded))))
-            pairs.append({name: len(encoded) / run() for name, run in (runs if repeat % 2 else runs[::-1])})
-        result["loops"].append({"workers": workers, "samples_per_second": pairs})
+        runs = {"bare": partial(bare_rate, encoded, arguments.image_size, workers, arguments.micro_batch)}
+        for name, fast in MODES.items():
+            loader = partial(
+                build_train_loader,
+                corpora,
+                order,
+                planner,
+                tokenizer,
+                image_size=arguments.image_size,
+                max_text_length=MAX_TEXT_LENGTH,
+                micro_batch=arguments.micro_batch,
+                accumulation=1,
+                rank=0,
+                world=1,
+                start_step=0,
+                num_steps=steps,
+                seed=SEED,
+                options=LoaderOptions(num_workers=workers, fast_decode=fast),
+            )
+            runs[name] = partial(loader_rate, loader)
+        rounds = [
+            {name: runs[name]() for name in (runs if repeat % 2 else reversed(runs))}
+            for repeat in range(arguments.repeats)
+        ]
+        result["loops"].append({"workers": workers, "samples_per_second": rounds})
     return result
 
 
-def time_loader(build: Callable, expected: int) -> float:
-    """Seconds from building the loader to its last batch, start of the workers included."""
-    start = time.perf_counter()
-    seen = sum(len(batch.keys) for batch in build())
-    seconds = time.perf_counter() - start
-    assert seen == expected
-    return seconds
+def loader_rate(build: Callable) -> float:
+    """Samples per second of the loader, from its first batch to its last."""
+    return rate(len(batch.keys) for batch in build())
 
 
-def time_bare_loop(encoded: list[bytes], size: int, workers: int) -> float:
-    """Seconds for a pool of processes to decode, resize and crop JPEGs that lie in memory, and forget them."""
+def bare_rate(encoded: list[bytes], size: int, workers: int, part: int) -> float:
+    """Samples per second of a pool of processes that decode, resize and crop JPEGs in memory, and forget them."""
     global _encoded
     _encoded = encoded  # forked workers inherit it: nothing to read, nothing to send
-    parts = [range(start, min(start + _PART, len(encoded))) for start in range(0, len(encoded), _PART)]
-    start = time.perf_counter()
+    parts = [range(start, min(start + part, len(encoded))) for start in range(0, len(encoded), part)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        done = sum(pool.imap(partial(_bare, size=size), parts))
-        seconds = time.perf_counter() - start
-    assert done == len(encoded)
-    return seconds
+        return rate(pool.imap(partial(_bare, size=size), parts))
+
+
+def rate(counts: Iterable[int]) -> float:
+    """Sum of all counts but the first over the time from the first to the last: the start of processes is not timed."""
+    counts = iter(counts)
+    next(counts)
+    start = time.perf_counter()
+    total = sum(counts)
+    return total / (time.perf_counter() - start)
 
 
 _encoded: list[bytes] = []
@@ -170,9 +172,10 @@ def stages(
     planner: FLMPlanner,
     tokenizer: TextTokenizer,
     arguments: argparse.Namespace,
+    fast: bool,
 ) -> dict[str, float]:
     """Milliseconds per sample of each stage in this process, median over parts of one micro-batch."""
-    draft, transform = draft_size(arguments.image_size, arguments.fast_decode), clip_transform(arguments.image_size)
+    draft, transform = draft_size(arguments.image_size, fast), clip_transform(arguments.image_size, fast)
     reader = SampleReader(
         corpora, tokenizer, transform, MAX_TEXT_LENGTH, NEGATIVE_SHARE, False, DEFAULT_MAX_PIXELS, draft
     )
@@ -252,25 +255,27 @@ def machine() -> dict[str, Any]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    cpu = result["machine"]
+    cpu, stage_times = result["machine"], result["stages_ms"]
     lines = [
-        f"{result['source']}: JPEGs of {result['jpeg_kib']:.0f} KiB to {result['image_size']} px"
-        f"{', fast decode' if result['fast_decode'] else ''}; {cpu['cores']} x {cpu['cpu']}, Pillow {cpu['pillow']}",
+        f"{result['source']}: JPEGs of {result['jpeg_kib']:.0f} KiB to {result['image_size']} px; "
+        f"{cpu['cores']} x {cpu['cpu']}, Pillow {cpu['pillow']}, torch {cpu['torch']}",
         "",
-        "| stage | ms per sample |",
-        "|---|---|",
-        *(f"| {name} | {ms:.3f} |" for name, ms in result["stages_ms"].items()),
+        "| stage, ms per sample | exact | fast_decode |",
+        "|---|---|---|",
+        *(f"| {name} | {ms:.3f} | {stage_times['fast'][name]:.3f} |" for name, ms in stage_times["exact"].items()),
         "",
-        "| workers | bare loop, samples/s | loader, samples/s | loader / bare: median (min, max) |",
-        "|---|---|---|---|",
+        "| workers | bare loop, samples/s | exact | exact / bare | fast_decode | fast_decode / bare |",
+        "|---|---|---|---|---|---|",
     ]
     for loop in result["loops"]:
-        pairs = loop["samples_per_second"]
-        bare, ours = (statistics.median(pair[name] for pair in pairs) for name in ("bare", "loader"))
-        ratios = [pair["loader"] / pair["bare"] for pair in pairs]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
-        lines.append(f"| {loop['workers']} | {bare:.0f} | {ours:.0f} | {spread} |")
-    return "\n".join([*lines, "", f"`{result['command']}`"])
+        rounds = loop["samples_per_second"]
+        cells = [str(loop["workers"]), f"{statistics.median(r['bare'] for r in rounds):.0f}"]
+        for name in MODES:
+            ratios = [r[name] / r["bare"] for r in rounds]
+            cells.append(f"{statistics.median(r[name] for r in rounds):.0f}")
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Ratios are medians (min, max) of paired repeats.", "", f"`{result['command']}`"])
 
 
 if __name__ == "__main__":

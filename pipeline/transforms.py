@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what data_prep may write and users caption; no rare, risky decoders
 DEFAULT_MAX_PIXELS = 100_000_000
@@ -79,31 +80,44 @@ def decode_image(
 class ClipTransform:
     """Shorter side to ``size`` (bicubic), centre crop; uint8 [3, size, size], normalised later on the device.
 
-    Specification 6.2. Of landscape images only what survives the crop is resized, where that is the same bit for bit.
+    Specification 6.2, bit for bit what Pillow gives; of landscape images only what survives the crop is resized, where
+    that is the same. With ``fast`` opaque images are resized by PyTorch's vectorised kernel: the same filter with
+    coarser weights, about a grey level apart in few pixels, at a third of the time.
     """
 
     size: int
+    fast: bool = False
 
     def __call__(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
         """``image`` in mode RGB or RGBA, written into ``out`` if given; alpha takes part in the resize only."""
-        width, height = image.size
-        if width > height and image.mode == "RGB":
-            resized = self._landscape(image)
-        else:
-            shape = (self.size, self.size * height // width) if width <= height else (self._scaled(image), self.size)
-            resized = image.resize(shape, Image.Resampling.BICUBIC)
-            left, top = (round((side - self.size) / 2) for side in shape)
-            resized = resized.crop((left, top, left + self.size, top + self.size))
         out = torch.empty((3, self.size, self.size), dtype=torch.uint8) if out is None else out
+        if self.fast and image.mode == "RGB":
+            return out.copy_(self._vectorised(image))
+        resized = self._landscape(image) if image.width > image.height and image.mode == "RGB" else self._whole(image)
         planes = out.numpy()
         for number, band in enumerate("RGB"):  # plane by plane is faster than interleaved and then transposed
             planes[number] = np.frombuffer(resized.tobytes("raw", band), np.uint8).reshape(self.size, self.size)
         return out
 
+    def _vectorised(self, image: Image.Image) -> Tensor:
+        width, height = self._resized_shape(image)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
+        left, top = self._corner(width, height)
+        return resized[:, top : top + self.size, left : left + self.size]
+
+    def _whole(self, image: Image.Image) -> Image.Image:
+        shape = self._resized_shape(image)
+        left, top = self._corner(*shape)
+        resized = image.resize(shape, Image.Resampling.BICUBIC)
+        if resized.size == (self.size, self.size):
+            return resized
+        return resized.crop((left, top, left + self.size, top + self.size))
+
     def _landscape(self, image: Image.Image) -> Image.Image:
         """Equal to one resize and a crop: Pillow resizes landscapes across, rounds to 8 bits, then resizes down."""
-        (width, height), scaled = image.size, self._scaled(image)
-        left = round((scaled - self.size) / 2)
+        (width, height), (scaled, _) = image.size, self._resized_shape(image)
+        left, _ = self._corner(scaled, self.size)
         edges = [column * width / scaled for column in (left, left + self.size)]
         if all(
             float(np.float32(edge)) * scaled == column * width for edge, column in zip(edges, (left, left + self.size))
@@ -113,13 +127,19 @@ class ClipTransform:
         columns = image.resize((scaled, height), Image.Resampling.BICUBIC).crop((left, 0, left + self.size, height))
         return columns.resize((self.size, self.size), Image.Resampling.BICUBIC)
 
-    def _scaled(self, image: Image.Image) -> int:
-        return self.size * image.width // image.height
+    def _resized_shape(self, image: Image.Image) -> tuple[int, int]:
+        width, height = image.size
+        if width <= height:
+            return self.size, self.size * height // width
+        return self.size * width // height, self.size
+
+    def _corner(self, width: int, height: int) -> tuple[int, int]:
+        return round((width - self.size) / 2), round((height - self.size) / 2)
 
 
-def clip_transform(size: int) -> ClipTransform:
+def clip_transform(size: int, fast: bool = False) -> ClipTransform:
     """The transform of CLIP, used by FLM pretraining: no augmentation."""
-    return ClipTransform(size)
+    return ClipTransform(size, fast)
 
 
 def draft_size(image_size: int, fast_decode: bool) -> int | None:

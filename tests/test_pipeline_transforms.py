@@ -238,3 +238,25 @@ def test_fast_decode_shrinks_only_large_jpegs():
     assert (exact - quick).abs().mean() < 1.5
     assert decode_image(data, draft_size=draft_size(288, True)).size == (1600, 900)
     assert draft_size(288, fast_decode=False) is None
+
+
+@pytest.mark.parametrize("height, width", [(37, 50), (50, 37), (40, 40), (224, 224), (120, 90), (31, 200)])
+@pytest.mark.parametrize("size", [32, 96, 288])
+def test_fast_transform_is_within_rounding_of_the_exact_one(height, width, size):
+    small = noise(max(height // 6, 2), max(width // 6, 2), seed=size)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    exact, fast = clip_transform(size)(image).int(), clip_transform(size, fast=True)(image).int()
+    assert (exact - fast).abs().max() <= 2 and (exact - fast).abs().float().mean() < 0.05
+
+
+def test_fast_transform_leaves_transparency_to_the_exact_one():
+    image = Image.fromarray(noise(20, 30, 4))
+    assert torch.equal(clip_transform(16, fast=True)(image), clip_transform(16)(image))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_transform_writes_where_it_is_told(fast):
+    image, batch = Image.fromarray(noise(20, 30)), torch.zeros((2, 3, 16, 16), dtype=torch.uint8)
+    returned = clip_transform(16, fast)(image, batch[1])
+    assert returned.is_set_to(batch[1]) and batch[0].sum() == 0
+    assert torch.equal(batch[1], clip_transform(16, fast)(image))

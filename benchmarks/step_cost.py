@@ -11,7 +11,6 @@ log-normal distribution with a mean of 12 tokens. fp32 on CPU, bf16 on CUDA, dro
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import statistics
@@ -27,6 +26,7 @@ from benchmarks.released_layout import ReleasedLayout
 from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from pipeline.host_memory import keep_freed_memory
 
 VOCABULARY = Vocabulary(size=50265, bos_id=0, pad_id=1, eos_id=2, mask_id=50264)
 FULL_LENGTH = 50
@@ -42,17 +42,21 @@ def main() -> None:
     ours = objective("default", device)
     released = objective("released", device)
     reference = ReleasedLayout(released).train()
-    images = torch.randint(0, 256, (arguments.batch, 1, 3, 288, 288), dtype=torch.uint8)
-    rows = draw_rows(lengths, arguments.batch, generator, ours.planner.negative_share)
-    batch = ours.planner(images, rows).to(device)
-    padded, text_lengths = padded_text(rows[: arguments.batch], device)
+    micro_batches = []  # enough of them for one negative caption at the objective's share
+    for number in range(max(1, round(1 / (arguments.batch * ours.planner.negative_share)))):
+        images = torch.randint(0, 256, (arguments.batch, 1, 3, 288, 288), dtype=torch.uint8)
+        rows = draw_rows(lengths, arguments.batch, generator)
+        negatives = [negative_row(lengths, generator)] * round(arguments.batch * ours.planner.negative_share)
+        if number == 0:
+            negatives = negatives or [negative_row(lengths, generator)]
+        micro_batches.append((ours.planner(images, rows + negatives).to(device), *padded_text(rows, device)))
     runs: dict[str, Callable[[], None]] = {
-        "unit": lambda: ours.net.vision(batch.images[:, 0]).sum().backward(),
-        "ours": lambda: weighted_loss(ours, batch).backward(),
-        "released_layout": lambda: reference(batch.images[:, 0], padded, text_lengths).backward(),
+        "unit": lambda: [ours.net.vision(b.images[:, 0]).sum().backward() for b, _, _ in micro_batches],
+        "ours": lambda: [weighted_loss(ours, b).backward() for b, _, _ in micro_batches],
+        "released_layout": lambda: [reference(b.images[:, 0], text, n).backward() for b, text, n in micro_batches],
     }
     seconds = measure(runs, [ours, released], arguments.repeats, device)
-    result = summary(seconds, ours, batch, lengths, arguments, device)
+    result = summary(seconds, ours, [batch for batch, _, _ in micro_batches], lengths, arguments, device)
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output:
@@ -67,14 +71,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="counted turns of each, after one that is not")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
-
-
-def keep_freed_memory() -> None:
-    """Keeps freed blocks in the process (glibc): pages of large activations are not given back and faulted in anew."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def objective(behaviour: str, device: str) -> torch.nn.Module:
@@ -95,17 +91,18 @@ def caption_lengths(file: Path | None) -> np.ndarray:
     return np.array([min(len(encoded.ids) + 2, FULL_LENGTH) for encoded in tokenizer.encode_batch(captions)])
 
 
-def draw_rows(lengths: np.ndarray, batch: int, generator: np.random.Generator, negative_share: float) -> list[Row]:
+def draw_rows(lengths: np.ndarray, batch: int, generator: np.random.Generator) -> list[Row]:
     """A batch whose lengths stand at evenly spaced quantiles of the corpus, so that its mean is the corpus's."""
     quantiles = np.quantile(lengths, (np.arange(batch) + 0.5) / batch).round().astype(int)
-    number_of_negatives = round(batch * negative_share)
-    chosen = [*quantiles, *np.full(number_of_negatives, round(lengths.mean()))]
-    rows = []
-    for number, length in enumerate(chosen):
-        words = generator.integers(3, VOCABULARY.mask_id, length - 2).tolist()
-        negative = number >= batch
-        rows.append(Row([0, *words, 2], number % batch, seed=number, role="negative" if negative else "pair"))
-    return rows
+    return [Row(caption(length, generator), number, seed=number) for number, length in enumerate(quantiles)]
+
+
+def negative_row(lengths: np.ndarray, generator: np.random.Generator) -> Row:
+    return Row(caption(round(lengths.mean()), generator), 0, seed=0, role="negative")
+
+
+def caption(length: int, generator: np.random.Generator) -> list[int]:
+    return [0, *generator.integers(3, VOCABULARY.mask_id, length - 2).tolist(), 2]
 
 
 def padded_text(rows: list[Row], device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,12 +135,16 @@ def measure(runs: dict[str, Callable], modules: list, repeats: int, device: str)
     return seconds
 
 
-def summary(seconds: dict, ours, batch: Batch, lengths: np.ndarray, arguments: argparse.Namespace, device: str) -> dict:
+def summary(
+    seconds: dict, ours, batches: list[Batch], lengths: np.ndarray, arguments: argparse.Namespace, device: str
+) -> dict:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     turns = list(zip(seconds["unit"], seconds["ours"], seconds["released_layout"], strict=True))
     bytes_each = 4
     released_logits = arguments.batch * 3 * (FULL_LENGTH - 1) * VOCABULARY.size * bytes_each
-    our_logits = sum(batch.counts[name] for name in ("flm", "l2r", "r2l")) * ours.lm_head.chunk_size * bytes_each
+    targets = max(sum(batch.counts[name] for name in ("flm", "l2r", "r2l")) for batch in batches)
+    our_logits = targets * ours.lm_head.chunk_size * bytes_each
+    tokens = torch.cat([batch.lengths[: arguments.batch] for batch in batches]).float().mean()
     return {
         "command": " ".join(["python -m benchmarks.step_cost", *sys.argv[1:]]),
         "hardware": torch.cuda.get_device_name()
@@ -151,9 +152,10 @@ def summary(seconds: dict, ours, batch: Batch, lengths: np.ndarray, arguments: a
         else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "batch": arguments.batch,
+        "micro_batches_timed_together": len(batches),
         "mean_caption_tokens": {
             "corpus": float(lengths.mean()),
-            "batch": float(batch.lengths[: arguments.batch].float().mean()),
+            "batch": float(tokens),
         },
         "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
         "median_units": {
@@ -163,7 +165,7 @@ def summary(seconds: dict, ours, batch: Batch, lengths: np.ndarray, arguments: a
         "speedup_per_turn": [round(released / own, 2) for _, own, released in turns],
         "median_speedup": statistics.median(released / own for _, own, released in turns),
         "logit_bytes": {"ours": our_logits, "released_layout": released_logits, "ratio": our_logits / released_logits},
-        "training_gflop_per_sample": ours.flops(batch) / arguments.batch / 1e9,
+        "training_gflop_per_sample": statistics.mean(ours.flops(batch) for batch in batches) / arguments.batch / 1e9,
     }
 
 

@@ -108,7 +108,7 @@ class ObjectiveConfig:
     l2r_weight: float = 1.0
     r2l_weight: float = 1.0
     itm_weight: float = 0.1
-    negative_share: float = 0.125
+    negative_share: float = 0.0625
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Legend: M targets, D width, V vocabulary, C vocabulary chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,12 +60,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         maximum = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
         total = torch.zeros_like(maximum)
         label_logit = torch.zeros_like(maximum)
-        for start in range(0, weight.shape[0], chunk_size):
-            logits = _chunk_logits(hidden, weight, bias, start, chunk_size)
+        for logits, _, local, inside in _chunks(hidden, weight, bias, labels, chunk_size):
             new_maximum = torch.maximum(maximum, logits.amax(1))
-            local = (labels - start).clamp(0, logits.shape[1] - 1)
-            inside = (labels >= start) & (labels < start + logits.shape[1])
-            label_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], label_logit)
+            label_logit = torch.where(inside, logits.gather(1, local)[:, 0], label_logit)
             total = total * (maximum - new_maximum).exp() + logits.sub_(new_maximum[:, None]).exp_().sum(1)
             maximum = new_maximum
         log_sum = maximum + total.log()
@@ -78,25 +77,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, labels, log_sum = ctx.saved_tensors
         hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
-        for start in range(0, weight.shape[0], ctx.chunk_size):
-            grad = _chunk_logits(hidden, weight, bias, start, ctx.chunk_size)
-            grad.sub_(log_sum[:, None]).exp_()
+        for grad, start, local, inside in _chunks(hidden, weight, bias, labels, ctx.chunk_size):
             stop = start + grad.shape[1]
-            local = (labels - start).clamp(0, grad.shape[1] - 1)
-            inside = (labels >= start) & (labels < stop)
-            grad.scatter_add_(1, local[:, None], -inside[:, None].to(grad.dtype))
+            grad.sub_(log_sum[:, None]).exp_()
+            grad.scatter_add_(1, local, -inside[:, None].to(grad.dtype))
             grad.mul_(loss_grad[:, None])
             bias_grad[start:stop] = grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            hidden_grad += grad @ weight[start:stop]
-            torch.mm(grad.T, hidden, out=weight_grad[start:stop])
+            low = grad.to(hidden.dtype)
+            hidden_grad += low @ weight[start:stop]
+            torch.mm(low.T, hidden, out=weight_grad[start:stop])
         return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor, start: int, chunk_size: int) -> Tensor:
-    """fp32 [M, C] logits of vocabulary entries start .. start+C."""
-    stop = min(start + chunk_size, weight.shape[0])
-    return F.linear(hidden, weight[start:stop], bias[start:stop]).float()
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int
+) -> Iterator[tuple[Tensor, int, Tensor, Tensor]]:
+    """For each chunk of the vocabulary: fp32 logits [M, C] in a buffer that the next chunk overwrites, first entry,
+    labels within the chunk int64 [M, 1] (clamped), and which targets have their label in it, bool [M]."""
+    buffer = hidden.new_empty(hidden.shape[0] * chunk_size)
+    for start in range(0, weight.shape[0], chunk_size):
+        stop = min(start + chunk_size, weight.shape[0])
+        logits = buffer[: hidden.shape[0] * (stop - start)].view(hidden.shape[0], stop - start)
+        torch.mm(hidden, weight[start:stop].T, out=logits)
+        logits = logits.add_(bias[start:stop]) if logits.dtype == torch.float32 else logits.float() + bias[start:stop]
+        local = (labels - start).clamp(0, stop - start - 1)[:, None]
+        yield logits, start, local, (labels >= start) & (labels < stop)
 
 
 class Pooler(nn.Module):

@@ -33,7 +33,7 @@ class DataConfig:
         num_workers: loader processes per rank; 0 loads in the training process.
         prefetch: micro-batches each worker keeps ready.
         max_pixels: images with more pixels than this are unusable (decompression bombs).
-        fast_decode: let the JPEG decoder shrink large images while decoding (faster, within rounding of the resize).
+        fast_decode: vectorised resize, and large JPEGs shrunk while decoding; pixels differ by a grey level or two.
         bad_sample_budget: unusable samples that are always tolerated.
         bad_sample_share: share of the samples seen that may be unusable beyond bad_sample_budget.
         timeout_seconds: longest wait for one batch before the run ends with an error.

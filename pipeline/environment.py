@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "open_clip_torc
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Plain values, fit for JSON."""
     return {
+        "command": shlex.join(sys.argv),
         "git_revision": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),

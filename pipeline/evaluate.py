@@ -20,7 +20,7 @@ from model.batch import Batch
 from model.build import build_objective
 from pipeline.checkpoint import load_weights, resolve
 from pipeline.command_line import load_config
-from pipeline.config import Config, fail
+from pipeline.config import Config, fail, tokenizer_source
 from pipeline.loader import BatchLoader
 from pipeline.open_data import eval_loader, open_held_out, placeholder_batch
 from pipeline.preempt import EXIT_PREEMPTED, StopRequest
@@ -95,7 +95,7 @@ def evaluate_run(run: Path, config: Config, device: torch.device, stop: StopRequ
     """Evaluate the newest checkpoint of a run (or a checkpoint folder) in this process, without DeepSpeed."""
     checkpoint = resolve(run)
     copy = checkpoint.parent.parent / "tokenizer"
-    tokenizer = load_tokenizer(copy if copy.is_dir() else config.data.tokenizer or copy)
+    tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
     corpora = open_held_out(config)
     if not corpora:
         raise ValueError(

@@ -14,6 +14,7 @@ import traceback  # noqa: E402
 from data_prep.manifest import ManifestError, find_splits  # noqa: E402
 from pipeline.command_line import Launch, describe, parse_command_line  # noqa: E402
 from pipeline.config import ConfigError, fail, tokenizer_source, weighted_paths  # noqa: E402
+from pipeline.host_memory import keep_freed_memory  # noqa: E402
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 
@@ -50,6 +51,7 @@ def run(launch: Launch) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
+        keep_freed_memory()
     from pipeline.loader import LoaderError
     from pipeline.ranks import Agreement, connect, discover, leave
     from pipeline.run_setup import choose_device, resolve_ds_config, set_up

@@ -36,6 +36,7 @@ RUNGS: dict[str, list[list[str]]] = {
     "pipeline": [
         [
             "config",
+            "host_memory",
             "order",
             "ranks",
             "preempt",

@@ -2,17 +2,17 @@
 
     python -m benchmarks.step_cost --captions FILE.tsv [--batch 8] [--repeats 5] [--output benchmarks/results/NAME.json]
 
-The unit is forward + backward of the vision tower at the same batch, so figures travel between machines. Ours and the
-reference (benchmarks/released_layout.py) take turns. Caption lengths come from the first column of a TSV (Conceptual
-Captions' own format), tokenized by a byte-level BPE trained on that file; without a file they are drawn from a
-log-normal distribution with a mean of 12 tokens. fp32 on CPU, bf16 on CUDA, dropout as in training.
+The unit is forward + backward of the vision tower at the same batch, so figures travel between machines. Ours takes
+turns with the unit, then the reference (benchmarks/released_layout.py) does, each against its own unit. Caption lengths
+come from the first column of a TSV (Conceptual Captions' own format), tokenized by a byte-level BPE trained on that
+file; without a file they are drawn from a log-normal distribution with a mean of 12 tokens. fp32 on CPU, bf16 on CUDA,
+dropout as in training.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +26,7 @@ from benchmarks.released_layout import ReleasedLayout
 from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from pipeline.environment import device_name
 from pipeline.host_memory import keep_freed_memory
 
 VOCABULARY = Vocabulary(size=50265, bos_id=0, pad_id=1, eos_id=2, mask_id=50264)
@@ -55,7 +56,10 @@ def main() -> None:
         "ours": lambda: [weighted_loss(ours, b).backward() for b, _, _ in micro_batches],
         "released_layout": lambda: [reference(b.images[:, 0], text, n).backward() for b, text, n in micro_batches],
     }
-    seconds = measure(runs, [ours, released], arguments.repeats, device)
+    seconds = {
+        name: measure({"unit": runs["unit"], name: runs[name]}, [ours, released], arguments.repeats, device)
+        for name in ("ours", "released_layout")
+    }
     result = summary(seconds, ours, [batch for batch, _, _ in micro_batches], lengths, arguments, device)
     text = json.dumps(result, indent=2)
     print(text)
@@ -68,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, help="TSV whose first column is a caption")
     parser.add_argument("--batch", type=int, default=8, help="samples per step")
-    parser.add_argument("--repeats", type=int, default=5, help="counted turns of each, after one that is not")
+    parser.add_argument("--repeats", type=int, default=5, help="counted turns of each, after two that are not")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 
@@ -120,7 +124,7 @@ def weighted_loss(ours: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def measure(runs: dict[str, Callable], modules: list, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each run in turn; gradients are cleared, not freed, between them, as an optimizer loop does."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for turn in range(-2, repeats):
         for name, run in runs.items():
             for module in modules:
                 module.zero_grad(set_to_none=False)
@@ -130,7 +134,7 @@ def measure(runs: dict[str, Callable], modules: list, repeats: int, device: str)
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if turn:
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -138,8 +142,10 @@ def measure(runs: dict[str, Callable], modules: list, repeats: int, device: str)
 def summary(
     seconds: dict, ours, batches: list[Batch], lengths: np.ndarray, arguments: argparse.Namespace, device: str
 ) -> dict:
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    turns = list(zip(seconds["unit"], seconds["ours"], seconds["released_layout"], strict=True))
+    units = {
+        name: [own / unit for own, unit in zip(turns[name], turns["unit"], strict=True)]
+        for name, turns in seconds.items()
+    }
     bytes_each = 4
     released_logits = arguments.batch * 3 * (FULL_LENGTH - 1) * VOCABULARY.size * bytes_each
     targets = max(sum(batch.counts[name] for name in ("flm", "l2r", "r2l")) for batch in batches)
@@ -147,9 +153,7 @@ def summary(
     tokens = torch.cat([batch.lengths[: arguments.batch] for batch in batches]).float().mean()
     return {
         "command": " ".join(["python -m benchmarks.step_cost", *sys.argv[1:]]),
-        "hardware": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{device_name(torch.device(device))}, {torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
         "batch": arguments.batch,
         "micro_batches_timed_together": len(batches),
@@ -157,13 +161,14 @@ def summary(
             "corpus": float(lengths.mean()),
             "batch": float(tokens),
         },
-        "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
-        "median_units": {
-            "ours": median["ours"] / median["unit"],
-            "released_layout": median["released_layout"] / median["unit"],
+        "seconds": {
+            f"{name}: {part}": [round(value, 3) for value in values]
+            for name, turns in seconds.items()
+            for part, values in turns.items()
         },
-        "speedup_per_turn": [round(released / own, 2) for _, own, released in turns],
-        "median_speedup": statistics.median(released / own for _, own, released in turns),
+        "units_per_turn": {name: [round(value, 3) for value in values] for name, values in units.items()},
+        "median_units": {name: round(statistics.median(values), 3) for name, values in units.items()},
+        "speedup": round(statistics.median(units["released_layout"]) / statistics.median(units["ours"]), 3),
         "logit_bytes": {"ours": our_logits, "released_layout": released_logits, "ratio": our_logits / released_logits},
         "training_gflop_per_sample": statistics.mean(ours.flops(batch) for batch in batches) / arguments.batch / 1e9,
     }

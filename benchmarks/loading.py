@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
+from model.config import ObjectiveConfig
 from model.plan import FLMPlanner
 from pipeline.collate import clean_caption, collate
 from pipeline.datasets import SampleReader, TrainDataset
@@ -36,7 +37,7 @@ from pipeline.transforms import DEFAULT_MAX_PIXELS, clip_transform, decode_image
 SEED = 0
 MODES = {"exact": False, "fast": True}  # name -> data.fast_decode
 MAX_TEXT_LENGTH = 50
-CORRUPTION_RATE, NEGATIVE_SHARE = 0.0, 0.25  # the defaults of pretraining
+OBJECTIVE = ObjectiveConfig()  # the defaults of pretraining
 WORDS = "a the two red blue small large dog cat man woman boat street tree runs stands holds near under on with".split()
 
 
@@ -83,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(corpora: list[Corpus], arguments: argparse.Namespace) -> dict[str, Any]:
     """Stage times in milliseconds per sample, and per number of workers samples/s of both loops and their ratios."""
     tokenizer = train_tokenizer(corpora)
-    planner = FLMPlanner(tokenizer.vocabulary, CORRUPTION_RATE, NEGATIVE_SHARE)
+    planner = FLMPlanner(tokenizer.vocabulary, OBJECTIVE.corruption_rate, OBJECTIVE.negative_share)
     order = SampleOrder([len(corpus) for corpus in corpora], SEED)
     steps = max(arguments.samples // arguments.micro_batch, 1)
     places = order.at_many(range(steps * arguments.micro_batch))
@@ -177,7 +178,7 @@ def stages(
     """Milliseconds per sample of each stage in this process, median over parts of one micro-batch."""
     draft, transform = draft_size(arguments.image_size, fast), clip_transform(arguments.image_size, fast)
     reader = SampleReader(
-        corpora, tokenizer, transform, MAX_TEXT_LENGTH, NEGATIVE_SHARE, False, DEFAULT_MAX_PIXELS, draft
+        corpora, tokenizer, transform, MAX_TEXT_LENGTH, OBJECTIVE.negative_share, False, DEFAULT_MAX_PIXELS, draft
     )
     dataset, batch = TrainDataset(reader, order, SEED), arguments.micro_batch
     out = torch.zeros((batch, *reader.image_shape), dtype=torch.uint8)

@@ -245,7 +245,7 @@ def _free_port() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo ARGS=...", description="The whole system on an embedded corpus.")
     parser.add_argument("--fresh", action="store_true", help="remove the results of earlier demos first")
-    parser.add_argument("--train", type=int, default=12000, help="training scenes (default: 12000)")
+    parser.add_argument("--train", type=int, default=16000, help="training scenes (default: 16000)")
     parser.add_argument("--dev", type=int, default=500, help="held-out scenes (default: 500)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as the recipe says)")
     parser.add_argument("--work", type=Path, default=Path("demo_run"), help="images and shards (default: demo_run)")

@@ -14,11 +14,12 @@ from pipeline.checkpoint import CheckpointError, RunState
 from pipeline.config import Config
 from tests.forked_ranks import run_ranks
 from tests.test_pipeline_engine import global_loss, make_engine, micro_batches, tiny_config
+from tests.tiny_objective import TinyObjective
 
 
 def train(place, config: Config, stage: int, run: Path, stop: int, save_at: int | None) -> list[float]:
     """Train up to ``stop`` with dropout, from the newest checkpoint if there is one; losses of the steps done here."""
-    engine, agreement = make_engine(place, config, stage, dropout=0.3)
+    engine, agreement = make_engine(place, config, stage, lambda: TinyObjective(0.3))
     state = checkpoint.resume(run, engine, agreement, place.is_main) or RunState()
     losses = []
     while state.step < stop:
@@ -118,8 +119,6 @@ def test_all_damaged_is_an_error_not_a_fresh_start(run: Path) -> None:
 
 
 def test_weights_are_read_without_an_engine(run: Path) -> None:
-    from tests.tiny_objective import TinyObjective
-
     weights = checkpoint.load_weights(run)
     model = TinyObjective()
     assert set(weights) == set(model.state_dict())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import random
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.transforms import ClipTransform, UnusableSample, clip_transform, decode_image, draft_size
+from tests.oracle import load_oracle
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-ORACLE = Path(os.environ.get("OPENFLM_ORACLE", ""), "flm", "f_image_transform.pt")
 EXPECTED_RAMP = [[14, 28, 44], [93, 107, 123], [172, 186, 202]]
 
 
@@ -87,10 +85,9 @@ def test_transform_is_bit_equal_to_one_resize_and_a_crop(height, width, size, ch
     assert np.array_equal(clip_transform(size)(image).permute(1, 2, 0).numpy(), expected)
 
 
-@pytest.mark.skipif(not ORACLE.is_file(), reason="OPENFLM_ORACLE does not name a folder of reference dumps")
 @pytest.mark.parametrize("size", [64, 96])
 def test_transform_reproduces_the_release(size):
-    dump = torch.load(ORACLE, weights_only=True)
+    dump = load_oracle("f_image_transform.pt")
     image = decode_image(encoded(Image.fromarray(dump["rgba"].numpy()), "PNG"))
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     ours = (clip_transform(size)(image) / 255 - mean) / std

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,7 +141,7 @@ def placeholder_batch(config: Config, tokenizer: TextTokenizer, planner: Planner
 def _options(config: Config, pin: bool) -> LoaderOptions:
     data = config.data
     return LoaderOptions(
-        num_workers=data.num_workers,
+        num_workers=min(data.num_workers, os.cpu_count() or 1),  # changes no batch; more than cores only contend
         prefetch=data.prefetch,
         pin_memory=pin,
         timeout_seconds=data.timeout_seconds,

@@ -31,6 +31,7 @@ from pipeline.host_memory import keep_freed_memory
 
 VOCABULARY = Vocabulary(size=50265, bos_id=0, pad_id=1, eos_id=2, mask_id=50264)
 FULL_LENGTH = 50
+WARM_UP_TURNS = 4  # until the heap has found its size and no page is faulted in any more
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, help="TSV whose first column is a caption")
     parser.add_argument("--batch", type=int, default=8, help="samples per step")
-    parser.add_argument("--repeats", type=int, default=5, help="counted turns of each, after two that are not")
+    parser.add_argument("--repeats", type=int, default=5, help="counted turns of each, after some that are not")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 
@@ -124,7 +125,7 @@ def weighted_loss(ours: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def measure(runs: dict[str, Callable], modules: list, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each run in turn; gradients are cleared, not freed, between them, as an optimizer loop does."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-2, repeats):
+    for turn in range(-WARM_UP_TURNS, repeats):
         for name, run in runs.items():
             for module in modules:
                 module.zero_grad(set_to_none=False)

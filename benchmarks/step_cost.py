@@ -52,13 +52,14 @@ def main() -> None:
         if number == 0:
             negatives = negatives or [negative_row(lengths, generator)]
         micro_batches.append((ours.planner(images, rows + negatives).to(device), *padded_text(rows, device)))
-    runs: dict[str, Callable[[], None]] = {
-        "unit": lambda: [ours.net.vision(b.images[:, 0]).sum().backward() for b, _, _ in micro_batches],
-        "ours": lambda: [weighted_loss(ours, b).backward() for b, _, _ in micro_batches],
-        "released_layout": lambda: [reference(b.images[:, 0], text, n).backward() for b, text, n in micro_batches],
+    runs: dict[str, Callable] = {
+        "unit": lambda batch, text, lengths: ours.net.vision(batch.images[:, 0]).sum(),
+        "ours": lambda batch, text, lengths: weighted_loss(ours, batch),
+        "released_layout": lambda batch, text, lengths: reference(batch.images[:, 0], text, lengths),
     }
+    modules = [ours, released]
     seconds = {
-        name: measure({"unit": runs["unit"], name: runs[name]}, [ours, released], arguments.repeats, device)
+        name: measure({"unit": runs["unit"], name: runs[name]}, micro_batches, modules, arguments.repeats, device)
         for name in ("ours", "released_layout")
     }
     result = summary(seconds, ours, [batch for batch, _, _ in micro_batches], lengths, arguments, device)
@@ -122,22 +123,30 @@ def weighted_loss(ours: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return sum(ours.term_weights[name] * value / max(counts[name], 1) for name, value in ours(batch).items())
 
 
-def measure(runs: dict[str, Callable], modules: list, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each run in turn; gradients are cleared, not freed, between them, as an optimizer loop does."""
+def measure(
+    runs: dict[str, Callable], micro_batches: list[tuple], modules: list, repeats: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of forward + backward of all micro-batches for each run in turn; every backward starts without gradients,
+    as in a training loop (PyTorch's ``zero_grad``, DeepSpeed's ZeRO)."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-WARM_UP_TURNS, repeats):
         for name, run in runs.items():
-            for module in modules:
-                module.zero_grad(set_to_none=False)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            total = sum(seconds_of(run, batch, modules, device) for batch in micro_batches)
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(total)
     return seconds
+
+
+def seconds_of(run: Callable, micro_batch: tuple, modules: list, device: str) -> float:
+    for module in modules:
+        module.zero_grad()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(*micro_batch).backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def summary(

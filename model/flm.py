@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import masks
 from model.batch import Batch
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
-from model.layers import Packing
+from model.layers import Packing, dropout
 from model.reconstructor import ReconstructorLayer
 from model.text import BottomLayer, TextEmbedding, TopLayer
 from model.vision import VisionTower
@@ -116,7 +115,7 @@ class FLM(nn.Module):
         words = batch.text.flatten()[index[:num_states]]
         query_words = self._query_words(position[num_states:], length[num_states:])
         embedded = self.embedding(torch.cat([words, query_words]), position)
-        return F.dropout(embedded, self.dropout, self.training)
+        return dropout(embedded, self.dropout) if self.training else embedded
 
     def _query_words(self, position: Tensor, length: Tensor) -> Tensor:
         """`<mask>`, `<s>` for the CLS query; the released code gives the last query its true `</s>` (section 2.6)."""

@@ -12,6 +12,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def dropout(states: Tensor, rate: float) -> Tensor:
+    """Dropout for training. On a CPU drawing the numbers is what costs, so there four elements share a 64-bit draw;
+    the rate is then met to the next 1/65536."""
+    if rate == 0 or states.device.type != "cpu":
+        return F.dropout(states, rate)
+    return states * _keep_on_cpu(states.shape, rate).to(states.dtype).mul_(1 / (1 - rate))
+
+
+def _keep_on_cpu(shape: torch.Size, rate: float) -> Tensor:
+    """bool [*shape], True with probability 1 - ``rate``."""
+    num_elements = shape.numel()
+    draws = torch.empty(-(-num_elements // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return draws[:num_elements].view(shape) >= round(rate * 2**16) - 2**15
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+    """Attention with dropout of the weights: [G, H, T, D/H], bool mask (True = may attend) or None -> [G, H, T, D/H].
+
+    On a CPU, where SDPA has no fused kernel with dropout, the weights are dropped by ``_keep_on_cpu``; a query that
+    sees nothing gives 0 in both.
+    """
+    if rate == 0 or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    keep = _keep_on_cpu(scores.shape, rate)
+    if mask is not None:
+        scores, keep = scores.masked_fill(~mask, torch.finfo(scores.dtype).min), keep & mask
+    return (scores.softmax(-1) * keep.to(scores.dtype).mul_(1 / (1 - rate))) @ value
+
+
 class Packing:
     """The map between packed states [S, ...] and a padded grid [rows, positions, ...]."""
 
@@ -52,8 +82,7 @@ class SelfAttention(nn.Module):
     def forward(self, states: Tensor, packing: Packing, mask: Tensor) -> Tensor:
         """states [S, D], mask bool [rows, 1, T, T] -> [S, D]."""
         query, key, value = split_heads(packing.spread(self.qkv(states)), self.num_heads, 3)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(packing.gather(merge_heads(mixed)))
 
 
@@ -105,8 +134,7 @@ class CrossAttention(nn.Module):
         return self.out(query_packing.gather(merge_heads(self._attend(query, key, value, mask))))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return attend(query, key, value, mask, self.dropout if self.training else 0.0)
 
 
 class ResidualNorm(nn.Module):
@@ -115,10 +143,10 @@ class ResidualNorm(nn.Module):
     def __init__(self, width: int, eps: float, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, update: Tensor, states: Tensor) -> Tensor:
-        return self.norm(self.dropout(update) + states)
+        return self.norm((dropout(update, self.dropout) if self.training else update) + states)
 
 
 class FeedForward(nn.Module):

@@ -1,0 +1,56 @@
+"""Dropout and attention against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.layers import attend, dropout
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
+    torch.manual_seed(0)
+    states = torch.ones(601, 333, requires_grad=True)
+    dropped = dropout(states, rate)
+    share = (dropped == 0).float().mean().item()
+    assert share == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / states.numel()))
+    torch.testing.assert_close(dropped[dropped != 0], torch.full_like(dropped[dropped != 0], 1 / (1 - rate)))
+    by_row = (dropped == 0).float().mean(1)  # elements that share a draw are still independent
+    assert by_row.std().item() == pytest.approx(math.sqrt(rate * (1 - rate) / states.shape[1]), rel=0.15)
+    (gradient,) = torch.autograd.grad(dropped.sum(), states)
+    torch.testing.assert_close(gradient, dropped.detach())
+
+
+def test_dropout_follows_the_seed() -> None:
+    states = torch.ones(5, 7)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(dropout(states, 0.5))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert dropout(states, 0.0) is not None and torch.equal(dropout(states, 0.0), states)
+
+
+def test_attention_without_dropped_weights_is_sdpa_and_with_them_has_its_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 4, 8, generator=generator) for _ in range(3))
+    mask = torch.rand(2, 1, 4, 4, generator=generator) > 0.4
+    mask[0, 0, 1] = False  # invariant 4: sees nothing, gives zeros
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(attend(query, key, value, mask, 0.0), expected)
+    torch.manual_seed(0)
+    mean = torch.stack([attend(query, key, value, mask, 0.3) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.08)
+    assert torch.equal(mean[0, :, 1], torch.zeros(3, 8))
+    torch.testing.assert_close(attend(query, key, value, mask, 1e-9), expected)
+    torch.testing.assert_close(attend(query, key, value, None, 1e-9), F.scaled_dot_product_attention(query, key, value))
+
+
+def test_attention_of_a_blind_query_has_finite_gradients() -> None:
+    tensors = [torch.randn(1, 1, 2, 4, requires_grad=True) for _ in range(3)]
+    mixed = attend(*tensors, torch.tensor([[[[False, False], [True, True]]]]), 0.1)
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(mixed.sum(), tensors))

@@ -121,11 +121,13 @@ class TrackingConfig:
         tensorboard: write RUN/tensorboard.
         wandb: log to Weights & Biases (needs the wandb package and a login).
         report: write RUN/report.html at the end.
+        sample_keys: write the keys of each step's samples to RUN/sample_keys-rank<R>.jsonl.
     """
 
     tensorboard: bool = True
     wandb: bool = False
     report: bool = True
+    sample_keys: bool = False
 
 
 @dataclass

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from pipeline.step_lines import StepLines, cut_back
+
 LOG_NAME = "log.jsonl"
 SUPERSEDED_NAME = "log.superseded.jsonl"
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -115,22 +117,22 @@ class MetricsWriter:
         self._use_tensorboard = tensorboard and is_main
         self._tensorboard: Any = None
         self._wandb: Any = None
-        self._file: int | None = None
+        self._lines: StepLines | None = None
         self._purge_step: int | None = None
         if not is_main:
             return
         self._output.mkdir(parents=True, exist_ok=True)
-        self._open()
+        self._lines = StepLines(self._output / LOG_NAME)
         if wandb:
             self._wandb = _start_wandb(self._output, config)
 
     def log(self, step: int, values: Mapping[str, Any], kind: str = "train") -> None:
         """Appends one record of ``values`` by a single write, so that a kill tears one line at most."""
-        if self._file is None:
+        if self._lines is None:
             return
         record = {"kind": kind, "step": int(step), "time": round(time.time(), 3)}
         record |= {name: _plain(value) for name, value in values.items()}
-        os.write(self._file, (json.dumps(record) + "\n").encode())
+        self._lines.write(record)
         numbers = {
             f"{kind}/{name}": float(value)
             for name, value in values.items()
@@ -146,24 +148,15 @@ class MetricsWriter:
 
         Call it before the first ``log`` of a run that continues from a checkpoint of that step.
         """
-        if self._file is None:
+        if self._lines is None:
             return 0
         self._purge_step = step + 1
-        path = self._output / LOG_NAME
-        kept: list[str] = []
-        overtaken: list[str] = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            record = _parse(line)
-            if record is not None:
-                (kept if record["step"] <= step else overtaken).append(line)
+        self._lines.close()
+        overtaken = cut_back(self._output / LOG_NAME, step)
         if overtaken:
             with open(self._output / SUPERSEDED_NAME, "a", encoding="utf-8") as file:
                 file.writelines(overtaken)
-            self._close()
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
-            self._open()
+        self._lines = StepLines(self._output / LOG_NAME)
         return len(overtaken)
 
     def progress(self, total: int, start: int = 0, unit: str = "step") -> Progress:
@@ -172,26 +165,14 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes everything; the writer is silent afterwards."""
-        self._close()
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
         self._use_tensorboard, self._tensorboard, self._wandb = False, None, None
-
-    def _close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def _open(self) -> None:
-        """Opens log.jsonl for appending and cuts off a last line that a kill left torn."""
-        path = self._output / LOG_NAME
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.ftruncate(self._file, whole)
 
     def _to_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._tensorboard is None:

@@ -25,6 +25,7 @@ from pipeline.metrics import MetricsWriter
 from pipeline.open_data import TrainingData, eval_loader, open_training_data, placeholder_batch, train_loader
 from pipeline.preempt import StopRequest
 from pipeline.ranks import Agreement, Place
+from pipeline.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.unusable import UnusableSamples
 
 
@@ -43,6 +44,7 @@ class Session:
     eval_loaders: tuple[Any, Any] | None  # own images, shuffled images
     placeholder: Batch
     writer: MetricsWriter
+    sample_keys: SampleKeys
     unusable: UnusableSamples
     flops: Callable[[Batch], float]
 
@@ -92,6 +94,7 @@ def set_up(
     if place.is_main:
         _announce(config, data, state, num_parameters, engine)
         _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision)
+        cut_back_sample_keys(output, state.step)
     agreement.wait()
     tracking = config.tracking
     writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
@@ -117,6 +120,7 @@ def set_up(
         eval_loaders=loaders,
         placeholder=placeholder_batch(config, data.tokenizer, planner),
         writer=writer,
+        sample_keys=SampleKeys(output, place.rank, tracking.sample_keys),
         unusable=UnusableSamples(output, config.data, agreement, place.is_main, state.unusable),
         flops=objective.flops,
     )

@@ -34,6 +34,7 @@ def train(s: Session) -> int:
     finally:
         progress.close()
         s.writer.close()
+        s.sample_keys.close()
     if s.config.tracking.report and s.place.is_main:
         print(f"report: {write_report(s.output)}", flush=True)
     return code
@@ -47,6 +48,7 @@ def _steps(s: Session, progress: Progress) -> int:
     skipped_before = s.engine.skipped_steps
     while state.step < settings.steps:
         micro_batches, waited = _collect(batches, s.engine.accumulation)
+        s.sample_keys.write(state.step + 1, micro_batches)
         result = s.engine.step(state.step, micro_batches)
         state.step += 1
         state.samples_seen += s.config.optim.batch_size

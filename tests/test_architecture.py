@@ -34,6 +34,7 @@ RUNGS: dict[str, list[list[str]]] = {
         ["__main__"],
     ],
     "pipeline": [
+        ["step_lines"],
         [
             "config",
             "host_memory",
@@ -41,6 +42,7 @@ RUNGS: dict[str, list[list[str]]] = {
             "ranks",
             "preempt",
             "metrics",
+            "sample_keys",
             "figures",
             "caption_scores",
             "tokenizer",

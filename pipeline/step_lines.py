@@ -1,0 +1,68 @@
+"""Files of JSON lines that carry a step: appended a line at a time, cut back when a run goes back to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class StepLines:
+    """Appends records to one file; each is out of the process at once, so a kill tears the last line at most.
+
+    A last line that a kill left torn is cut off when the file is opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.ftruncate(self._file, whole)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record by a single write; nothing once closed."""
+        if self._file is not None:
+            os.write(self._file, (json.dumps(record) + "\n").encode())
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def cut_back(path: Path, step: int) -> list[str]:
+    """Take the lines of later steps than ``step`` out of a file, in one move, and return them.
+
+    Lines that are torn or carry no step are dropped; a file that is not there has no lines.
+    """
+    kept: list[str] = []
+    overtaken: list[str] = []
+    torn = 0
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines(keepends=True):
+        found = step_of(line) if line.endswith("\n") else None
+        if found is None:
+            torn += 1
+        else:
+            (kept if found <= step else overtaken).append(line)
+    if overtaken or torn:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return overtaken
+
+
+def step_of(line: str) -> int | None:
+    """The step of a line, None if the line is torn or has none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    found = record.get("step") if isinstance(record, dict) else None
+    return found if isinstance(found, int) else None

@@ -7,7 +7,8 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from pipeline.tokenizer import TextTokenizer
 from pipeline.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_KILL_SECONDS = 5.0
 _WORKER_FAILURES = ("timed out", "exited unexpectedly", "killed by signal", "Bus error")
 
 
@@ -49,7 +51,8 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """Positions of each micro-batch of one rank for steps ``start_step`` .. ``num_steps``-1."""
+    """Positions of each micro-batch of one rank for steps ``start_step`` .. ``num_steps``-1, less those of the steps
+    ``passed_by``, which a run goes around: nothing of them is read."""
 
     start_step: int
     num_steps: int
@@ -57,12 +60,16 @@ class TrainBatches:
     world: int
     micro_batch: int
     accumulation: int
+    passed_by: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
-        return max(self.num_steps - self.start_step, 0) * self.accumulation
+        around = sum(self.start_step <= step < self.num_steps for step in self.passed_by)
+        return (max(self.num_steps - self.start_step, 0) - around) * self.accumulation
 
     def __iter__(self) -> Iterator[range]:
         for step in range(self.start_step, self.num_steps):
+            if step in self.passed_by:
+                continue
             for micro in range(self.accumulation):
                 yield micro_batch_positions(step, micro, self.rank, self.world, self.micro_batch, self.accumulation)
 
@@ -101,13 +108,21 @@ class BatchLoader:
                 yield batch.unpack(slots) if isinstance(batch, Parcel) else batch
             del iterator
             self._workers = {worker for worker in self._workers if worker.is_alive()}
-        except GeneratorExit:
+        except GeneratorExit:  # left early: workers that nobody keeps end at once, whatever they are doing
+            if not self._persistent:
+                self.close()
             raise
         except BaseException as error:
             _kill(self._workers)
             if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORKER_FAILURES):
                 raise LoaderError(self._explain(str(error))) from error
             raise
+
+    def close(self) -> None:
+        """End the loader processes, also in the middle of a batch; a later iteration starts new ones."""
+        _kill(self._workers)
+        self._workers.clear()
+        self._kept = None
 
     def _started(self) -> tuple[Iterator[Batch | Parcel], Slots | None]:
         """A running iterator of the DataLoader; takes note of the processes that it starts."""
@@ -171,13 +186,15 @@ def build_train_loader(
     num_steps: int,
     seed: int,
     options: LoaderOptions,
+    passed_by: Collection[int] = (),
 ) -> BatchLoader:
-    """Micro-batches of ``rank`` for steps ``start_step`` .. ``num_steps``-1, ``accumulation`` per step, in order.
+    """Micro-batches of ``rank`` for steps ``start_step`` .. ``num_steps``-1, ``accumulation`` per step, in order;
+    the steps ``passed_by`` are left out.
 
     Whatever the topology, step s holds the samples at positions [s*G, (s+1)*G) of ``order``, G the global batch.
     """
     reader = _reader(corpora, planner, tokenizer, image_size, max_text_length, options)
-    batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation)
+    batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(passed_by))
     return BatchLoader(TrainDataset(reader, order, seed), batches, len(batches), planner, options, accumulation)
 
 
@@ -271,6 +288,8 @@ def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
     for worker in workers:
         worker.kill()
-        worker.join(timeout=5)
+    deadline = time.monotonic() + _KILL_SECONDS
+    for worker in workers:
+        worker.join(timeout=max(deadline - time.monotonic(), 0))  # one that hangs inside the kernel dies when it can
     if in_main_thread:
         signal.signal(signal.SIGCHLD, handler)

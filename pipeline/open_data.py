@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,9 +83,17 @@ def open_held_out(config: Config) -> list[Corpus]:
 
 
 def train_loader(
-    config: Config, data: TrainingData, planner: Planner, place: Place, accumulation: int, start_step: int, pin: bool
+    config: Config,
+    data: TrainingData,
+    planner: Planner,
+    place: Place,
+    accumulation: int,
+    start_step: int,
+    pin: bool,
+    passed_by: Collection[int] = (),
 ) -> BatchLoader:
-    """This rank's micro-batches from step ``start_step`` to the last, ``accumulation`` per step."""
+    """This rank's micro-batches from step ``start_step`` to the last, ``accumulation`` per step, none for the steps
+    ``passed_by``. To go on from another step: ``close`` the loader and make another."""
     sizes = [len(corpus) for corpus in data.corpora]
     return build_train_loader(
         data.corpora,
@@ -101,6 +110,7 @@ def train_loader(
         num_steps=config.train.steps,
         seed=config.train.seed,
         options=_options(config, pin),
+        passed_by=passed_by,
     )
 
 

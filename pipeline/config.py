@@ -30,6 +30,9 @@ class DataConfig:
         eval_split: split held out for evaluation; null or a missing split evaluates nothing.
         tokenizer: tokenizer folder or Hugging Face name; null is the folder tokenizer inside the first data path.
         max_text_length: longest caption in tokens, with <s> and </s>; longer ones are cut.
+        shuffle: full draws every sample from anywhere; blocks reads few places at a time (for slow disks and stores).
+        shuffle_block: rows that shuffle blocks keeps together.
+        shuffle_window: blocks that shuffle blocks mixes at a time; more of them mix better and read from more places.
         num_workers: loader processes per rank; 0 loads in the training process.
         prefetch: micro-batches each worker keeps ready.
         max_pixels: images with more pixels than this are unusable (decompression bombs).
@@ -44,6 +47,9 @@ class DataConfig:
     eval_split: str | None = "dev"
     tokenizer: str | None = None
     max_text_length: PositiveInt = 50
+    shuffle: Literal["full", "blocks"] = "full"
+    shuffle_block: PositiveInt = 1024
+    shuffle_window: PositiveInt = 32
     num_workers: NonNegativeInt = 4
     prefetch: PositiveInt = 4
     max_pixels: PositiveInt = 100_000_000

@@ -38,10 +38,19 @@ class SampleReader:
             raise ValueError(f"corpora of {num_images} images per sample: expected the same number in all")
         return num_images[0], 3, self.transform.size, self.transform.size
 
-    def item(self, corpus: int, index: int, seed: int, out: Tensor, image_index: int | None = None) -> Item:
+    def item(
+        self,
+        corpus: int,
+        index: int,
+        seed: int,
+        out: Tensor,
+        image_index: int | None = None,
+        near: range | None = None,
+    ) -> Item:
         """Row ``index`` of a corpus; its images, or those of row ``image_index``, are written into ``out``.
 
-        ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder.
+        ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder. Where ``near`` names
+        rows that are read together, a negative caption is one of theirs.
         """
         try:
             sample = self.corpora[corpus].read(index)
@@ -56,14 +65,15 @@ class SampleReader:
             vocabulary = self.tokenizer.vocabulary
             return Item(error.key, seed, [vocabulary.bos_id, vocabulary.eos_id], None, error.reason)
         own = [text, *(clean_caption(c, self.full_stop) for c in sample.meta.get("captions", ()) if isinstance(c, str))]
-        return Item(sample.key, seed, self._encode(text), self._negative(corpus, index, seed, own))
+        return Item(sample.key, seed, self._encode(text), self._negative(corpus, index, seed, own, near))
 
-    def _negative(self, corpus: int, index: int, seed: int, own: list[str]) -> list[int] | None:
+    def _negative(self, corpus: int, index: int, seed: int, own: list[str], near: range | None) -> list[int] | None:
         """For a share of samples the caption of another row of the corpus, unlike every caption of this sample."""
+        rows = near if near is not None and len(near) > 1 else range(len(self.corpora[corpus]))
         if mix_words(seed, "has negative") >= self.negative_share * 2**64:
             return None
         for attempt in range(_NEGATIVE_TRIES):
-            other = mix_words(seed, "negative", attempt) % len(self.corpora[corpus])
+            other = rows[mix_words(seed, "negative", attempt) % len(rows)]
             if other == index:
                 continue
             try:
@@ -80,7 +90,7 @@ class SampleReader:
 
 @dataclass(frozen=True)
 class TrainDataset:
-    """Positions of the training stream to items."""
+    """Positions of the training stream to items; within a batch they are read in the order of the shards."""
 
     reader: SampleReader
     order: SampleOrder
@@ -88,11 +98,13 @@ class TrainDataset:
 
     def items(self, positions: Sequence[int], out: Tensor) -> list[Item]:
         """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
-        places = zip(*(column.tolist() for column in self.order.at_many(positions)))
-        return [
-            self.reader.item(corpus, index, sample_seed(self.seed, epoch, corpus, index), pixels)
-            for (corpus, index, epoch), pixels in zip(places, out)
-        ]
+        corpora, indices, epochs = self.order.at_many(positions)
+        items: list[Item | None] = [None] * len(positions)
+        for slot in np.lexsort((indices, corpora)).tolist():
+            corpus, index, epoch = int(corpora[slot]), int(indices[slot]), int(epochs[slot])
+            seed, near = sample_seed(self.seed, epoch, corpus, index), self.order.read_together(corpus, index)
+            items[slot] = self.reader.item(corpus, index, seed, out[slot], near=near)
+        return items
 
 
 @dataclass(frozen=True)

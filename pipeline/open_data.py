@@ -82,6 +82,19 @@ def open_held_out(config: Config) -> list[Corpus]:
     return found
 
 
+def sample_order(config: Config, data: TrainingData) -> SampleOrder:
+    """The order in which a run sees its samples."""
+    settings, sizes = config.data, [len(corpus) for corpus in data.corpora]
+    return SampleOrder(
+        sizes,
+        config.train.seed,
+        data.weights,
+        settings.shuffle,
+        block_rows=settings.shuffle_block,
+        window_blocks=settings.shuffle_window,
+    )
+
+
 def train_loader(
     config: Config,
     data: TrainingData,
@@ -94,10 +107,9 @@ def train_loader(
 ) -> BatchLoader:
     """This rank's micro-batches from step ``start_step`` to the last, ``accumulation`` per step, none for the steps
     ``passed_by``. To go on from another step: ``close`` the loader and make another."""
-    sizes = [len(corpus) for corpus in data.corpora]
     return build_train_loader(
         data.corpora,
-        SampleOrder(sizes, config.train.seed, data.weights),
+        sample_order(config, data),
         planner,
         data.tokenizer,
         image_size=config.model.vision.image_size,

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+ORDER_VERSION = 1  # part of a run's fingerprint: raise it with any change that moves a sample
 BLOCK_SIZE = 1024  # positions per block of a weighted mix; every block holds each corpus by its weight
 _FEISTEL_ROUNDS = 8
 _MASK_64 = (1 << 64) - 1
@@ -28,7 +29,9 @@ class SampleOrder:
     Without ``weights`` the corpora are one concatenated list and every sample comes exactly once an epoch; with them,
     every block of 1024 positions holds each corpus by its share (largest remainder), and each corpus runs through its
     own epochs, each without repeats. ``shuffle`` "full" permutes an epoch by a keyed Feistel network with cycle walking
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, a new key per epoch. Raises
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, a new key per epoch. "blocks" is for
+    disks and stores where every jump costs: blocks of ``block_rows`` consecutive rows are permuted, ``window_blocks``
+    of them at a time are shuffled into each other (``permute_blocks`` says what randomness that gives up). Raises
     ValueError for empty corpora and for weights that are not positive or too small to appear in a block.
     """
 
@@ -37,22 +40,34 @@ class SampleOrder:
         sizes: Sequence[int],
         seed: int,
         weights: Sequence[float] | None = None,
-        shuffle: Literal["full", "none"] = "full",
+        shuffle: Literal["full", "blocks", "none"] = "full",
+        block_rows: int = 1024,
+        window_blocks: int = 32,
     ) -> None:
         if not sizes or min(sizes) < 1:
             raise ValueError(f"corpora of {list(sizes)} samples: expected at least one corpus and none empty")
-        if shuffle not in ("full", "none"):
-            raise ValueError(f"shuffle {shuffle!r}: expected 'full' or 'none'")
+        if shuffle not in ("full", "blocks", "none"):
+            raise ValueError(f"shuffle {shuffle!r}: expected 'full', 'blocks' or 'none'")
+        if min(block_rows, window_blocks) < 1:
+            raise ValueError(f"blocks of {block_rows} rows, {window_blocks} to a window: expected at least 1 of each")
         self._sizes = np.array(sizes, dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
         self._seed = seed
-        self._shuffled = shuffle == "full"
+        self._shuffle, self._block_rows, self._window_blocks = shuffle, block_rows, window_blocks
         self._block_ends = None if weights is None else np.cumsum(block_counts(weights, len(sizes)))
 
     @property
     def epoch_size(self) -> int:
         """Positions of one nominal epoch: the number of samples of all corpora together."""
         return int(self._ends[-1])
+
+    def read_together(self, corpus: int, index: int) -> range | None:
+        """The rows of the corpus that share a block with row ``index``; None where the shuffle knows no blocks."""
+        if self._shuffle != "blocks":
+            return None
+        first_place = 0 if self._block_ends is not None else int(self._ends[corpus] - self._sizes[corpus])
+        start = (first_place + index) // self._block_rows * self._block_rows - first_place
+        return range(max(start, 0), min(start + self._block_rows, int(self._sizes[corpus])))
 
     def at(self, position: int) -> SampleRef:
         """The sample at ``position`` (0, 1, ...) of the stream."""
@@ -75,7 +90,9 @@ class SampleOrder:
     def _mixed(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         counts = np.diff(self._block_ends, prepend=0)
         block, within = np.divmod(positions, BLOCK_SIZE)
-        slot = self._permuted(within, np.full_like(positions, BLOCK_SIZE), "block", block)
+        slot = within
+        if self._shuffle != "none":
+            slot = permute(within, np.full_like(positions, BLOCK_SIZE), self._keys("block", block))
         corpus = np.searchsorted(self._block_ends, slot, side="right")
         nth = block * counts[corpus] + slot - (self._block_ends[corpus] - counts[corpus])
         epoch, local = np.divmod(nth, self._sizes[corpus])
@@ -84,11 +101,16 @@ class SampleOrder:
     def _permuted(
         self, values: np.ndarray, sizes: np.ndarray, purpose: str, epoch: np.ndarray, corpus: np.ndarray | None = None
     ) -> np.ndarray:
-        if not self._shuffled:
+        if self._shuffle == "none":
             return values
-        base = np.full(values.shape, mix_words(self._seed, purpose), dtype=np.uint64)
-        keys = _mix64(_mix64(base ^ epoch.astype(np.uint64)) + (0 if corpus is None else corpus.astype(np.uint64)))
-        return permute(values, sizes, keys)
+        keys = self._keys(purpose, epoch, corpus)
+        if self._shuffle == "full":
+            return permute(values, sizes, keys)
+        return permute_blocks(values, sizes, keys, self._block_rows, self._window_blocks)
+
+    def _keys(self, purpose: str, number: np.ndarray, corpus: np.ndarray | None = None) -> np.ndarray:
+        base = np.full(number.shape, mix_words(self._seed, purpose), dtype=np.uint64)
+        return _mix64(_mix64(base ^ number.astype(np.uint64)) + (0 if corpus is None else corpus.astype(np.uint64)))
 
 
 def block_counts(weights: Sequence[float], num_corpora: int) -> np.ndarray:
@@ -123,6 +145,39 @@ def permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarr
         result[walking] = _feistel(result[walking], bits[walking], keys[walking])
         walking = walking[result[walking] >= sizes[walking]]
     return result.astype(np.int64)
+
+
+def permute_blocks(
+    values: np.ndarray, sizes: np.ndarray, keys: np.ndarray, block_rows: int, window_blocks: int
+) -> np.ndarray:
+    """As ``permute``, but rows that stand together come near each other in time, int64.
+
+    The rows 0..size-1 fall into blocks of ``block_rows``; what is left at the end is one short block. Blocks take
+    places by a permutation, the short one by the key. The sequence so made is cut into windows of ``window_blocks``
+    blocks, the last may be shorter, and each is permuted in itself. So a window reads ``window_blocks`` stretches of
+    consecutive rows (one more where the short block shifts it) and nothing else.
+
+    What that gives up: two samples of one block are always at most a window apart; samples of a window meet in a batch
+    far more often than others do; a corpus whose neighbours are alike (five captions of an image, one web site) has
+    batches that are alike wherever a window holds few blocks. Which blocks share a window, and the order inside it,
+    are as random as in ``permute`` and new in each epoch; the cuts between blocks are the same in all.
+    """
+    window = block_rows * window_blocks
+    number = values // window
+    start = number * window
+    in_window = _mix64(keys ^ _mix64(number.astype(np.uint64)))
+    place = start + permute(values - start, np.minimum(sizes - start, window), in_window)
+
+    num_whole = sizes // block_rows
+    short_rows = sizes - num_whole * block_rows
+    short_start = (_mix64(keys) % (num_whole + 1).astype(np.uint64)).astype(np.int64) * block_rows
+    beyond = place - short_start
+    in_short = (beyond >= 0) & (beyond < short_rows)
+    result = num_whole * block_rows + beyond  # right where the place is inside the short block
+    place = np.where(beyond >= short_rows, place - short_rows, place)[~in_short]
+    block = permute(place // block_rows, num_whole[~in_short], keys[~in_short])
+    result[~in_short] = block * block_rows + place % block_rows
+    return result
 
 
 def _feistel(values: np.ndarray, bits: np.ndarray, keys: np.ndarray) -> np.ndarray:

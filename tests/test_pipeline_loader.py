@@ -182,6 +182,17 @@ def test_negatives_are_other_captions_at_the_nominal_share(data):
     )
 
 
+def test_negatives_of_a_block_shuffle_stand_in_the_block(data):
+    """Else each would cost a jump of its own."""
+    alone, planner = replace(data, corpora=data.corpora[1:]), replace(data.planner, negative_share=1.0)
+    order = SampleOrder([13], 5, shuffle="blocks", block_rows=4, window_blocks=2)
+    samples = rows_by_sample(list(alone.train(order=order, planner=planner, micro_batch=12)))
+    samples = [(int(key[1:]), rows) for key, _, rows in samples if key != "k0012"]  # which is alone in its block
+    assert len(samples) > 30
+    for number, rows in samples:
+        assert int(data.tokenizer.decode(list(rows[1])).split()[-1]) // 4 == number // 4
+
+
 def test_a_corpus_of_one_caption_has_no_negatives(tmp_path, data):
     same_caption = [Record(f"k{n}", (jpeg(n),), ("always the same",), {}, ("jpg",)) for n in range(5)]
     alone = replace(data, corpora=[Corpus(write_split(tmp_path / "train", same_caption))])

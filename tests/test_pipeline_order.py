@@ -18,12 +18,19 @@ from pipeline.order import (
     micro_batch_positions,
     mix_words,
     permute,
+    permute_blocks,
     sample_seed,
 )
 
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=4)
+SHUFFLES = st.fixed_dictionaries({
+    "shuffle": st.sampled_from(["full", "blocks", "none"]),
+    "block_rows": st.integers(1, 40),
+    "window_blocks": st.integers(1, 9),
+})  # fmt: skip
 SEEDS = st.integers(0, 2**63 - 1)
 GOLDEN_ORDER = [9, 5, 0, 1, 7, 3, 2, 6, 4, 8]
+GOLDEN_BLOCKS = [6, 8, 0, 7, 1, 2, 9, 4, 11, 5, 3, 10]
 GOLDEN_SEED = 16005210142278337112
 
 
@@ -41,24 +48,71 @@ def test_permutation_of_huge_ranges_stays_inside_without_collision(size):
     assert images.min() >= 0 and images.max() < size and len(set(images.tolist())) == 4000
 
 
-@given(sizes=SIZES, seed=SEEDS, epoch=st.integers(0, 50), shuffle=st.sampled_from(["full", "none"]))
+@given(
+    size=st.integers(1, 3000),
+    block_rows=st.integers(1, 700),
+    window_blocks=st.integers(1, 20),
+    key=st.integers(0, 2**64 - 1),
+)
+def test_permutation_of_blocks_is_a_bijection_with_local_windows(size, block_rows, window_blocks, key):
+    """Invariant 1; a window of positions touches few blocks, whatever does not divide evenly."""
+    keys = np.full(size, key, dtype=np.uint64)
+    images = permute_blocks(np.arange(size), np.full(size, size), keys, block_rows, window_blocks)
+    assert sorted(images.tolist()) == list(range(size))
+    for start in range(0, size, block_rows * window_blocks):
+        touched = {row // block_rows for row in images[start : start + block_rows * window_blocks].tolist()}
+        assert len(touched) <= window_blocks + 1
+
+
+def test_huge_permutation_of_blocks_has_no_collision():
+    size = 2**40 + 12345
+    values = np.concatenate([np.arange(20_000), size - 1 - np.arange(20_000)])
+    images = permute_blocks(values, np.full(40_000, size), np.full(40_000, 7, dtype=np.uint64), 1024, 4)
+    assert images.min() >= 0 and images.max() < size and len(set(images.tolist())) == 40_000
+
+
+def test_blocks_are_well_shuffled_but_for_what_they_give_up():
+    n, block_rows, window = 100_000, 100, 800
+    order = SampleOrder([n], 0, shuffle="blocks", block_rows=block_rows, window_blocks=8)
+    first, second = (order.at_many(np.arange(e * n, (e + 1) * n))[1] for e in range(2))
+    for a, b in [(first, np.arange(n)), (first, second), (first[window:], first[:-window])]:
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.12  # 125 windows of 8 blocks: four deviations
+    inside = first.reshape(-1, window)
+    assert abs(np.mean(np.diff(inside, axis=1) == 1) - 1 / window) < 0.001  # neighbours meet by chance only
+    share = np.mean([len(set(row // block_rows)) for row in inside[:, :100]])  # a batch of 100 draws on all 8 blocks
+    assert share > 7.9
+    companions = [{frozenset(set(row // block_rows)) for row in e.reshape(-1, window)} for e in (first, second)]
+    assert not companions[0] & companions[1]
+
+
+@given(sizes=SIZES, seed=SEEDS, shuffle=SHUFFLES, weighted=st.booleans(), position=st.integers(0, 5000))
+def test_rows_read_together_are_the_block(sizes, seed, shuffle, weighted, position):
+    order = SampleOrder(sizes, seed, [1.0] * len(sizes) if weighted else None, **shuffle)
+    corpus, index, _ = order.at(position)
+    rows = order.read_together(corpus, index)
+    if shuffle["shuffle"] != "blocks":
+        assert rows is None
+        return
+    assert index in rows and 0 <= rows.start and rows.stop <= sizes[corpus] and len(rows) <= shuffle["block_rows"]
+    assert all(order.read_together(corpus, row) == rows for row in (rows[0], rows[-1]))
+
+
+@given(sizes=SIZES, seed=SEEDS, epoch=st.integers(0, 50), shuffle=SHUFFLES)
 def test_every_sample_exactly_once_an_epoch(sizes, seed, epoch, shuffle):
     """Invariant 1."""
-    order = SampleOrder(sizes, seed, shuffle=shuffle)
+    order = SampleOrder(sizes, seed, **shuffle)
     n = order.epoch_size
     corpus, index, epochs = order.at_many(np.arange(epoch * n, (epoch + 1) * n))
     assert set(epochs.tolist()) == {epoch}
     assert sorted(zip(corpus.tolist(), index.tolist())) == [(c, i) for c, s in enumerate(sizes) for i in range(s)]
 
 
-@given(sizes=SIZES, seed=SEEDS, position=st.integers(0, 10**12), data=st.data())
-def test_restart_anywhere_continues_the_same_stream(sizes, seed, position, data):
+@given(sizes=SIZES, seed=SEEDS, position=st.integers(0, 10**12), shuffle=SHUFFLES, data=st.data())
+def test_restart_anywhere_continues_the_same_stream(sizes, seed, position, shuffle, data):
     """Invariant 1."""
     weights = data.draw(st.none() | st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
-    running, restarted = (
-        SampleOrder(sizes, seed, weights),
-        pickle.loads(pickle.dumps(SampleOrder(sizes, seed, weights))),
-    )
+    running = SampleOrder(sizes, seed, weights, **shuffle)
+    restarted = pickle.loads(pickle.dumps(SampleOrder(sizes, seed, weights, **shuffle)))
     stretch = running.at_many(np.arange(position, position + 40))
     for offset in (0, 1, 17, 39):
         assert restarted.at(position + offset) == SampleRef(*(int(column[offset]) for column in stretch))
@@ -89,12 +143,12 @@ def test_global_batches_do_not_depend_on_topology(topologies, step):
     seed=SEEDS,
     data=st.data(),
     block=st.integers(0, 1000),
-    shuffle=st.sampled_from(["full", "none"]),
+    shuffle=SHUFFLES,
 )
 def test_weights_are_honoured_in_every_block_and_epochs_do_not_repeat(sizes, seed, data, block, shuffle):
     """Invariant 1, weighted."""
     weights = data.draw(st.lists(st.floats(0.05, 10), min_size=len(sizes), max_size=len(sizes)))
-    order = SampleOrder(sizes, seed, weights, shuffle)
+    order = SampleOrder(sizes, seed, weights, **shuffle)
     corpus, index, epoch = order.at_many(np.arange(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE))
     found = Counter(corpus.tolist())
     for number, weight in enumerate(weights):
@@ -138,6 +192,8 @@ def test_small_permutations_are_all_reached_evenly():
 def test_order_is_fixed_across_versions():
     """Resuming a run with a newer version must see the same samples: these figures may never change."""
     assert SampleOrder([10], 0).at_many(np.arange(10))[1].tolist() == GOLDEN_ORDER
+    blocks = SampleOrder([12], 0, shuffle="blocks", block_rows=3, window_blocks=2)
+    assert blocks.at_many(np.arange(12))[1].tolist() == GOLDEN_BLOCKS
     assert sample_seed(1, 2, 3, 4) == GOLDEN_SEED
 
 
@@ -157,6 +213,7 @@ def test_sample_seeds_differ_in_every_word():
         (([3, 3], 0, [1.0, float("nan")]), "positive"),
         (([3, 3], 0, [1.0, 1e-6]), "below 1/1024"),
         (([3], 0, None, "partly"), "shuffle"),
+        (([3], 0, None, "blocks", 0), "blocks of 0 rows"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

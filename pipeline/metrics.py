@@ -159,6 +159,12 @@ class MetricsWriter:
         self._lines = StepLines(self._output / LOG_NAME)
         return len(overtaken)
 
+    def has(self, step: int, kind: str) -> bool:
+        """Whether log.jsonl holds a record of that kind for ``step``; only the main rank knows."""
+        if self._lines is None:
+            return False
+        return any(record["step"] == step and record["kind"] == kind for record in read_log(self._output / LOG_NAME))
+
     def progress(self, total: int, start: int = 0, unit: str = "step") -> Progress:
         """A progress display of steps ``start`` .. ``total``; it shows nothing on other ranks."""
         return Progress(total, start, unit, enabled=self._is_main)

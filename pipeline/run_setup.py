@@ -14,7 +14,8 @@ import torch
 
 from model.batch import Batch
 from model.build import build_objective
-from pipeline import checkpoint
+from pipeline import checkpoint, unusable
+from pipeline.changes import describe_changes, refuse_fewer_steps, schedule_settings
 from pipeline.checkpoint import RunState
 from pipeline.command_line import Launch
 from pipeline.config import Config, ConfigError, save_config, to_plain, tokenizer_source
@@ -26,6 +27,7 @@ from pipeline.open_data import TrainingData, eval_loader, open_training_data, pl
 from pipeline.preempt import StopRequest
 from pipeline.ranks import Agreement, Place
 from pipeline.sample_keys import SampleKeys, cut_back_sample_keys
+from pipeline.step_lines import cut_back
 from pipeline.unusable import UnusableSamples
 
 
@@ -87,19 +89,19 @@ def set_up(
     prepare_deepspeed(device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
     fingerprint = run_fingerprint(config, data)
-    state = checkpoint.resume(output, engine, agreement, place.is_main, fingerprint) or RunState(
-        fingerprint=fingerprint
-    )
-    state.topology = {"world_size": place.world_size, "zero_stage": engine.stage, "precision": engine.precision}
+    resumed = checkpoint.resume(output, engine, agreement, place.is_main, fingerprint)
+    state = resumed or RunState(fingerprint=fingerprint)
+    refuse_fewer_steps(output, state.step, config.train.steps)
+    changes = _take_note_of_changes(state, config, place, engine)
     if place.is_main:
-        _announce(config, data, state, num_parameters, engine)
+        _announce(config, data, state, num_parameters, engine, changes)
         _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision)
         cut_back_sample_keys(output, state.step)
+        cut_back(output / unusable.FILE_NAME, state.step)
     agreement.wait()
     tracking = config.tracking
     writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
-    if state.step:
-        writer.resume_from(state.step)
+    writer.resume_from(state.step if resumed else -1)
     pin = device.type == "cuda"
     loaders = None
     if data.held_out:
@@ -140,7 +142,28 @@ def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     }))  # fmt: skip
 
 
-def _announce(config: Config, data: TrainingData, state: RunState, num_parameters: int, engine: TrainEngine) -> None:
+def _take_note_of_changes(state: RunState, config: Config, place: Place, engine: TrainEngine) -> list[str]:
+    """Write topology and settings of this part of the run into its state; what differs from the part before, said."""
+    topology = {
+        "world_size": place.world_size,
+        "zero_stage": engine.stage,
+        "precision": engine.precision,
+        "micro_batch_size": config.optim.micro_batch_size,
+    }
+    settings = schedule_settings(config)
+    changes = describe_changes(state.topology, topology, state.settings, settings)
+    state.topology, state.settings = topology, settings
+    return changes
+
+
+def _announce(
+    config: Config,
+    data: TrainingData,
+    state: RunState,
+    num_parameters: int,
+    engine: TrainEngine,
+    changes: list[str],
+) -> None:
     for name, option in (("vision", "openai"), ("text", "roberta-base")):
         if getattr(config.model, name).pretrained is None and not state.step:
             print(f"{name} tower starts from random weights (--model.{name}.pretrained {option} starts from a hub's)")
@@ -150,6 +173,8 @@ def _announce(config: Config, data: TrainingData, state: RunState, num_parameter
     print(f"data: {sizes} training pairs, {held_out} held out")
     if state.step:
         print(f"continuing after step {state.step} of {config.train.steps}", flush=True)
+        for change in changes:
+            print(f"continuing with {change}", flush=True)
 
 
 def _write_run_files(

@@ -25,7 +25,7 @@ def train(s: Session) -> int:
     total = s.config.train.steps
     progress = s.writer.progress(total, s.state.step)
     try:
-        code = EXIT_PREEMPTED if s.state.step == 0 and not _evaluate(s) else _steps(s, progress)
+        code = _steps(s, progress) if _evaluate_what_is_due(s) else EXIT_PREEMPTED
         progress.close()
         if code == EXIT_DONE and s.state.step and not _evaluate(s):
             code = EXIT_PREEMPTED
@@ -105,9 +105,16 @@ def _log(s: Session, meter: StepMeter, progress: Progress) -> None:
     progress.update(s.state.step, shown | {"data wait": f"{values['data_wait_share']:.0%}"})
 
 
+def _evaluate_what_is_due(s: Session) -> bool:
+    """The evaluation before the first step, or the one that a killed run owed after the step it continues from."""
+    step = s.state.step
+    due = step == 0 or (_on_beat(step, s.config.train.eval_every) and step < s.config.train.steps)
+    return not due or _evaluate(s)
+
+
 def _evaluate(s: Session) -> bool:
-    """Evaluate and log; False when told to stop meanwhile. Nothing held out counts as done."""
-    if s.eval_loaders is None:
+    """Evaluate and log, once a step; False when told to stop meanwhile. Nothing held out counts as done."""
+    if s.eval_loaders is None or s.agreement.gather(s.writer.has(s.state.step, "eval"))[0]:
         return True
     own, shuffled = s.eval_loaders
     began = time.perf_counter()

@@ -49,7 +49,7 @@ RUNGS: dict[str, list[list[str]]] = {
             "transforms",
             "environment",
         ],
-        ["shard_reader", "optim", "ds_config", "command_line", "unusable"],
+        ["shard_reader", "optim", "ds_config", "command_line", "unusable", "changes"],
         ["collate", "engine"],
         ["datasets", "shared_batches", "checkpoint", "meter"],
         ["loader"],

@@ -26,6 +26,7 @@ from benchmarks.released_layout import ReleasedLayout
 from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.heads import KEPT_SHARE
 from pipeline.environment import device_name
 from pipeline.host_memory import keep_freed_memory
 
@@ -159,7 +160,8 @@ def summary(
     bytes_each = 4
     released_logits = arguments.batch * 3 * (FULL_LENGTH - 1) * VOCABULARY.size * bytes_each
     targets = max(sum(batch.counts[name] for name in ("flm", "l2r", "r2l")) for batch in batches)
-    our_logits = targets * ours.lm_head.chunk_size * bytes_each
+    chunk = ours.lm_head.chunk_size
+    our_logits = targets * (int(KEPT_SHARE * VOCABULARY.size / chunk) + 1) * chunk * bytes_each
     tokens = torch.cat([batch.lengths[: arguments.batch] for batch in batches]).float().mean()
     return {
         "command": " ".join(["python -m benchmarks.step_cost", *sys.argv[1:]]),

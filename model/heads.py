@@ -1,4 +1,4 @@
-"""Output heads; the vocabulary head never holds [targets x vocabulary] logits.
+"""Output heads; the vocabulary head never holds all of its [targets x vocabulary] logits.
 
 Legend: M targets, D width, V vocabulary, C vocabulary chunk.
 """
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.text import TOP_EPS
+
+KEPT_SHARE = 1 / 3  # of the vocabulary's logits, whose exponentials stay until backward
 
 
 class LanguageModelHead(nn.Module):
@@ -51,8 +53,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Linear layer and cross entropy in one, a chunk of the vocabulary at a time.
 
     Forward keeps a running maximum and sum of exponentials (online log-sum-exp, Milakov & Gimelshein 2018,
-    arXiv 1805.02867); backward computes each chunk's logits again, so that weight and weight gradient are read and
-    written once and memory is [M, C] instead of [M, V]. Products run in the input's dtype, everything else in fp32.
+    arXiv 1805.02867); backward computes the logits of each chunk again, so that weight and weight gradient are read and
+    written once and memory is [M, C] instead of [M, V]. ``KEPT_SHARE`` of the chunks keep their exponentials until
+    backward instead: memory for time. Products run in the input's dtype, everything else in fp32.
     """
 
     @staticmethod
@@ -60,13 +63,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         maximum = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
         total = torch.zeros_like(maximum)
         label_logit = torch.zeros_like(maximum)
-        for logits, _, local, inside in _chunks(hidden, weight, bias, labels, chunk_size):
+        kept: list[Tensor] = []  # exponentials of the first chunks and the maximum they refer to, in turn
+        num_kept = int(KEPT_SHARE * weight.shape[0] / chunk_size) if any(ctx.needs_input_grad) else 0
+        buffer = None
+        for start, stop, local, inside in _chunks(weight, labels, chunk_size):
+            logits = _logits(hidden, weight[start:stop], bias[start:stop], buffer)
             new_maximum = torch.maximum(maximum, logits.amax(1))
             label_logit = torch.where(inside, logits.gather(1, local)[:, 0], label_logit)
-            total = total * (maximum - new_maximum).exp() + logits.sub_(new_maximum[:, None]).exp_().sum(1)
+            exponentials = logits.sub_(new_maximum[:, None]).exp_()
+            total = total * (maximum - new_maximum).exp() + exponentials.sum(1)
             maximum = new_maximum
+            if len(kept) < 2 * num_kept:
+                kept += [exponentials, maximum]
+            else:
+                buffer = exponentials
         log_sum = maximum + total.log()
-        ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
+        ctx.save_for_backward(hidden, weight, bias, labels, log_sum, *kept)
         ctx.chunk_size = chunk_size
         correct = label_logit >= maximum
         ctx.mark_non_differentiable(correct)
@@ -74,12 +86,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_grad: Tensor, _):
-        hidden, weight, bias, labels, log_sum = ctx.saved_tensors
+        hidden, weight, bias, labels, log_sum, *kept = ctx.saved_tensors
         hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
-        for grad, start, local, inside in _chunks(hidden, weight, bias, labels, ctx.chunk_size):
-            stop = start + grad.shape[1]
-            grad.sub_(log_sum[:, None]).exp_()
+        buffer = None
+        for number, (start, stop, local, inside) in enumerate(_chunks(weight, labels, ctx.chunk_size)):
+            if 2 * number < len(kept):
+                exponentials, maximum = kept[2 * number : 2 * number + 2]
+                grad = exponentials * (maximum - log_sum).exp()[:, None]
+            else:
+                grad = _logits(hidden, weight[start:stop], bias[start:stop], buffer).sub_(log_sum[:, None]).exp_()
+                buffer = grad
             grad.scatter_add_(1, local, -inside[:, None].to(grad.dtype))
             grad.mul_(loss_grad[:, None])
             bias_grad[start:stop] = grad.sum(0)
@@ -89,19 +106,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int
-) -> Iterator[tuple[Tensor, int, Tensor, Tensor]]:
-    """For each chunk of the vocabulary: fp32 logits [M, C] in a buffer that the next chunk overwrites, first entry,
-    labels within the chunk int64 [M, 1] (clamped), and which targets have their label in it, bool [M]."""
-    buffer = hidden.new_empty(hidden.shape[0] * chunk_size)
+def _chunks(weight: Tensor, labels: Tensor, chunk_size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """For each chunk of the vocabulary: its first entry and its end, the labels within it int64 [M, 1] (clamped), and
+    which targets have their label in it, bool [M]."""
     for start in range(0, weight.shape[0], chunk_size):
         stop = min(start + chunk_size, weight.shape[0])
-        logits = buffer[: hidden.shape[0] * (stop - start)].view(hidden.shape[0], stop - start)
-        torch.mm(hidden, weight[start:stop].T, out=logits)
-        logits = logits.add_(bias[start:stop]) if logits.dtype == torch.float32 else logits.float() + bias[start:stop]
         local = (labels - start).clamp(0, stop - start - 1)[:, None]
-        yield logits, start, local, (labels >= start) & (labels < stop)
+        yield start, stop, local, (labels >= start) & (labels < stop)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, buffer: Tensor | None) -> Tensor:
+    """fp32 logits [M, C], in ``buffer`` (of an earlier chunk, as large or larger) where one is given and fits."""
+    if hidden.dtype != torch.float32:
+        return F.linear(hidden, weight).float().add_(bias)
+    if buffer is None:
+        return torch.addmm(bias, hidden, weight.T)
+    out = buffer.view(-1)[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+    return torch.addmm(bias, hidden, weight.T, out=out)
 
 
 class Pooler(nn.Module):

@@ -52,7 +52,7 @@ class Packing:
     def spread(self, packed: Tensor) -> Tensor:
         """[S, ...] -> [rows, positions, ...]; positions nobody holds are zero."""
         grid = packed.new_zeros(self.num_rows * self.num_positions, *packed.shape[1:])
-        return grid.index_copy(0, self.index, packed).unflatten(0, (self.num_rows, self.num_positions))
+        return grid.index_copy_(0, self.index, packed).unflatten(0, (self.num_rows, self.num_positions))
 
     def gather(self, grid: Tensor) -> Tensor:
         """[rows, positions, ...] -> [S, ...]."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.heads import ChunkedCrossEntropy, LanguageModelHead
+from model.heads import KEPT_SHARE, ChunkedCrossEntropy, LanguageModelHead
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 32, 100])
@@ -48,9 +48,9 @@ def test_bf16_losses_are_computed_in_fp32():
     torch.testing.assert_close(low, exact, rtol=0.03, atol=0.03)
 
 
-def test_memory_of_logits_is_bounded_by_the_chunk():
-    """The largest tensor made on the way must be [targets x chunk] (or the weight's gradient), never [M x V]."""
-    largest = 0
+def test_memory_of_logits_is_bounded():
+    """The largest tensor made on the way is [targets x chunk], and few of them stay until backward."""
+    largest = kept = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -62,6 +62,17 @@ def test_memory_of_logits_is_bounded_by_the_chunk():
 
     head = LanguageModelHead(4, 5000, chunk_size=128)
     features = torch.randn(200, 4, requires_grad=True)
-    with Watch():
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel() if tensor.shape == (200, 128) else 0
+        return tensor
+
+    with Watch(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         head(features, torch.randint(0, 5000, (200,)))[0].sum().backward()
     assert largest <= 200 * 128
+    assert 0 < kept <= KEPT_SHARE * 200 * 5000
+    kept = 0
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        head(features, torch.randint(0, 5000, (200,)))
+    assert kept == 0

@@ -120,6 +120,39 @@ class TrainConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What is done with a bad step: one whose loss or gradient is not finite, or far above what is usual.
+
+    Such a step is skipped on all ranks alike and recorded in RUN/incidents.
+
+    Args:
+        enabled: judge every step before the optimizer takes it, which waits for the device once a step.
+        loss_sigmas: a loss so many standard deviations above its running mean is a spike; 0 judges no spikes of it.
+        grad_norm_sigmas: the same for the logarithm of the gradient norm.
+        memory_steps: steps over which running means and deviations forget.
+        warmup_steps: good steps before spikes are judged; what is not finite is always skipped.
+        max_skips: bad steps tolerated within window_steps.
+        window_steps: steps in which max_skips may happen.
+        action: past max_skips, rewind to a checkpoint from before them and go around their batches, or stop.
+        go_around_before: steps before the first bad one whose batches are gone around too, when rewinding.
+        max_rewinds: rewinds before the run stops anyway.
+        save_incident_every: steps between two checkpoints made for replaying incidents; 0 makes none.
+    """
+
+    enabled: bool = True
+    loss_sigmas: NonNegativeFloat = 8.0
+    grad_norm_sigmas: NonNegativeFloat = 8.0
+    memory_steps: PositiveInt = 200
+    warmup_steps: NonNegativeInt = 100
+    max_skips: NonNegativeInt = 5
+    window_steps: PositiveInt = 200
+    action: Literal["rewind", "stop"] = "rewind"
+    go_around_before: NonNegativeInt = 50
+    max_rewinds: NonNegativeInt = 2
+    save_incident_every: NonNegativeInt = 500
+
+
+@dataclass
 class TrackingConfig:
     """Where numbers go besides log.jsonl.
 
@@ -145,6 +178,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

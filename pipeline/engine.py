@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,8 +24,24 @@ from torch import Tensor, nn
 
 from model.batch import Batch
 from pipeline.config import OptimConfig, TrainConfig
+from pipeline.guard import Guard, Verdict
+from pipeline.module_statistics import module_statistics
 from pipeline.optim import MOMENTS, build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pipeline.ranks import Agreement, Place
+from pipeline.veto import StepVeto
+
+
+@dataclass
+class BadStep:
+    """What is known of a step that was not taken; the same on every rank but for ``micro_sums``."""
+
+    verdict: Verdict
+    loss: float
+    terms: dict[str, float]  # mean of each term over all ranks
+    grad_norm: float | None
+    micro_sums: list[dict[str, float]]  # this rank's loss sums, one entry per micro-batch
+    dropout_seeds: list[int]
+    modules: dict[str, dict[str, float]]
 
 
 @dataclass
@@ -35,6 +52,8 @@ class StepResult:
     counts: dict[str, int]
     learning_rate: float
     grad_norm: float | Tensor | None
+    taken: bool = True  # False: weights, moments and Adam's counter are those from before
+    bad: BadStep | None = None  # set where the guard refused the step; fp16's search for a loss scale is none of it
 
 
 class _Pass(nn.Module):
@@ -71,6 +90,7 @@ class TrainEngine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=build_adamw(groups, optim), config=ds_config, dist_init_required=False
         )
+        self._veto = StepVeto(self._deepspeed.optimizer, self.stage)
         if train.compile:
             self._deepspeed.compile()
 
@@ -84,14 +104,15 @@ class TrainEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed left out because a gradient was not finite."""
+        """Optimizer steps that were left out: refused by the guard, or by DeepSpeed for a gradient not finite."""
         return self._deepspeed.skipped_steps
 
-    def step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
-        """Optimizer step number ``step`` (0-based) over this rank's micro-batches; nothing here waits for the device.
+    def step(self, step: int, micro_batches: Sequence[Batch], guard: Guard | None = None) -> StepResult:
+        """Optimizer step number ``step`` (0-based) over this rank's micro-batches.
 
         Loss = sum over terms of weight * sum over all ranks and micro-batches / their global count; a term without
-        targets contributes 0. The engine divides by ranks and micro-batches, which the factor undoes.
+        targets contributes 0. The engine divides by ranks and micro-batches, which the factor undoes. With a ``guard``
+        the step is judged, and the device waited for, once: before the optimizer. Nothing else here waits.
         """
         assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
         counts = self._global_counts(micro_batches)
@@ -100,21 +121,78 @@ class TrainEngine:
         base = learning_rate(step, self._train.steps, self._optim)
         set_learning_rate(self._deepspeed.optimizer.param_groups, base)
         self._deepspeed.train()
-        loss_sums: dict[str, Tensor] = {}
-        grad_norm = None
+        result = StepResult({}, counts, base, None)
+        micro_sums: list[dict[str, Tensor]] = []
+        skipped_before = self._deepspeed.skipped_steps
         for index, batch in enumerate(micro_batches):
             torch.manual_seed(self._dropout_seed(step, index))
             sums = self._deepspeed(batch.to(self.device))
             loss = sum(factors[name] * value for name, value in sums.items())
             self._deepspeed.backward(loss)
-            if self.stage == 0 and index == self.accumulation - 1:
-                grad_norm = self._stage0_grad_norm()
+            micro_sums.append({name: value.detach() for name, value in sums.items()})
+            if index == self.accumulation - 1:
+                if guard is not None:
+                    self._veto.ask = lambda norm, overflow: self._judge(guard, step, micro_sums, result, norm, overflow)
+                if self.stage == 0:
+                    result.grad_norm = self._stage0_grad_norm()
+                    self._veto.ask_at_stage_0(result.grad_norm)
             self._deepspeed.step()
+        for sums in micro_sums:
             for name, value in sums.items():
-                loss_sums[name] = loss_sums[name] + value.detach() if name in loss_sums else value.detach()
-        if self.stage > 0:
-            grad_norm = self._deepspeed.get_global_grad_norm()
-        return StepResult(loss_sums, counts, base, grad_norm)
+                result.loss_sums[name] = result.loss_sums[name] + value if name in result.loss_sums else value
+        result.taken = self._deepspeed.skipped_steps == skipped_before
+        if result.bad is not None:
+            result.grad_norm = result.bad.grad_norm
+        elif self.stage > 0:
+            result.grad_norm = self._deepspeed.get_global_grad_norm()
+        assert self._veto.ask is None, "DeepSpeed stepped without asking; is it another version than pinned?"
+        return result
+
+    def _judge(
+        self,
+        guard: Guard,
+        step: int,
+        micro_sums: list[dict[str, Tensor]],
+        result: StepResult,
+        norm: float | None,
+        overflow: bool,
+    ) -> bool:
+        """Whether the step may be taken, agreed by all ranks; evidence goes to ``result`` if not."""
+        sums = _numbers(micro_sums)  # waits for the device
+        names = sorted(self.term_weights)
+        if overflow:
+            norm = math.inf
+        local = [sum(row.get(name, 0.0) for row in sums) for name in names]
+        *totals, norm_sum = self._agreement.total([*local, norm if norm is not None and self._place.is_main else 0.0])
+        norm = None if norm is None else norm_sum  # rank 0's, so that a rounding never divides the ranks
+        terms = {name: total / result.counts[name] for name, total in zip(names, totals) if result.counts[name]}
+        loss = sum(self.term_weights[name] * mean for name, mean in terms.items())
+        if overflow and self.precision == "fp16" and math.isfinite(loss):
+            return True  # DeepSpeed leaves the step out and lowers the loss scale
+        verdict = guard.judge(step, loss, norm)
+        if verdict.reason is None:
+            return True
+        seeds = [self._dropout_seed(step, index) for index in range(self.accumulation)]
+        modules = module_statistics(self._whole_gradients())
+        result.bad = BadStep(verdict, loss, terms, norm, sums, seeds, modules)
+        return False
+
+    def _whole_gradients(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+        """(name, gradient of the whole step, master weight) of each trainable parameter; every rank must iterate.
+
+        Good between the last backward pass and the optimizer.
+        """
+        scale = float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0))
+        for name, parameter in self.objective.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.stage == 0:
+                gradient = parameter.grad
+            elif self.stage == 3:
+                gradient = parameter._z3_optimizer.get_fp32_grad_for_param(parameter)
+            else:  # not safe_get_full_grad, which prefers what this rank alone has
+                gradient = parameter.get_full_hp_grad()
+            yield name, gradient if gradient is None else gradient / scale, self._master(parameter)
 
     @contextmanager
     def scoring(self) -> Iterator[Callable[[Batch], dict[str, tuple[Tensor, Tensor]]]]:
@@ -277,6 +355,13 @@ def _zero3_part(value: Tensor, parameter: nn.Parameter, place: Place) -> Tensor:
     end = min(begin + size, flat.numel())
     part[: end - begin] = flat[begin:end]
     return part
+
+
+def _numbers(rows: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars on the device as numbers, by one transfer."""
+    flat = [value.double() for row in rows for value in row.values()]
+    values = iter(torch.stack(flat).tolist() if flat else [])
+    return [{name: next(values) for name in row} for row in rows]
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

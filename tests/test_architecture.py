@@ -50,6 +50,7 @@ RUNGS: dict[str, list[list[str]]] = {
             "environment",
         ],
         ["shard_reader", "optim", "ds_config", "command_line", "unusable", "changes"],
+        ["guard", "veto", "module_statistics"],
         ["collate", "engine"],
         ["datasets", "shared_batches", "checkpoint", "meter"],
         ["loader"],

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ class RunState:
     topology: dict[str, Any] = field(default_factory=dict)  # ranks, ZeRO stage and precision that wrote it, for people
     settings: dict[str, Any] = field(default_factory=dict)  # what may change between two parts of a run, by option
     fingerprint: dict[str, Any] = field(default_factory=dict)  # what must not change between two parts of a run
+    data_changes: list[dict[str, Any]] = field(default_factory=list)  # what of it was allowed to, after which step
 
 
 def save(
@@ -121,12 +122,14 @@ def resume(
     engine: TrainEngine,
     agreement: Agreement,
     is_main: bool,
-    fingerprint: dict[str, Any] | None = None,
+    accept: Callable[[RunState], None] | None = None,
 ) -> RunState | None:
     """Continue from the newest valid checkpoint; None when the run has none yet. Every rank must call it.
 
+    ``accept`` sees the saved state before anything is loaded, and raises where it belongs to another run.
+
     Raises:
-        CheckpointError: there are checkpoints but none is valid, or they belong to a run with another fingerprint.
+        CheckpointError: there are checkpoints but none is valid.
     """
     path, skipped = agreement.gather(newest_valid(run) if is_main else None)[0]
     if is_main:
@@ -136,8 +139,8 @@ def resume(
         if skipped:
             raise CheckpointError(f"{run}: no checkpoint is valid ({skipped[0]}); restore one or use another --output")
         return None
-    if fingerprint is not None:
-        _refuse_another_run(run, read_state(path).fingerprint, fingerprint)
+    if accept is not None:
+        accept(read_state(path))
     return load(path, engine)
 
 
@@ -182,25 +185,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """fp32 weights by parameter name, from a run folder or a checkpoint folder, for use without an engine."""
     with _Reader(resolve(Path(path)), kinds=("weight",)) as reader:
         return {name: reader.read("weight", name) for name in reader.names("weight")}
-
-
-def _refuse_another_run(run: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming the first difference, when ``run`` holds another run than the one asked for."""
-    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
-    for key in [*new, *(key for key in old if key not in new)]:
-        if old.get(key) != new.get(key):
-            raise CheckpointError(
-                f"{run} holds a run with another {key} (it has {old.get(key)}, now {new.get(key)}); "
-                "continue with the same settings and data, or start anew with another --output"
-            )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 class _Writer:

@@ -39,6 +39,7 @@ class DataConfig:
         fast_decode: vectorised resize, and large JPEGs shrunk while decoding; pixels differ by a grey level or two.
         bad_sample_budget: unusable samples that are always tolerated.
         bad_sample_share: share of the samples seen that may be unusable beyond bad_sample_budget.
+        allow_change: go on from the same position when a resumed run's data, tokenizer or order differ from before.
         timeout_seconds: longest wait for one batch before the run ends with an error.
     """
 
@@ -56,6 +57,7 @@ class DataConfig:
     fast_decode: bool = True
     bad_sample_budget: NonNegativeInt = 100
     bad_sample_share: ClosedUnitInterval = 0.01
+    allow_change: bool = False
     timeout_seconds: PositiveFloat = 300.0
 
 

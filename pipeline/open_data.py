@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -29,15 +28,6 @@ class TrainingData:
     weights: list[float] | None
     held_out: list[Corpus]
     tokenizer: TextTokenizer
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Changes when the sequence of samples or their tokens would."""
-        return {
-            "corpora": [corpus.fingerprint for corpus in self.corpora],
-            "weights": self.weights,
-            "tokenizer": self.tokenizer.fingerprint,
-        }
 
 
 def open_training_data(config: Config) -> TrainingData:

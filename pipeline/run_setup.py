@@ -14,7 +14,7 @@ import torch
 
 from model.batch import Batch
 from model.build import build_objective
-from pipeline import checkpoint, unusable
+from pipeline import checkpoint, fingerprint, unusable
 from pipeline.changes import describe_changes, refuse_fewer_steps, schedule_settings
 from pipeline.checkpoint import RunState
 from pipeline.command_line import Launch
@@ -88,11 +88,17 @@ def set_up(
     planner = objective.planner
     prepare_deepspeed(device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
-    fingerprint = run_fingerprint(config, data)
-    resumed = checkpoint.resume(output, engine, agreement, place.is_main, fingerprint)
-    state = resumed or RunState(fingerprint=fingerprint)
+    wanted, data_changes = fingerprint.run_fingerprint(config, data), {}
+    accept = lambda saved: data_changes.update(  # noqa: E731
+        fingerprint.accept(output, saved.fingerprint, wanted, config.data.allow_change)
+    )
+    resumed = checkpoint.resume(output, engine, agreement, place.is_main, accept)
+    state = resumed or RunState()
+    state.fingerprint = wanted
+    state.data_changes += [{"after_step": state.step, **data_changes}] if data_changes else []
     refuse_fewer_steps(output, state.step, config.train.steps)
     changes = _take_note_of_changes(state, config, place, engine)
+    changes += [f"another {name}: {change}" for name, change in data_changes.items()]
     if place.is_main:
         _announce(config, data, state, num_parameters, engine, changes)
         _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision)
@@ -102,6 +108,8 @@ def set_up(
     tracking = config.tracking
     writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
     writer.resume_from(state.step if resumed else -1)
+    if data_changes:
+        writer.log(state.step, data_changes, kind="data_change")
     pin = device.type == "cuda"
     loaders = None
     if data.held_out:
@@ -126,20 +134,6 @@ def set_up(
         unusable=UnusableSamples(output, config.data, agreement, place.is_main, state.unusable),
         flops=objective.flops,
     )
-
-
-def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
-    """What two parts of one run must share, besides the number of steps and everything about speed."""
-    plain = to_plain(config)
-    plain["model"]["vision"].pop("pretrained")
-    plain["model"]["text"].pop("pretrained")
-    return json.loads(json.dumps({
-        "model": plain["model"],
-        "objective": plain["objective"],
-        "data": data.fingerprint,
-        "order": {"seed": config.train.seed, "batch_size": config.optim.batch_size},
-        "max_text_length": config.data.max_text_length,
-    }))  # fmt: skip
 
 
 def _take_note_of_changes(state: RunState, config: Config, place: Place, engine: TrainEngine) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what data_prep may write and users caption; no rare, risky decoders
+TRANSFORM_VERSION = 1  # part of a run's fingerprint: raise it with any change that moves a pixel
 DEFAULT_MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100  # longer over shorter side: resizing the shorter one would blow up the longer
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)

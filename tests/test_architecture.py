@@ -55,6 +55,7 @@ RUNGS: dict[str, list[list[str]]] = {
         ["datasets", "shared_batches", "checkpoint", "meter"],
         ["loader"],
         ["open_data"],
+        ["fingerprint"],
         ["run_setup", "evaluate", "generate", "report"],
         ["training_loop"],
         ["train"],

@@ -1,0 +1,89 @@
+"""What two parts of one run must share, and what is said or allowed when they do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, ConfigError, to_plain
+from pipeline.open_data import TrainingData
+from pipeline.order import ORDER_VERSION
+from pipeline.transforms import TRANSFORM_VERSION
+
+MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batch size is another run
+
+
+def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
+    """Everything that decides what a step computes, besides the number of steps; nothing that is about speed.
+
+    What is done to captions besides tokenising follows from ``model.behaviour``, negatives from ``objective``.
+    """
+    plain = to_plain(config)
+    plain["model"]["vision"].pop("pretrained")
+    plain["model"]["text"].pop("pretrained")
+    settings = config.data
+    shuffle = settings.shuffle
+    if shuffle == "blocks":
+        shuffle = f"blocks of {settings.shuffle_block} rows, {settings.shuffle_window} to a window"
+    return json.loads(json.dumps({
+        "model": plain["model"],
+        "objective": plain["objective"],
+        "optim": {"batch_size": config.optim.batch_size},
+        "data": {
+            "corpora": {
+                f"{number} {corpus.name}/{corpus.manifest.split}": {
+                    "rows": len(corpus),
+                    "shards": len(corpus.manifest.shards),
+                    "content": corpus.fingerprint,
+                }
+                for number, corpus in enumerate(data.corpora)
+            },
+            "weights": data.weights,
+            "order": {"version": ORDER_VERSION, "seed": config.train.seed, "shuffle": shuffle},
+            "tokenizer": data.tokenizer.fingerprint,
+            "max_text_length": settings.max_text_length,
+            "images": {
+                "version": TRANSFORM_VERSION,
+                "size": config.model.vision.image_size,
+                "fast_decode": settings.fast_decode,
+                "max_pixels": settings.max_pixels,
+            },
+        },
+    }))  # fmt: skip
+
+
+def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], allow_change: bool) -> dict[str, str]:
+    """Differences between the run's fingerprint and the one asked for, name -> "was -> is", if they may be.
+
+    Raises:
+        ConfigError: there are differences and they are not allowed; the message names them.
+    """
+    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
+    names = [name for name in [*new, *(name for name in old if name not in new)] if old.get(name) != new.get(name)]
+    found = {name: f"{_short(old.get(name))} -> {_short(new.get(name))}" for name in names}
+    final = [name for name in names if not name.startswith(MAY_CHANGE)]
+    if final or (names and not allow_change):
+        listed = final or names
+        shown = "; ".join(f"{name} {found[name]}" for name in listed[:5])
+        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        way = "" if final else ", or say --data.allow_change true to go on from the same position with other data"
+        raise ConfigError(
+            f"{run} holds a run with another {shown}{more}; continue with the same settings and data, start anew with "
+            f"another --output{way}"
+        )
+    return found
+
+
+def _short(value: Any) -> str:
+    """A hash by its first digits."""
+    return f"{value[:12]}.." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

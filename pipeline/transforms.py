@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what data_prep may write and users caption; no rare, risky decoders
 TRANSFORM_VERSION = 1  # part of a run's fingerprint: raise it with any change that moves a pixel
 DEFAULT_MAX_PIXELS = 100_000_000
+MAX_SCANS = 10  # of a progressive JPEG of max_pixels, more of a smaller one: each scan is decoded on its own
 MAX_ASPECT = 100  # longer over shorter side: resizing the shorter one would blow up the longer
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
 _DECODE_ERRORS += (struct.error, zlib.error, MemoryError)  # what Pillow raises on damaged data
@@ -53,7 +54,8 @@ def decode_image(
     are converted; of an animation the first frame is taken; the EXIF orientation is applied, because captions describe
     the upright picture (NOTE release: ignores it). ``draft_size`` lets the JPEG decoder shrink images whose shorter
     side stays at least that long. Raises UnusableSample with one of the reasons "empty image", "not an image",
-    "too many pixels", "extreme aspect ratio", "truncated image", "broken image", "unsupported pixel format".
+    "too many pixels", "too many scans", "extreme aspect ratio", "truncated image", "broken image",
+    "unsupported pixel format".
     """
     if not data:
         raise UnusableSample(key, "empty image")
@@ -62,6 +64,7 @@ def decode_image(
             warnings.simplefilter("ignore")  # a bomb is judged by max_pixels below, odd metadata does not matter
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.size, max_pixels, key)
+            _check_scans(image, data, max_pixels, key)
             if draft_size is not None:
                 image.draft("RGB", (draft_size, draft_size))
             image.load()
@@ -160,6 +163,13 @@ def _check_size(size: tuple[int, int], max_pixels: int, key: str) -> None:
         raise UnusableSample(key, "too many pixels")
     if max(size) > MAX_ASPECT * min(size):
         raise UnusableSample(key, "extreme aspect ratio")
+
+
+def _check_scans(image: Image.Image, data: bytes, max_pixels: int, key: str) -> None:
+    """A few kilobytes of empty scans can keep the decoder busy for minutes; 0xFF 0xDA begins a scan and nothing else,
+    save in an embedded thumbnail."""
+    if image.format == "JPEG" and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANS * max_pixels:
+        raise UnusableSample(key, "too many scans")
 
 
 def _as_rgb(image: Image.Image, key: str) -> Image.Image:

@@ -6,6 +6,7 @@ import io
 import pickle
 import random
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -193,6 +194,25 @@ def test_bad_images_are_named_with_a_reason(data, reason):
     assert (caught.value.key, caught.value.reason) == ("k1", reason)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.key, again.reason, str(again)) == ("k1", reason, f"k1: {reason}")
+
+
+def scan_bomb(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan stands in it many times."""
+    data = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + data[-2:]
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded():
+    """Invariant 7: 67 KiB that would keep the decoder busy for seconds; honest progressive images pass."""
+    bomb = scan_bomb(4000, 200)
+    assert len(bomb) < 2**17
+    began = time.perf_counter()
+    with pytest.raises(UnusableSample, match="too many scans"):
+        decode_image(bomb)
+    assert time.perf_counter() - began < 0.5
+    assert decode_image(scan_bomb(100, 2)).size == (100, 100)
+    assert decode_image(encoded(Image.new("RGB", (300, 300)), "JPEG", progressive=True), max_pixels=90_000)
 
 
 def test_pixel_limit_is_inclusive():

@@ -51,6 +51,7 @@ class RunState:
     skipped_steps: int = 0
     loss_scale: dict[str, float] | None = None
     unusable: dict[str, int] = field(default_factory=dict)  # samples by reason
+    unusable_shards: dict[str, dict[str, Any]] = field(default_factory=dict)  # name: reason, samples, since_step
     topology: dict[str, Any] = field(default_factory=dict)  # ranks, ZeRO stage and precision that wrote it, for people
     settings: dict[str, Any] = field(default_factory=dict)  # what may change between two parts of a run, by option
     fingerprint: dict[str, Any] = field(default_factory=dict)  # what must not change between two parts of a run

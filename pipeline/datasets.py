@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from pipeline.shard_reader import Corpus
 from pipeline.tokenizer import TextTokenizer
 from pipeline.transforms import ClipTransform, UnusableSample, decode_image
 
+Started = Callable[[int, int], None]  # is told corpus and row of the sample that is read next
 _NEGATIVE_TRIES = 8
 
 
@@ -96,12 +97,13 @@ class TrainDataset:
     order: SampleOrder
     seed: int
 
-    def items(self, positions: Sequence[int], out: Tensor) -> list[Item]:
+    def items(self, positions: Sequence[int], out: Tensor, started: Started = lambda corpus, index: None) -> list[Item]:
         """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
         corpora, indices, epochs = self.order.at_many(positions)
         items: list[Item | None] = [None] * len(positions)
         for slot in np.lexsort((indices, corpora)).tolist():
             corpus, index, epoch = int(corpora[slot]), int(indices[slot]), int(epochs[slot])
+            started(corpus, index)
             seed, near = sample_seed(self.seed, epoch, corpus, index), self.order.read_together(corpus, index)
             items[slot] = self.reader.item(corpus, index, seed, out[slot], near=near)
         return items
@@ -137,16 +139,17 @@ class EvalDataset:
     def __len__(self) -> int:
         return sum(len(part) for part in self._chosen)
 
-    def items(self, positions: Sequence[int], out: Tensor) -> list[Item]:
+    def items(self, positions: Sequence[int], out: Tensor, started: Started = lambda corpus, index: None) -> list[Item]:
         """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
-        return [self._item(position, pixels) for position, pixels in zip(positions, out)]
+        return [self._item(position, pixels, started) for position, pixels in zip(positions, out)]
 
-    def _item(self, position: int, out: Tensor) -> Item:
+    def _item(self, position: int, out: Tensor, started: Started) -> Item:
         corpus = 0
         while position >= len(self._chosen[corpus]):
             position -= len(self._chosen[corpus])
             corpus += 1
         part = self._chosen[corpus]
         index = int(part[position])
+        started(corpus, index)
         image_index = int(part[(position + len(part) // 2) % len(part)]) if self.shuffle_images else None
         return self.reader.item(corpus, index, sample_seed(self.seed, 0, corpus, index), out, image_index)

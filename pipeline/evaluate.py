@@ -40,10 +40,10 @@ def evaluate(
     agreement: Agreement,
     stop: StopRequest,
 ) -> dict[str, float] | None:
-    """``loss``, ``{term}_loss``, ``{term}_accuracy``, and ``shuffled/{term}_...``; None when told to stop.
+    """``loss``, ``{term}_loss``, ``{term}_accuracy``, ``shuffled/{term}_...``; None when told to stop.
 
     Equal on every rank; every rank must call it. Means are over the targets of the whole choice of samples, whatever
-    the number of ranks.
+    the number of ranks. Samples that could not be used are counted as ``bad_samples``.
     """
     values = _pass(score, loader, term_weights, placeholder, agreement, stop)
     if values is None or shuffled_loader is None:
@@ -52,7 +52,9 @@ def evaluate(
     shuffled = _pass(score, shuffled_loader, kept, placeholder, agreement, stop)
     if shuffled is None:
         return None
-    return values | {f"shuffled/{name}": value for name, value in shuffled.items() if name != "loss"}
+    return values | {
+        f"shuffled/{name}": value for name, value in shuffled.items() if name not in ("loss", "bad_samples")
+    }
 
 
 def _pass(
@@ -66,6 +68,7 @@ def _pass(
     names = sorted(term_weights)
     sums: dict[str, list[Tensor]] = {name: [] for name in names}
     counts = dict.fromkeys(names, 0)
+    bad_samples = 0
     batches = iter(loader)
     for _ in range(loader.most_batches):
         if agreement.total([stop.requested])[0]:
@@ -74,13 +77,14 @@ def _pass(
         found = score(placeholder if batch is None else batch)
         if batch is None:
             continue
+        bad_samples += len(batch.problems)
         for name in names:
             if name in found:
                 sums[name].append(torch.stack(found[name]))
                 counts[name] += batch.counts[name]
     local = [torch.stack(sums[name]).double().sum(0).tolist() if sums[name] else [0.0, 0.0] for name in names]
     flat = [number for name, pair in zip(names, local, strict=True) for number in (*pair, counts[name])]
-    totals = agreement.total(flat)
+    *totals, bad_samples = agreement.total([*flat, bad_samples])
     values: dict[str, float] = {}
     loss = 0.0
     for index, name in enumerate(names):
@@ -88,7 +92,7 @@ def _pass(
         if count:
             values[f"{name}_loss"], values[f"{name}_accuracy"] = loss_sum / count, correct / count
             loss += term_weights[name] * values[f"{name}_loss"]
-    return {"loss": loss, **values}
+    return {"loss": loss, **values} | ({"bad_samples": int(bad_samples)} if bad_samples else {})
 
 
 def evaluate_run(run: Path, config: Config, device: torch.device, stop: StopRequest) -> dict[str, float] | None:

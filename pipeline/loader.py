@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -12,12 +13,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from model.batch import Batch, Planner
 from pipeline.collate import collate
 from pipeline.datasets import EvalDataset, SampleReader, TrainDataset
+from pipeline.desks import Desks
 from pipeline.order import SampleOrder, micro_batch_positions
+from pipeline.shard_files import LostCorpus
 from pipeline.shard_reader import Corpus
 from pipeline.shared_batches import Numbered, Parcel, Slots
 from pipeline.tokenizer import TextTokenizer
@@ -26,10 +29,18 @@ from pipeline.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _KILL_SECONDS = 5.0
 _WORKER_FAILURES = ("timed out", "exited unexpectedly", "killed by signal", "Bus error")
+_EXIT_HANGS = 1
 
 
 class LoaderError(RuntimeError):
-    """A loader process hung or died; the message says which and what to try."""
+    """A loader process hung or died, or the data is gone; the message says which and what to try."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Comes in place of a batch when a process cannot go on; no batch follows."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class LoaderOptions:
     num_workers: int = 4
     prefetch: int = 4
     pin_memory: bool = False
-    timeout_seconds: float = 300.0
+    timeout_seconds: float = 45.0
     max_pixels: int = DEFAULT_MAX_PIXELS
     fast_decode: bool = False
 
@@ -97,6 +108,7 @@ class BatchLoader:
         self._image_shape = dataset.reader.image_shape
         self._kept: tuple[DataLoader, Slots | None] | None = None
         self._workers: set[multiprocessing.process.BaseProcess] = set()
+        self._desks = Desks(max(self._num_workers, 1))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -104,7 +116,9 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         try:
             iterator, slots = self._started()
-            for batch in iterator:
+            for batch in iterator if self._num_workers else self._watched(iterator):
+                if isinstance(batch, Failure):
+                    raise LoaderError(batch.reason)
                 yield batch.unpack(slots) if isinstance(batch, Parcel) else batch
             del iterator
             self._workers = {worker for worker in self._workers if worker.is_alive()}
@@ -113,10 +127,20 @@ class BatchLoader:
                 self.close()
             raise
         except BaseException as error:
+            failure = self.failure(error)
             _kill(self._workers)
-            if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORKER_FAILURES):
-                raise LoaderError(self._explain(str(error))) from error
+            if failure is not None and failure is not error:
+                raise failure from error
             raise
+
+    def failure(self, error: BaseException) -> LoaderError | None:
+        """What went wrong in loading, if ``error`` comes from there: torch reports the death of a loader process
+        wherever the program happens to be."""
+        if isinstance(error, LoaderError):
+            return error
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORKER_FAILURES):
+            return LoaderError(self._explain(" ".join(str(error).split("\n")[0].split())))
+        return None
 
     def close(self) -> None:
         """End the loader processes, also in the middle of a batch; a later iteration starts new ones."""
@@ -124,7 +148,7 @@ class BatchLoader:
         self._workers.clear()
         self._kept = None
 
-    def _started(self) -> tuple[Iterator[Batch | Parcel], Slots | None]:
+    def _started(self) -> tuple[Iterator[Batch | Parcel | Failure], Slots | None]:
         """A running iterator of the DataLoader; takes note of the processes that it starts."""
         if self._kept is not None:
             loader, slots = self._kept
@@ -145,7 +169,7 @@ class BatchLoader:
             per_worker = options.prefetch + 1 + -(-self._held_batches // workers)
             slots = Slots(workers, per_worker, (largest, *self._image_shape))
         loader = DataLoader(
-            _BatchMaker(self._dataset, self._planner, self._image_shape, slots),
+            _BatchMaker(self._dataset, self._planner, self._image_shape, slots, self._desks),
             batch_size=None,  # the workers make whole batches
             sampler=Numbered(self._batches, slots),
             collate_fn=_unchanged,
@@ -160,14 +184,37 @@ class BatchLoader:
         )
         return loader, slots
 
-    def _explain(self, message: str) -> str:
-        found = " ".join(message.split("\n")[0].split())
-        if "timed out" in message:
+    def _watched(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches made in this process, which is ended when one takes too long: nothing else can end a hung read."""
+        while True:
+            watchdog = threading.Timer(self._options.timeout_seconds, self._give_up)
+            watchdog.daemon = True
+            watchdog.start()
+            try:
+                batch = next(iterator, None)
+            finally:
+                watchdog.cancel()
+            if batch is None:
+                return
+            yield batch
+
+    def _give_up(self) -> None:
+        print(f"error: {self._explain('timed out')}", file=sys.stderr, flush=True)
+        os._exit(_EXIT_HANGS)
+
+    def _explain(self, found: str) -> str:
+        at_work = self._desks.at_work(self._dataset.reader.corpora)
+        if "timed out" in found:
+            places = ", ".join(sorted({place for _, place in at_work}))
             return (
-                f"no batch within {self._options.timeout_seconds:g} s ({found}): the storage hangs or is too slow; "
-                "check it, or raise data.timeout_seconds"
+                f"no batch within {self._options.timeout_seconds:g} s, while reading {places or 'nothing'}: the "
+                "storage hangs or is too slow; check it, or raise data.timeout_seconds"
             )
-        return f"a loader process died ({found}): most often out of memory; lower data.num_workers or data.prefetch"
+        places = [f", at {place}" for pid, place in at_work if f"(pid {pid})" in found or f"(pid(s) {pid})" in found]
+        return (
+            f"a loader process died ({found.rstrip('. ')}){''.join(places)}: most often out of memory; lower "
+            "data.num_workers or data.prefetch; if it dies at the same sample again, prepare the data without it"
+        )
 
 
 def build_train_loader(
@@ -253,16 +300,24 @@ class _BatchMaker:
         planner: Planner,
         image_shape: tuple[int, ...],
         slots: Slots | None,
+        desks: Desks,
     ) -> None:
         self._dataset, self._planner, self._image_shape, self._slots = dataset, planner, image_shape, slots
+        self._desks = desks
 
-    def __getitem__(self, task: tuple[int | None, range]) -> Batch | Parcel:
+    def __getitem__(self, task: tuple[int | None, range]) -> Batch | Parcel | Failure:
         slot, positions = task
         if slot is None:
             images = torch.empty((len(positions), *self._image_shape), dtype=torch.uint8)
         else:
             images = self._slots.images(slot, len(positions))
-        batch = collate(self._dataset.items(positions, images), images, self._planner)
+        worker = get_worker_info()
+        try:
+            with self._desks.take(0 if worker is None else worker.id) as started:
+                items = self._dataset.items(positions, images, started)
+        except LostCorpus as error:
+            return Failure(str(error))
+        batch = collate(items, images, self._planner)
         assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"
         return batch if self._slots is None else Parcel(batch, slot, self._slots)
 
@@ -278,7 +333,7 @@ def _start_worker(_: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _unchanged(batch: Batch | Parcel) -> Batch | Parcel:
+def _unchanged(batch: Batch | Parcel | Failure) -> Batch | Parcel | Failure:
     return batch
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
+_SILENCE = timedelta(minutes=30)  # a rank that is gone is noticed at once, one that hangs after this long
+_LOST_RANK_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def connect(place: Place, device: torch.device, environment: MutableMapping[str,
     if place.world_size == 1:  # no port needed, so none can be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=_SILENCE)
 
 
 class Agreement:
@@ -98,7 +100,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self._group = None if self.alone else dist.new_group(backend="gloo")
+        self._group = None if self.alone else dist.new_group(backend="gloo", timeout=_SILENCE)
 
     def total(self, numbers: Sequence[int] | Sequence[float]) -> list[float]:
         """The sum over ranks of each number (exact for integers below 2**53)."""
@@ -127,6 +129,14 @@ class Agreement:
         """Return when every rank is here."""
         if not self.alone:
             dist.barrier(group=self._group)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """One line when ``error`` says that another rank is gone or silent, None for every other error."""
+    found = next((words for words in _LOST_RANK_WORDS if words in str(error)), None)
+    if not isinstance(error, RuntimeError) or found is None:
+        return None
+    return f"another rank is gone or silent ({found.strip()}); what happened to it stands in its own last message"
 
 
 def leave(code: int, agreement: Agreement | None = None) -> NoReturn:

@@ -14,7 +14,7 @@ import torch
 
 from model.batch import Batch
 from model.build import build_objective
-from pipeline import checkpoint, fingerprint, unusable
+from pipeline import checkpoint, fingerprint
 from pipeline.changes import describe_changes, refuse_fewer_steps, schedule_settings
 from pipeline.checkpoint import RunState
 from pipeline.command_line import Launch
@@ -27,7 +27,6 @@ from pipeline.open_data import TrainingData, eval_loader, open_training_data, pl
 from pipeline.preempt import StopRequest
 from pipeline.ranks import Agreement, Place
 from pipeline.sample_keys import SampleKeys, cut_back_sample_keys
-from pipeline.step_lines import cut_back
 from pipeline.unusable import UnusableSamples
 
 
@@ -103,7 +102,8 @@ def set_up(
         _announce(config, data, state, num_parameters, engine, changes)
         _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision)
         cut_back_sample_keys(output, state.step)
-        cut_back(output / unusable.FILE_NAME, state.step)
+    unusable = UnusableSamples(output, config.data, agreement, place.is_main)
+    unusable.return_to(state.step, state.unusable, state.unusable_shards)
     agreement.wait()
     tracking = config.tracking
     writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
@@ -131,7 +131,7 @@ def set_up(
         placeholder=placeholder_batch(config, data.tokenizer, planner),
         writer=writer,
         sample_keys=SampleKeys(output, place.rank, tracking.sample_keys),
-        unusable=UnusableSamples(output, config.data, agreement, place.is_main, state.unusable),
+        unusable=unusable,
         flops=objective.flops,
     )
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 import tarfile
-from collections import OrderedDict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +14,18 @@ import numpy as np
 from data_prep.manifest import (
     Manifest,
     ManifestError,
-    Shard,
     find_splits,
     index_columns,
-    open_index,
     read_manifest,
     row_text,
 )
+from pipeline.shard_files import OpenShard, ShardError, ShardFiles
 from pipeline.transforms import UnusableSample
 
 MAX_OPEN_SHARDS = 64  # per corpus and process; a shard holds two descriptors
 MAX_MEMBER_BYTES = 256 * 2**20
 _HEADER_BYTES = tarfile.BLOCKSIZE
+_FIELD_OF = {"txt": "text", "json": "meta"}  # by extension; all others are images
 
 
 class RawSample(NamedTuple):
@@ -39,31 +37,25 @@ class RawSample(NamedTuple):
     meta: dict[str, Any]
 
 
-class _OpenShard(NamedTuple):
-    tar: int  # descriptor
-    tar_bytes: int
-    index: np.ndarray  # int64 [rows, 2F+1], memory-mapped
-
-
 class Corpus:
     """Rows 0..len-1 of one split. Opening reads the manifest only; shards are opened on first touch, at most
     ``max_open`` at a time. Copies by pickling or forking read on their own.
 
     Raises ManifestError when the split is missing, incomplete or altered. What is wrong with a single row is
-    UnusableSample with one of these reasons: "missing shard", "unreadable shard", "truncated shard", "index does not
-    fit shard", "not a regular file", "bad key", "member too large", "missing image", "missing caption",
-    "empty caption", "invalid UTF-8", "invalid metadata".
+    UnusableSample with one of these reasons: "index does not fit shard", "wrong member", "not a regular file",
+    "bad key", "member too large", "missing image", "missing caption", "empty caption", "invalid UTF-8",
+    "invalid metadata"; or one of ``shard_files.SHARD_REASONS`` with the key "CORPUS/SPLIT/SHARD#ROW". A split of which
+    nothing can be read any more is LostCorpus.
     """
 
     def __init__(self, split_dir: Path, max_open: int = MAX_OPEN_SHARDS) -> None:
         self.split_dir = Path(split_dir)
         self.manifest: Manifest = read_manifest(self.split_dir)
         self.name, self.num_images = self.manifest.corpus, self.manifest.num_images
-        self._fields = tuple(f for f in self.manifest.fields if f.startswith("image"))
+        self._image_fields = tuple(f for f in self.manifest.fields if f.startswith("image"))
         self._columns = index_columns(self.manifest.fields)
         self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
-        self._max_open = max_open
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._files = ShardFiles(self.split_dir, self.manifest, max_open)
         if not len(self):
             raise ManifestError(f"{self.split_dir}: no samples in it; prepare it again or leave it out")
 
@@ -76,106 +68,90 @@ class Corpus:
         return self._ends[-1] if self._ends else 0
 
     def read(self, index: int) -> RawSample:
-        """Row ``index`` with its images; raises UnusableSample, IndexError outside the split."""
-        shard, row, name = self._locate(index)
-        images, key = [], name
-        for field in self._fields:
-            data, key = self._member(shard, row, field, key, verified=True)
-            if data is None:
-                raise UnusableSample(key, "missing image")
-            images.append(data)
-        text, meta = self._caption(shard, row, key)
-        return RawSample(key, images, text, meta)
+        """Row ``index`` with its images; raises UnusableSample, LostCorpus, and IndexError outside the split."""
+        return self._read(index, self._image_fields)
 
     def read_text(self, index: int) -> str:
         """The caption of row ``index``; raises as ``read`` does."""
-        shard, row, name = self._locate(index)
-        return self._caption(shard, row, name)[0]
+        return self._read(index, ()).text
 
-    def close(self) -> None:
-        """Close every open shard; the next read opens what it needs."""
-        while self._open:
-            os.close(self._open.popitem()[1].tar)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        if "_open" in self.__dict__:
-            self.close()
-
-    def _locate(self, index: int) -> tuple[_OpenShard, np.ndarray, str]:
-        """Open shard, index row, and a name for reports until the sample's key is known."""
+    def place(self, index: int) -> tuple[int, int, str]:
+        """Shard number, row in the shard, and a name for reports until the sample's key is known."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.split_dir}: row {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         shard = self.manifest.shards[number]
-        within = index - (self._ends[number] - shard.rows)
-        name = f"{self.name}/{self.manifest.split}/{shard.file}#{within}"
-        opened = self._open_shard(number, shard, name)
-        return opened, opened.index[within], name
+        row = index - (self._ends[number] - shard.rows)
+        return number, row, f"{self.name}/{self.manifest.split}/{shard.file}#{row}"
 
-    def _open_shard(self, number: int, shard: Shard, name: str) -> _OpenShard:
-        opened = self._open.get(number)
-        if opened is not None:
-            self._open.move_to_end(number)
-            return opened
-        path = self.split_dir / shard.file
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise UnusableSample(name, "missing shard") from None
-        except OSError as error:
-            raise UnusableSample(name, "unreadable shard") from error
-        try:
-            opened = _OpenShard(
-                descriptor, os.fstat(descriptor).st_size, open_index(self.split_dir, self.manifest, shard)
-            )
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._open[number] = opened
-        if len(self._open) > self._max_open:
-            os.close(self._open.popitem(last=False)[1].tar)
-        return opened
+    def close(self) -> None:
+        """Close every open shard; the next read opens what it needs."""
+        self._files.close()
 
-    def _caption(self, shard: _OpenShard, row: np.ndarray, key: str) -> tuple[str, dict[str, Any]]:
-        meta = _as_object(self._member(shard, row, "meta", key)[0], key)
+    def __del__(self) -> None:
+        if "_files" in self.__dict__:
+            self.close()
+
+    def _read(self, index: int, image_fields: tuple[str, ...]) -> RawSample:
+        number, row, name = self.place(index)
+        for is_last in (False, True):  # a stale handle of a network file system is mended by a new one
+            try:
+                shard = self._files.get(number)
+            except ShardError as error:
+                raise UnusableSample(name, error.reason) from None
+            try:
+                sample = self._sample(shard, number, row, name, image_fields)
+            except ShardError as error:
+                self._files.forget(number)
+                if is_last or not error.may_pass:
+                    self._files.failed(number, error)
+                    raise UnusableSample(name, error.reason) from None
+            except UnusableSample:
+                self._files.worked()
+                raise
+            else:
+                self._files.worked()
+                return sample
+        raise AssertionError
+
+    def _sample(
+        self, shard: OpenShard, number: int, row_number: int, name: str, image_fields: tuple[str, ...]
+    ) -> RawSample:
+        row = shard.row(row_number)
+        shard_bytes = self.manifest.shards[number].bytes
+        key, images = name, []
+        for field in image_fields:
+            data, key = self._member(shard, row, field, name, key, shard_bytes)
+            if data is None:
+                raise UnusableSample(key, "missing image")
+            images.append(data)
+        data, key = self._member(shard, row, "meta", name, key, shard_bytes)
+        meta = _as_object(data, key)
         text = None
         if "captions" not in meta:
-            data = self._member(shard, row, "text", key)[0]
+            data, key = self._member(shard, row, "text", name, key, shard_bytes)
             text = None if data is None else _as_text(data, key)
-        try:
-            caption = row_text(text, meta, int(row[self._columns.caption]))
-        except ValueError:
-            raise UnusableSample(key, "missing caption") from None
-        if not caption or caption.isspace():
-            raise UnusableSample(key, "empty caption")
-        try:
-            caption.encode("utf-8")
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell out
-            raise UnusableSample(key, "invalid UTF-8") from None
-        return caption, meta
+        return RawSample(key, images, _caption(text, meta, int(row[self._columns.caption]), key), meta)
 
     def _member(
-        self, shard: _OpenShard, row: np.ndarray, field: str, key: str, verified: bool = False
+        self, shard: OpenShard, row: np.ndarray, field: str, name: str, key: str, shard_bytes: int
     ) -> tuple[bytes | None, str]:
-        """(content, key) of a field; None where the row lacks it; the key is read from the header if ``verified``."""
+        """(content, key) of a field, its header verified; None where the row lacks it. ``key`` is ``name`` until a
+        header has told the sample's own, which all of its members must share."""
         column = self._columns.offset.get(field)
         offset = -1 if column is None else int(row[column])
         if offset == -1:
             return None, key
         size = int(row[self._columns.size[field]])
-        if offset < _HEADER_BYTES or offset % _HEADER_BYTES or size < 0:
-            raise UnusableSample(key, "index does not fit shard")
         if size > MAX_MEMBER_BYTES:
             raise UnusableSample(key, "member too large")
-        if offset + size > shard.tar_bytes:
-            raise UnusableSample(key, "truncated shard")
-        if not verified:
-            return _read_range(shard.tar, offset, size, key), key
-        data = _read_range(shard.tar, offset - _HEADER_BYTES, size + _HEADER_BYTES, key)
-        return data[_HEADER_BYTES:], _verified_key(data[:_HEADER_BYTES], size, key)
+        if offset < _HEADER_BYTES or offset % _HEADER_BYTES or size < 0 or offset + size > shard_bytes:
+            raise UnusableSample(key, "index does not fit shard")
+        data = shard.read(offset - _HEADER_BYTES, size + _HEADER_BYTES)
+        found, extension = _verified_name(data[:_HEADER_BYTES], size, key)
+        if key not in (name, found) or _FIELD_OF.get(extension, "image") != field.rstrip("1"):
+            raise UnusableSample(key, "wrong member")
+        return data[_HEADER_BYTES:], found
 
 
 def open_corpora(paths: list[str | Path], split: str, num_images: int = 1) -> list[Corpus]:
@@ -189,23 +165,22 @@ def open_corpora(paths: list[str | Path], split: str, num_images: int = 1) -> li
     return corpora
 
 
-def _read_range(descriptor: int, offset: int, size: int, name: str) -> bytes:
+def _caption(text: str | None, meta: dict[str, Any], number: int, key: str) -> str:
     try:
-        data = os.pread(descriptor, size, offset)
-        while 0 < len(data) < size:  # a signal or a network file system may cut a read short
-            more = os.pread(descriptor, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-    except OSError as error:
-        raise UnusableSample(name, "unreadable shard") from error
-    if len(data) < size:
-        raise UnusableSample(name, "truncated shard")
-    return data
+        caption = row_text(text, meta, number)
+    except ValueError:
+        raise UnusableSample(key, "missing caption") from None
+    if not caption or caption.isspace():
+        raise UnusableSample(key, "empty caption")
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell out
+        raise UnusableSample(key, "invalid UTF-8") from None
+    return caption
 
 
-def _verified_key(header: bytes, size: int, name: str) -> str:
-    """The sample's key from the tar header before its image, which must be a plain file of the indexed size.
+def _verified_name(header: bytes, size: int, name: str) -> tuple[str, str]:
+    """Key and extension from the tar header before a member, which must be a plain file of the indexed size.
 
     POSIX ustar: name 0-99, size 124-135, checksum 148-155, type 156, magic 257-261, directory prefix 345-499.
     """
@@ -223,7 +198,7 @@ def _verified_key(header: bytes, size: int, name: str) -> str:
     key = member.split(".")[0]
     if not key or "/" in member or "\\" in member or header[345:346] != b"\0" or not key.isprintable():
         raise UnusableSample(name, "bad key")
-    return key
+    return key, member.rpartition(".")[2]
 
 
 def _as_text(data: bytes, key: str) -> str:

@@ -52,8 +52,7 @@ def run(launch: Launch) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         keep_freed_memory()
-    from pipeline.loader import LoaderError
-    from pipeline.ranks import Agreement, connect, discover, leave
+    from pipeline.ranks import Agreement, connect, discover, leave, lost_rank
     from pipeline.run_setup import choose_device, resolve_ds_config, set_up
     from pipeline.training_loop import train
 
@@ -75,11 +74,12 @@ def run(launch: Launch) -> int:
         leave(EXIT_FAILED)
     try:
         code = train(session)
-    except LoaderError as error:
-        print(f"error: rank {place.rank}: {error}", file=sys.stderr)
-        leave(EXIT_FAILED)
-    except BaseException:  # the other ranks would wait for this one for ever: end the process, the launcher ends them
-        traceback.print_exc()
+    except BaseException as error:  # the other ranks would wait for this one for ever: end the process, which ends them
+        known = session.batches.failure(error) or lost_rank(error)
+        if known is None:
+            traceback.print_exc()
+        else:
+            print(f"error: rank {place.rank}: {known}", file=sys.stderr)
         leave(EXIT_FAILED)
     leave(code, agreement)
 

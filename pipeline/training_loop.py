@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import time
@@ -95,10 +96,10 @@ def _collect(batches: Iterator[Batch], accumulation: int) -> tuple[list[Batch], 
 
 def _log(s: Session, meter: StepMeter, progress: Progress) -> None:
     s.unusable.name()
-    s.state.unusable = dict(s.unusable.counts)
+    s.state.unusable, s.state.unusable_shards = dict(s.unusable.counts), copy.deepcopy(s.unusable.shards)
     values = meter.read(s.engine)
     values["samples_seen"] = s.state.samples_seen
-    values["bad_samples"] = sum(s.unusable.counts.values())
+    values["bad_samples"], values["bad_shards"] = sum(s.unusable.counts.values()), len(s.unusable.shards)
     values |= {f"bad_samples/{reason}": number for reason, number in s.unusable.counts.items()}
     s.writer.log(s.state.step, values)
     shown = {"loss": values["loss"], "samples/s": values["samples_per_second"]}

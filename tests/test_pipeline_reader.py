@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from PIL import Image
 from data_prep.manifest import Manifest, ManifestError, Shard, index_columns, write_manifest
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
+from pipeline import shard_files
+from pipeline.shard_files import LostCorpus
 from pipeline.shard_reader import Corpus, RawSample, open_corpora
 from pipeline.transforms import UnusableSample
 
@@ -160,7 +163,7 @@ def change_index(folder: Path, field: str, which: str, value: int) -> None:
 @pytest.mark.parametrize(
     "which, value, reason",
     [
-        ("offset", 10**9 // 512 * 512, "truncated shard"),
+        ("offset", 10**9 // 512 * 512, "index does not fit shard"),
         ("offset", 0, "index does not fit shard"),
         ("offset", 513, "index does not fit shard"),
         ("offset", -512, "index does not fit shard"),
@@ -179,8 +182,8 @@ def test_index_that_points_elsewhere_is_named(tmp_path, which, value, reason):
     assert corpus.read(0).key == "k0000" and corpus.read(2).key == "k0002"
 
 
-def test_shards_that_vanish_or_shrink_after_opening(tmp_path):
-    """Invariant 8: the key is named where the header is readable, else shard and row."""
+def test_shards_that_vanish_or_shrink_after_opening(tmp_path, impatient):
+    """Invariant 8: damage of a shard is named by shard and row."""
     folder = write_split(tmp_path / "train", records(8))
     corpus = Corpus(folder)
     (folder / "00001.tar").unlink()
@@ -201,11 +204,135 @@ def test_split_that_does_not_match_its_manifest_is_refused_at_once(tmp_path):
         Corpus(folder)
 
 
-def test_index_of_another_shape_stops_the_run(tmp_path):
-    folder = write_split(tmp_path / "train", records(4))
-    np.save(folder / "00000.index.npy", np.zeros((2, 2), dtype=np.int64))
-    with pytest.raises(ManifestError, match="expected int64"):
-        Corpus(folder).read(0)
+@pytest.mark.parametrize("damage", ["shape", "header", "short", "pipe", "missing"])
+def test_a_damaged_index_costs_its_shard_only(tmp_path, damage, impatient):
+    """Invariant 8."""
+    folder = write_split(tmp_path / "train", records(8))
+    corpus, index = Corpus(folder), folder / "00001.index.npy"
+    if damage == "shape":
+        np.save(index, np.zeros((2, 2), dtype=np.int64))
+    elif damage == "header":
+        index.write_bytes(b"\0" * index.stat().st_size)
+    elif damage == "short":
+        os.truncate(index, index.stat().st_size - 8)
+    else:
+        index.unlink()
+        if damage == "pipe":
+            os.mkfifo(index)
+    reason = {"pipe": "unreadable shard", "missing": "missing shard"}.get(damage, "unreadable index")
+    assert corpus.read(0).key == "k0000"
+    assert reason_of(corpus, 6) == ("toy/train/00001.tar#2", reason)
+    assert corpus.read(3).key == "k0003"
+
+
+def test_an_index_cut_short_while_it_is_open_kills_nobody(tmp_path):
+    folder = write_split(tmp_path / "train", records(8))
+    corpus = Corpus(folder)
+    assert corpus.read(4).key == "k0004"
+    os.truncate(folder / "00001.index.npy", 200)
+    assert reason_of(corpus, 7) == ("toy/train/00001.tar#3", "unreadable index")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(shard_files, "SHARD_SECONDS", 0.2)
+    monkeypatch.setattr(shard_files, "FOLDER_SECONDS", 0.4)
+
+
+def test_a_pipe_in_place_of_a_shard_does_not_hang(tmp_path, impatient):
+    folder = write_split(tmp_path / "train", records(8))
+    corpus = Corpus(folder)
+    (folder / "00001.tar").unlink()
+    os.mkfifo(folder / "00001.tar")
+    began = time.perf_counter()
+    assert reason_of(corpus, 4) == ("toy/train/00001.tar#0", "unreadable shard")
+    assert time.perf_counter() - began < 2
+
+
+def test_a_shard_that_comes_back_in_time_is_read(tmp_path):
+    folder = write_split(tmp_path / "train", records(8))
+    corpus = Corpus(folder)
+    (folder / "00001.tar").rename(folder / "aside")
+    timer = threading.Timer(0.4, (folder / "aside").rename, [folder / "00001.tar"])
+    timer.start()
+    assert corpus.read(4).key == "k0004"
+
+
+def test_waiting_for_missing_shards_is_bounded_in_all(tmp_path, monkeypatch):
+    """A process waits for a while, not for a while per shard."""
+    monkeypatch.setattr(shard_files, "PATIENCE_SECONDS", 0.5)
+    folder = write_split(tmp_path / "train", records(40), samples_per_shard=2)
+    corpus = Corpus(folder)
+    for number in range(10):
+        (folder / f"{number:05d}.tar").unlink()
+    began = time.perf_counter()
+    for index in range(20):
+        assert reason_of(corpus, index)[1] == "missing shard"
+    assert time.perf_counter() - began < 2
+    assert corpus.read(20).key == "k0020"
+
+
+def test_a_folder_that_goes_away_is_an_error_that_says_so(tmp_path, impatient):
+    """What is open stays readable; the first shard that is not yet open ends the run, whatever the budget."""
+    folder = write_split(tmp_path / "train", records(12))
+    corpus = Corpus(folder)
+    assert corpus.read(0).key == "k0000"
+    folder.rename(tmp_path / "elsewhere")
+    assert corpus.read(3).key == "k0003"
+    began = time.perf_counter()
+    with pytest.raises(LostCorpus, match="train is gone: renamed, deleted or no longer mounted; bring it back"):
+        corpus.read(4)
+    assert time.perf_counter() - began < 2
+    (tmp_path / "elsewhere").rename(folder)
+    assert corpus.read(4).key == "k0004"
+
+
+def test_a_disk_of_which_nothing_can_be_read_is_lost(tmp_path, monkeypatch, impatient):
+    folder = write_split(tmp_path / "train", records(12), samples_per_shard=4)
+    corpus = Corpus(folder)
+    assert corpus.read(11).key == "k0011"
+    pread, refused = os.pread, []
+
+    def failing(descriptor, size, offset):
+        refused.append(offset)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert reason_of(corpus, 0)[1] == "unreadable shard" and reason_of(corpus, 4)[1] == "unreadable shard"
+    with pytest.raises(LostCorpus, match="3 shards in a row cannot be read .*unreadable shard"):
+        corpus.read(8)
+    monkeypatch.setattr(os, "pread", pread)
+    assert corpus.read(8).key == "k0008"
+
+
+def test_a_stale_handle_is_mended_by_opening_again(tmp_path, monkeypatch):
+    """A network file system that moved on answers old descriptors with ESTALE."""
+    corpus = Corpus(write_split(tmp_path / "train", records(4)))
+    assert corpus.read(0).key == "k0000"
+    pread, stale = os.pread, [116]
+
+    def once_stale(descriptor, size, offset):
+        if stale:
+            raise OSError(stale.pop(), "Stale file handle")
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", once_stale)
+    assert corpus.read(1).key == "k0001" and not stale
+
+
+def test_members_of_different_samples_do_not_mix(tmp_path):
+    """An index entry that leads to a sound member of another sample, or of another kind, is noticed."""
+    image = jpeg(0)
+    twins = {"image": ("b.jpg", image), "meta": ("b.json", meta({"captions": ["of b"]})[1])}
+    samples = [
+        {"image": ("b.jpg", image), "meta": meta({"captions": ["of a"]})},
+        {"image": ("a.json", image), "meta": meta({"captions": ["of a"]})},
+        {"image": ("a.jpg", image), "meta": ("a.txt", meta({"captions": ["of a"]})[1])},
+        twins,
+    ]
+    corpus = Corpus(write_raw_split(tmp_path / "train", samples))
+    assert [reason_of(corpus, index)[1] for index in range(3)] == ["wrong member"] * 3
+    assert corpus.read(3).text == "of b"
 
 
 def test_copies_read_on_their_own(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import types
 from pathlib import Path
@@ -99,3 +100,29 @@ def test_unusable_samples_against_their_budget(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "unusable.jsonl").read_text().splitlines()]
     assert {row["key"] for row in rows} == {"a", "b", "c"} and rows[-1]["step"] == 5
     assert "2 x not an image" in unusable.verdict() and "c (not an image)" in unusable.verdict()
+
+
+def test_a_bad_shard_is_named_once_with_what_it_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Invariant 8: thousands of samples of one shard are one line, and a rewind takes back what it counted."""
+    unusable = UnusableSamples(tmp_path, DataConfig(bad_sample_budget=0), Agreement(), is_main=True)
+    for step in (1, 2):
+        unusable.note(step, [(f"c/train/00001.tar#{row}", "missing shard") for row in range(50)])
+        unusable.note(step, [(f"k{step}", "broken image"), ("c/train/00007.tar#3", "truncated shard")])
+        unusable.name()
+        if step == 1:
+            counts, shards = dict(unusable.counts), copy.deepcopy(unusable.shards)
+    assert unusable.shards == {
+        "c/train/00001.tar": {"reason": "missing shard", "samples": 100, "since_step": 1},
+        "c/train/00007.tar": {"reason": "truncated shard", "samples": 2, "since_step": 1},
+    }
+    assert json.loads((tmp_path / "unusable_shards.json").read_text()) == unusable.shards
+    assert [json.loads(line)["key"] for line in (tmp_path / "unusable.jsonl").read_text().splitlines()] == ["k1", "k2"]
+    assert capsys.readouterr().err.count("missing shard c/train/00001.tar, since step 1") == 1
+    for words in ("100 x missing shard", "00001.tar (missing shard, 100 samples)", "k2 (broken image)"):
+        assert words in unusable.verdict()
+
+    unusable.return_to(1, counts, shards)
+    assert unusable.counts == {"missing shard": 50, "broken image": 1, "truncated shard": 1}
+    assert json.loads((tmp_path / "unusable_shards.json").read_text())["c/train/00001.tar"]["samples"] == 50
+    assert (tmp_path / "unusable.jsonl").read_text().count("\n") == 1 and unusable.too_many(samples_seen=5199)
+    assert not unusable.too_many(samples_seen=5200)

@@ -107,7 +107,12 @@ class TrainConfig:
         eval_every: steps between evaluations; 0 evaluates only at the end.
         eval_samples: held-out samples per evaluation; null takes the whole split.
         save_every: steps between checkpoints; 0 saves only at the end and when told to stop.
+        save_minutes: minutes between checkpoints, besides save_every; 0 goes by steps only.
+        save_before_eval_seconds: save before an evaluation if the last one took longer than this; 0 never does.
+        async_save: write checkpoints while training goes on; needs memory for a copy of weights and moments.
         keep_last: newest checkpoints to keep.
+        keep_every: keep the checkpoint of every n-th step for good; 0 keeps none.
+        keep_best: held-out value whose best checkpoint is kept, like flm_loss (lower is better) or flm_accuracy.
     """
 
     steps: PositiveInt = 30_000
@@ -118,7 +123,12 @@ class TrainConfig:
     eval_every: NonNegativeInt = 1000
     eval_samples: PositiveInt | None = 2048
     save_every: NonNegativeInt = 1000
+    save_minutes: NonNegativeFloat = 0.0
+    save_before_eval_seconds: NonNegativeFloat = 300.0
+    async_save: bool = True
     keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    keep_best: str | None = None
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from model.batch import Batch
+from pipeline.checkpoint_files import weights_hash
 from pipeline.config import OptimConfig, TrainConfig
 from pipeline.guard import Guard, Verdict
 from pipeline.module_statistics import module_statistics
@@ -85,6 +86,7 @@ class TrainEngine:
         self.stage = ds_config["zero_optimization"]["stage"]
         self.precision = next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
         self._optim, self._train, self._place, self._agreement = optim, train, place, agreement
+        self.frozen = agreement.gather(describe_frozen(objective) if place.is_main else None)[0]
         groups = parameter_groups(objective.named_parameters(), objective.parameter_group, objective.decays, optim)
         module = _Pass(objective)
         self._deepspeed, *_ = deepspeed.initialize(
@@ -106,6 +108,10 @@ class TrainEngine:
     def skipped_steps(self) -> int:
         """Optimizer steps that were left out: refused by the guard, or by DeepSpeed for a gradient not finite."""
         return self._deepspeed.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, number: int) -> None:
+        self._deepspeed.skipped_steps = number
 
     def step(self, step: int, micro_batches: Sequence[Batch], guard: Guard | None = None) -> StepResult:
         """Optimizer step number ``step`` (0-based) over this rank's micro-batches.
@@ -204,40 +210,55 @@ class TrainEngine:
         finally:
             self._deepspeed.train()
 
-    def named_state(self, keep: bool = True) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(parameter name, {"weight", "exp_avg", "exp_avg_sq"}) in fp32, whole, on the host; every rank must iterate.
+    def shapes(self, kind: str, has_moments: bool) -> dict[str, tuple[int, ...]]:
+        """Shape by name of every tensor that a checkpoint holds of ``kind``: "weight" or a moment.
 
-        Frozen parameters and persistent buffers come with their weight only. Moments are there once a step was taken.
-        Ranks that do not ``keep`` the values take part in gathering them and get empty dicts.
+        Frozen parameters are not among them (``frozen`` refers to them), persistent buffers are.
         """
-        has_moments = self._has_moments()
+        trainable = {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.objective.named_parameters()
+            if parameter.requires_grad
+        }
+        if kind != "weight":
+            return trainable if has_moments else {}
+        return trainable | {name: tuple(buffer.shape) for name, buffer in _persistent_buffers(self.objective)}
+
+    def named_state(self, keep: Container[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(name, {"weight", "exp_avg", "exp_avg_sq"}) in fp32, whole, on the host; every rank must iterate.
+
+        Frozen parameters are left out, persistent buffers come with their weight only, in their own dtype. Moments
+        are there once a step was taken. A rank takes part in gathering the names that it does not ``keep``, and gets
+        an empty dict for them.
+        """
+        has_moments = self.optimizer_steps > 0
         if has_moments:
             self._link_moments()
         for name, parameter in self.objective.named_parameters():
             if parameter.requires_grad:
-                state = {"weight": self._master(parameter)}
-                if has_moments:
-                    state |= {key: self._moment(parameter, key) for key in MOMENTS}
-            else:
-                with self._whole(parameter):
-                    state = {"weight": parameter.detach()}
-            yield name, _on_host(state) if keep else {}
+                kept: dict[str, Tensor] = {}
+                for kind in ("weight", *MOMENTS) if has_moments else ("weight",):
+                    value = self._master(parameter) if kind == "weight" else self._moment(parameter, kind)
+                    if name in keep:
+                        kept[kind] = _on_host(value, copy=self.stage == 0)
+                yield name, kept
         for name, buffer in _persistent_buffers(self.objective):
-            yield name, _on_host({"weight": buffer}) if keep else {}
+            yield name, {"weight": _on_host(buffer, copy=True)} if name in keep else {}
 
     def load_named_state(self, read: Callable[[str, str], Tensor], optimizer_steps: int) -> None:
         """Set every master weight and moment from ``read(key, parameter name)``, and Adam's step counter.
 
-        ``optimizer_steps`` 0 means that there are no moments yet. The working copies are set too.
+        ``optimizer_steps`` 0 means that there are no moments to read. The working copies are set too.
         """
-        if optimizer_steps:
+        if optimizer_steps or self._inner_optimizer().state:
             self._make_moments(optimizer_steps)
         for name, parameter in self.objective.named_parameters():
+            if not parameter.requires_grad:
+                continue
             weight = read("weight", name)
-            if parameter.requires_grad:
-                self._set(parameter, weight, None)
-                for key in MOMENTS if optimizer_steps else ():
-                    self._set(parameter, read(key, name), key)
+            self._set(parameter, weight, None)
+            for key in MOMENTS if optimizer_steps else ():
+                self._set(parameter, read(key, name), key)
             with self._whole(parameter):
                 parameter.data.copy_(weight)
         for name, buffer in _persistent_buffers(self.objective):
@@ -279,9 +300,6 @@ class TrainEngine:
     def _inner_optimizer(self) -> torch.optim.AdamW:
         optimizer = self._deepspeed.optimizer
         return optimizer if self.stage == 0 else optimizer.optimizer
-
-    def _has_moments(self) -> bool:
-        return any("exp_avg" in state for state in self._inner_optimizer().state.values())
 
     def _flat_masters(self) -> list[Tensor]:
         """The tensors that the inner optimizer steps on this rank."""
@@ -338,6 +356,15 @@ class TrainEngine:
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
+def describe_frozen(objective: nn.Module) -> dict[str, Any] | None:
+    """Source, names and SHA-256 of the parameters that are not trained; None when all are."""
+    frozen = {name: value for name, value in objective.named_parameters() if not value.requires_grad}
+    if not frozen:
+        return None
+    source = getattr(objective, "frozen_source", None) or "an unnamed source"
+    return {"source": source, "names": sorted(frozen), "sha256": weights_hash(frozen)}
+
+
 def prepare_deepspeed(device: torch.device) -> None:
     """Settings of the library that must precede its first use in a process."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")  # its calls
@@ -371,8 +398,9 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _on_host(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+def _on_host(value: Tensor, copy: bool) -> Tensor:
+    """``value`` in host memory; ``copy`` where it is the live tensor and not one made for the caller."""
+    return value.detach().to("cpu", copy=copy).contiguous()
 
 
 def _quiet_deepspeed(is_main: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pipeline.open_data import TrainingData, eval_loader, open_training_data, pl
 from pipeline.preempt import StopRequest
 from pipeline.ranks import Agreement, Place
 from pipeline.sample_keys import SampleKeys, cut_back_sample_keys
+from pipeline.saver import Saver
 from pipeline.unusable import UnusableSamples
 
 
@@ -48,6 +49,7 @@ class Session:
     sample_keys: SampleKeys
     unusable: UnusableSamples
     flops: Callable[[Batch], float]
+    saver: Saver
 
 
 def choose_device(place: Place) -> tuple[Place, torch.device]:
@@ -82,20 +84,24 @@ def set_up(
     data = open_training_data(config)
     torch.manual_seed(config.train.seed)
     length = config.data.max_text_length
-    objective = build_objective(config.model, config.objective, data.tokenizer.vocabulary, length)
+    wanted, data_changes = fingerprint.run_fingerprint(config, data), {}
+    saved = checkpoint.find(output, agreement, place.is_main)
+    if saved is not None:
+        before = checkpoint.read_state(saved)
+        data_changes = fingerprint.accept(output, before.fingerprint, wanted, config.data.allow_change)
+        refuse_fewer_steps(output, before.step, config.train.steps)
+    objective = build_objective(
+        config.model, config.objective, data.tokenizer.vocabulary, length, pretrained=saved is None
+    )
+    _refuse_unknown_metric(config, objective.term_weights)
     num_parameters = sum(parameter.numel() for parameter in objective.parameters())
     planner = objective.planner
     prepare_deepspeed(device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
-    wanted, data_changes = fingerprint.run_fingerprint(config, data), {}
-    accept = lambda saved: data_changes.update(  # noqa: E731
-        fingerprint.accept(output, saved.fingerprint, wanted, config.data.allow_change)
-    )
-    resumed = checkpoint.resume(output, engine, agreement, place.is_main, accept)
-    state = resumed or RunState()
+    state = checkpoint.load(saved, engine) if saved else RunState()
+    _refuse_other_position(config, state)
     state.fingerprint = wanted
     state.data_changes += [{"after_step": state.step, **data_changes}] if data_changes else []
-    refuse_fewer_steps(output, state.step, config.train.steps)
     changes = _take_note_of_changes(state, config, place, engine)
     changes += [f"another {name}: {change}" for name, change in data_changes.items()]
     if place.is_main:
@@ -107,9 +113,11 @@ def set_up(
     agreement.wait()
     tracking = config.tracking
     writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
-    writer.resume_from(state.step if resumed else -1)
+    writer.resume_from(state.step if saved else -1)
     if data_changes:
         writer.log(state.step, data_changes, kind="data_change")
+    saver = Saver(output, engine, config.train, place, agreement, state.step if saved else None, writer.log)
+    state.best = saver.best_of(state)
     pin = device.type == "cuda"
     loaders = None
     if data.held_out:
@@ -133,6 +141,7 @@ def set_up(
         sample_keys=SampleKeys(output, place.rank, tracking.sample_keys),
         unusable=unusable,
         flops=objective.flops,
+        saver=saver,
     )
 
 
@@ -148,6 +157,25 @@ def _take_note_of_changes(state: RunState, config: Config, place: Place, engine:
     changes = describe_changes(state.topology, topology, state.settings, settings)
     state.topology, state.settings = topology, settings
     return changes
+
+
+def _refuse_unknown_metric(config: Config, terms: Iterable[str]) -> None:
+    """Raise ConfigError for a train.keep_best that no evaluation gives."""
+    metrics = ["loss", *(f"{term}_{kind}" for term in terms for kind in ("loss", "accuracy"))]
+    if config.train.keep_best is not None and config.train.keep_best not in metrics:
+        raise ConfigError(
+            f"train.keep_best: found {config.train.keep_best!r}, expected one of {', '.join(metrics)}, or null"
+        )
+
+
+def _refuse_other_position(config: Config, state: RunState) -> None:
+    """Raise CheckpointError when the position in the sample order is not the one that the steps lead to."""
+    expected = state.step * config.optim.batch_size
+    if state.samples_seen != expected:
+        raise checkpoint.CheckpointError(
+            f"the checkpoint of step {state.step} says {state.samples_seen} samples were seen, expected {expected} "
+            f"({config.optim.batch_size} per step); remove it, an older one is used then"
+        )
 
 
 def _announce(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 from model.batch import Batch
-from pipeline import checkpoint
 from pipeline.evaluate import evaluate
 from pipeline.meter import StepMeter
 from pipeline.metrics import Progress
 from pipeline.preempt import EXIT_PREEMPTED
 from pipeline.report import write_report
+from pipeline.retention import is_better
 from pipeline.run_setup import Session
 
 EXIT_DONE, EXIT_FAILED, EXIT_MEND = 0, 1, 2
@@ -30,7 +28,9 @@ def train(s: Session) -> int:
         progress.close()
         if code == EXIT_DONE and s.state.step and not _evaluate(s):
             code = EXIT_PREEMPTED
-        if code in (EXIT_DONE, EXIT_PREEMPTED) and not _save(s):
+        if code in (EXIT_DONE, EXIT_PREEMPTED):
+            _save(s, reason="end")
+        if not s.saver.wait() and code in (EXIT_DONE, EXIT_PREEMPTED):
             code = EXIT_FAILED
     finally:
         progress.close()
@@ -55,11 +55,14 @@ def _steps(s: Session, progress: Progress) -> int:
         state.samples_seen += s.config.optim.batch_size
         meter.add(result, micro_batches, waited, sum(s.flops(batch) for batch in micro_batches))
         problems = [problem for batch in micro_batches for problem in batch.problems]
-        told_to_stop, unusable = s.agreement.total([s.stop.requested, s.unusable.note(state.step, problems)])
+        told_to_stop, unusable, saving_ranks, minutes_over = s.agreement.total(
+            [s.stop.requested, s.unusable.note(state.step, problems), *s.saver.votes()]
+        )
         s.unusable.add_total(int(unusable))
+        s.saver.advance(saving_ranks)
 
         last = state.step == settings.steps
-        saving = _on_beat(state.step, settings.save_every) or last or told_to_stop
+        saving = _on_beat(state.step, settings.save_every) or minutes_over or last or told_to_stop
         evaluating = _on_beat(state.step, settings.eval_every) and not last
         too_many = s.unusable.too_many(state.samples_seen)
         logging = _on_beat(state.step, settings.log_every) or saving or evaluating or too_many
@@ -74,12 +77,12 @@ def _steps(s: Session, progress: Progress) -> int:
         else:
             progress.update(state.step)
         if too_many:
-            _save(s)
+            _save(s, reason="unusable")
             return _explain(s, s.unusable.verdict(), EXIT_MEND)
         if told_to_stop:
             return EXIT_PREEMPTED
         if saving and not last:
-            _save(s)
+            _save(s, reason="minutes" if minutes_over else "beat")
         if evaluating and not _evaluate(s):
             return EXIT_PREEMPTED
         if logging:
@@ -118,12 +121,18 @@ def _evaluate(s: Session) -> bool:
     if s.eval_loaders is None or s.agreement.gather(s.writer.has(s.state.step, "eval"))[0]:
         return True
     own, shuffled = s.eval_loaders
+    limit = s.config.train.save_before_eval_seconds
+    if s.state.step and 0 < limit < s.state.eval_seconds:
+        _save(s, reason="before evaluation")
+        s.saver.wait()
     began = time.perf_counter()
     with s.engine.scoring() as score:
         values = evaluate(score, own, shuffled, s.engine.term_weights, s.placeholder, s.agreement, s.stop)
     if values is None:
         return False
-    s.writer.log(s.state.step, values | {"seconds": time.perf_counter() - began}, kind="eval")
+    s.state.eval_seconds = s.agreement.largest(time.perf_counter() - began)
+    s.writer.log(s.state.step, values | {"seconds": s.state.eval_seconds}, kind="eval")
+    _note_best(s, values)
     if s.place.is_main:
         name = f"{next(iter(s.engine.term_weights))}_loss"
         shown = [f"loss {values['loss']:.4f}"]
@@ -132,16 +141,25 @@ def _evaluate(s: Session) -> bool:
     return True
 
 
-def _save(s: Session) -> bool:
-    """Save the run; an alarm and False when the disk refused. What is already saved is not saved again."""
-    path: Path = s.output / "checkpoints" / f"step_{s.state.step:08d}"
-    if s.agreement.gather(path.is_dir() and checkpoint.defect(path) is None)[0]:
-        return True
+def _note_best(s: Session, values: dict[str, Any]) -> None:
+    """Save what scores better than everything before, so that retention can keep it."""
+    metric = s.config.train.keep_best
+    if metric is None or metric not in values or not s.state.step:
+        return
+    best = s.state.best
+    if best is None or best["metric"] != metric or is_better(metric, values[metric], best["value"]):
+        s.state.best = {"metric": metric, "value": values[metric], "step": s.state.step}
+        _save(s, reason="best")
+        s.saver.note_best(s.state.best)
+
+
+def _save(s: Session, reason: str) -> bool:
+    """Begin to save the run, unless this step is saved already; False, with an alarm, when that is impossible.
+
+    ``s.saver.wait()`` completes it; otherwise it completes behind the next steps.
+    """
     s.state.skipped_steps = s.engine.skipped_steps
-    state = dataclasses.replace(s.state)
-    return (
-        checkpoint.save(s.output, s.engine, state, s.config.train.keep_last, s.agreement, s.place.is_main) is not None
-    )
+    return s.saver.save(s.state)
 
 
 def _on_beat(step: int, every: int) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline import checkpoint, checkpoint_files
 from pipeline.checkpoint import CheckpointError, RunState
 from pipeline.config import Config
+from pipeline.saver import Saver
 from tests.forked_ranks import run_ranks
 from tests.test_pipeline_engine import global_loss, make_engine, micro_batches, tiny_config
 from tests.tiny_objective import TinyObjective
@@ -21,13 +22,16 @@ def train(place, config: Config, stage: int, run: Path, stop: int, save_at: int 
     """Train up to ``stop`` with dropout, from the newest checkpoint if there is one; losses of the steps done here."""
     engine, agreement = make_engine(place, config, stage, lambda: TinyObjective(0.3))
     state = checkpoint.resume(run, engine, agreement, place.is_main) or RunState()
+    saver = Saver(run, engine, config.train, place, agreement)
     losses = []
     while state.step < stop:
         result = engine.step(state.step, micro_batches(config, place, state.step))
         losses.append(global_loss(engine, agreement, result))
         state = dataclasses.replace(state, step=state.step + 1)
         if state.step == save_at:
-            assert checkpoint.save(run, engine, state, 2, agreement, place.is_main) is not None
+            assert saver.save(state)
+        saver.advance(agreement.total(saver.votes())[0])
+    assert saver.wait()
     return losses
 
 
@@ -59,11 +63,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def three_times(place, config: Config) -> None:
         engine, agreement = make_engine(place, config, 1)
+        saver = Saver(run, engine, config.train, place, agreement)
         for step in range(3):
             engine.step(step, micro_batches(config, place, step))
-            checkpoint.save(run, engine, RunState(step=step + 1), 2, agreement, place.is_main)
+            saver.save(RunState(step=step + 1))
+        assert saver.wait()
 
-    run_ranks(1, three_times, tiny_config())
+    run_ranks(2, three_times, tiny_config())
     return run
 
 
@@ -134,23 +140,6 @@ def test_a_pickle_or_a_path_out_of_the_folder_is_refused(run: Path) -> None:
     folder = run / "checkpoints" / "step_00000003"
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../outside"] = {"bytes": 0, "sha256": ""}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "leaves the folder" in checkpoint.defect(folder)
-
-
-def test_a_full_disk_leaves_the_run_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    def save_twice(place, config: Config) -> tuple[Path | None, Path | None]:
-        engine, agreement = make_engine(place, config, 1)
-        engine.step(0, micro_batches(config, place, 0))
-        good = checkpoint.save(tmp_path, engine, RunState(step=1), 1, agreement, place.is_main)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "save_file", full)
-            bad = checkpoint.save(tmp_path, engine, RunState(step=2), 1, agreement, place.is_main)
-        return good, bad
-
-    for good, bad in run_ranks(2, save_twice, tiny_config()):
-        assert good is not None and bad is None
-    assert checkpoint.newest_valid(tmp_path) == (tmp_path / "checkpoints" / "step_00000001", [])
+    del manifest["sha256"]
+    (folder / "manifest.json").write_bytes(checkpoint_files._with_own_hash(manifest))
+    assert "lists '../outside', which is no file of a checkpoint" in checkpoint.defect(folder)

@@ -171,6 +171,18 @@ def load_weights(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict
         return dict(reader.read_all("weight")) | dict(frozen or {})
 
 
+def _refuse_other_frozen(path: Path, saved: dict[str, Any] | None, found: dict[str, Any] | None) -> None:
+    """Raise CheckpointError unless the frozen weights at hand are those that the checkpoint was trained with."""
+    names_saved, names_found = (set(one["names"]) if one else set() for one in (saved, found))
+    if difference := _difference(names_saved, names_found):
+        raise CheckpointError(f"{path}: frozen weights: {difference}; use the same model or another --output")
+    if saved and found and saved["sha256"] != found["sha256"]:
+        raise CheckpointError(
+            f"{path}: was trained with frozen weights of {saved['source']} with SHA-256 {saved['sha256']}; "
+            f"found {found['source']} with {found['sha256']}; restore the former, or start anew with another --output"
+        )
+
+
 def _refuse_other_names(
     path: Path, kind: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Iterator
@@ -131,8 +132,8 @@ def _evaluate(s: Session) -> bool:
     if values is None:
         return False
     s.state.eval_seconds = s.agreement.largest(time.perf_counter() - began)
-    s.writer.log(s.state.step, values | {"seconds": s.state.eval_seconds}, kind="eval")
     _note_best(s, values)
+    s.writer.log(s.state.step, values | {"seconds": s.state.eval_seconds}, kind="eval")
     if s.place.is_main:
         name = f"{next(iter(s.engine.term_weights))}_loss"
         shown = [f"loss {values['loss']:.4f}"]

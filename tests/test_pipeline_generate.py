@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from PIL import Image
 from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from model.build import build_objective
-from pipeline.checkpoint import RunState, save
+from pipeline.checkpoint import RunState
+from pipeline.checkpoint_files import PartWriter, checkpoint_path, publish
 from pipeline.command_line import load_config
 from pipeline.generate import load_captioner, main
-from pipeline.ranks import Agreement
 from pipeline.report import write_report
 from pipeline.tokenizer import load_tokenizer
 
@@ -43,9 +43,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     vocabulary = load_tokenizer(data / "tokenizer").vocabulary
     objective = build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
-    state = [(name, {"weight": parameter.detach()}) for name, parameter in objective.named_parameters()]
-    engine = SimpleNamespace(optimizer_steps=1, loss_scale=None, named_state=lambda keep: state)
-    assert save(run, engine, RunState(step=1), 1, Agreement(), True) is not None
+    folder = run / "checkpoints" / "step_00000001.tmp"
+    folder.mkdir(parents=True)
+    writer = PartWriter(folder, rank=0)
+    for name, parameter in objective.named_parameters():
+        writer.add(name, {"weight": parameter.detach()})
+    publish(folder, checkpoint_path(run, 1), dataclasses.asdict(RunState(step=1)), writer.finish())
     return run
 
 

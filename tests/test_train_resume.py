@@ -18,9 +18,9 @@ OPTIONS += ["--tracking.sample_keys", "true", "--tracking.report", "false"]
 
 
 def raw_log(run: Path) -> list[tuple[str, int, float]]:
-    """Every line as it stands in the file; a torn one raises."""
+    """Every line with a loss as it stands in the file; a torn one raises."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(record["kind"], record["step"], record["loss"]) for record in records]
+    return [(record["kind"], record["step"], record["loss"]) for record in records if "loss" in record]
 
 
 def go_back_to(run: Path, step: int) -> None:

@@ -191,7 +191,7 @@ class TrainEngine:
                 gradient = parameter._z3_optimizer.get_fp32_grad_for_param(parameter)
             else:  # not safe_get_full_grad, which prefers what this rank alone has
                 gradient = parameter.get_full_hp_grad()
-            yield name, gradient if gradient is None else gradient / scale, self._master(parameter)
+            yield name, gradient if gradient is None else gradient / scale, self._full_state.master(parameter)
 
     @contextmanager
     def scoring(self) -> Iterator[Callable[[Batch], dict[str, tuple[Tensor, Tensor]]]]:

@@ -58,7 +58,7 @@ class FullState:
             if parameter.requires_grad:
                 kept: dict[str, Tensor] = {}
                 for kind in ("weight", *MOMENTS) if has_moments else ("weight",):
-                    value = self._master(parameter) if kind == "weight" else self._moment(parameter, kind)
+                    value = self.master(parameter) if kind == "weight" else self._moment(parameter, kind)
                     if keep is None or name in keep:
                         kept[kind] = _on_host(value, copy=self._stage == 0)
                 yield name, kept
@@ -118,7 +118,8 @@ class FullState:
             self._deepspeed.optimizer._hp_optimizer_states_linked = False
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 weight that the optimizer steps, whole; every rank must ask."""
         return parameter if self._stage == 0 else safe_get_full_fp32_param(parameter)
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:

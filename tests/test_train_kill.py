@@ -32,7 +32,7 @@ def assert_differences_are_seen(whole: Path, folder: Path) -> None:
     """The comparison itself: one bit of one logged number, one key, one line too many."""
     for name, edit, words in (
         ("log.jsonl", lambda text: text.replace('"loss": ', '"loss": 1', 1), "log.jsonl at"),
-        ("log.jsonl", lambda text: text + text.splitlines(keepends=True)[-1], "log.jsonl at"),
+        ("log.jsonl", lambda text: text + text.splitlines(keepends=True)[0], "log.jsonl at"),
         ("sample_keys-rank1.jsonl", lambda text: text.replace('"keys": [["', '"keys": [["x', 1), "samples of step 1 "),
     ):
         other = shutil.copytree(whole, folder / "other", dirs_exist_ok=True)

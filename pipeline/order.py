@@ -28,11 +28,12 @@ class SampleOrder:
 
     Without ``weights`` the corpora are one concatenated list and every sample comes exactly once an epoch; with them,
     every block of 1024 positions holds each corpus by its share (largest remainder), and each corpus runs through its
-    own epochs, each without repeats. ``shuffle`` "full" permutes an epoch by a keyed Feistel network with cycle walking
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, a new key per epoch. "blocks" is for
-    disks and stores where every jump costs: blocks of ``block_rows`` consecutive rows are permuted, ``window_blocks``
-    of them at a time are shuffled into each other (``permute_blocks`` says what randomness that gives up). Raises
-    ValueError for empty corpora and for weights that are not positive or too small to appear in a block.
+    own epochs one after the other, each without repeats. ``shuffle`` "full" permutes an epoch by a keyed Feistel
+    network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, a new key
+    per epoch. "blocks" is for disks and stores where every jump costs: blocks of ``block_rows`` consecutive rows are
+    permuted, ``window_blocks`` of them at a time are shuffled into each other (``permute_blocks`` says what randomness
+    that gives up). Raises ValueError for empty corpora and for weights that are not positive or too small to appear in
+    a block.
     """
 
     def __init__(
@@ -88,13 +89,20 @@ class SampleOrder:
         return corpus, place - (self._ends[corpus] - self._sizes[corpus]), epoch
 
     def _mixed(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        counts = np.diff(self._block_ends, prepend=0)
-        block, within = np.divmod(positions, BLOCK_SIZE)
-        slot = within
+        starts, counts = np.roll(self._block_ends, 1), np.diff(self._block_ends, prepend=0)
+        starts[0] = 0
+        blocks, row = np.unique(positions // BLOCK_SIZE, return_inverse=True)
+        slots = np.tile(np.arange(BLOCK_SIZE), (len(blocks), 1))
         if self._shuffle != "none":
-            slot = permute(within, np.full_like(positions, BLOCK_SIZE), self._keys("block", block))
-        corpus = np.searchsorted(self._block_ends, slot, side="right")
-        nth = block * counts[corpus] + slot - (self._block_ends[corpus] - counts[corpus])
+            keys = self._keys("block", np.repeat(blocks, BLOCK_SIZE))
+            slots = permute(slots.ravel(), np.full(slots.size, BLOCK_SIZE), keys).reshape(slots.shape)
+        corpora = np.searchsorted(self._block_ends, slots, side="right")
+        in_turn = np.argsort(corpora, axis=1, kind="stable")  # so that each corpus runs through its epochs in time
+        turns = np.empty_like(in_turn)
+        np.put_along_axis(turns, in_turn, np.arange(BLOCK_SIZE)[None].repeat(len(blocks), 0), axis=1)
+        within = positions % BLOCK_SIZE
+        corpus = corpora[row, within]
+        nth = blocks[row] * counts[corpus] + turns[row, within] - starts[corpus]
         epoch, local = np.divmod(nth, self._sizes[corpus])
         return corpus, self._permuted(local, self._sizes[corpus], "corpus", epoch, corpus), epoch
 

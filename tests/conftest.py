@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLOW_TIMEOUT_SECONDS = 420
@@ -20,6 +21,9 @@ for _name, _value in {
     "TORCH_EXTENSIONS_DIR": str(REPOSITORY / ".cache" / "torch_extensions"),
 }.items():
     os.environ.setdefault(_name, _value)
+
+settings.register_profile("openflm", deadline=None)  # a busy machine is no failure; pytest's own limit stands
+settings.load_profile("openflm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

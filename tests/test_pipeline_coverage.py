@@ -129,7 +129,7 @@ def global_batches(run: Run) -> dict[int, list[Triple]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(run=runs())
 def test_global_batches_are_the_same_and_cover_every_sample_once(run: Run) -> None:
     """Invariant 1: 1 to 64 ranks, 0 to 8 workers, restarts, mixes and both shuffles."""
@@ -158,7 +158,7 @@ def assert_exactly_once(stream: list[Triple], run: Run) -> None:
             assert {(corpus, index) for corpus, index, e in mine if e == epoch} == everything
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(size=st.integers(2, 300), batch_size=st.integers(1, 200), seed=st.integers(0, 2**31))
 def test_the_last_batch_of_an_epoch_is_filled_from_the_next(size: int, batch_size: int, seed: int) -> None:
     """Training drops nothing and pads nothing: batches keep their size where epochs join, and no sample is missing."""

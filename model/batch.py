@@ -51,6 +51,7 @@ class Batch:
     query_span: (
         Tensor  # int64 [Q, 2], hidden (lo, hi): l2r states < lo and r2l states > hi are read; CLS has (length, -1)
     )
+    prefix: Tensor  # int64 [R], l2r states before it see each other, the others what is left of them (0: causal)
     terms: dict[str, Term]
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)

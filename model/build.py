@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
-
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
-from model.objectives import FLMPretraining
+from model.objectives import OBJECTIVES, Pretraining
 from model.vision import resolve_sizes
 from model.weights import load_text, load_vision
 
@@ -18,7 +16,7 @@ def build_objective(
     vocabulary: Vocabulary,
     max_text_length: int = 50,
     pretrained: bool = True,
-) -> nn.Module:
+) -> Pretraining:
     """The objective with random or pretrained towers, as ``model.vision.pretrained`` and ``model.text.pretrained`` say.
 
     ``pretrained=False`` skips the starting weights, for callers that load a checkpoint over them.
@@ -28,7 +26,8 @@ def build_objective(
     """
     _check(model, objective, vocabulary, max_text_length)
     model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
-    built = FLMPretraining(model, objective, vocabulary, max_text_length)
+    share = objective.negative_share if objective.itm_weight else 0.0
+    built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, share)
     if pretrained and model.vision.pretrained:
         load_vision(built.net.vision, model.vision)
     if pretrained and model.text.pretrained:
@@ -37,10 +36,14 @@ def build_objective(
 
 
 def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int) -> None:
-    shares = {"corruption_rate": objective.corruption_rate, "negative_share": objective.negative_share}
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"objective.{name} is {value}, expected 0 to 1")
+    _check_rates(objective)
+    if objective.name == "prefixlm" and model.behaviour == "released":
+        raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
+    if objective.whole_words and objective.name == "mlm" and not vocabulary.word_starts:
+        raise ValueError(
+            "objective.whole_words needs a tokenizer whose tokens show where a word begins (byte-level BPE, WordPiece"
+            " or SentencePiece); use another data.tokenizer or objective.whole_words false"
+        )
     for name in ("l2r_weight", "r2l_weight", "itm_weight"):
         if getattr(objective, name) < 0:
             raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected 0 or more")
@@ -57,3 +60,18 @@ def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabular
     for name, value in special.items():
         if not 0 <= value < vocabulary.size:
             raise ValueError(f"tokenizer's {name} {value} lies outside its vocabulary of {vocabulary.size}")
+
+
+def _check_rates(objective: ObjectiveConfig) -> None:
+    """Raises ValueError for a rate outside its range; a rate of 0 is refused where nothing would be predicted."""
+    for name in ("corruption_rate", "negative_share"):
+        if not 0 <= getattr(objective, name) <= 1:
+            raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected 0 to 1")
+    for name in ("mask_rate", "prediction_rate"):
+        value = getattr(objective, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"objective.{name} is {value}, expected above 0 and at most 1")
+    if objective.prefix_share is not None and not 0 <= objective.prefix_share < 1:
+        raise ValueError(
+            f"objective.prefix_share is {objective.prefix_share}, expected 0 to below 1: at least one word is predicted"
+        )

@@ -92,31 +92,54 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The pretraining objective. Total = (flm + l2r_weight*l2r + r2l_weight*r2l)/(1 + both weights) + itm_weight*itm.
+    """The pretraining objective: flm, or one of the baselines mlm, ar, prefixlm on the same towers.
+
+    Total = language loss + itm_weight*itm; FLM's is (flm + l2r_weight*l2r + r2l_weight*r2l)/(1 + both weights).
 
     Args:
         name: objective.
-        corruption_rate: share of a caption's words hidden from each target, itself included; 0 hides only the target.
-        l2r_weight: weight of the forward language-model loss.
-        r2l_weight: weight of the reverse language-model loss.
-        itm_weight: weight of image-text matching, which trains the CLS query; ignored by released behaviour.
+        corruption_rate: flm; share of a caption's words hidden from each target, itself included; 0 hides it only.
+        span_placement: flm; uniform places the hidden span anywhere around its target, centred around it.
+        l2r_weight: flm; weight of the forward language-model loss.
+        r2l_weight: flm; weight of the reverse language-model loss.
+        mask_rate: mlm; share of a caption's words that are hidden, at least one of them.
+        prediction_rate: mlm; share of a caption's words that are predicted; null predicts those that are hidden.
+        whole_words: mlm; hide all tokens of a word or none.
+        prefix_share: prefixlm; share of a caption's words in the prefix; null draws it anew for every caption.
+        itm_weight: weight of image-text matching, which trains the CLS feature; ignored by released behaviour.
         negative_share: share of samples that get one negative caption for image-text matching.
     """
 
-    name: Literal["flm"] = "flm"
+    name: Literal["flm", "mlm", "ar", "prefixlm"] = "flm"
     corruption_rate: float = 0.0
+    span_placement: Literal["uniform", "centred"] = "uniform"
     l2r_weight: float = 1.0
     r2l_weight: float = 1.0
+    mask_rate: float = 0.4
+    prediction_rate: float | None = None
+    whole_words: bool = False
+    prefix_share: float | None = None
     itm_weight: float = 0.1
     negative_share: float = 0.0625
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the model must know of the tokenizer: size and the ids of the special tokens."""
+    """What the model must know of the tokenizer: size, the ids of the special tokens, which tokens begin a word.
+
+    ``word_starts`` is one byte per token, 1 where a word begins; empty where that is not known.
+    """
 
     size: int
     bos_id: int  # <s>
     pad_id: int
     eos_id: int  # </s>
     mask_id: int
+    word_starts: bytes = field(default=b"", repr=False)
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        return self.bos_id, self.pad_id, self.eos_id, self.mask_id
+
+    def starts_word(self, token: int) -> bool:
+        return self.word_starts[token] == 1

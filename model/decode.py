@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.flm import FLM
 from model.layers import merge_heads, split_heads
 
 
 class CachedStream:
-    """The l2r stream of an FLM network fed one token at a time for G sequences."""
+    """The l2r stream of a network (FLM or OneStream) fed one token at a time for G sequences."""
 
-    def __init__(self, net: FLM, images: Tensor, beams: int = 1) -> None:
+    def __init__(self, net: nn.Module, images: Tensor, beams: int = 1) -> None:
         """images uint8 [B, 1, 3, S, S]; each gets ``beams`` sequences."""
         self.net = net
         tokens = net.image_projection(net.vision(images[:, 0])) + net.type_embedding.weight[1]
@@ -61,7 +60,7 @@ def greedy(objective: nn.Module, images: Tensor, max_tokens: int = 30, prompt: S
     """The most likely next token, again and again, until ``</s>`` or ``max_tokens``.
 
     Args:
-        objective: an :class:`model.objectives.FLMPretraining` in eval mode.
+        objective: a :class:`model.objectives.Pretraining` in eval mode whose l2r stream predicts (flm, ar, prefixlm).
         images: uint8 [B, 1, 3, S, S] on the model's device.
         max_tokens: longest caption, prompt included.
         prompt: word ids every caption starts with; needed for released behaviour, which never learns the first word.
@@ -145,6 +144,10 @@ def _start(
 ) -> tuple[CachedStream, Tensor, int]:
     """Feeds the start token and the prompt; returns the stream, the last states and the next position."""
     net = objective.net
+    if objective.name == "mlm":
+        raise ValueError(
+            "an mlm model does not predict from left to right; caption with one trained by flm, ar, prefixlm"
+        )
     limit = net.embedding.position.num_embeddings - 3  # <s> stands at row 2, the caption's words follow
     if not len(prompt) < max_tokens <= limit:
         raise ValueError(f"max_tokens is {max_tokens}, expected more than the prompt's {len(prompt)}, at most {limit}")

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from model import masks
 from model.batch import Batch
 from model.config import ModelConfig, Vocabulary
-from model.heads import Pooler
 from model.layers import Packing, dropout
 from model.reconstructor import ReconstructorLayer
-from model.text import BottomLayer, TextEmbedding, TopLayer
-from model.vision import VisionTower
+from model.towers import add_towers, encode_images, reset_parameters
 
 
 class Features(NamedTuple):
@@ -44,36 +42,16 @@ class FLM(nn.Module):
         self.released = config.behaviour == "released"
         self.vocabulary = vocabulary
         self.dropout = text.dropout
-        self.vision = VisionTower(config.vision)
-        self.embedding = TextEmbedding(text, vocabulary.size, vocabulary.pad_id)
-        self.bottom = nn.ModuleList(BottomLayer(text) for _ in range(text.bottom_layers))
-        self.text_projection = nn.Linear(text.width, text.width)
-        self.image_projection = nn.Linear(config.vision.width, text.width)
-        self.type_embedding = nn.Embedding(2, text.width)  # l2r text, image
+        add_towers(self, config, vocabulary)
         self.stream_embedding = nn.Embedding(2, text.width)  # r2l text, reconstruction queries
-        self.top = nn.ModuleList(TopLayer(text) for _ in range(text.top_layers))
         self.reconstructor_bottom = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_bottom))
         self.reconstructor_top = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_top))
-        self.pooler = Pooler(text.width)
-        self._reset_text_parameters()
-
-    def _reset_text_parameters(self) -> None:
-        """N(0, 0.02) for all but the vision tower; the released reconstructor keeps PyTorch's default (section 2.8)."""
-        for name, module in self.named_modules():
-            if name.startswith("vision") or (self.released and name.startswith("reconstructor")):
-                continue
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embedding.token_type, std=0.02)
+        # The released reconstructor keeps PyTorch's initialisation (specification section 2.8).
+        reset_parameters(self, keep=("reconstructor",) if self.released else ())
 
     def forward(self, batch: Batch) -> Features:
         """Runs a whole batch; images uint8 [B, 1, 3, S, S]."""
-        if batch.images.shape[1] != 1:
-            raise ValueError(f"FLM reads one image per sample, found {batch.images.shape[1]}")
-        images = self.image_projection(self.vision(batch.images[:, 0])) + self.type_embedding.weight[1]
-        return self.fuse(batch, images)
+        return self.fuse(batch, encode_images(self, batch))
 
     def fuse(self, batch: Batch, images: Tensor) -> Features:
         """The text side, given projected image tokens [B, P, D]."""
@@ -135,9 +113,4 @@ def _reconstructor_depth(config: ModelConfig) -> tuple[int, int]:
                 f"model.reconstructor.{half}_layers is {wanted}, expected 0 to model.text.{half}_layers ({available})"
             )
         depths.append(available if wanted is None else wanted)
-    if config.text.width % config.text.heads:
-        raise ValueError(
-            f"model.text.width {config.text.width} is not a multiple of model.text.heads {config.text.heads};"
-            " change either"
-        )
     return depths[0], depths[1]

@@ -11,8 +11,8 @@ from model.batch import Batch
 from model.config import ModelConfig
 
 
-def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch) -> dict[str, int]:
-    """Multiply-accumulates of one forward pass of FLM (vision sizes resolved), by part of the model."""
+def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch, streams: int) -> dict[str, int]:
+    """Multiply-accumulates of one forward pass (vision sizes resolved), by part of the model; FLM has 2 ``streams``."""
     text, vision = config.text, config.vision
     width, ffn = text.width, 2 * text.width * text.ffn_width
     num_images, (num_rows, length) = batch.images.shape[0], batch.text.shape
@@ -26,13 +26,15 @@ def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch) -> dic
     vision_block = vision_linear + 2 * image_tokens**2 * vision.width
     embedding = patches * 3 * vision.patch_size**2 * vision.width
 
-    self_attention = states * 4 * square + 2 * num_rows * 2 * length * length * width
+    self_attention = states * 4 * square + streams * num_rows * 2 * length * length * width
     image_attention = (
-        states * 2 * square + num_images * image_tokens * 2 * square + 2 * num_rows * 2 * length * image_tokens * width
+        states * 2 * square
+        + num_images * image_tokens * 2 * square
+        + streams * num_rows * 2 * length * image_tokens * width
     )
     reconstruction = queries * (2 * square + ffn) + states * 2 * square + 2 * num_rows * length * 2 * length * width
     rb, rt = config.reconstructor.bottom_layers, config.reconstructor.top_layers
-    layers = (text.bottom_layers if rb is None else rb) + (text.top_layers if rt is None else rt)
+    layers = (text.bottom_layers if rb is None else rb) + (text.top_layers if rt is None else rt) if streams == 2 else 0
     language_targets = sum(count for name, count in batch.counts.items() if name != "itm")
     return {
         "vision": num_images * (embedding + blocks * vision_block),
@@ -46,6 +48,6 @@ def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch) -> dic
     }
 
 
-def training_flops(config: ModelConfig, vocabulary_size: int, batch: Batch) -> int:
+def training_flops(config: ModelConfig, vocabulary_size: int, batch: Batch, streams: int) -> int:
     """Floating-point operations of forward and backward."""
-    return 6 * sum(forward_macs(config, vocabulary_size, batch).values())
+    return 6 * sum(forward_macs(config, vocabulary_size, batch, streams).values())

@@ -97,25 +97,24 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def to_images(self, states: Tensor, packing: Packing, context: Tensor, image_of_row: Tensor) -> Tensor:
-        """Text of both streams reads image tokens; the keys and values of an image serve every row that reads it.
+        """Text of every stream reads image tokens; the keys and values of an image serve every row that reads it.
 
         Args:
-            states: [S, D], both streams, packed over a grid of 2R rows (l2r rows, then r2l rows).
-            packing: of the 2R rows.
+            states: [S, D], all streams, packed over a grid of R rows each (l2r rows, then r2l rows if there are).
+            packing: of the rows of all streams.
             context: image tokens [B, P, D]; rows 0..B-1 read images 0..B-1.
             image_of_row: int64 [R].
         """
         num_images, num_rows = context.shape[0], image_of_row.shape[0]
         key, value = split_heads(self.key_value(context), self.num_heads, 2)
-        spread = packing.spread(self.query(states)).unflatten(0, (2, num_rows))  # [2, R, T, D]
-        (query,) = split_heads(torch.cat(spread.unbind(0), dim=1), self.num_heads)  # [R, H, 2T, D/H]
+        spread = packing.spread(self.query(states)).unflatten(0, (-1, num_rows))  # [streams, R, T, D]
+        (query,) = split_heads(torch.cat(spread.unbind(0), dim=1), self.num_heads)  # [R, H, streams*T, D/H]
         mixed = self._attend(query[:num_images], key, value, None)
         if num_rows > num_images:
             others = image_of_row[num_images:]
             more = self._attend(query[num_images:], key[others], value[others], None)
             mixed = torch.cat([mixed, more])
-        l2r, r2l = merge_heads(mixed).split(packing.num_positions, dim=1)
-        return self.out(packing.gather(torch.cat([l2r, r2l])))
+        return self.out(packing.gather(torch.cat(merge_heads(mixed).split(packing.num_positions, dim=1))))
 
     def to_streams(self, queries: Tensor, query_packing: Packing, streams: Tensor, packing: Packing, mask: Tensor):
         """Reconstruction queries read the states of both streams side by side.

@@ -43,6 +43,22 @@ def causal_streams(lengths: Tensor, num_positions: int) -> Tensor:
     return torch.stack([l2r, r2l])
 
 
+def prefix_stream(lengths: Tensor, prefix: Tensor, num_positions: int) -> Tensor:
+    """One stream that is bidirectional up to its prefix and causal after it (specification section 4).
+
+    Args:
+        lengths: int64 [R].
+        prefix: int64 [R], states 0..prefix-1 see each other; 0 is causal, the length is bidirectional.
+        num_positions: T.
+
+    Returns:
+        bool [R, T, T].
+    """
+    i, j, n = _grid(lengths, num_positions)
+    within = torch.maximum(i, j) < prefix[:, None, None]
+    return (j < n) & ((j <= i) | within)
+
+
 def released_streams(lengths: Tensor, num_positions: int) -> Tensor:
     """Masks of the released behaviour (specification section 3, masks F and R): `<s>` sees all and is seen by none.
 

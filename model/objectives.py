@@ -1,49 +1,106 @@
-"""Pretraining objectives: net + loss, returning the sum of losses per term; counts are known from the batch.
+"""Pretraining objectives: a network, a planner and weights of loss terms make one; all share towers and heads.
 
-Legend: M targets of a term, D width.
+``Pretraining`` returns the sum of losses per term; counts are known from the batch. Legend: M targets of a term.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.baseline_plan import MLMPlanner, PrefixPlanner, ReleasedARPlanner, ReleasedMLMPlanner
 from model.batch import Batch, Planner
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
-from model.flm import FLM, Features
+from model.flm import FLM
 from model.flops import training_flops
 from model.heads import LanguageModelHead
+from model.one_stream import OneStream
 from model.plan import FLMPlanner, ReleasedPlanner
 
 
-class FLMPretraining(nn.Module):
-    """Reconstruction of all words, the two language-model losses, and image-text matching for the CLS query.
+def flm(
+    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+) -> Pretraining:
+    """Reconstruction of all words and the two language-model losses (specification section 5).
 
-    Total = (flm + a l2r + b r2l) / (1 + a + b) + c itm, each a mean over its targets (specification section 5);
-    ``term_weights`` holds these factors, the mean over all ranks is taken by the caller.
+    Total = (flm + a l2r + b r2l) / (1 + a + b) + c itm, each a mean over its targets.
+    """
+    planner: Planner
+    if model.behaviour == "released":
+        planner = ReleasedPlanner(vocabulary, objective.corruption_rate, max_text_length)
+    else:
+        centred = objective.span_placement == "centred"
+        planner = FLMPlanner(vocabulary, objective.corruption_rate, share, centred=centred)
+    total = 1 + objective.l2r_weight + objective.r2l_weight
+    weights = {"flm": 1 / total, "l2r": objective.l2r_weight / total, "r2l": objective.r2l_weight / total}
+    sources = {"flm": "queries", "l2r": "l2r", "r2l": "r2l", "itm": "queries"}
+    return Pretraining(model, objective, FLM(model, vocabulary), planner, weights, sources)
+
+
+def mlm(
+    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+) -> Pretraining:
+    """Masked language modelling (specification section 4)."""
+    chosen = (vocabulary, objective.mask_rate, objective.prediction_rate, objective.whole_words, share)
+    planner: Planner = MLMPlanner(*chosen)
+    if model.behaviour == "released":
+        planner = ReleasedMLMPlanner(*chosen, full_stop=True, max_text_length=max_text_length)
+    net = OneStream(model, vocabulary, causal=False)
+    return Pretraining(model, objective, net, planner, {"mlm": 1.0}, {"mlm": "l2r", "itm": "l2r"})
+
+
+def ar(
+    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+) -> Pretraining:
+    """Autoregressive language modelling: each token from the ones before it."""
+    planner: Planner = PrefixPlanner("ar", vocabulary, 0.0, share)
+    if model.behaviour == "released":
+        planner = ReleasedARPlanner(vocabulary)
+    net = OneStream(model, vocabulary, causal=True)
+    return Pretraining(model, objective, net, planner, {"ar": 1.0}, {"ar": "l2r", "itm": "l2r"})
+
+
+def prefixlm(
+    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+) -> Pretraining:
+    """AR after a prefix whose tokens see each other and are not predicted."""
+    planner = PrefixPlanner("prefixlm", vocabulary, objective.prefix_share, share)
+    net = OneStream(model, vocabulary, causal=True)
+    return Pretraining(model, objective, net, planner, {"prefixlm": 1.0}, {"prefixlm": "l2r", "itm": "l2r"})
+
+
+OBJECTIVES = {"flm": flm, "mlm": mlm, "ar": ar, "prefixlm": prefixlm}
+
+
+class Pretraining(nn.Module):
+    """A network with a vocabulary head for its language terms and image-text matching for its CLS feature.
+
+    ``term_weights`` holds the factor of each term's mean, which the caller takes over all ranks.
     """
 
-    def __init__(self, model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int):
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        net: nn.Module,
+        planner: Planner,
+        language_weights: dict[str, float],
+        sources: Mapping[str, str],
+    ) -> None:
+        """``sources``: for each term, the field of the network's output that its targets point into."""
         super().__init__()
-        self.config = model
-        self.net = FLM(model, vocabulary)
-        self.lm_head = LanguageModelHead(model.text.width, vocabulary.size)
+        self.config, self.name = model, objective.name
+        self.net, self.planner = net, planner
+        self.lm_head = LanguageModelHead(model.text.width, net.vocabulary.size)
         nn.init.normal_(self.lm_head.transform.weight, std=0.02)
         nn.init.zeros_(self.lm_head.transform.bias)
-        total = 1 + objective.l2r_weight + objective.r2l_weight
-        self.term_weights = {
-            "flm": 1 / total,
-            "l2r": objective.l2r_weight / total,
-            "r2l": objective.r2l_weight / total,
-        }
-        self.planner: Planner
-        if model.behaviour == "released":
-            self.planner = ReleasedPlanner(vocabulary, objective.corruption_rate, max_text_length)
-        else:
+        self.term_weights = dict(language_weights)
+        self._sources = sources
+        if model.behaviour == "default":
             self.term_weights["itm"] = objective.itm_weight
-            share = objective.negative_share if objective.itm_weight else 0.0
-            self.planner = FLMPlanner(vocabulary, objective.corruption_rate, share)
             self.itm_head = nn.Linear(model.text.width, 2)
             nn.init.normal_(self.itm_head.weight, std=0.02)
             nn.init.zeros_(self.itm_head.bias)
@@ -59,28 +116,25 @@ class FLMPretraining(nn.Module):
 
     def _losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Loss fp32 [M] and correctness bool [M] of every target; one pass of the vocabulary head for all terms."""
-        features = self.net(batch)
+        output = self.net(batch)
         language = {name: term for name, term in batch.terms.items() if name != "itm"}
-        selected = [self._features_of(features, name)[term.position] for name, term in language.items()]
+        selected = [getattr(output, self._sources[name])[term.position] for name, term in language.items()]
         labels = torch.cat([term.label for term in language.values()])
         losses, correct = self.lm_head(torch.cat(selected), labels)
         sizes = [term.label.shape[0] for term in language.values()]
         results = dict(zip(language, zip(losses.split(sizes), correct.split(sizes), strict=True), strict=True))
         if "itm" in batch.terms:
-            results["itm"] = self._match(features, batch)
+            results["itm"] = self._match(getattr(output, self._sources["itm"]), batch)
         return results
 
-    def _features_of(self, features: Features, term: str) -> Tensor:
-        return {"flm": features.queries, "l2r": features.l2r, "r2l": features.r2l}[term]
-
-    def _match(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _match(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         position, label = batch.terms["itm"]
-        logits = self.itm_head(self.net.pooler(features.queries[position])).float()
+        logits = self.itm_head(self.net.pooler(features[position])).float()
         return F.cross_entropy(logits, label, reduction="none"), logits.argmax(1) == label
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
-        return training_flops(self.config, self.net.vocabulary.size, batch)
+        return training_flops(self.config, self.net.vocabulary.size, batch, streams=2 if self.name == "flm" else 1)
 
     def parameter_group(self, name: str) -> str:
         """Learning-rate group of a parameter: head, cross or rest (specification section 7)."""

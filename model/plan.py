@@ -18,7 +18,7 @@ from model.config import Vocabulary
 LENGTH_MULTIPLE = 8  # T is rounded up to it: few shapes for compiled kernels
 
 
-class _Lists:
+class Lists:
     """The index lists of a batch while rows are added to it."""
 
     def __init__(self, terms: tuple[str, ...]) -> None:
@@ -57,21 +57,22 @@ class FLMPlanner:
     corruption_rate: float
     negative_share: float
     full_stop: bool = False
+    centred: bool = False
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """images uint8 [B, I, 3, H, W]; rows 0..B-1 read images 0..B-1, further rows are negatives."""
-        num_positions = _padded_length(max(len(row.token_ids) for row in rows))
+        num_positions = padded_length(max(len(row.token_ids) for row in rows))
         contrasted = {row.image for row in rows if row.role == "negative"}
-        lists = _Lists(("flm", "l2r", "r2l", "itm"))
+        lists = Lists(("flm", "l2r", "r2l", "itm"))
         for number, row in enumerate(rows):
             first_cell = number * num_positions
             if row.role == "negative" or (row.role == "pair" and row.image in contrasted):
                 self._match(lists, row, first_cell)
             if row.role == "pair":
                 self._predict_words(lists, row, first_cell, all_states=row.image in contrasted)
-        return _assemble(images, rows, num_positions, self.vocabulary, lists)
+        return assemble(images, rows, num_positions, self.vocabulary, lists)
 
-    def _match(self, lists: _Lists, row: Row, first_cell: int) -> None:
+    def _match(self, lists: Lists, row: Row, first_cell: int) -> None:
         """The CLS query of a row says whether the caption belongs to the image; a pair's states are computed anyway."""
         length = len(row.token_ids)
         position = lists.query(np.array([first_cell]), np.array([[length, -1]]))
@@ -80,14 +81,15 @@ class FLMPlanner:
             lists.compute("l2r", first_cell + np.arange(length))
             lists.compute("r2l", first_cell + np.arange(length))
 
-    def _predict_words(self, lists: _Lists, row: Row, first_cell: int, all_states: bool) -> None:
+    def _predict_words(self, lists: Lists, row: Row, first_cell: int, all_states: bool) -> None:
         """Targets of a pair. Without a CLS query nobody reads the l2r state of `</s>`, nor r2l's of `<s>` and w1."""
         ids, length = np.array(row.token_ids), len(row.token_ids)
         words = np.arange(1, length - 1)
         l2r_stop, r2l_start = (length, 0) if all_states else (length - 1, 2)
         l2r = lists.compute("l2r", first_cell + np.arange(l2r_stop))
         r2l = lists.compute("r2l", first_cell + np.arange(r2l_start, length))
-        spans = uniform_spans(length, self.corruption_rate, row_generator(row.seed))
+        place = centred_word_spans if self.centred else uniform_spans
+        spans = place(length, self.corruption_rate, row_generator(row.seed))
         lists.predict("flm", lists.query(first_cell + words, spans), ids[words])
         lists.predict("l2r", l2r[: length - 1], ids[1:])
         lists.predict("r2l", r2l[2 - r2l_start :], ids[words])
@@ -110,14 +112,14 @@ class ReleasedPlanner:
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """As :class:`FLMPlanner`; the first pad of a padded row is computed too, the r2l loss reads its state."""
         longest = max(len(row.token_ids) for row in rows)
-        num_positions = _padded_length(min(longest + 1, self.max_text_length))
-        lists = _Lists(("flm", "l2r", "r2l"))
+        num_positions = padded_length(min(longest + 1, self.max_text_length))
+        lists = Lists(("flm", "l2r", "r2l"))
         for number, row in enumerate(rows):
             if row.role == "pair":
                 self._predict_words(lists, row, number * num_positions)
-        return _assemble(images, rows, num_positions, self.vocabulary, lists)
+        return assemble(images, rows, num_positions, self.vocabulary, lists)
 
-    def _predict_words(self, lists: _Lists, row: Row, first_cell: int) -> None:
+    def _predict_words(self, lists: Lists, row: Row, first_cell: int) -> None:
         ids, length = np.array(row.token_ids), len(row.token_ids)
         stop = min(length + 1, self.max_text_length)  # one past the states: the first pad is among them
         l2r = lists.compute("l2r", first_cell + np.arange(stop))
@@ -149,14 +151,35 @@ def uniform_spans(length: int, rate: float, generator: np.random.Generator) -> n
     """
     num_words = length - 2
     target = np.arange(1, length - 1)
-    if num_words < 2 or rate * num_words <= 1:
-        return np.stack([target, target], axis=1)
-    probability = min((rate * num_words - 1) / (num_words - 1), 1.0)
-    size = 1 + generator.binomial(num_words - 1, probability, num_words)
+    size = _span_sizes(num_words, rate, generator)
     first = np.maximum(1, target - size + 1)
     last = np.minimum(target, num_words - size + 1)
     lo = first + np.floor(generator.random(num_words) * (last - first + 1)).astype(np.int64)
     return np.stack([lo, lo + size - 1], axis=1)
+
+
+def centred_word_spans(length: int, rate: float, generator: np.random.Generator) -> np.ndarray:
+    """Hidden spans of the word targets 1..n-2, of the sizes of :func:`uniform_spans` but centred on their target.
+
+    Left and right differ by at most one; what would stick out at an end of the words moves inside.
+
+    Returns:
+        int64 [k, 2].
+    """
+    num_words = length - 2
+    target = np.arange(1, length - 1)
+    size = _span_sizes(num_words, rate, generator)
+    left = (size - 1) // 2 + (size - 1) % 2 * generator.integers(0, 2, num_words)
+    lo = np.clip(target - left, 1, num_words - size + 1)
+    return np.stack([lo, lo + size - 1], axis=1)
+
+
+def _span_sizes(num_words: int, rate: float, generator: np.random.Generator) -> np.ndarray:
+    """1 + Binomial(k-1, p) for each word, its mean max(rate*k, 1)."""
+    if num_words < 2 or rate * num_words <= 1:
+        return np.ones(num_words, dtype=np.int64)
+    probability = min((rate * num_words - 1) / (num_words - 1), 1.0)
+    return 1 + generator.binomial(num_words - 1, probability, num_words)
 
 
 def centred_spans(length: int, max_length: int, rate: float, generator: np.random.Generator) -> np.ndarray:
@@ -178,11 +201,19 @@ def centred_spans(length: int, max_length: int, rate: float, generator: np.rando
     return np.stack([np.minimum(lo, target), np.maximum(hi, target)], axis=1)
 
 
-def _padded_length(longest: int) -> int:
+def padded_length(longest: int) -> int:
     return -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
-def _assemble(images: Tensor, rows: list[Row], num_positions: int, vocabulary: Vocabulary, lists: _Lists) -> Batch:
+def assemble(
+    images: Tensor,
+    rows: list[Row],
+    num_positions: int,
+    vocabulary: Vocabulary,
+    lists: Lists,
+    prefix: list[int] | None = None,
+) -> Batch:
+    """The batch of planned rows; ``prefix`` as in :class:`Batch`, one a row, all 0 if not given."""
     if [row.image for row in rows[: len(images)]] != list(range(len(images))):
         raise ValueError("rows 0..B-1 must read images 0..B-1, negatives follow")
     text = np.full((len(rows), num_positions), vocabulary.pad_id)
@@ -197,6 +228,7 @@ def _assemble(images: Tensor, rows: list[Row], num_positions: int, vocabulary: V
         r2l_index=_joined(lists.cells["r2l"]),
         query_index=_joined(lists.cells["query"]),
         query_span=_joined(lists.spans).view(-1, 2),
+        prefix=torch.tensor(prefix or [0] * len(rows)),
         terms={name: Term(*map(_joined, held)) for name, held in lists.targets.items()},
     )
 

@@ -82,6 +82,22 @@ RELEASED_RULES: Rules = (
     (r"lm_head\.bias", ("lm_score.bias",)),
 )
 
+
+def one_stream_rules(head: str) -> Rules:
+    """Released MLM ("mlm_score") and AR ("lm_score") checkpoints: no second stream, no reconstructor."""
+    absent = ("stream_embedding", "reconstructor", "pooler", "lm_head")
+    return (
+        *(rule for rule in RELEASED_RULES if not any(part in rule[0] for part in absent)),
+        (r"net\.pooler\.dense\.(weight|bias)", (r"cross_modal_text_pooler.dense.\1",)),
+        (r"lm_head\.transform\.(weight|bias)", (rf"{head}.transform.dense.\1",)),
+        (r"lm_head\.norm\.(weight|bias)", (rf"{head}.transform.LayerNorm.\1",)),
+        (r"lm_head\.weight", (f"{head}.decoder.weight",)),
+        (r"lm_head\.bias", (f"{head}.bias",)),
+    )
+
+
+RULES_OF = {"flm": RELEASED_RULES, "mlm": one_stream_rules("mlm_score"), "ar": one_stream_rules("lm_score")}
+
 # Second names of the same tensor in released checkpoints -> first name.
 RELEASED_ALIASES = (
     (r"text_transformer2\.", "text_transformer."),
@@ -89,7 +105,7 @@ RELEASED_ALIASES = (
     (r"cross_modal(?:_text)?_layers(?:_r)?\.", "cross_modal_text_layers."),
     (r"cross_modal_text_transform_[rf]\.", "cross_modal_text_transform."),
     (r"lm_score_[rf]\.", "lm_score."),
-    (r"lm_score\.decoder\.bias", "lm_score.bias"),
+    (r"(m?lm_score)\.decoder\.bias", r"\1.bias"),
 )
 
 # Stored in released checkpoints, read by nothing (oracle notes of the specification, "Dead tensors to ignore").
@@ -100,6 +116,7 @@ RELEASED_DEAD = (
     r"cross_modal_image_pooler\..*",
     r"cross_modal_text_pooler\..*",
     r"lm_type_embeddings\..*",
+    r"token_type_embeddings_flm\..*",  # read by FLM only
     r"itm_score_flm\..*",
     r".*\.position_ids",
 )
@@ -128,13 +145,14 @@ def foreign_names(name: str, rules: Rules) -> tuple[str, ...]:
 
 
 def import_released(objective: nn.Module, state: Mapping[str, Tensor]) -> ImportReport:
-    """Loads a released FLM pretraining state dict into a ``released`` objective, accounting for every key.
+    """Loads a released pretraining state dict (FLM, MLM or AR) into a ``released`` objective of that name, accounting
+    for every key.
 
     Raises:
         ValueError: a key missing, unknown, of another shape, or an alias that differs from its first name.
     """
     with torch.no_grad():
-        used = _fill(objective, state, RELEASED_RULES)
+        used = _fill(objective, state, RULES_OF[objective.name])
     consumed = {name for names in used.values() for name in names}
     aliased, dead, unknown = {}, [], []
     for key in state:
@@ -160,7 +178,7 @@ def _first_name(key: str) -> str:
     for pattern, first in RELEASED_ALIASES:
         match = re.match(pattern, key)
         if match:
-            return first + key[match.end() :]
+            return match.expand(first) + key[match.end() :]
     return key
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import string
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ class TextTokenizer:
         engine.encode_special_tokens = True
         self._engine, self._special_ids = engine, special_ids
         self.source = source
-        size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
-        self.vocabulary = Vocabulary(size=size, **{f"{role}_id": number for role, number in special_ids.items()})
+        tokens = engine.get_vocab(with_added_tokens=True)
+        special = {f"{role}_id": number for role, number in special_ids.items()}
+        self.vocabulary = Vocabulary(max(tokens.values()) + 1, **special, word_starts=_word_starts(tokens))
         self._hidden = {*special_ids.values()}
 
     @property
@@ -85,6 +87,21 @@ def load_tokenizer(source: str | Path) -> TextTokenizer:
             f"tokenizer {source}: knows special tokens only, its vocabulary was not read; {_HOW_TO_GET_ONE}"
         )
     return TextTokenizer(type(engine).from_str(engine.to_str()), special_ids, source)
+
+
+def _word_starts(tokens: dict[str, int]) -> bytes:
+    """One byte per token, 1 where it begins a word: marked by a blank (byte-level BPE, SentencePiece), unmarked
+    (WordPiece), or ASCII punctuation. Empty for a tokenizer that marks neither."""
+    marks = (("\u0120", True), ("\u2581", True), ("##", False))  # mark, whether it begins a word or continues one
+    used = [pair for pair in marks if any(t.startswith(pair[0]) and len(t) > len(pair[0]) for t in tokens)]
+    if not used:
+        return b""
+    mark, begins = used[0]
+    starts = bytearray(max(tokens.values()) + 1)
+    for token, number in tokens.items():
+        marked = token.startswith(mark)
+        starts[number] = marked == begins or (not marked and token[:1] in string.punctuation)
+    return bytes(starts)
 
 
 def _from_transformers(source: str, local_only: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,13 +19,14 @@ def plain_attention(query, key, value, attn_mask=None, dropout_p=0.0):
     return scores.softmax(-1) @ value
 
 
-def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch):
+@pytest.mark.parametrize(("name", "streams"), [("flm", 2), ("mlm", 1), ("ar", 1), ("prefixlm", 1)])
+def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch, name: str, streams: int):
     """Within 1 %; FlopCounterMode counts two operations per multiply-accumulate."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
-    objective = tiny_flm(corruption_rate=0.3)
+    objective = tiny_flm(name=name, corruption_rate=0.3)
     batch = objective.planner(images(3), pair_rows([caption(5), caption(9), caption(2)]))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         objective(batch)
-    expected = 2 * sum(forward_macs(objective.config, VOCABULARY.size, batch).values())
+    expected = 2 * sum(forward_macs(objective.config, VOCABULARY.size, batch, streams).values())
     assert abs(counter.get_total_flops() / expected - 1) < 0.01
     assert objective.flops(batch) == 3 * expected

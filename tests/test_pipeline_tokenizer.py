@@ -44,8 +44,23 @@ def tokenizer(tmp_path_factory) -> TextTokenizer:
 
 def test_vocabulary_is_what_the_model_must_know(tokenizer):
     size = tokenizer.vocabulary.size
-    assert tokenizer.vocabulary == Vocabulary(size=size, bos_id=0, pad_id=1, eos_id=2, mask_id=size - 1)
-    assert size > 260
+    starts = tokenizer.vocabulary.word_starts
+    assert tokenizer.vocabulary == Vocabulary(size, bos_id=0, pad_id=1, eos_id=2, mask_id=size - 1, word_starts=starts)
+    assert size > 260 and len(starts) == size
+
+
+def test_tokens_know_where_words_begin(tokenizer):
+    """Byte-level BPE marks the blank before a word; punctuation is a word of its own."""
+    ids = tokenizer.encode("some xyzzy, picture", 50)[1:-1]
+    begins = [tokenizer.vocabulary.starts_word(number) for number in ids]
+    words = []
+    for number, begin in zip(ids, begins, strict=True):
+        piece = tokenizer.decode([number])
+        if begin or not words:
+            words.append(piece)
+        else:
+            words[-1] += piece
+    assert words == ["some", "xyzzy", ",", "picture"]
 
 
 def test_frame_cut_and_decode(tokenizer):

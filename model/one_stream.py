@@ -1,0 +1,58 @@
+"""The one-stream network of the baselines MLM, AR and PrefixLM: FLM's towers, one text stream, no reconstructor.
+
+Legend: R text rows, T padded length, N states, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from model import masks
+from model.batch import Batch
+from model.config import ModelConfig, Vocabulary
+from model.layers import Packing, dropout
+from model.towers import add_towers, encode_images, reset_parameters
+
+
+class StreamFeatures(NamedTuple):
+    """Output of the network: ``l2r`` [N, D], the states of the one stream in the order of its index."""
+
+    l2r: Tensor
+
+
+class OneStream(nn.Module):
+    """Encodes captions over an image; which states see each other is ``batch.prefix`` (specification section 4)."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, causal: bool) -> None:
+        """``causal`` matters to the released behaviour only, where `<s>` sees all words and is seen by none."""
+        super().__init__()
+        self.released = config.behaviour == "released"
+        self.vocabulary = vocabulary
+        self.dropout = config.text.dropout
+        self._hidden_start = self.released and causal
+        add_towers(self, config, vocabulary)
+        reset_parameters(self)
+
+    def forward(self, batch: Batch) -> StreamFeatures:
+        """Runs a whole batch; images uint8 [B, 1, 3, S, S]."""
+        return self.fuse(batch, encode_images(self, batch))
+
+    def fuse(self, batch: Batch, images: Tensor) -> StreamFeatures:
+        """The text side, given projected image tokens [B, P, D]."""
+        num_rows, num_positions = batch.text.shape
+        packing = Packing(batch.l2r_index, num_rows, num_positions)
+        if self._hidden_start:
+            mask = masks.released_streams(batch.lengths, num_positions)[0]
+        else:
+            mask = masks.prefix_stream(batch.lengths, batch.prefix, num_positions)
+        mask = mask[:, None]
+        states = self.embedding(batch.text.flatten()[batch.l2r_index], batch.l2r_index % num_positions)
+        states = dropout(states, self.dropout) if self.training else states
+        for layer in self.bottom:
+            states = layer(states, packing, mask)
+        states = self.text_projection(states) + self.type_embedding.weight[0]
+        for layer in self.top:
+            states = layer(states, packing, mask, images, batch.image_of_row)
+        return StreamFeatures(states)

@@ -1,0 +1,51 @@
+"""What every network here is made of: a vision tower, a text tower, and what joins them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from model.batch import Batch
+from model.config import ModelConfig, Vocabulary
+from model.heads import Pooler
+from model.text import BottomLayer, TextEmbedding, TopLayer
+from model.vision import VisionTower
+
+
+def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> None:
+    """Gives ``net`` its towers under the names that checkpoints and importers know.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    text = config.text
+    if text.width % text.heads:
+        raise ValueError(
+            f"model.text.width {text.width} is not a multiple of model.text.heads {text.heads}; change either"
+        )
+    net.vision = VisionTower(config.vision)
+    net.embedding = TextEmbedding(text, vocabulary.size, vocabulary.pad_id)
+    net.bottom = nn.ModuleList(BottomLayer(text) for _ in range(text.bottom_layers))
+    net.text_projection = nn.Linear(text.width, text.width)
+    net.image_projection = nn.Linear(config.vision.width, text.width)
+    net.type_embedding = nn.Embedding(2, text.width)  # l2r text, image
+    net.top = nn.ModuleList(TopLayer(text) for _ in range(text.top_layers))
+    net.pooler = Pooler(text.width)
+
+
+def reset_parameters(net: nn.Module, keep: tuple[str, ...] = ()) -> None:
+    """N(0, 0.02) for all but the vision tower and the modules whose name starts with one of ``keep``."""
+    for name, module in net.named_modules():
+        if name.startswith(("vision", *keep)):
+            continue
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(net.embedding.token_type, std=0.02)
+
+
+def encode_images(net: nn.Module, batch: Batch) -> Tensor:
+    """Projected image tokens [B, P, D]; images uint8 [B, 1, 3, S, S]."""
+    if batch.images.shape[1] != 1:
+        raise ValueError(f"pretraining reads one image per sample, found {batch.images.shape[1]}")
+    return net.image_projection(net.vision(batch.images[:, 0])) + net.type_embedding.weight[1]

@@ -20,7 +20,7 @@ class ReleasedLayout(nn.Module):
     """Total released loss of a padded batch, in the release's layout."""
 
     def __init__(self, objective: nn.Module) -> None:
-        """``objective``: an FLMPretraining with ``model.behaviour`` released and corruption rate 0."""
+        """``objective``: the flm objective with ``model.behaviour`` released and corruption rate 0."""
         super().__init__()
         self.objective = objective
 

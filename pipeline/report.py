@@ -25,7 +25,7 @@ from pipeline.metrics import LOG_NAME, read_log
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.json"
 SHUFFLED = "shuffled/"  # before the names of held-out numbers that were measured with other samples' images
-TERM_COLOURS = {"flm": 0, "l2r": 1, "r2l": 2, "itm": 3, "loss": 5}  # the same in every figure
+TERM_COLOURS = {"flm": 0, "mlm": 0, "ar": 0, "prefixlm": 0, "l2r": 1, "r2l": 2, "itm": 3, "loss": 5}  # in every figure
 _BOOKKEEPING = {"kind", "step", "time"}
 
 
@@ -244,7 +244,7 @@ def figures(run: Run) -> Iterable[Figure | None]:
 
 
 def _is_loss(name: str) -> bool:
-    return "loss" in name and "scale" not in name or name in ("flm", "l2r", "r2l", "itm")
+    return "loss" in name and "scale" not in name or name in TERM_COLOURS
 
 
 def _finite(value: Any) -> bool:

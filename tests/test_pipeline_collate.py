@@ -36,6 +36,7 @@ class RecordingPlanner:
             image_of_row=torch.tensor([row.image for row in rows]),
             **{f.name: nothing for f in fields(Batch) if f.name.endswith("_index")},
             query_span=nothing.view(0, 2),
+            prefix=torch.zeros(len(rows), dtype=torch.int64),
             terms={"l2r": Term(torch.arange(len(labels)), labels)},
         )
 

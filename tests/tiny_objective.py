@@ -90,6 +90,7 @@ def tiny_batch(samples: list[int]) -> Batch:
         lengths=lengths,
         image_of_row=torch.arange(len(samples)),
         query_span=torch.empty(0, 2, dtype=torch.int64),
+        prefix=torch.zeros(len(samples), dtype=torch.int64),
         terms=terms,
         keys=[str(index) for index in samples],
         **{name: torch.empty(0, dtype=torch.int64) for name in unused},

@@ -1,0 +1,37 @@
+"""Every objective trains through the real program on the same data, and says what it can't be used for."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.test_train_program import REPOSITORY, SHORT, finish, losses, program
+from tests.test_train_program import work as prepared  # noqa: F401  (a fixture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlm", "ar", "prefixlm"])
+def test_each_objective_learns_and_captions_or_says_why_not(prepared, tmp_path, name: str) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    options = [
+        "--objective.name",
+        name,
+        "--train.steps",
+        "30",
+        "--optim.learning_rate",
+        "5e-3",
+        "--train.eval_every",
+        "0",
+    ]
+    done = finish(program(*SHORT, "--data", prepared / "data", "--output", run, *options), tmp_path)
+    assert done.returncode == 0, done.stderr
+    by_step = losses(run)
+    first, last = (sum(by_step[step] for step in steps) / 5 for steps in (range(1, 6), range(26, 31)))
+    assert last < first - 0.5
+    command = [sys.executable, "-m", "pipeline.generate", "--run", run, "--data", prepared / "data", "--samples", "2"]
+    done = finish(list(map(str, command)), REPOSITORY)
+    if name == "mlm":
+        assert done.returncode == 2 and "does not predict from left to right" in done.stderr
+    else:
+        assert done.returncode == 0 and "captions: 2" in done.stdout, done.stderr

@@ -19,6 +19,7 @@ from pipeline.checkpoint import newest_valid
 
 LIMIT_SECONDS = 400
 POLL_SECONDS = 0.0005
+STEP_KINDS = ("train", "eval")
 
 
 @dataclass
@@ -42,10 +43,10 @@ class Kill:
 
 
 class Launcher:
-    """Runs one training command with 2 ranks, to its end or to a kill."""
+    """Runs one training command, to its end or to a kill."""
 
-    def __init__(self, folder: Path, script: list[str], steps: int) -> None:
-        self._folder, self._script, self._steps = folder, script, steps
+    def __init__(self, folder: Path, script: list[str], steps: int, ranks: int = 2) -> None:
+        self._folder, self._script, self._steps, self._ranks = folder, script, steps, ranks
         self._set_up_seconds = 10.0  # of the launch before, so that kills aimed at set-up fall into it
         self._evaluate_every = int(script[script.index("--train.eval_every") + 1])
 
@@ -83,10 +84,10 @@ class Launcher:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
+        launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", self._ranks, "--master_port", port]
         with self._output(run).open("ab") as output:
             return subprocess.Popen(
-                [*launcher, *self._script, "--output", str(run)],
+                [*map(str, launcher), *self._script, "--output", str(run)],
                 cwd=self._folder,
                 env=self.environment(),
                 stdout=output,
@@ -182,12 +183,13 @@ def log_size(run: Path) -> int:
 
 
 def log_lines(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of log.jsonl; the file may end in a torn one, or be replaced at this moment."""
+    """The whole records of steps in log.jsonl; it may end in a torn line, or be replaced at this moment."""
     try:
         text = (run / "log.jsonl").read_text()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [record for record in records if record["kind"] in STEP_KINDS]
 
 
 def kill_session(process: subprocess.Popen[bytes]) -> int:

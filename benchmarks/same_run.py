@@ -15,6 +15,8 @@ from pipeline.sample_keys import read_sample_keys
 
 MEASURED = re.compile(r"(^|_)(time|seconds|second|gib|mfu|bytes)$|data_wait_share")  # time and memory, not the run
 
+ABOUT_SAVING = ("checkpoint", "alarm")  # written when a save ends, which is a matter of time
+
 
 def differences(whole: Path, other: Path) -> list[str]:
     """What differs between two finished runs, in words; empty when they are the same run."""
@@ -49,10 +51,13 @@ def _log_differences(whole: Path, other: Path) -> list[str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of the file but those on saving, measures of time and memory left out; a torn line raises."""
+    """Every line of the file but those about saving, measures of time and memory left out; a torn line raises."""
     records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    records = (record for record in records if record.get("kind") != "checkpoint")  # when one is done, chance decides
-    return [{name: value for name, value in record.items() if not MEASURED.search(name)} for record in records]
+    return [
+        {name: value for name, value in record.items() if not MEASURED.search(name)}
+        for record in records
+        if record.get("kind") not in ABOUT_SAVING
+    ]
 
 
 def state_of(path: Path) -> dict[str, Any]:

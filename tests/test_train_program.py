@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.checkpoint import load_weights, newest_valid, weights_hash
 from pipeline.metrics import read_log
+from pipeline.sample_keys import read_sample_keys
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(REPOSITORY / "pipeline" / "train.py")]
@@ -168,6 +169,7 @@ def test_unusable_samples_are_named_and_stop_the_run(work: Path) -> None:
 def test_real_launcher_two_ranks(work: Path) -> None:
     """`deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json` trains as one process does."""
     options = [*SHORT, "--train.steps", "3", "--train.eval_every", "0", "--model.text.dropout", "0"]
+    options += ["--tracking.sample_keys", "true"]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29731"]
     script = [str(REPOSITORY / "pipeline" / "train.py"), "--deepspeed", str(REPOSITORY / "ds_configs" / "zero2.json")]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -192,3 +194,7 @@ def test_real_launcher_two_ranks(work: Path) -> None:
     continued = finish(program(*options, "--output", "runs/two", "--train.steps", "4"), work)
     assert continued.returncode == 0, continued.stderr
     assert max(losses(work / "runs" / "two")) == 4
+    assert "1 ranks, ZeRO 1, micro-batches of 4 (was 2 ranks, ZeRO 2, micro-batches of 4)" in continued.stdout
+    samples, other = (read_sample_keys(work / "runs" / name) for name in ("two", "one"))
+    assert {step: samples[step] for step in other} == other
+    assert list(samples) == [1, 2, 3, 4] and len({key for step in samples.values() for key in step}) == 4 * 16

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.checkpoint import newest_valid
 
 LIMIT_SECONDS = 400
-POLL_SECONDS = 0.0005
+SET_UP_POLL_SECONDS, POLL_SECONDS = 0.02, 0.001  # the cores belong to the run
 STEP_KINDS = ("train", "eval")
 
 
@@ -68,7 +68,7 @@ class Launcher:
             while process.poll() is None and not moment.has_come():
                 if time.monotonic() - began > LIMIT_SECONDS:
                     raise RuntimeError(f"{run.name}: not finished within {LIMIT_SECONDS} s; see {run}.out")
-                time.sleep(POLL_SECONDS)
+                time.sleep(SET_UP_POLL_SECONDS if moment.set_up_seconds is None else POLL_SECONDS)
             if moment.set_up_seconds is not None:
                 self._set_up_seconds = moment.set_up_seconds
             finished, seconds = process.poll() is not None, time.monotonic() - began
@@ -134,6 +134,7 @@ class _Moment:
         self._began = time.monotonic()
         self._seen: set[str] = set()
         self._due: float | None = None
+        self._last: tuple[int, dict[str, Any]] = (0, {})  # size of the log, its last record
         waits: dict[str | None, tuple[Callable[[], bool], float]] = {
             "set-up": (lambda: True, set_up_seconds),
             "training": (lambda: self.set_up_seconds is not None, 2.0),
@@ -174,7 +175,10 @@ class _Moment:
     def _last_record(self) -> dict[str, Any]:
         if self.set_up_seconds is None:
             return {}
-        return next(iter(reversed(log_lines(self._run))), {})
+        size = log_size(self._run)
+        if size != self._last[0]:
+            self._last = size, next(iter(reversed(log_lines(self._run))), {})
+        return self._last[1]
 
 
 def log_size(run: Path) -> int:

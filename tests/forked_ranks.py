@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 100
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """``function(place, *arguments)`` on every rank; raises RuntimeError with the traceback of a rank that failed."""
-    import deepspeed  # noqa: F401  imported once here, inherited by every fork
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler, imported here for every fork
 
     context = multiprocessing.get_context("fork")
     with socket.socket() as probe:

@@ -50,6 +50,8 @@ class RunState:
     data_changes: list[dict[str, Any]] = field(default_factory=list)  # what of it was allowed to, after which step
     frozen: dict[str, Any] | None = None  # weights that are not in the files: their source, names and SHA-256
     best: dict[str, Any] | None = None  # best held-out value so far: metric, value, step
+    guard: dict[str, Any] = field(default_factory=dict)  # what its decisions hang on
+    passed_by: list[int] = field(default_factory=list)  # steps whose batch is gone around
     eval_seconds: float = 0.0  # what the last evaluation took
 
 

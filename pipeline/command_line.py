@@ -106,9 +106,13 @@ def load_config(run: Path) -> Config:
     path = run / "config.yaml" if run.is_dir() else run
     if not path.is_file():
         raise ConfigError(f"{run}: found no config.yaml; expected the folder of a run (--output of pipeline/train.py)")
-    content = load_recipe(path)
-    _refuse_bad_recipe(content, path, _option_types())
-    return _build(Config, _parse(_parser(), content, str(path)))
+    return config_of(load_recipe(path), path)
+
+
+def config_of(content: dict[str, Any], where: Path) -> Config:
+    """The configuration written down as nested dicts in the file ``where``."""
+    _refuse_bad_recipe(content, where, _option_types())
+    return _build(Config, _parse(_parser(), content, str(where)))
 
 
 def describe(launch: Launch) -> str:

@@ -104,10 +104,6 @@ class Guard:
         every = self._settings.save_incident_every
         return every > 0 and (self.saved_for is None or step >= self.saved_for + every)
 
-    def forget_recent(self) -> None:
-        """After a rewind: the bad steps are gone around, and what is saved belongs to the weights left behind."""
-        self.recent, self.saved_for, self.untouched_since = [], None, None
-
     def _reason(self, loss: float, grad_norm: float | None) -> str | None:
         if not math.isfinite(loss):
             return f"the loss is not finite ({loss})"

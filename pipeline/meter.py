@@ -38,9 +38,10 @@ class StepMeter:
 
     def add(self, result: StepResult, batches: Sequence[Batch], waited_seconds: float, flops: float) -> None:
         """``waited_seconds`` is what this rank waited for data, ``flops`` what its batches cost (0 if unknown)."""
-        for name, value in result.loss_sums.items():
+        taken = result.taken  # the losses of a step that was not taken would drown those of the others
+        for name, value in result.loss_sums.items() if taken else ():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        for name, count in result.counts.items():
+        for name, count in result.counts.items() if taken else ():
             self._counts[name] = self._counts.get(name, 0) + count
         self._waited += waited_seconds
         self._flops += flops
@@ -64,7 +65,7 @@ class StepMeter:
         means = {name: total / self._counts[name] for name, total in zip(names, sums) if self._counts.get(name)}
         targets = sum(self._counts.values())
         grad_norm = None if self._last is None else self._last.grad_norm
-        values = {"loss": sum(self._weights[name] * mean for name, mean in means.items())}
+        values = {"loss": sum(self._weights[name] * mean for name, mean in means.items()) if means else math.nan}
         values |= {f"{name}_loss": mean for name, mean in means.items()}
         values["learning_rate"] = 0.0 if self._last is None else self._last.learning_rate
         if grad_norm is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from pipeline.config import Config, ConfigError, save_config, to_plain, tokenize
 from pipeline.ds_config import Device, read_ds_config, resolve
 from pipeline.engine import TrainEngine, prepare_deepspeed
 from pipeline.environment import describe_environment
+from pipeline.guard import Guard
 from pipeline.metrics import MetricsWriter
 from pipeline.open_data import TrainingData, eval_loader, open_training_data, placeholder_batch, train_loader
 from pipeline.preempt import StopRequest
 from pipeline.ranks import Agreement, Place
+from pipeline.rewind import PassedBy, finish_setting_aside
 from pipeline.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.saver import Saver
 from pipeline.unusable import UnusableSamples
@@ -42,7 +45,9 @@ class Session:
     stop: StopRequest
     engine: TrainEngine
     state: RunState
+    guard: Guard | None
     batches: Any  # BatchLoader of this rank's micro-batches from state.step on
+    batches_from: Callable[[int, list[int]], Any]  # another one: from a step on, around the steps passed by
     eval_loaders: tuple[Any, Any] | None  # own images, shuffled images
     placeholder: Batch
     writer: MetricsWriter
@@ -85,6 +90,9 @@ def set_up(
     torch.manual_seed(config.train.seed)
     length = config.data.max_text_length
     wanted, data_changes = fingerprint.run_fingerprint(config, data), {}
+    passed_by = PassedBy.read(output).steps  # on every rank, so that a damaged file ends all alike
+    for name in finish_setting_aside(output) if place.is_main else ():
+        print(f"guard: finished a rewind that was cut off: set aside {name}", file=sys.stderr, flush=True)
     saved = checkpoint.find(output, agreement, place.is_main)
     if saved is not None:
         before = checkpoint.read_state(saved)
@@ -118,7 +126,11 @@ def set_up(
         writer.log(state.step, data_changes, kind="data_change")
     saver = Saver(output, engine, config.train, place, agreement, state.step if saved else None, writer.log)
     state.best = saver.best_of(state)
+    state.passed_by = sorted({*state.passed_by, *passed_by})
     pin = device.type == "cuda"
+    batches_from = lambda step, passed_by: train_loader(  # noqa: E731
+        config, data, planner, place, engine.accumulation, step, pin, passed_by
+    )
     loaders = None
     if data.held_out:
         own, shuffled = (
@@ -134,7 +146,9 @@ def set_up(
         stop=StopRequest().listen(),
         engine=engine,
         state=state,
-        batches=train_loader(config, data, planner, place, engine.accumulation, state.step, pin),
+        guard=Guard(config.guard, state.guard) if config.guard.enabled else None,
+        batches=batches_from(state.step, state.passed_by),
+        batches_from=batches_from,
         eval_loaders=loaders,
         placeholder=placeholder_batch(config, data.tokenizer, planner),
         writer=writer,

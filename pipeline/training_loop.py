@@ -6,9 +6,11 @@ import copy
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from model.batch import Batch
+from pipeline import bad_steps
 from pipeline.evaluate import evaluate
 from pipeline.meter import StepMeter
 from pipeline.metrics import Progress
@@ -47,13 +49,14 @@ def _steps(s: Session, progress: Progress) -> int:
     settings, state = s.config.train, s.state
     meter = StepMeter(s.engine.term_weights, s.agreement, s.engine.device, s.engine.precision)
     batches = iter(s.batches)
-    skipped_before = s.engine.skipped_steps
     while state.step < settings.steps:
+        if state.step in state.passed_by:  # no batch, no step: position and schedule go on
+            _advance(s)
+            continue
         micro_batches, waited = _collect(batches, s.engine.accumulation)
         s.sample_keys.write(state.step + 1, micro_batches)
-        result = s.engine.step(state.step, micro_batches)
-        state.step += 1
-        state.samples_seen += s.config.optim.batch_size
+        result = s.engine.step(state.step, micro_batches, s.guard)
+        _advance(s)
         meter.add(result, micro_batches, waited, sum(s.flops(batch) for batch in micro_batches))
         problems = [problem for batch in micro_batches for problem in batch.problems]
         told_to_stop, unusable, saving_ranks, minutes_over = s.agreement.total(
@@ -61,6 +64,14 @@ def _steps(s: Session, progress: Progress) -> int:
         )
         s.unusable.add_total(int(unusable))
         s.saver.advance(saving_ranks)
+        if not result.taken:
+            bad_steps.record(s, result, micro_batches, partial(_save, s, reason="incident"))
+        if result.bad is not None and s.guard.over_quota:
+            if not bad_steps.go_on(s):
+                return EXIT_FAILED
+            batches = iter(s.batches)
+            meter.restart()
+            continue
 
         last = state.step == settings.steps
         saving = _on_beat(state.step, settings.save_every) or minutes_over or last or told_to_stop
@@ -68,13 +79,10 @@ def _steps(s: Session, progress: Progress) -> int:
         too_many = s.unusable.too_many(state.samples_seen)
         logging = _on_beat(state.step, settings.log_every) or saving or evaluating or too_many
         if logging:
-            finite = meter.is_finite()
+            finite = s.guard is not None or meter.is_finite()
             _log(s, meter, progress)
-            if not finite and s.engine.skipped_steps == skipped_before:
-                return _explain(
-                    s, f"the loss is not finite at step {state.step}; the last checkpoint is from before it"
-                )
-            skipped_before = s.engine.skipped_steps
+            if not finite:
+                return _explain(s, f"the loss is not finite at step {state.step}, and guard.enabled is false")
         else:
             progress.update(state.step)
         if too_many:
@@ -91,6 +99,12 @@ def _steps(s: Session, progress: Progress) -> int:
     return EXIT_DONE
 
 
+def _advance(s: Session) -> None:
+    """One step further in the sample order."""
+    s.state.step += 1
+    s.state.samples_seen += s.config.optim.batch_size
+
+
 def _collect(batches: Iterator[Batch], accumulation: int) -> tuple[list[Batch], float]:
     """This rank's micro-batches of the next step, and how long they were waited for."""
     began = time.perf_counter()
@@ -99,8 +113,7 @@ def _collect(batches: Iterator[Batch], accumulation: int) -> tuple[list[Batch], 
 
 
 def _log(s: Session, meter: StepMeter, progress: Progress) -> None:
-    s.unusable.name()
-    s.state.unusable, s.state.unusable_shards = dict(s.unusable.counts), copy.deepcopy(s.unusable.shards)
+    _name_unusable(s)
     values = meter.read(s.engine)
     values["samples_seen"] = s.state.samples_seen
     values["bad_samples"], values["bad_shards"] = sum(s.unusable.counts.values()), len(s.unusable.shards)
@@ -154,12 +167,19 @@ def _note_best(s: Session, values: dict[str, Any]) -> None:
         s.saver.note_best(s.state.best)
 
 
+def _name_unusable(s: Session) -> None:
+    s.unusable.name()
+    s.state.unusable, s.state.unusable_shards = dict(s.unusable.counts), copy.deepcopy(s.unusable.shards)
+
+
 def _save(s: Session, reason: str) -> bool:
     """Begin to save the run, unless this step is saved already; False, with an alarm, when that is impossible.
 
     ``s.saver.wait()`` completes it; otherwise it completes behind the next steps.
     """
+    _name_unusable(s)
     s.state.skipped_steps = s.engine.skipped_steps
+    s.state.guard = s.guard.state() if s.guard is not None else s.state.guard
     return s.saver.save(s.state)
 
 

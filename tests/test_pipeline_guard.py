@@ -73,8 +73,8 @@ def test_quota_counts_the_window_only() -> None:
         assert not guard.over_quota
     guard.judge(12, math.nan, 1.0)
     assert guard.recent == [5, 11, 12] and guard.over_quota
-    guard.forget_recent()
-    assert not guard.over_quota
+    guard.judge(40, math.nan, 1.0)
+    assert guard.recent == [40] and not guard.over_quota
 
 
 def test_checkpoints_for_incidents_are_spaced() -> None:

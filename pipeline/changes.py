@@ -14,7 +14,7 @@ SPEED_ONLY = {"optim.batch_size", "optim.micro_batch_size"}  # the first cannot 
 def schedule_settings(config: Config) -> dict[str, Any]:
     """Settings that shape the steps to come and that a run may change on its way, by option."""
     chosen = {f"optim.{name}": value for name, value in flatten(config.optim)}
-    chosen["train.steps"] = config.train.steps
+    chosen |= {"train.steps": config.train.steps, "train.compile": config.train.compile}
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in chosen.items()

@@ -188,6 +188,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=30)
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()  # a killed run loses nothing
 
 
 def _start_wandb(output: Path, config: Mapping[str, Any]) -> Any:

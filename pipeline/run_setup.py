@@ -29,6 +29,7 @@ from pipeline.open_data import TrainingData, eval_loader, open_training_data, pl
 from pipeline.preempt import StopRequest
 from pipeline.ranks import Agreement, Place
 from pipeline.rewind import PassedBy, finish_setting_aside
+from pipeline.run_lock import lock_run
 from pipeline.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.saver import Saver
 from pipeline.unusable import UnusableSamples
@@ -55,6 +56,7 @@ class Session:
     unusable: UnusableSamples
     flops: Callable[[Batch], float]
     saver: Saver
+    lock: int | None  # held while the process lives
 
 
 def choose_device(place: Place) -> tuple[Place, torch.device]:
@@ -87,6 +89,7 @@ def set_up(
     """
     config, output = launch.config, launch.output
     data = open_training_data(config)
+    lock = _lock(output, place, agreement) if agreement.gather(output.is_dir())[0] else None
     torch.manual_seed(config.train.seed)
     length = config.data.max_text_length
     wanted, data_changes = fingerprint.run_fingerprint(config, data), {}
@@ -104,6 +107,7 @@ def set_up(
     _refuse_unknown_metric(config, objective.term_weights)
     num_parameters = sum(parameter.numel() for parameter in objective.parameters())
     planner = objective.planner
+    lock = _lock(output, place, agreement, lock)  # of a new run only now: a mistake before this leaves no folder
     prepare_deepspeed(device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
     state = checkpoint.load(saved, engine) if saved else RunState()
@@ -155,8 +159,23 @@ def set_up(
         sample_keys=SampleKeys(output, place.rank, tracking.sample_keys),
         unusable=unusable,
         flops=objective.flops,
+        lock=lock,
         saver=saver,
     )
+
+
+def _lock(output: Path, place: Place, agreement: Agreement, held: int | None = None) -> int | None:
+    """Rank 0 holds the lock of the run folder; every rank raises when it cannot have it."""
+    error = None
+    if place.is_main and held is None:
+        try:
+            held = lock_run(output)
+        except ValueError as refused:
+            error = str(refused)
+    error = agreement.gather(error)[0]
+    if error is not None:
+        raise ConfigError(error)
+    return held
 
 
 def _take_note_of_changes(state: RunState, config: Config, place: Place, engine: TrainEngine) -> list[str]:

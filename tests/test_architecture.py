@@ -45,6 +45,7 @@ RUNGS: dict[str, list[list[str]]] = {
             "metrics",
             "sample_keys",
             "incidents",
+            "run_lock",
             "figures",
             "caption_scores",
             "tokenizer",

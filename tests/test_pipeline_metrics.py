@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -93,6 +96,32 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["train/loss"]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def killed_while_logging(run: Path) -> None:
+    log = writer(run, tensorboard=True)
+    for step in (1, 2, 3):
+        log.log(step, {"loss": float(step)})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_tensorboard_of_a_killed_run_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    """Killed after step 3, continued from step 2: step 3 is there once, with its new value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils import tensorboard  # noqa: F401  before the fork
+
+    process = multiprocessing.get_context("fork").Process(target=killed_while_logging, args=(tmp_path,))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.rename(events.with_name("events.out.tfevents.1000000000.earlier"))  # files are read in order of name
+    log = writer(tmp_path, tensorboard=True)
+    log.resume_from(2)
+    log.log(3, {"loss": 30.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30)]
 
 
 def test_missing_wandb_is_one_line_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

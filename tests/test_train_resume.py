@@ -110,3 +110,41 @@ def test_a_run_cannot_end_before_where_it_is(tmp_path: Path) -> None:
     refuse_fewer_steps(tmp_path, 5, 5)
     with pytest.raises(ConfigError, match="use --train.steps 6 or more"):
         refuse_fewer_steps(tmp_path, 6, 5)
+
+
+def test_the_fp16_loss_scale_continues() -> None:
+    """DeepSpeed's own scaler, which runs on no CPU engine: restored in mid-course it scales as the one that went on."""
+    from types import SimpleNamespace
+
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from pipeline.engine import TrainEngine
+
+    def fp16_engine() -> TrainEngine:
+        scaler = DynamicLossScaler(2.0**16, 3, 1.0, 2, False)
+        scaler.update_scale(False)  # or its messages would ask for the rank
+        engine = TrainEngine.__new__(TrainEngine)
+        engine.precision, engine._deepspeed = "fp16", SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+        return engine
+
+    def scales(engine: TrainEngine, overflows: str) -> list[float]:
+        scaler, found = engine._deepspeed.optimizer.loss_scaler, []
+        for letter in overflows:
+            if letter == "x":  # what update_scale does at an overflow, without asking for the rank
+                lower = scaler.delayed_shift == 1 or scaler.cur_hysteresis == 1
+                scaler.cur_scale = scaler.cur_scale / 2 if lower else scaler.cur_scale
+                scaler.cur_hysteresis -= not lower
+                scaler.last_overflow_iter = scaler.cur_iter
+                scaler.cur_iter += 1
+            else:
+                scaler.update_scale(False)
+            found.append(scaler.cur_scale)
+        return found
+
+    whole, resumed = fp16_engine(), fp16_engine()
+    scales(whole, "..x..x.")
+    resumed.loss_scale = json.loads(json.dumps(whole.loss_scale))
+    rest = "..x....xx......"
+    fresh = scales(fp16_engine(), rest)
+    expected = scales(whole, rest)
+    assert scales(resumed, rest) == expected != fresh

@@ -1,0 +1,58 @@
+"""One training at a time in a run folder: a lock that the kernel lets go of when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+NAME = "lock.json"
+WAIT_SECONDS = 20.0  # a process that is being killed may still hold it
+_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def lock_run(run: Path, wait_seconds: float = WAIT_SECONDS) -> int | None:
+    """Take the lock of a run folder; the returned file descriptor holds it until it is closed or the process ends.
+
+    Ranks whose launcher was killed may train on for a while; a second run in their folder would lose steps of both.
+    Where the file system has no locks: None, and a warning.
+
+    Raises:
+        ValueError: another process holds it still after ``wait_seconds``.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            raise ValueError(
+                f"{run} is being trained by {_holder(run)}; wait for it, stop it, or use another --output"
+            ) from None
+        except OSError as error:
+            os.close(file)
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            print(f"{run}: no lock on this file system ({error.strerror}): start only one run here", file=sys.stderr)
+            return None
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+    return file
+
+
+def _holder(run: Path) -> str:
+    try:
+        holder = json.loads((run / NAME).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
 from model.objectives import OBJECTIVES, Pretraining
+from model.released import load_imported
 from model.vision import resolve_sizes
 from model.weights import load_text, load_vision
 
@@ -28,6 +30,9 @@ def build_objective(
     model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
     share = objective.negative_share if objective.itm_weight else 0.0
     built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, share)
+    if pretrained and model.weights:
+        load_imported(built, Path(model.weights))
+        return built
     if pretrained and model.vision.pretrained:
         load_vision(built.net.vision, model.vision)
     if pretrained and model.text.pretrained:

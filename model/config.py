@@ -79,12 +79,15 @@ class ModelConfig:
 
     Args:
         behaviour: default mends the defects of the public release, released reproduces its numbers.
+        weights: folder made by `python -m pipeline.convert import-flm`; all weights start from it. null starts from
+            vision.pretrained and text.pretrained, or from random ones.
         vision: vision tower.
         text: text tower.
         reconstructor: reconstructor depth.
     """
 
     behaviour: Literal["default", "released"] = "default"
+    weights: str | None = None
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     reconstructor: ReconstructorConfig = field(default_factory=ReconstructorConfig)

@@ -1,14 +1,13 @@
-"""Foreign weights: the only place that knows the key names of other projects; every map is strict.
+"""Foreign weights: with model/released.py the only place that knows key names of other projects; every map is strict.
 
 A map is written once, from our parameter name to the foreign names whose tensors, stacked along rows, make it up.
-Released FLM checkpoints: ``import_released``; CLIP towers: ``load_vision``; RoBERTa: ``load_text``.
+CLIP towers: ``load_vision``; RoBERTa: ``load_text``; released FLM checkpoints: model/released.py, in the same way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ CLIP_RULES: Rules = (
 )
 
 
-def _bert_layer(ours: str, foreign: str) -> Rules:
+def bert_layer(ours: str, foreign: str) -> Rules:
     """Rules of one kind of BERT layer; ``ours`` is a pattern with one group, the layer number, ``foreign`` uses it."""
     return (
         (
@@ -62,73 +61,8 @@ ROBERTA_RULES: Rules = (
     (r"embedding\.position\.weight", ("embeddings.position_embeddings.weight",)),
     (r"embedding\.token_type", ("embeddings.token_type_embeddings.weight",)),
     (r"embedding\.norm\.(weight|bias)", (r"embeddings.LayerNorm.\1",)),
-    *_bert_layer(r"bottom\.(\d+)", r"encoder.layer.\1"),
+    *bert_layer(r"bottom\.(\d+)", r"encoder.layer.\1"),
 )
-
-RELEASED_RULES: Rules = (
-    *((rf"net\.vision\.{ours}", tuple(f"vit_model.visual.{name}" for name in foreign)) for ours, foreign in CLIP_RULES),
-    *((rf"net\.{ours}", tuple(f"text_transformer.{name}" for name in foreign)) for ours, foreign in ROBERTA_RULES),
-    (r"net\.text_projection\.(weight|bias)", (r"cross_modal_text_transform.\1",)),
-    (r"net\.image_projection\.(weight|bias)", (r"cross_modal_image_transform.\1",)),
-    (r"net\.type_embedding\.weight", ("token_type_embeddings.weight",)),
-    (r"net\.stream_embedding\.weight", ("token_type_embeddings_flm.weight",)),
-    *_bert_layer(r"net\.top\.(\d+)", r"cross_modal_text_layers.\1"),
-    *_bert_layer(r"net\.reconstructor_bottom\.(\d+)", r"fusion_layers_bottom.\1"),
-    *_bert_layer(r"net\.reconstructor_top\.(\d+)", r"fusion_layers_top.\1"),
-    (r"net\.pooler\.dense\.(weight|bias)", (r"cross_modal_text_pooler_f.dense.\1",)),
-    (r"lm_head\.transform\.(weight|bias)", (r"lm_score.transform.dense.\1",)),
-    (r"lm_head\.norm\.(weight|bias)", (r"lm_score.transform.LayerNorm.\1",)),
-    (r"lm_head\.weight", ("lm_score.decoder.weight",)),
-    (r"lm_head\.bias", ("lm_score.bias",)),
-)
-
-
-def one_stream_rules(head: str) -> Rules:
-    """Released MLM ("mlm_score") and AR ("lm_score") checkpoints: no second stream, no reconstructor."""
-    absent = ("stream_embedding", "reconstructor", "pooler", "lm_head")
-    return (
-        *(rule for rule in RELEASED_RULES if not any(part in rule[0] for part in absent)),
-        (r"net\.pooler\.dense\.(weight|bias)", (r"cross_modal_text_pooler.dense.\1",)),
-        (r"lm_head\.transform\.(weight|bias)", (rf"{head}.transform.dense.\1",)),
-        (r"lm_head\.norm\.(weight|bias)", (rf"{head}.transform.LayerNorm.\1",)),
-        (r"lm_head\.weight", (f"{head}.decoder.weight",)),
-        (r"lm_head\.bias", (f"{head}.bias",)),
-    )
-
-
-RULES_OF = {"flm": RELEASED_RULES, "mlm": one_stream_rules("mlm_score"), "ar": one_stream_rules("lm_score")}
-
-# Second names of the same tensor in released checkpoints -> first name.
-RELEASED_ALIASES = (
-    (r"text_transformer2\.", "text_transformer."),
-    (r"fusion_token_embedding\.", "text_transformer.embeddings."),
-    (r"cross_modal(?:_text)?_layers(?:_r)?\.", "cross_modal_text_layers."),
-    (r"cross_modal_text_transform_[rf]\.", "cross_modal_text_transform."),
-    (r"lm_score_[rf]\.", "lm_score."),
-    (r"(m?lm_score)\.decoder\.bias", r"\1.bias"),
-)
-
-# Stored in released checkpoints, read by nothing (oracle notes of the specification, "Dead tensors to ignore").
-RELEASED_DEAD = (
-    r"vit_model\.positional_embedding",
-    r"vit_model\.ln_final\.(weight|bias)",
-    r"text_transformer2?\.pooler\..*",
-    r"cross_modal_image_pooler\..*",
-    r"cross_modal_text_pooler\..*",
-    r"lm_type_embeddings\..*",
-    r"token_type_embeddings_flm\..*",  # read by FLM only
-    r"itm_score_flm\..*",
-    r".*\.position_ids",
-)
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What became of every foreign key: ``used`` ours -> foreign names, ``aliased`` second -> first name, ``dead``."""
-
-    used: dict[str, tuple[str, ...]]
-    aliased: dict[str, str]
-    dead: list[str]
 
 
 def foreign_names(name: str, rules: Rules) -> tuple[str, ...]:
@@ -144,44 +78,6 @@ def foreign_names(name: str, rules: Rules) -> tuple[str, ...]:
     raise KeyError(name)
 
 
-def import_released(objective: nn.Module, state: Mapping[str, Tensor]) -> ImportReport:
-    """Loads a released pretraining state dict (FLM, MLM or AR) into a ``released`` objective of that name, accounting
-    for every key.
-
-    Raises:
-        ValueError: a key missing, unknown, of another shape, or an alias that differs from its first name.
-    """
-    with torch.no_grad():
-        used = _fill(objective, state, RULES_OF[objective.name])
-    consumed = {name for names in used.values() for name in names}
-    aliased, dead, unknown = {}, [], []
-    for key in state:
-        first = _first_name(key)
-        if key in consumed:
-            continue
-        if any(re.fullmatch(pattern, key) for pattern in RELEASED_DEAD):
-            dead.append(key)
-        elif first != key and first in consumed:
-            if not torch.equal(state[key], state[first]):
-                raise ValueError(
-                    f"checkpoint key {key} differs from {first}, which released models share; wrong layout?"
-                )
-            aliased[key] = first
-        else:
-            unknown.append(key)
-    if unknown:
-        raise ValueError(f"checkpoint has {len(unknown)} keys this model does not, first: {', '.join(unknown[:3])}")
-    return ImportReport(used, aliased, dead)
-
-
-def _first_name(key: str) -> str:
-    for pattern, first in RELEASED_ALIASES:
-        match = re.match(pattern, key)
-        if match:
-            return match.expand(first) + key[match.end() :]
-    return key
-
-
 def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
     """Loads CLIP weights into a vision tower: a local safetensors or PyTorch file, else an open_clip tag (hub).
 
@@ -193,7 +89,7 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
     """
     path = Path(config.pretrained)
     if path.is_file():
-        state = _read_state(path)
+        state = read_state_dict(path)
     else:
         ensure_torchvision()
         import open_clip
@@ -211,7 +107,7 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
     if not visual:
         raise ValueError(f"{path} holds no visual.* keys; expected the state dict of a CLIP model")
     with torch.no_grad():
-        used = _fill(tower, visual, CLIP_RULES)
+        used = fill(tower, visual, CLIP_RULES)
     return sorted(set(visual) - {name for names in used.values() for name in names})
 
 
@@ -238,11 +134,11 @@ def load_text(net: nn.Module, config: TextConfig) -> list[str]:
     state = roberta.state_dict()
     half = nn.ModuleDict({"embedding": net.embedding, "bottom": net.bottom})
     with torch.no_grad():
-        used = _fill(half, state, ROBERTA_RULES)
+        used = fill(half, state, ROBERTA_RULES)
     return sorted(set(state) - {name for names in used.values() for name in names})
 
 
-def _read_state(path: Path) -> Mapping[str, Tensor]:
+def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """A state dict from a safetensors file, or a PyTorch file without executing anything in it."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -258,10 +154,14 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     return loaded.get("state_dict", loaded)
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], rules: Rules) -> dict[str, tuple[str, ...]]:
-    """Copies foreign tensors into every parameter of ``module``; position tables are resized."""
+def fill(
+    module: nn.Module, state: Mapping[str, Tensor], rules: Rules, leave: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Copies foreign tensors into every parameter of ``module`` but those to ``leave``; position tables are resized."""
     used = {}
     for name, parameter in module.named_parameters():
+        if name in leave:
+            continue
         try:
             names = foreign_names(name, rules)
         except KeyError:
@@ -269,14 +169,9 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], rules: Rules) -> dict[
                 f"the model has {name}, which the weights' layout does not know; released checkpoints need"
                 " model.behaviour released"
             ) from None
-        missing = [foreign for foreign in names if foreign not in state]
-        if missing:
-            raise ValueError(f"weights lack {missing[0]}, needed for {name}; are they of this kind of model and depth?")
-        value = torch.cat([state[foreign] for foreign in names]) if len(names) > 1 else state[names[0]]
+        value = joined(name, names, state)
         if name.endswith("position_embedding"):
             value = resize_positions(value, round((parameter.shape[0] - 1) ** 0.5))
-        if name.endswith("token_type"):
-            value = value[0]
         if value.shape != parameter.shape:
             raise ValueError(
                 f"weights' {names[0]} has shape {tuple(value.shape)}, the model's {name} {tuple(parameter.shape)};"
@@ -285,3 +180,12 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], rules: Rules) -> dict[
         parameter.copy_(value)
         used[name] = names
     return used
+
+
+def joined(name: str, foreign: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor:
+    """The value of our parameter ``name``, made of the tensors named in ``foreign``; raises ValueError if one lacks."""
+    missing = [key for key in foreign if key not in state]
+    if missing:
+        raise ValueError(f"weights lack {missing[0]}, needed for {name}; are they of this kind of model and depth?")
+    value = torch.cat([state[key] for key in foreign]) if len(foreign) > 1 else state[foreign[0]]
+    return value[0] if name.endswith("token_type") and value.ndim == 2 else value

@@ -23,6 +23,7 @@ def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     plain = to_plain(config)
     plain["model"]["vision"].pop("pretrained")
     plain["model"]["text"].pop("pretrained")
+    plain["model"].pop("weights")
     settings = config.data
     shuffle = settings.shuffle
     if shuffle == "blocks":

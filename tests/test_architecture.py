@@ -24,6 +24,7 @@ RUNGS: dict[str, list[list[str]]] = {
         ["towers"],
         ["flm", "one_stream"],
         ["objectives", "decode", "weights"],
+        ["released"],
         ["build"],
     ],
     "data_prep": [
@@ -51,8 +52,9 @@ RUNGS: dict[str, list[list[str]]] = {
             "tokenizer",
             "transforms",
             "environment",
+            "inert_pickle",
         ],
-        ["shard_files"],
+        ["shard_files", "convert"],
         ["shard_reader", "optim", "ds_config", "command_line", "changes"],
         ["guard", "veto", "module_statistics"],
         ["collate", "checkpoint_files", "unusable"],

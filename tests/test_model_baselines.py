@@ -17,7 +17,8 @@ from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig, Vocabulary
 from model.plan import Lists, assemble
-from model.weights import RULES_OF, foreign_names, import_released
+from model.released import RULES_OF, import_released
+from model.weights import foreign_names
 from tests.oracle import load_oracle
 from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig, Vocabulary
+from model.released import RELEASED_RULES, import_released
 from model.vision import resize_positions
-from model.weights import RELEASED_RULES, foreign_names, import_released
+from model.weights import foreign_names
 from tests.make_released_fixture import FIXTURE
 from tests.oracle import load_oracle
 

@@ -141,9 +141,13 @@ def load_text(net: nn.Module, config: TextConfig) -> list[str]:
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """A state dict from a safetensors file, or a PyTorch file without executing anything in it."""
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file ({error}); fetch it again") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here; all mean that the file can't be used

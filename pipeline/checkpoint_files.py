@@ -222,7 +222,10 @@ class Reader:
             kind = file.partition("-")[0]
             if kind not in kinds:
                 continue
-            handle = self._handles[file] = safe_open(path / file, framework="pt")
+            try:
+                handle = self._handles[file] = safe_open(path / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: {file} holds no tensors ({error}); use another checkpoint") from None
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 if (kind, name) in self._file_of:
                     raise CheckpointError(f"{path}: holds {kind} of {name} twice; use another checkpoint")

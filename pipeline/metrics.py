@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -139,7 +140,11 @@ class MetricsWriter:
             if value is not None and not isinstance(value, (str, bool)) and math.isfinite(value)
         }
         if self._use_tensorboard:
-            self._to_tensorboard(step, numbers)
+            try:
+                self._to_tensorboard(step, numbers)
+            except OSError as error:  # a full disk is no reason to end a run
+                print(f"ALARM: no more TensorBoard numbers: {error}", file=sys.stderr, flush=True)
+                self._use_tensorboard = False
         if self._wandb is not None:
             self._wandb.log({"step": step, **numbers})
 
@@ -175,7 +180,8 @@ class MetricsWriter:
             self._lines.close()
             self._lines = None
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # a full disk, told before
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
         self._use_tensorboard, self._tensorboard, self._wandb = False, None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 class StepLines:
     """Appends records to one file; each is out of the process at once, so a kill tears the last line at most.
 
-    A last line that a kill left torn is cut off when the file is opened.
+    A last line that a kill left torn is cut off when the file is opened. A full disk loses lines, with an alarm on
+    stderr, and not the run.
     """
 
     def __init__(self, path: Path) -> None:
         self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._path, self._torn = path, False
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
@@ -24,8 +27,17 @@ class StepLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record by a single write; nothing once closed."""
-        if self._file is not None:
-            os.write(self._file, (json.dumps(record) + "\n").encode())
+        if self._file is None:
+            return
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            whole = os.write(self._file, b"\n" + line if self._torn else line) >= len(line)
+            reason = "No space left on device"
+        except OSError as error:
+            whole, reason = False, str(error)
+        if not whole and not self._torn:
+            print(f"ALARM: {self._path} loses lines: {reason}; the run goes on", file=sys.stderr, flush=True)
+        self._torn = not whole
 
     def close(self) -> None:
         if self._file is not None:

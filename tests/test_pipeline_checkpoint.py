@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.config import TextConfig, VisionConfig
+from model.weights import load_text, load_vision
 from pipeline import checkpoint, checkpoint_files
 from pipeline.checkpoint import CheckpointError, RunState
+from pipeline.checkpoint_files import KINDS, seal
 from pipeline.config import Config
+from pipeline.generate import main as generate
 from pipeline.saver import Saver
 from tests.forked_ranks import run_ranks
 from tests.test_pipeline_engine import global_loss, make_engine, micro_batches, tiny_config
@@ -88,26 +91,67 @@ def files_of(checkpoint_folder: Path) -> list[str]:
     return sorted(path.name for path in checkpoint_folder.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "zeroed"])
-def test_damage_to_any_file_falls_back(run: Path, damage: str) -> None:
-    """Invariant 6."""
+def damages(content: bytes) -> dict[str, bytes | None]:
+    """What can happen to a file's bytes, by name; None is a file that is gone."""
+    found: dict[str, bytes | None] = {
+        "deleted": None,
+        "emptied": b"",
+        "truncated by a byte": content[:-1],
+        "truncated to half": content[: len(content) // 2],
+        "zeroed": bytes(len(content)),
+        "longer": content + b" ",
+    }
+    for position in {0, 7, 8, 40, len(content) // 3, len(content) // 2, len(content) - 2, len(content) - 1}:
+        for bit in (0, 5):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            found[f"bit {bit} of byte {position} flipped"] = bytes(flipped)
+    return found
+
+
+def test_damage_to_any_file_falls_back(run: Path) -> None:
+    """Invariant 6: every file of a checkpoint that two ranks wrote, damaged in every way in turn."""
     newest = run / "checkpoints" / "step_00000003"
     assert checkpoint.newest_valid(run) == (newest, [])
-    for name in files_of(newest):
+    names = files_of(newest)
+    assert {f"{kind}-0000{rank}-00000.safetensors" for kind in KINDS for rank in (0, 1)} < set(names)
+    for name in names:
         path = newest / name
         content = path.read_bytes()
-        if damage == "deleted":
-            path.unlink()
-        else:
-            middle = len(content) // 2
-            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-            path.write_bytes({"truncated": content[:-1], "zeroed": b"", "flipped": flipped}[damage])
-        found, skipped = checkpoint.newest_valid(run)
-        if name == "manifest.json" and damage == "flipped" and found == newest:
-            pytest.fail("a flipped bit of the manifest went unnoticed")
-        assert found == run / "checkpoints" / "step_00000002", name
-        assert len(skipped) == 1 and skipped[0].startswith("step_00000003: ")
-        path.write_bytes(content)
+        for damage, damaged in damages(content).items():
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            found, skipped = checkpoint.newest_valid(run)
+            assert found == run / "checkpoints" / "step_00000002", (name, damage)
+            assert len(skipped) == 1 and skipped[0].startswith("step_00000003: "), (name, damage)
+            path.write_bytes(content)
+    assert checkpoint.newest_valid(run) == (newest, [])
+
+
+def test_every_bit_of_the_manifest_counts(run: Path) -> None:
+    folder = run / "checkpoints" / "step_00000003"
+    content = (folder / "manifest.json").read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        (folder / "manifest.json").write_bytes(bytes(flipped))
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            checkpoint_files.read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "weight-00001-00000.safetensors", "."])
+def test_links_are_no_files_of_a_checkpoint(run: Path, name: str) -> None:
+    """Invariant 7."""
+    path = run / "checkpoints" / "step_00000003" / name
+    path.rename(run / "elsewhere")
+    path.symlink_to(run / "elsewhere")
+    found, skipped = checkpoint.newest_valid(run)
+    assert found.name == "step_00000002" and "link" in skipped[0]
+
+
+def test_a_renamed_checkpoint_is_noticed(run: Path) -> None:
+    (run / "checkpoints" / "step_00000002").rename(run / "checkpoints" / "step_00000009")
+    found, skipped = checkpoint.newest_valid(run)
+    assert found.name == "step_00000003" and "of step 2: a renamed folder" in skipped[0]
 
 
 def test_an_interrupted_save_is_not_a_checkpoint(run: Path) -> None:
@@ -135,11 +179,64 @@ def test_weights_are_read_without_an_engine(run: Path) -> None:
     assert checkpoint.weights_hash(weights) == checkpoint.weights_hash(dict(reversed(weights.items())))
 
 
-def test_a_pickle_or_a_path_out_of_the_folder_is_refused(run: Path) -> None:
-    """Invariant 7: the manifest names files of its own folder only, and only safetensors and JSON are opened."""
+def rewrite_manifest(folder: Path, files: dict) -> None:
+    """What someone can do who may write the folder: a manifest that fits, own hash included."""
+    content = checkpoint_files.read_manifest(folder)
+    content["files"] |= files
+    (folder / "manifest.json").write_bytes(checkpoint_files._with_own_hash(content))
+
+
+def test_a_path_out_of_the_folder_is_refused(run: Path) -> None:
+    """Invariant 7: the manifest names files of its own folder only."""
     folder = run / "checkpoints" / "step_00000003"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["../outside"] = {"bytes": 0, "sha256": ""}
-    del manifest["sha256"]
-    (folder / "manifest.json").write_bytes(checkpoint_files._with_own_hash(manifest))
-    assert "lists '../outside', which is no file of a checkpoint" in checkpoint.defect(folder)
+    for name in ("../outside", "/etc/passwd", "weight-00000-00000.pt", "..", "extra/weight-00000-00000.safetensors"):
+        content = (folder / "manifest.json").read_bytes()
+        rewrite_manifest(folder, {name: {"bytes": 0, "sha256": ""}})
+        assert f"lists {name!r}, which is no file of a checkpoint" in checkpoint.defect(folder)
+        (folder / "manifest.json").write_bytes(content)
+
+
+class CreatesFile:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self):
+        return Path.touch, (self._path,)
+
+
+def test_a_pickle_is_refused_everywhere_and_never_executed(run: Path, tmp_path: Path) -> None:
+    """Invariant 7: as a weights file, as a checkpoint, and as a file of a checkpoint with a manifest that fits."""
+    trace = tmp_path / "executed"
+    for name, arguments in (("new.pt", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
+        torch.save({"visual.conv1.weight": CreatesFile(trace)}, tmp_path / name, **arguments)
+    pickled = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "posing.safetensors").write_bytes(pickled)
+    torch.load(tmp_path / "new.pt", weights_only=False)
+    assert trace.is_file(), "the pickle does execute where it is let"
+    trace.unlink()
+
+    for name in ("new.pt", "old.pt", "posing.safetensors"):
+        with pytest.raises(ValueError, match="is not a"):
+            load_vision(TinyObjective(), VisionConfig(pretrained=str(tmp_path / name)))
+        with pytest.raises(CheckpointError, match="is a file"):
+            checkpoint.load_weights(tmp_path / name)
+        assert generate(["--run", str(tmp_path / name), "picture.png"]) == 2
+    roberta = tmp_path / "roberta"
+    roberta.mkdir()
+    (roberta / "config.json").write_text('{"model_type": "roberta"}')
+    (roberta / "pytorch_model.bin").write_bytes(pickled)
+    with pytest.raises(ValueError, match="can't be loaded"):
+        load_text(TinyObjective(), TextConfig(pretrained=str(roberta)))
+
+    folder = run / "checkpoints" / "step_00000003"
+    (folder / "weight-00000-00000.safetensors").write_bytes(pickled)
+    assert "SHA-256" in checkpoint.defect(folder) or "bytes" in checkpoint.defect(folder)
+    rewrite_manifest(folder, {"weight-00000-00000.safetensors": seal(folder / "weight-00000-00000.safetensors")})
+    assert checkpoint.defect(folder) is None, "sizes and hashes are integrity, not authenticity"
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        checkpoint.load_weights(folder)
+    with pytest.raises(RuntimeError, match="holds no tensors"):
+        run_ranks(1, train, tiny_config(), 1, run, 4, None)
+    assert not trace.exists()

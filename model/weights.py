@@ -90,6 +90,8 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
     path = Path(config.pretrained)
     if path.is_file():
         state = read_state_dict(path)
+    elif config.name is None:
+        raise ValueError(f"model.vision.pretrained {path}: no such file (nor a tag, as model.vision.name is null)")
     else:
         ensure_torchvision()
         import open_clip

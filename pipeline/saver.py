@@ -139,6 +139,7 @@ class Saver:
             if self._task is not None:
                 self._task.exception()  # waits
             self.advance(self._agreement.total([self._busy])[0])
+        self._pool.submit(int).result()  # what the thread does besides: cleaning up, the best
         return self._stood
 
     def best_of(self, state: RunState) -> dict[str, Any] | None:
@@ -150,7 +151,7 @@ class Saver:
         """Keep the checkpoint of ``best["step"]``, saved already or to be saved now, as the best so far."""
         self._best = best
         if self._place.is_main:
-            self._pool.submit(self._write_best)
+            self._pool.submit(self._retain)
 
     def rewound(self, step: int) -> None:
         """The run has gone back to ``step``: later checkpoints are of a way not taken, and are removed."""
@@ -282,17 +283,18 @@ class Saver:
         if reason is not None:
             raise OSError(f"it does not stand as written: {reason}")
         num_bytes = sum(entry["bytes"] for entry in files.values())
+        return num_bytes, self._retain()
+
+    def _retain(self) -> str | None:
+        """On rank 0, in its thread: note the best if its checkpoint stands, let old ones go; what went wrong."""
         try:
-            self._write_best()
+            if self._best is not None and checkpoint_path(self._run, self._best["step"]).is_dir():
+                retention.write_best(self._run, self._best)
+                self._best = None
             retention.retain(self._run, self._settings.keep_last, self._settings.keep_every)
         except OSError as error:
-            return num_bytes, f"older ones could not be removed: {error}"
-        return num_bytes, None
-
-    def _write_best(self) -> None:
-        if self._best is not None and checkpoint_path(self._run, self._best["step"]).is_dir():
-            retention.write_best(self._run, self._best)
-            self._best = None
+            return f"the best could not be noted, or older ones not removed: {error}"
+        return None
 
     def _refuse_unshared_folder(self) -> None:
         """Raise CheckpointError unless every rank sees the same, writable folder of checkpoints."""
@@ -311,10 +313,10 @@ class Saver:
             for place, ok in self._agreement.gather((f"rank {self._place.rank} on {socket.gethostname()}", seen))
             if not ok
         ]
-        if self._place.is_main:
-            probe.unlink(missing_ok=True)
         if error is not None:
             raise CheckpointError(error)
+        if self._place.is_main:
+            probe.unlink(missing_ok=True)
         if blind:
             raise CheckpointError(
                 f"{folder} is not the same folder everywhere: {blind[0]} does not see what rank 0 wrote there; "

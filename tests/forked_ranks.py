@@ -18,22 +18,7 @@ TIMEOUT_SECONDS = 100
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """``function(place, *arguments)`` on every rank; raises RuntimeError with the traceback of a rank that failed."""
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler, imported here for every fork
-
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, workers = [], []
-    for rank in range(world_size):
-        receive, send = context.Pipe(duplex=False)
-        worker = context.Process(
-            target=_work, args=(send, Place(rank, world_size, rank, "environment"), port, function, arguments)
-        )
-        worker.start()
-        send.close()
-        pipes.append(receive)
-        workers.append(worker)
+    workers, pipes = start_ranks(world_size, function, *arguments)
     results: list[Any] = []
     try:
         for rank, pipe in enumerate(pipes):
@@ -50,6 +35,27 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
                 worker.kill()
                 worker.join()
     return results
+
+
+def start_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> tuple[list, list]:
+    """The processes that run ``function``, one per rank, and the pipes they answer by."""
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler, imported here for every fork
+
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, workers = [], []
+    for rank in range(world_size):
+        receive, send = context.Pipe(duplex=False)
+        worker = context.Process(
+            target=_work, args=(send, Place(rank, world_size, rank, "environment"), port, function, arguments)
+        )
+        worker.start()
+        send.close()
+        pipes.append(receive)
+        workers.append(worker)
+    return workers, pipes
 
 
 def _work(send: Any, place: Place, port: int, function: Callable[..., Any], arguments: tuple) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -249,6 +250,13 @@ def _write_run_files(
         **describe_environment(device),
     }
     (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    source = tokenizer_source(launch.config.data)
-    if Path(source).is_dir() and not (output / "tokenizer").exists():
-        shutil.copytree(source, output / "tokenizer")
+    copy_tokenizer(tokenizer_source(launch.config.data), output)
+
+
+def copy_tokenizer(source: str | Path, output: Path) -> None:
+    """RUN/tokenizer, whole or not there: a run that is killed while it copies does it again."""
+    final, beside = output / "tokenizer", output / "tokenizer.tmp"
+    if Path(source).is_dir() and not final.exists():
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(source, beside)
+        os.rename(beside, final)

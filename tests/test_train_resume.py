@@ -148,3 +148,29 @@ def test_the_fp16_loss_scale_continues() -> None:
     fresh = scales(fp16_engine(), rest)
     expected = scales(whole, rest)
     assert scales(resumed, rest) == expected != fresh
+
+
+def test_a_tokenizer_copied_in_part_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.run_setup import copy_tokenizer
+
+    source, output = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    output.mkdir()
+    for name in ("a.json", "b.json"):
+        (source / name).write_text(name)
+
+    def killed_half_way(_: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "a.json").write_text("a.")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copytree", killed_half_way)
+        copy_tokenizer(source, output)
+    assert not (output / "tokenizer").exists()
+    copy_tokenizer(source, output)
+    assert {path.name: path.read_text() for path in (output / "tokenizer").iterdir()} == {
+        "a.json": "a.json",
+        "b.json": "b.json",
+    }
+    assert [path.name for path in output.iterdir()] == ["tokenizer"]

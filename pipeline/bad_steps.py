@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,10 @@ def record(s: Session, result: StepResult, micro_batches: Sequence[Batch], save:
     mine = {"keys": [batch.keys for batch in micro_batches], "losses": bad.micro_sums, "seeds": bad.dropout_seeds}
     ranks = s.agreement.gather(mine)
     if s.place.is_main:
-        write_incident(s.output, step, _content(s, step, result, ranks, name))
+        try:
+            write_incident(s.output, step, _content(s, step, result, ranks, name))
+        except OSError as error:  # a full disk costs the record, not the run
+            _say(s, f"ALARM: the incident of step {step} was not written: {error}")
     values = {"reason": bad.verdict.reason, "loss": bad.loss, "grad_norm": bad.grad_norm, "checkpoint": name}
     s.writer.log(s.state.step, values, kind="incident")
     _say(s, f"step {step} skipped: {bad.verdict.reason}; python -m pipeline.replay {incident_folder(s.output, step)}")
@@ -62,22 +66,12 @@ def go_on(s: Session) -> bool:
     if settings.action == "stop":
         return _stop(s, f"{many}, and guard.action is stop")
     s.saver.wait()
-    plan: Any = None
-    if s.place.is_main:
-        rewinds = len(PassedBy.read(s.output).rewinds)
-        path = choose_checkpoint(s.output, recent[0], settings.go_around_before)
-        plan = (rewinds, path)
-    rewinds, path = s.agreement.gather(plan)[0]
-    if rewinds >= settings.max_rewinds:
-        return _stop(s, f"{many}, after {rewinds} rewinds (guard.max_rewinds {settings.max_rewinds})")
-    if path is None:
-        return _stop(s, f"{many}, and there is no valid checkpoint from before step {recent[0]} to go back to")
+    decided = s.agreement.gather(_decide(s, recent) if s.place.is_main else None)[0]
+    if isinstance(decided, str):
+        return _stop(s, f"{many}, and {decided}")
+    path, remembered, aside = decided
+    now = s.state.step
     s.batches.close()
-    now, aside, remembered = s.state.step, [], None
-    if s.place.is_main:
-        remembered = decide_rewind(s.output, path, recent, settings.go_around_before, now)
-        aside = finish_setting_aside(s.output)
-    remembered = s.agreement.gather(remembered)[0]
     _stand_at(s, path, remembered.steps)
     around = [step for step in remembered.steps if step >= s.state.step]
     values = {"from_step": now, "checkpoint": path.name, "bad_steps": str(recent), "passed_by": str(around)}
@@ -85,13 +79,29 @@ def go_on(s: Session) -> bool:
     left = f"; checkpoints set aside: {', '.join(aside)}" if aside else ""
     _say(
         s,
-        f"rewind {rewinds + 1} of {settings.max_rewinds}: {many}; back from step {now} to {path.name}, going around "
-        f"the batches of steps {around[0]} to {around[-1]} (RUN/passed_by.json){left}",
+        f"rewind {len(remembered.rewinds)} of {settings.max_rewinds}: {many}; back from step {now} to {path.name}, "
+        f"going around the batches of steps {around[0]} to {around[-1]} (RUN/passed_by.json){left}",
     )
     return True
 
 
-def _stand_at(s: Session, path: Any, passed_by: list[int]) -> None:
+def _decide(s: Session, recent: list[int]) -> tuple[Path, PassedBy, list[str]] | str:
+    """On rank 0: the checkpoint to go back to, what is gone around, what was set aside; or why the run must stop."""
+    settings = s.config.guard
+    try:
+        rewinds = len(PassedBy.read(s.output).rewinds)
+        if rewinds >= settings.max_rewinds:
+            return f"the run has gone back {rewinds} times (guard.max_rewinds {settings.max_rewinds})"
+        path = choose_checkpoint(s.output, recent[0], settings.go_around_before)
+        if path is None:
+            return f"there is no valid checkpoint from before step {recent[0]} to go back to"
+        remembered = decide_rewind(s.output, path, recent, settings.go_around_before, s.state.step)
+        return path, remembered, finish_setting_aside(s.output)
+    except (OSError, ValueError) as error:
+        return f"it cannot go back: {error}"
+
+
+def _stand_at(s: Session, path: Path, passed_by: list[int]) -> None:
     """Set engine, state, records and loader to a checkpoint, in the middle of the process."""
     loaded = checkpoint.load(path, s.engine)
     kept = {name: getattr(s.state, name) for name in ("topology", "settings", "fingerprint", "data_changes")}

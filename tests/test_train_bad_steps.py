@@ -9,6 +9,7 @@ import torch
 
 from pipeline.config import GuardConfig
 from pipeline.guard import Guard
+from pipeline.veto import StepVeto
 from tests.forked_ranks import run_ranks
 from tests.test_pipeline_engine import make_engine, micro_batches, tiny_config
 from tests.tiny_objective import TinyObjective
@@ -27,7 +28,7 @@ class Planted(TinyObjective):
         return {name: value * factor for name, value in super().forward(batch).items()}
 
 
-def run(place, config, stage: int, guarded: bool, poison: dict[int, int], around=(), settings=None) -> dict:
+def run(place, config, stage: int | str, guarded: bool, poison: dict[int, int], around=(), settings=None) -> dict:
     """Losses by step, what was refused, and the whole state in the end; ``poison`` maps a step to a grey."""
     engine, agreement = make_engine(place, config, stage, lambda: Planted(dropout=0.2))
     guard = Guard(settings or GuardConfig(warmup_steps=3)) if guarded else None
@@ -46,7 +47,7 @@ def run(place, config, stage: int, guarded: bool, poison: dict[int, int], around
             bad[step] = result.bad
     state = {name: {key: t.numpy() for key, t in tensors.items()} for name, tensors in engine.named_state()}
     working = {name: value.detach().float().numpy() for name, value in engine.objective.state_dict().items()}
-    if stage == 3:
+    if engine.stage == 3:
         working = {}  # in parts; the losses after a skip depend on them
     return {
         "losses": losses,
@@ -58,16 +59,24 @@ def run(place, config, stage: int, guarded: bool, poison: dict[int, int], around
     }
 
 
-def poisoned_and_clean(place, config, stage: int, poison: dict[int, int]) -> tuple[dict, dict]:
+def poisoned_and_clean(place, config, stage: int | str, poison: dict[int, int]) -> tuple[dict, dict]:
     return run(place, config, stage, True, poison), run(place, config, stage, True, {}, tuple(poison))
 
 
-CASES = [(0, "fp32", 0.5), (1, "fp32", 0.0), (2, "fp32", 0.5), (3, "fp32", 0.0), (2, "bf16", 0.0), (3, "bf16", 0.5)]
+CASES = [
+    (0, "fp32", 0.5),
+    (1, "fp32", 0.0),
+    (2, "fp32", 0.5),
+    (3, "fp32", 0.0),
+    (2, "bf16", 0.0),
+    (3, "bf16", 0.5),
+    ("2_offload", "fp32", 0.5),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision", "clip"), CASES)
-def test_skipped_steps_leave_no_trace(stage: int, precision: str, clip: float) -> None:
+def test_skipped_steps_leave_no_trace(stage: int | str, precision: str, clip: float) -> None:
     config = tiny_config(steps=STEPS, precision=precision)
     config.optim.clip_grad_norm = clip
     poison = {0: NAN, 5: EXPLODING, 8: NAN}
@@ -91,3 +100,38 @@ def test_skipped_steps_leave_no_trace(stage: int, precision: str, clip: float) -
     assert total == pytest.approx(evidence[5].grad_norm, rel=1e-2 if precision == "bf16" else 1e-5)
     assert evidence[8].modules["head"]["bad_gradients"] > 0 and evidence[8].modules["head"]["bad_weights"] == 0
     assert math.isnan(poisoned[1]["bad"][8].micro_sums[1]["flm"]) and not math.isnan(evidence[8].micro_sums[1]["flm"])
+
+
+class FakeZero:
+    """What the veto touches of DeepSpeed's ZeRO optimizers, in their order."""
+
+    def __init__(self, loss_scale: float) -> None:
+        self.loss_scale, self.overflow, self.scale_updates, self.steps = loss_scale, False, [], 0
+
+    def scaled_global_norm(self) -> torch.Tensor:
+        return torch.tensor(-1.0 if self.overflow else 3.0 * self.loss_scale)
+
+    def _update_scale(self, overflow: bool) -> None:
+        self.scale_updates.append(overflow)
+
+    def step(self, overflow: bool) -> None:
+        self.overflow = overflow
+        if not overflow:
+            self.scaled_global_norm()
+        self._update_scale(self.overflow)
+        self.steps += not self.overflow
+
+
+@pytest.mark.parametrize("refuse", [True, False])
+def test_a_refusal_never_moves_the_loss_scale(refuse: bool) -> None:
+    """fp16 cannot run on a CPU, so its way is walked with a stand-in."""
+    optimizer = FakeZero(loss_scale=1024.0)
+    veto, asked = StepVeto(optimizer, stage=2), []
+    for overflow in (False, True):
+        veto.ask = lambda norm, overflow: asked.append((norm, overflow)) or not refuse
+        optimizer.step(overflow)
+    assert asked == [(3.0, False), (None, True)]
+    assert optimizer.scale_updates == [False, True]  # DeepSpeed's own overflow alone
+    assert optimizer.steps == (0 if refuse else 1)
+    optimizer.step(False)  # nobody guards
+    assert len(asked) == 2 and not optimizer.overflow

@@ -195,7 +195,7 @@ QUOTA = ["--guard.max_skips", "1", "--guard.go_around_before", "0", "--optim.sch
 def rewound(planted: Path) -> Path:
     """A run that met its second bad step, went back to before the first, and around all in between."""
     run = copy_run(planted, "rewound")
-    assert run_ranks(2, train, options(run, *QUOTA)) == [0, 0]
+    assert run_ranks(2, train, options(run, *QUOTA, "--data.num_workers", "1")) == [0, 0]
     return run
 
 
@@ -227,14 +227,19 @@ def test_a_kill_during_a_rewind_loses_nothing(planted: Path, rewound: Path, mome
     assert run_ranks(2, train, options(run, *QUOTA)) == [0, 0]
     assert PassedBy.read(run) == PassedBy.read(rewound)
     assert losses(run) == losses(rewound) and final_hash(run) == final_hash(rewound)
+    states = [read_state(checkpoint_path(one, STEPS)) for one in (run, rewound)]
+    assert states[0].guard == states[1].guard and states[0].passed_by == states[1].passed_by != []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["guard.action=stop", "guard.max_rewinds=0"])
-def test_a_run_that_may_not_go_back_stops_with_the_list(planted: Path, setting: str, capfd) -> None:
+def test_a_run_that_may_not_go_back_stops_with_the_list(planted: Path, setting: str) -> None:
+    """The program as users start it."""
     run = copy_run(planted, setting.replace("=", "_"))
-    assert run_ranks(1, train, options(run, *QUOTA, f"--{setting}")) == [1]
-    told = capfd.readouterr().err
-    assert "2 bad steps within 200 (guard.max_skips 1)" in told and setting.split("=")[0] in told
-    assert "holds step_00000002, step_00000006" in told
+    command = [sys.executable, str(REPOSITORY / "pipeline" / "train.py"), *options(run, *QUOTA, f"--{setting}")]
+    done = subprocess.run(command, cwd=planted, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "guard: step 2 skipped: the loss is not finite (nan); python -m pipeline.replay" in done.stderr
+    assert "2 bad steps within 200 (guard.max_skips 1)" in done.stderr and setting.split("=")[0] in done.stderr
+    assert "holds step_00000002, step_00000006" in done.stderr
     assert not (run / "passed_by.json").exists()

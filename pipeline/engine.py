@@ -7,7 +7,8 @@ import math
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -46,6 +47,7 @@ class StepResult:
     learning_rate: float
     grad_norm: float | Tensor | None
     taken: bool = True  # False: weights, moments and Adam's counter are those from before
+    votes: list[float] = field(default_factory=list)  # sums over all ranks
     bad: BadStep | None = None  # set where the guard refused the step; fp16's search for a loss scale is none of it
 
 
@@ -106,12 +108,19 @@ class TrainEngine:
     def skipped_steps(self, number: int) -> None:
         self._deepspeed.skipped_steps = number
 
-    def step(self, step: int, micro_batches: Sequence[Batch], guard: Guard | None = None) -> StepResult:
+    def step(
+        self,
+        step: int,
+        micro_batches: Sequence[Batch],
+        guard: Guard | None = None,
+        votes: Callable[[], Sequence[float]] = tuple,
+    ) -> StepResult:
         """Optimizer step number ``step`` (0-based) over this rank's micro-batches.
 
         Loss = sum over terms of weight * sum over all ranks and micro-batches / their global count; a term without
         targets contributes 0. The engine divides by ranks and micro-batches, which the factor undoes. With a ``guard``
-        the step is judged, and the device waited for, once: before the optimizer. Nothing else here waits.
+        the step is judged, and the device waited for, once: before the optimizer. Nothing else here waits. ``votes``
+        is called once, late in the step, for numbers of this rank whose sums over all ranks the result brings.
         """
         assert len(micro_batches) == self.accumulation, (len(micro_batches), self.accumulation)
         counts = self._global_counts(micro_batches)
@@ -131,7 +140,7 @@ class TrainEngine:
             micro_sums.append({name: value.detach() for name, value in sums.items()})
             if index == self.accumulation - 1:
                 if guard is not None:
-                    self._veto.ask = lambda norm, overflow: self._judge(guard, step, micro_sums, result, norm, overflow)
+                    self._veto.ask = partial(self._judge, guard, step, micro_sums, votes, result)
                 if self.stage == 0:
                     result.grad_norm = self._stage0_grad_norm()
                     self._veto.ask_at_stage_0(result.grad_norm)
@@ -145,6 +154,9 @@ class TrainEngine:
         elif self.stage > 0:
             result.grad_norm = self._deepspeed.get_global_grad_norm()
         assert self._veto.ask is None, "DeepSpeed stepped without asking; is it another version than pinned?"
+        if guard is None:
+            own = votes()
+            result.votes = self._agreement.total(own) if own else []
         return result
 
     def _judge(
@@ -152,6 +164,7 @@ class TrainEngine:
         guard: Guard,
         step: int,
         micro_sums: list[dict[str, Tensor]],
+        votes: Callable[[], Sequence[float]],
         result: StepResult,
         norm: float | None,
         overflow: bool,
@@ -162,9 +175,13 @@ class TrainEngine:
         if overflow:
             norm = math.inf
         local = [sum(row.get(name, 0.0) for row in sums) for name in names]
-        *totals, norm_sum = self._agreement.total([*local, norm if norm is not None and self._place.is_main else 0.0])
+        own_norm = norm if norm is not None and self._place.is_main else 0.0
+        norm_sum, *totals = self._agreement.total([own_norm, *local, *votes()])
+        result.votes = totals[len(names) :]
         norm = None if norm is None else norm_sum  # rank 0's, so that a rounding never divides the ranks
-        terms = {name: total / result.counts[name] for name, total in zip(names, totals) if result.counts[name]}
+        terms = {
+            name: total / result.counts[name] for name, total in zip(names, totals, strict=False) if result.counts[name]
+        }
         loss = sum(self.term_weights[name] * mean for name, mean in terms.items())
         if overflow and self.precision == "fp16" and math.isfinite(loss):
             return True  # DeepSpeed leaves the step out and lowers the loss scale

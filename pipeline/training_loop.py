@@ -55,13 +55,10 @@ def _steps(s: Session, progress: Progress) -> int:
             continue
         micro_batches, waited = _collect(batches, s.engine.accumulation)
         s.sample_keys.write(state.step + 1, micro_batches)
-        result = s.engine.step(state.step, micro_batches, s.guard)
+        result = s.engine.step(state.step, micro_batches, s.guard, partial(_votes, s, micro_batches))
+        told_to_stop, unusable, saving_ranks, minutes_over = result.votes
         _advance(s)
         meter.add(result, micro_batches, waited, sum(s.flops(batch) for batch in micro_batches))
-        problems = [problem for batch in micro_batches for problem in batch.problems]
-        told_to_stop, unusable, saving_ranks, minutes_over = s.agreement.total(
-            [s.stop.requested, s.unusable.note(state.step, problems), *s.saver.votes()]
-        )
         s.unusable.add_total(int(unusable))
         s.saver.advance(saving_ranks)
         if not result.taken:
@@ -110,6 +107,12 @@ def _collect(batches: Iterator[Batch], accumulation: int) -> tuple[list[Batch], 
     began = time.perf_counter()
     micro_batches = [next(batches) for _ in range(accumulation)]
     return micro_batches, time.perf_counter() - began
+
+
+def _votes(s: Session, micro_batches: list[Batch]) -> list[float]:
+    """What this rank adds to the sums that all ranks learn of once a step."""
+    problems = [problem for batch in micro_batches for problem in batch.problems]
+    return [s.stop.requested, s.unusable.note(s.state.step + 1, problems), *s.saver.votes()]
 
 
 def _log(s: Session, meter: StepMeter, progress: Progress) -> None:

@@ -1,14 +1,16 @@
 """What a checkpoint is on disk: its files, the manifest that proves them whole, and reading them without pickles.
 
-``step_00001000/`` holds ``KIND-RANK-NUMBER.safetensors`` (KIND: weight, exp_avg, exp_avg_sq; each rank writes the
-tensors it owns), ``state.json``, and ``manifest.json`` with the size and SHA-256 of each of them and of itself. It is
-written in ``step_00001000.tmp``, synced, listed in the manifest last and renamed: it is whole or not there.
+``step_00001000/`` holds ``KIND-RANK-NUMBER.safetensors`` (KIND: weight, exp_avg, exp_avg_sq; each rank writes what it
+holds: whole tensors, or a stretch of the flat tensor where ZeRO has divided it), ``state.json``, and ``manifest.json``
+with the size and SHA-256 of each of them and of itself. It is written in ``step_00001000.tmp``, synced, listed in the
+manifest last and renamed: it is whole or not there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +18,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +32,7 @@ FORMAT_VERSION = 2
 MAX_FILE_BYTES = 1 << 30
 KINDS = ("weight", *MOMENTS)
 MANIFEST, STATE = "manifest.json", "state.json"
+DIVIDED = "divided"  # entry of a file's metadata: name -> where its stretch begins, and the shape of the whole
 _FOLDER = re.compile(r"step_(\d{8,})")
 _FILE = re.compile(rf"state\.json|({'|'.join(KINDS)})-\d{{5}}-\d{{5}}\.safetensors")
 _MAX_JSON_BYTES = 1 << 28
@@ -131,20 +134,36 @@ def _regular_size(path: Path) -> int:
     return status.st_size
 
 
+class Piece(NamedTuple):
+    """What one rank holds of one name: a stretch of each kind's flat tensor, all alike, on the host."""
+
+    name: str
+    begin: int  # of the stretch, in numbers
+    shape: tuple[int, ...]  # of the whole tensor
+    tensors: dict[str, Tensor]  # by kind
+
+    @property
+    def is_whole(self) -> bool:
+        return all(tuple(tensor.shape) == self.shape for tensor in self.tensors.values())
+
+
 class PartWriter:
     """Writes one rank's tensors into files of a folder, each synced and hashed from disk; raises OSError."""
 
     def __init__(self, folder: Path, rank: int, max_file_bytes: int = MAX_FILE_BYTES) -> None:
         self._folder, self._rank, self._max_file_bytes = folder, rank, max_file_bytes
         self._pending: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        self._divided: dict[str, dict[str, Any]] = {}
         self._num_files = dict.fromkeys(KINDS, 0)
         self._files: dict[str, dict[str, Any]] = {}
 
-    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of one name, by kind; files are written as they fill."""
-        for kind, tensor in tensors.items():
+    def add(self, piece: Piece) -> None:
+        """Take what this rank holds of one name; files are written as they fill."""
+        if not piece.is_whole:
+            self._divided[piece.name] = {"begin": piece.begin, "shape": piece.shape}
+        for kind, tensor in piece.tensors.items():
             pending = self._pending[kind]
-            pending[name] = tensor
+            pending[piece.name] = tensor if piece.is_whole else tensor.flatten()
             if sum(one.nbytes for one in pending.values()) >= self._max_file_bytes:
                 self._flush(kind)
 
@@ -159,8 +178,9 @@ class PartWriter:
         pending, self._pending[kind] = self._pending[kind], {}
         if pending:
             path = self._folder / f"{kind}-{self._rank:05d}-{self._num_files[kind]:05d}.safetensors"
+            divided = {name: self._divided[name] for name in pending if name in self._divided}
             try:
-                save_file(pending, path)
+                save_file(pending, path, {DIVIDED: json.dumps(divided)} if divided else None)
             except SafetensorError as error:
                 raise OSError(f"{path.name}: {error}") from error
             self._num_files[kind] += 1
@@ -217,19 +237,22 @@ class Reader:
     def __init__(self, path: Path, kinds: tuple[str, ...] = KINDS) -> None:
         self._path = path
         self._handles: dict[str, Any] = {}
-        self._file_of: dict[tuple[str, str], str] = {}
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # (begin, end, file), in order
+        self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         for file in sorted(read_manifest(path)["files"]):
             kind = file.partition("-")[0]
-            if kind not in kinds:
-                continue
-            try:
-                handle = self._handles[file] = safe_open(path / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: {file} holds no tensors ({error}); use another checkpoint") from None
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if (kind, name) in self._file_of:
-                    raise CheckpointError(f"{path}: holds {kind} of {name} twice; use another checkpoint")
-                self._file_of[kind, name] = file
+            if kind in kinds:
+                try:
+                    self._open(kind, file)
+                except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise CheckpointError(f"{path}: {file} holds no tensors of ours ({error})") from None
+        for (kind, name), pieces in self._pieces.items():
+            pieces.sort()
+            ends = [0, *(end for _, end, _ in pieces)]
+            whole = math.prod(self._shapes[kind, name])
+            if [begin for begin, _, _ in pieces] != ends[:-1] or ends[-1] != whole:
+                stretches = ", ".join(f"{begin} to {end}" for begin, end, _ in pieces)
+                raise CheckpointError(f"{path}: of {kind} of {name} it holds {stretches}, expected 0 to {whole} once")
 
     def __enter__(self) -> Reader:
         return self
@@ -239,16 +262,26 @@ class Reader:
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Shape by name of every tensor of one kind."""
-        return {name: self._shape(file, name) for (found, name), file in self._file_of.items() if found == kind}
+        return {name: shape for (found, name), shape in self._shapes.items() if found == kind}
 
     def read(self, kind: str, name: str) -> Tensor:
-        return self._handles[self._file_of[kind, name]].get_tensor(name)
+        """One whole tensor, put together where several ranks held it."""
+        pieces = [self._handles[file].get_tensor(name) for _, _, file in self._pieces[kind, name]]
+        joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
+        return joined.view(self._shapes[kind, name])
 
     def read_all(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, self.read(kind, name)) for found, name in self._file_of if found == kind)
+        yield from ((name, self.read(kind, name)) for name in self.shapes(kind))
 
-    def _shape(self, file: str, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[file].get_slice(name).get_shape())
+    def _open(self, kind: str, file: str) -> None:
+        handle = self._handles[file] = safe_open(self._path / file, framework="pt")
+        divided = json.loads((handle.metadata() or {}).get(DIVIDED, "{}"))
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            held = tuple(handle.get_slice(name).get_shape())
+            begin, shape = (divided[name]["begin"], tuple(divided[name]["shape"])) if name in divided else (0, held)
+            self._pieces.setdefault((kind, name), []).append((begin, begin + math.prod(held), file))
+            if self._shapes.setdefault((kind, name), shape) != shape:
+                raise ValueError(f"{name} has another shape in another file")
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:

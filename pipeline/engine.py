@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch
+from pipeline.checkpoint_files import Piece
 from pipeline.config import OptimConfig, TrainConfig
 from pipeline.full_state import FullState, describe_frozen
 from pipeline.guard import Guard, Verdict
@@ -225,6 +226,9 @@ class TrainEngine:
 
     def named_state(self, keep: Container[str] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
         return self._full_state.read(keep)
+
+    def pieces(self, owned: Container[str]) -> Iterator[Piece]:
+        return self._full_state.pieces(owned)
 
     def load_named_state(self, read: Callable[[str, str], Tensor], optimizer_steps: int) -> None:
         self._full_state.write(read, optimizer_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -18,7 +20,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from pipeline.checkpoint_files import weights_hash
+from pipeline.checkpoint_files import Piece, weights_hash
 from pipeline.optim import MOMENTS
 from pipeline.ranks import Place
 
@@ -64,6 +66,43 @@ class FullState:
                 yield name, kept
         for name, buffer in _persistent_buffers(self._objective):
             yield name, {"weight": _on_host(buffer, copy=True)} if keep is None or name in keep else {}
+
+    def pieces(self, owned: Container[str]) -> Iterator[Piece]:
+        """What a checkpoint gets from this rank: copies on the host, made without a word to other ranks.
+
+        Where ZeRO divides the state, this rank's stretch of every trainable parameter; what every rank holds alike
+        (buffers, and everything at stage 0) if its name is ``owned``.
+        """
+        has_moments = self.optimizer_steps > 0
+        if has_moments:
+            self._link_moments()
+        kinds = ("weight", *MOMENTS) if has_moments else ("weight",)
+        for name, parameter in self._objective.named_parameters():
+            if not parameter.requires_grad or (self._stage == 0 and name not in owned):
+                continue
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            begin, held = self._held(parameter, kinds)
+            if begin is not None:
+                yield Piece(name, begin, shape, {kind: _on_host(value, copy=True) for kind, value in held.items()})
+        for name, buffer in _persistent_buffers(self._objective):
+            if name in owned:
+                yield Piece(name, 0, tuple(buffer.shape), {"weight": _on_host(buffer, copy=True)})
+
+    def _held(self, parameter: nn.Parameter, kinds: Iterable[str]) -> tuple[int | None, dict[str, Tensor]]:
+        """Where this rank's stretch of a parameter begins, None if it has none, and its tensors by kind."""
+        if self._stage == 0:
+            return 0, {kind: parameter if kind == "weight" else self._moment(parameter, kind) for kind in kinds}
+        if self._stage == 3:
+            size, whole = parameter.ds_tensor.numel(), parameter.ds_numel
+            begin = min(size * self._place.rank, whole)
+            end = min(begin + size, whole)
+            local = {kind: _zero3_local(parameter, kind) for kind in kinds} if begin < end else {}
+            return begin if begin < end else None, {kind: held.flatten()[: end - begin] for kind, held in local.items()}
+        mapping = parameter._hp_mapping  # of DeepSpeed's stages 1 and 2: which stretch of it this rank's optimizer has
+        if mapping is None:
+            return None, {}
+        held = {kind: mapping.get_hp_fragment(None if kind == "weight" else kind) for kind in kinds}
+        return mapping.lp_fragment_address.start, held
 
     def write(self, read: Callable[[str, str], Tensor], optimizer_steps: int) -> None:
         """Set every master weight and moment from ``read(key, parameter name)``, and Adam's step counter.
@@ -157,6 +196,12 @@ def describe_frozen(objective: nn.Module) -> dict[str, Any] | None:
         return None
     source = getattr(objective, "frozen_source", None) or "an unnamed source"
     return {"source": source, "names": sorted(frozen), "sha256": weights_hash(frozen)}
+
+
+def _zero3_local(parameter: nn.Parameter, kind: str) -> Tensor:
+    if kind == "weight":
+        return safe_get_local_fp32_param(parameter)
+    return safe_get_local_optimizer_state(parameter, kind)
 
 
 def _zero3_part(value: Tensor, parameter: nn.Parameter, place: Place) -> Tensor:

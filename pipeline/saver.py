@@ -1,6 +1,6 @@
 """Saving while training goes on: a copy at the step boundary, written behind it by every rank, published by rank 0.
 
-A save has two phases. *writing*: a thread of each rank writes, syncs and hashes the tensors it owns. When the ranks
+A save has two phases. *writing*: a thread of each rank writes, syncs and hashes what that rank holds. When the ranks
 see at a step boundary that all threads are done, they put their parts together; *publishing*: a thread of rank 0
 writes the manifest, renames the folder and lets old checkpoints go. At most one save is in flight.
 """
@@ -19,11 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from pipeline import checkpoint_files, retention
 from pipeline.checkpoint import RunState
-from pipeline.checkpoint_files import KINDS, CheckpointError, PartWriter, checkpoint_path
+from pipeline.checkpoint_files import KINDS, CheckpointError, PartWriter, Piece, checkpoint_path
 from pipeline.config import TrainConfig
 from pipeline.host_memory import available_bytes
 from pipeline.ranks import Agreement, Place
@@ -95,15 +93,14 @@ class Saver:
             return True
         owners = owners_of(sizes, self._place.world_size)
         own = {name for name, owner in owners.items() if owner == self._place.rank}
-        report = self._look(found, sum(sizes[name] for name in own))
+        share = sum(sizes.values()) // self._place.world_size  # of what ZeRO divides
+        report = self._look(found, max(share, sum(sizes[name] for name in own)))
         if not self._stands([error for error, *_ in report]):
             return False
         if not self._settings.async_save or self._short_of_memory([room for _, room in report]):
             self._write_now(own)
         else:
-            held = {name: tensors for name, tensors in engine.named_state(own) if tensors}
-            self._task = self._pool.submit(_write_part, self._tmp, self._place.rank, held)
-            del held
+            self._task = self._pool.submit(_write_part, self._tmp, self._place.rank, list(engine.pieces(own)))
         self._phase, self._stood = "writing", False
         self._stall_seconds = time.monotonic() - self._began
         if not self._settings.async_save:
@@ -243,22 +240,14 @@ class Saver:
         return bool(short)
 
     def _write_now(self, own: set[str]) -> None:
-        """Write this rank's part tensor by tensor; after an error it only takes part in gathering."""
+        """Write this rank's part, with memory for one file at a time."""
         task = self._task = Future()
         writer = PartWriter(self._tmp, self._place.rank, STREAMED_FILE_BYTES)
-        error: OSError | None = None
-        for name, tensors in self._engine.named_state(own):
-            try:
-                if error is None:
-                    writer.add(name, tensors)
-            except OSError as found:
-                error = found
         try:
-            if error is None:
-                task.set_result(writer.finish())
-        except OSError as found:
-            error = found
-        if error is not None:
+            for piece in self._engine.pieces(own):
+                writer.add(piece)
+            task.set_result(writer.finish())
+        except OSError as error:
             task.set_exception(error)
 
     def _outcome(self) -> tuple[Any, str | None]:
@@ -325,7 +314,7 @@ class Saver:
 
 
 def owners_of(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """The rank that writes each tensor: the largest first, each to the rank with the fewest bytes so far."""
+    """The rank that writes each tensor that all hold: the largest first, each to the rank with the fewest bytes."""
     load = [0] * world_size
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -347,11 +336,12 @@ def _sizes(engine: TrainEngine) -> dict[str, int]:
     return sizes
 
 
-def _write_part(folder: Path, rank: int, held: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """In a rank's thread: write the copy, which is emptied on the way; the manifest's entries of its files."""
+def _write_part(folder: Path, rank: int, pieces: list[Piece]) -> dict[str, dict[str, Any]]:
+    """In a rank's thread: write the copy, which is let go on the way; the manifest's entries of its files."""
     writer = PartWriter(folder, rank)
-    for name in list(held):
-        writer.add(name, held.pop(name))
+    pieces.reverse()
+    while pieces:
+        writer.add(pieces.pop())
     return writer.finish()
 
 

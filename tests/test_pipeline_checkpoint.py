@@ -235,8 +235,8 @@ def test_a_pickle_is_refused_everywhere_and_never_executed(run: Path, tmp_path: 
     assert "SHA-256" in checkpoint.defect(folder) or "bytes" in checkpoint.defect(folder)
     rewrite_manifest(folder, {"weight-00000-00000.safetensors": seal(folder / "weight-00000-00000.safetensors")})
     assert checkpoint.defect(folder) is None, "sizes and hashes are integrity, not authenticity"
-    with pytest.raises(CheckpointError, match="holds no tensors"):
+    with pytest.raises(CheckpointError, match="holds no tensors of ours"):
         checkpoint.load_weights(folder)
-    with pytest.raises(RuntimeError, match="holds no tensors"):
+    with pytest.raises(RuntimeError, match="holds no tensors of ours"):
         run_ranks(1, train, tiny_config(), 1, run, 4, None)
     assert not trace.exists()

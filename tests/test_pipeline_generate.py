@@ -15,7 +15,7 @@ from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from model.build import build_objective
 from pipeline.checkpoint import RunState
-from pipeline.checkpoint_files import PartWriter, checkpoint_path, publish
+from pipeline.checkpoint_files import PartWriter, Piece, checkpoint_path, publish
 from pipeline.command_line import load_config
 from pipeline.generate import load_captioner, main
 from pipeline.report import write_report
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     writer = PartWriter(folder, rank=0)
     for name, parameter in objective.named_parameters():
-        writer.add(name, {"weight": parameter.detach()})
+        writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": parameter.detach()}))
     publish(folder, checkpoint_path(run, 1), dataclasses.asdict(RunState(step=1)), writer.finish())
     return run
 

@@ -55,7 +55,9 @@ def write_split(split_dir: Path, rows: list[Record], samples_per_shard: int = 4,
     return split_dir
 
 
-def write_raw_split(split_dir: Path, samples: list[dict[str, tuple[str, bytes] | tarfile.TarInfo]]) -> Path:
+def write_raw_split(
+    split_dir: Path, samples: list[dict[str, tuple[str, bytes] | tarfile.TarInfo]], corpus: str = "toy"
+) -> Path:
     """One shard with any members whatever: per sample, field -> (member name, content) or a header without content."""
     split_dir.mkdir(parents=True)
     columns, stream, index = index_columns(FIELDS), io.BytesIO(), []
@@ -74,7 +76,7 @@ def write_raw_split(split_dir: Path, samples: list[dict[str, tuple[str, bytes] |
     (split_dir / "00000.tar").write_bytes(stream.getvalue())
     np.save(split_dir / "00000.index.npy", np.array(index, dtype=np.int64))
     shard = Shard("00000.tar", "00000.index.npy", len(index), len(samples), len(stream.getvalue()), "0" * 64, "0" * 64)
-    write_manifest(split_dir, Manifest("toy", split_dir.name, FIELDS, (shard,)))
+    write_manifest(split_dir, Manifest(corpus, split_dir.name, FIELDS, (shard,)))
     return split_dir
 
 

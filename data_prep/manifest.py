@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -154,6 +155,13 @@ def sync_directory(folder: Path) -> None:
 def read_manifest(split_dir: Path) -> Manifest:
     """The manifest of a split whose files are all there with the sizes it says; raises ManifestError otherwise."""
     split_dir = Path(split_dir)
+    manifest = _read_content(split_dir)
+    for shard in manifest.shards:
+        _check_files(split_dir, shard)
+    return manifest
+
+
+def _read_content(split_dir: Path) -> Manifest:
     path = split_dir / MANIFEST_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -164,10 +172,7 @@ def read_manifest(split_dir: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: not readable as JSON ({error}); prepare the split again") from error
-    manifest = _parse(path, content)
-    for shard in manifest.shards:
-        _check_files(split_dir, shard)
-    return manifest
+    return _parse(path, content)
 
 
 def _parse(path: Path, content: Any) -> Manifest:
@@ -212,18 +217,24 @@ def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> No
 
 
 def _check_files(split_dir: Path, shard: Shard) -> None:
+    """One look at each file: a corpus has thousands, often on a network file system."""
     for name in (shard.file, shard.index_file):
         path = split_dir / name
-        if path.is_symlink() and split_dir.resolve() not in path.resolve().parents:
-            raise ManifestError(f"{path}: a link out of the split; copy the file into it")
-        if not path.is_file():
+        try:
+            found = os.lstat(path)
+            if stat.S_ISLNK(found.st_mode):
+                if split_dir.resolve() not in path.resolve().parents:
+                    raise ManifestError(f"{path}: a link out of the split; copy the file into it")
+                found = os.stat(path)
+        except OSError:
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
             raise ManifestError(f"{path}: named by the manifest but missing; copy it again or prepare the split again")
-    size = (split_dir / shard.file).stat().st_size
-    if size != shard.bytes:
-        raise ManifestError(
-            f"{split_dir / shard.file}: {size} bytes, its manifest says {shard.bytes}: "
-            "truncated or changed; copy it again or prepare the split again"
-        )
+        if name == shard.file and found.st_size != shard.bytes:
+            raise ManifestError(
+                f"{path}: {found.st_size} bytes, its manifest says {shard.bytes}: "
+                "truncated or changed; copy it again or prepare the split again"
+            )
 
 
 def find_splits(path: Path, split: str, num_images: int = 1) -> list[Path]:
@@ -269,5 +280,5 @@ def _has_tars(folder: Path) -> bool:
 
 
 def _manifest_identity(folder: Path) -> tuple[str, int]:
-    manifest = read_manifest(folder)
+    manifest = _read_content(folder)
     return manifest.split, manifest.num_images

@@ -16,7 +16,7 @@ import torch
 
 from pipeline import bad_steps
 from pipeline.checkpoint import load_weights, read_state
-from pipeline.checkpoint_files import KINDS, PartWriter, Reader, checkpoint_path, newest_valid, publish, weights_hash
+from pipeline.checkpoint_files import KINDS, PartWriter, Piece, Reader, checkpoint_path, newest_valid, publish, weights_hash
 from pipeline.command_line import parse_command_line
 from pipeline.incidents import read_incident
 from pipeline.metrics import read_log
@@ -91,7 +91,7 @@ def plant(checkpoint: Path) -> None:
             tensors = {kind: reader.read(kind, name) for kind in KINDS if name in reader.shapes(kind)}
             if name == f"{PLANTED}.weight":
                 tensors["weight"][PLANTED_ROW] = math.nan
-            writer.add(name, tensors)
+            writer.add(Piece(name, 0, reader.shapes("weight")[name], tensors))
             planted = planted or name == f"{PLANTED}.weight"
     assert planted
     files = writer.finish()

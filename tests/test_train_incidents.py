@@ -16,7 +16,16 @@ import torch
 
 from pipeline import bad_steps
 from pipeline.checkpoint import load_weights, read_state
-from pipeline.checkpoint_files import KINDS, PartWriter, Piece, Reader, checkpoint_path, newest_valid, publish, weights_hash
+from pipeline.checkpoint_files import (
+    KINDS,
+    PartWriter,
+    Piece,
+    Reader,
+    checkpoint_path,
+    newest_valid,
+    publish,
+    weights_hash,
+)
 from pipeline.command_line import parse_command_line
 from pipeline.incidents import read_incident
 from pipeline.metrics import read_log

@@ -119,7 +119,7 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
     from pipeline.ranks import Place
 
     torch.set_num_threads(1)
-    imported, memory_before = time.perf_counter(), rss_mib(os.getpid())
+    imported, memory_before, before_s = time.perf_counter(), rss_mib(os.getpid()), cpu_seconds(os.getpid())
     config = Config()
     config.data.paths, config.data.num_workers, config.train.steps = [str(folder / "synth")], workers, step + 10
     data = open_training_data(config)
@@ -131,6 +131,7 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
     ready, ready_at = time.perf_counter(), time.time()
     assert len(batch.keys) == 64 and not batch.problems
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    used = [cpu_seconds(os.getpid()) - before_s, *(cpu_seconds(int(child)) for child in children)]
     pss = pss_mib(os.getpid()) + sum(pss_mib(int(child)) for child in children)
     result = {
         "ready_at": ready_at,
@@ -138,6 +139,8 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
         "opening_s": opened - imported,
         "first_batch_s": ready - opened,
         "opening_and_first_batch_s": ready - imported,
+        "cpu_s": sum(used),
+        "imports_cpu_s": before_s,
         "rank_rss_mib": rss_mib(os.getpid()),
         "rank_rss_of_imports_mib": memory_before,
         "rank_and_workers_pss_mib": pss,
@@ -153,6 +156,12 @@ def rss_mib(pid: int) -> float:
     return next(int(line.split()[1]) * 1024 / MIB for line in lines if line.startswith("VmRSS"))
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def pss_mib(pid: int) -> float:
     """Memory of a process, pages that several share counted by their share."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -165,7 +174,9 @@ def as_markdown(result: dict[str, Any]) -> str:
         "opening_s": "opening: manifest, files, tokenizer, s",
         "first_batch_s": "loader start and first batch of 64, s",
         "opening_and_first_batch_s": "both, s",
+        "cpu_s": "CPU time of both, rank and workers together, s",
         "imports_s": "imports before (torch, transformers), s",
+        "imports_cpu_s": "CPU time of the imports, s",
         "from_process_start_s": "from the start of the process, s",
         "rank_rss_mib": "resident memory of the rank, MiB",
         "rank_rss_of_imports_mib": "of it after the imports alone, MiB",
@@ -174,7 +185,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     }
     steps = list(result["steps"])
     lines = [
-        f"{result['rows']:,} rows in {result['shards']:,} shards; {cpu['cores']} x {cpu['cpu']}, torch {cpu['torch']}",
+        f"{result['rows']:,} rows in {result['shards']:,} shards; {cpu['cores']} x {cpu['cpu']}, load "
+        f"{cpu['load_average']:.0f}, torch {cpu['torch']}",
         "",
         f"| median (min, max) | {' | '.join(f'step {int(step):,}' for step in steps)} |",
         f"|---|{'---|' * len(steps)}",

@@ -206,6 +206,7 @@ class CreatesFile:
         return Path.touch, (self._path,)
 
 
+@pytest.mark.slow
 def test_a_pickle_is_refused_everywhere_and_never_executed(run: Path, tmp_path: Path) -> None:
     """Invariant 7: as a weights file, as a checkpoint, and as a file of a checkpoint with a manifest that fits."""
     trace = tmp_path / "executed"

@@ -101,6 +101,7 @@ class OtherShape(TinyObjective):
         self.odd = torch.nn.Linear(1, 5)  # the shape on file could be broadcast into it or it into that
 
 
+@pytest.mark.slow
 def test_loading_is_strict(tmp_path: Path) -> None:
     config = tiny_config()
     run_ranks(1, train, config, 1, tmp_path, 1, TinyObjective)

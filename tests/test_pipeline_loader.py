@@ -142,7 +142,7 @@ def test_a_rewind_leaves_no_processes_and_no_memory(data, monkeypatch, way):
         assert time.perf_counter() - began < 4 and not multiprocessing.active_children()
         del running, loader
         gc.collect()
-        assert len(os.listdir("/proc/self/fd")) == open_files
+        assert len(os.listdir("/proc/self/fd")) <= open_files  # what other tests left behind may go meanwhile
         monkeypatch.setattr(Corpus, "read", hangs if start == 3 else read)
         if start == 3:
             stuck = iter(data.train(stop=8, options=replace(options, timeout_seconds=0.5)))

@@ -23,8 +23,9 @@ def test_both_sides_are_measured(tmp_path: Path) -> None:
     assert all(values[0] > 0 for values in figures["seconds"].values())
 
 
-def test_the_docs_show_the_published_figures() -> None:
-    figures = json.loads((REPOSITORY / "benchmarks" / "results" / "checkpoint_cost_350m_1rank.json").read_text())
+@pytest.mark.parametrize("ranks", ["1rank", "2ranks"])
+def test_the_docs_show_the_published_figures(ranks: str) -> None:
+    figures = json.loads((REPOSITORY / "benchmarks" / "results" / f"checkpoint_cost_350m_{ranks}.json").read_text())
     text = (REPOSITORY / "docs" / "checkpoints.md").read_text()
     for name, values in figures["seconds"].items():
         row = f"| {figures['median_seconds'][name]:.1f} | {min(values):.1f} to {max(values):.1f} |"

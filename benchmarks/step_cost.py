@@ -1,6 +1,7 @@
 """Cost of one FLM step in units of its own vision tower, against the released layout, in one run.
 
-    python -m benchmarks.step_cost --captions FILE.tsv [--batch 8] [--repeats 5] [--output benchmarks/results/NAME.json]
+    python -m benchmarks.step_cost --captions FILE.tsv [--batch 8] [--repeats 5] [--objectives flm mlm ar prefixlm]
+                                   [--output benchmarks/results/NAME.json]
 
 The unit is forward + backward of the vision tower at the same batch, so figures travel between machines. Ours takes
 turns with the unit, then the reference (benchmarks/released_layout.py) does, each against its own unit. Caption lengths
@@ -21,12 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.released_layout import ReleasedLayout
 from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
-from model.heads import KEPT_SHARE
+from model.heads import KEPT_SHARE, LanguageModelHead
 from pipeline.environment import device_name
 from pipeline.host_memory import keep_freed_memory
 
@@ -42,28 +44,34 @@ def main() -> None:
     torch.manual_seed(0)
     lengths = caption_lengths(arguments.captions)
     generator = np.random.default_rng(0)
-    ours = objective("default", device)
-    released = objective("released", device)
-    reference = ReleasedLayout(released).train()
-    micro_batches = []  # enough of them for one negative caption at the objective's share
-    for number in range(max(1, round(1 / (arguments.batch * ours.planner.negative_share)))):
-        images = torch.randint(0, 256, (arguments.batch, 1, 3, 288, 288), dtype=torch.uint8)
+    share = ObjectiveConfig().negative_share
+    samples = []  # enough micro-batches for one negative caption at the objectives' share
+    for number in range(max(1, round(1 / (arguments.batch * share)))):
         rows = draw_rows(lengths, arguments.batch, generator)
-        negatives = [negative_row(lengths, generator)] * round(arguments.batch * ours.planner.negative_share)
-        if number == 0:
-            negatives = negatives or [negative_row(lengths, generator)]
-        micro_batches.append((ours.planner(images, rows + negatives).to(device), *padded_text(rows, device)))
-    runs: dict[str, Callable] = {
-        "unit": lambda batch, text, lengths: ours.net.vision(batch.images[:, 0]).sum(),
-        "ours": lambda batch, text, lengths: weighted_loss(ours, batch),
-        "released_layout": lambda batch, text, lengths: reference(batch.images[:, 0], text, lengths),
+        negatives = round(arguments.batch * share) or int(number == 0)
+        images = torch.randint(0, 256, (arguments.batch, 1, 3, 288, 288), dtype=torch.uint8)
+        samples.append((images, rows, [negative_row(lengths, generator)] * negatives))
+    built = {name: objective(name, "default", device) for name in arguments.objectives}
+    batches = {
+        name: [one.planner(images, rows + negatives).to(device) for images, rows, negatives in samples]
+        for name, one in built.items()
     }
-    modules = [ours, released]
+    first, first_batches = built[arguments.objectives[0]], batches[arguments.objectives[0]]
+    released = objective("flm", "released", device)
+    reference = ReleasedLayout(released).train()
+    padded = [(images[:, 0].to(device), *padded_text(rows, device)) for images, rows, _ in samples]
+    unit = [lambda batch=batch: first.net.vision(batch.images[:, 0]).sum() for batch in first_batches]
+    runs: dict[str, list[Callable]] = {
+        name: [lambda name=name, batch=batch: weighted_loss(built[name], batch) for batch in batches[name]]
+        for name in built
+    }
+    runs["released_layout"] = [lambda inputs=inputs: reference(*inputs) for inputs in padded]
+    modules = [*built.values(), released]
     seconds = {
-        name: measure({"unit": runs["unit"], name: runs[name]}, micro_batches, modules, arguments.repeats, device)
-        for name in ("ours", "released_layout")
+        name: measure({"unit": unit, name: run}, modules, arguments.repeats, device) for name, run in runs.items()
     }
-    result = summary(seconds, ours, [batch for batch, _, _ in micro_batches], lengths, arguments, device)
+    flops = {name: flops_per_sample(built[name], batches[name], arguments.batch) for name in built}
+    result = summary(seconds, flops, first_batches, lengths, arguments, device)
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output:
@@ -74,14 +82,15 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, help="TSV whose first column is a caption")
+    parser.add_argument("--objectives", nargs="+", default=["flm"], choices=["flm", "mlm", "ar", "prefixlm"])
     parser.add_argument("--batch", type=int, default=8, help="samples per step")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns of each, after some that are not")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 
 
-def objective(behaviour: str, device: str) -> torch.nn.Module:
-    built = build_objective(ModelConfig(behaviour=behaviour), ObjectiveConfig(), VOCABULARY, FULL_LENGTH)
+def objective(name: str, behaviour: str, device: str) -> torch.nn.Module:
+    built = build_objective(ModelConfig(behaviour=behaviour), ObjectiveConfig(name=name), VOCABULARY, FULL_LENGTH)
     return (built.bfloat16() if device == "cuda" else built).to(device).train()
 
 
@@ -124,43 +133,53 @@ def weighted_loss(ours: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return sum(ours.term_weights[name] * value / max(counts[name], 1) for name, value in ours(batch).items())
 
 
-def measure(
-    runs: dict[str, Callable], micro_batches: list[tuple], modules: list, repeats: int, device: str
-) -> dict[str, list[float]]:
+def measure(runs: dict[str, list[Callable]], modules: list, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of forward + backward of all micro-batches for each run in turn; every backward starts without gradients,
     as in a training loop (PyTorch's ``zero_grad``, DeepSpeed's ZeRO)."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-WARM_UP_TURNS, repeats):
-        for name, run in runs.items():
-            total = sum(seconds_of(run, batch, modules, device) for batch in micro_batches)
+        for name, micro_batches in runs.items():
+            total = sum(seconds_of(run, modules, device) for run in micro_batches)
             if turn >= 0:
                 seconds[name].append(total)
     return seconds
 
 
-def seconds_of(run: Callable, micro_batch: tuple, modules: list, device: str) -> float:
+def seconds_of(run: Callable, modules: list, device: str) -> float:
     for module in modules:
         module.zero_grad()
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run(*micro_batch).backward()
+    run().backward()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
+def flops_per_sample(ours: torch.nn.Module, batches: list[Batch], samples: int) -> dict[str, float]:
+    """GFLOP of forward + backward by our formula, and by PyTorch's counter (which counts recomputed logits too)."""
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            weighted_loss(ours, batch).backward()
+    total = samples * len(batches) * 1e9
+    analytic = sum(ours.flops(batch) for batch in batches) / total
+    counted = counter.get_total_flops() / total
+    return {"analytic_gflop": analytic, "counted_gflop": counted, "counted / analytic": counted / analytic}
+
+
 def summary(
-    seconds: dict, ours, batches: list[Batch], lengths: np.ndarray, arguments: argparse.Namespace, device: str
+    seconds: dict, flops: dict, batches: list[Batch], lengths: np.ndarray, arguments: argparse.Namespace, device: str
 ) -> dict:
+    """``batches`` are those of the first objective, whose vision tower is the unit."""
     units = {
         name: [own / unit for own, unit in zip(turns[name], turns["unit"], strict=True)]
         for name, turns in seconds.items()
     }
     bytes_each = 4
     released_logits = arguments.batch * 3 * (FULL_LENGTH - 1) * VOCABULARY.size * bytes_each
-    targets = max(sum(batch.counts[name] for name in ("flm", "l2r", "r2l")) for batch in batches)
-    chunk = ours.lm_head.chunk_size
+    targets = max(sum(count for name, count in batch.counts.items() if name != "itm") for batch in batches)
+    chunk = LanguageModelHead(1, 1).chunk_size
     our_logits = targets * (int(KEPT_SHARE * VOCABULARY.size / chunk) + 1) * chunk * bytes_each
     tokens = torch.cat([batch.lengths[: arguments.batch] for batch in batches]).float().mean()
     return {
@@ -180,9 +199,12 @@ def summary(
         },
         "units_per_turn": {name: [round(value, 3) for value in values] for name, values in units.items()},
         "median_units": {name: round(statistics.median(values), 3) for name, values in units.items()},
-        "speedup": round(statistics.median(units["released_layout"]) / statistics.median(units["ours"]), 3),
+        "speedup": {
+            name: round(statistics.median(units["released_layout"]) / statistics.median(values), 3)
+            for name, values in units.items()
+        },
         "logit_bytes": {"ours": our_logits, "released_layout": released_logits, "ratio": our_logits / released_logits},
-        "training_gflop_per_sample": statistics.mean(ours.flops(batch) for batch in batches) / arguments.batch / 1e9,
+        "flops_per_sample": flops,
     }
 
 

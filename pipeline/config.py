@@ -58,7 +58,7 @@ class DataConfig:
     bad_sample_budget: NonNegativeInt = 100
     bad_sample_share: ClosedUnitInterval = 0.01
     allow_change: bool = False
-    timeout_seconds: PositiveFloat = 45.0
+    timeout_seconds: PositiveFloat = 180.0
 
 
 @dataclass

@@ -55,7 +55,7 @@ class LoaderOptions:
     num_workers: int = 4
     prefetch: int = 4
     pin_memory: bool = False
-    timeout_seconds: float = 45.0
+    timeout_seconds: float = 180.0
     max_pixels: int = DEFAULT_MAX_PIXELS
     fast_decode: bool = False
 

@@ -67,11 +67,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(work: Path, whole:
 
 
 @pytest.mark.slow
-def test_changes_are_said_and_fewer_steps_refused(work: Path, whole: Path) -> None:  # noqa: F811
+def test_changes_are_said(work: Path, whole: Path) -> None:  # noqa: F811
     run = shutil.copytree(whole, work / "runs" / "changed")
-    fewer = finish(program(*OPTIONS, "--output", run, "--train.steps", "5"), work)
-    assert fewer.returncode == 2 and "has done 6 steps, train.steps is 5" in fewer.stderr
-    assert raw_log(run) == raw_log(whole)
     changed = ["--train.steps", "7", "--optim.learning_rate", "0.002", "--optim.micro_batch_size", "8"]
     done = finish(program(*OPTIONS, "--output", run, *changed), work)
     assert done.returncode == 0, done.stderr

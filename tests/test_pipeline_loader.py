@@ -356,6 +356,9 @@ def test_batches_keep_their_pixels_as_long_as_they_are_held(data, held):
         assert len(loader) == 40
     del loader, loaded, batch
     gc.collect()
+    deadline = time.monotonic() + 10  # a thread of each queue closes its pipe
+    while len(os.listdir("/proc/self/fd")) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

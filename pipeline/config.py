@@ -241,6 +241,15 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of the leaves of nested dicts."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """Nested dicts of plain numbers, strings and lists, fit for YAML and JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, accumulation_steps
+from pipeline.config import Config, ConfigError, accumulation_steps, leaves
 
 AUTO = "auto"
 
@@ -59,7 +58,7 @@ def resolve(given: dict[str, Any], config: Config, world_size: int, device: Devi
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
         resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused CPU AdamW serves
     resolved.setdefault("steps_per_print", 10**9)  # our own log says more
-    left = [key for key, value in _leaves(resolved) if value == AUTO]
+    left = [key for key, value in leaves(resolved) if value == AUTO]
     if left:
         raise ConfigError(f'--deepspeed: the recipe does not own {left[0]}; write a value instead of "auto"')
     return resolved
@@ -131,11 +130,3 @@ def _own(resolved: dict[str, Any], key: str, value: Any, option: str) -> None:
     if found not in (AUTO, value):
         raise ConfigError(f'--deepspeed: {key} is {found} but {option} gives {value}; write "auto" in the JSON')
     resolved[key] = value
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, to_plain
+from pipeline.config import Config, ConfigError, leaves, to_plain
 from pipeline.open_data import TrainingData
 from pipeline.order import ORDER_VERSION
 from pipeline.transforms import TRANSFORM_VERSION
@@ -61,7 +60,7 @@ def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], allow_chang
     Raises:
         ConfigError: there are differences and they are not allowed; the message names them.
     """
-    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
+    old, new = dict(leaves(saved)), dict(leaves(wanted))
     names = [name for name in [*new, *(name for name in old if name not in new)] if old.get(name) != new.get(name)]
     found = {name: f"{_short(old.get(name))} -> {_short(new.get(name))}" for name in names}
     final = [name for name in names if not name.startswith(MAY_CHANGE)]
@@ -80,11 +79,3 @@ def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], allow_chang
 def _short(value: Any) -> str:
     """A hash by its first digits."""
     return f"{value[:12]}.." if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

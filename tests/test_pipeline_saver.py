@@ -201,7 +201,9 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     assert published(tmp_path) == ["step_00000001", "step_00000002"]
 
 
-def test_a_vanished_folder_is_made_again_and_a_bad_one_is_an_alarm(tmp_path: Path) -> None:
+def test_a_vanished_folder_is_made_again_and_a_bad_one_is_an_alarm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = make_saver(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     assert one.save(RunState(step=1)) and one.wait()
@@ -210,9 +212,17 @@ def test_a_vanished_folder_is_made_again_and_a_bad_one_is_an_alarm(tmp_path: Pat
     assert not one.save(RunState(step=2)) and not one.wait()
     (tmp_path / "checkpoints").unlink()
     (tmp_path / "away").rename(tmp_path / "checkpoints")
+    seal = checkpoint_files.seal
+
+    def vanish_after(path: Path) -> dict:
+        entry = seal(path)
+        shutil.rmtree(path.parent)  # between two files of the checkpoint
+        return entry
+
+    monkeypatch.setattr(checkpoint_files, "seal", vanish_after)
     one.save(RunState(step=3))
-    shutil.rmtree(tmp_path / "checkpoints" / "step_00000003.tmp")  # while it is written
     assert not one.wait()
+    monkeypatch.setattr(checkpoint_files, "seal", seal)
     assert one.save(RunState(step=3)) and one.wait()
     assert published(tmp_path) == ["step_00000001", "step_00000003"]
 

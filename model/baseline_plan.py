@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.batch import Batch, Row
 from model.config import Vocabulary
-from model.plan import Lists, assemble, padded_length, row_generator
+from model.plan import Lists, assemble, padded_length, refuse_read_rows, row_generator
 
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stays as it is (BERT, arXiv 1810.04805)
 
@@ -26,7 +26,8 @@ class MLMPlanner:
     these 80 % by `<mask>`, 10 % by a random word, 10 % not at all. ``prediction_rate`` of the words are predicted
     (null: all that are hidden). Where it is lower, a random part of the hidden words has a loss; where it is higher,
     the caption is masked several times, as further rows on the same image, until enough words had their turn once.
-    ``whole_words`` hides all tokens of a word together, or none. ``itm`` reads the state of `<s>`.
+    ``whole_words`` hides all tokens of a word together, or none. ``itm`` reads the state of `<s>`. In read rows nothing
+    is hidden.
     """
 
     vocabulary: Vocabulary
@@ -37,16 +38,21 @@ class MLMPlanner:
     full_stop: bool = False
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """images uint8 [B, I, 3, H, W]; rows 0..B-1 read images 0..B-1, further rows are negatives."""
+        """images uint8 [B, I, 3, H, W]; rows 0..B-1 read images 0..B-1, further rows are negatives.
+
+        Where a row has the role "read", all rows may read any image.
+        """
         num_positions = padded_length(max(len(row.token_ids) for row in rows))
         contrasted = {row.image for row in rows if row.role == "negative"}
         lists = Lists(("mlm", "itm"))
         planned: list[Row] = []
         again: list[tuple[Row, np.ndarray, np.ndarray]] = []
-        for row in rows:
+        for number, row in enumerate(rows):
             masked, *more = self._maskings(row)
             again += more
             states = self._add(lists, planned, masked, num_positions)
+            if row.role == "read":
+                lists.read(number, states[:1])
             if row.role == "negative" or (row.role == "pair" and row.image in contrasted):
                 lists.predict("itm", states[:1], np.array([int(row.role == "pair")]))
         for masked in again:
@@ -71,7 +77,7 @@ class MLMPlanner:
         """(row with hidden words, positions of its targets, their labels), once or more often."""
         nothing = np.zeros(0, dtype=np.int64)
         num_words = len(row.token_ids) - 2
-        if row.role == "placeholder" or num_words < 1:
+        if row.role in ("placeholder", "read") or num_words < 1:
             return [(row, nothing, nothing)]
         generator = row_generator(row.seed)
         groups = self._word_groups(row.token_ids)
@@ -121,6 +127,11 @@ class ReleasedMLMPlanner(MLMPlanner):
 
     max_text_length: int = 50
 
+    def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
+        """As :class:`MLMPlanner`; raises ValueError for read rows."""
+        refuse_read_rows(rows)
+        return super().__call__(images, rows)
+
     def _maskings(self, row: Row) -> list[tuple[Row, np.ndarray, np.ndarray]]:
         generator = row_generator(row.seed)
         chosen = generator.permutation(self.max_text_length)[: max(1, round(self.max_text_length * self.mask_rate))]
@@ -134,6 +145,7 @@ class PrefixPlanner:
 
     ``term`` names the loss. ``prefix_share`` of the words (rounded down, at most all but one) and `<s>` see each other;
     0 is AR; null draws the number of words uniformly from 0..k-1 for every row. ``itm`` reads the state of `</s>`.
+    In read rows nothing is predicted, so where the number is drawn all words see each other.
     """
 
     term: str
@@ -153,14 +165,17 @@ class PrefixPlanner:
             prefixes.append(self._prefix(row))
             if row.role == "placeholder":
                 continue
-            matched = row.role == "negative" or row.image in contrasted  # else nobody reads the state of </s>
-            cells = number * num_positions + np.arange(len(ids) if matched else len(ids) - 1)
+            matched = row.role == "negative" or (row.role == "pair" and row.image in contrasted)
+            read_whole = matched or row.role == "read"  # else nobody reads the state of </s>
+            cells = number * num_positions + np.arange(len(ids) if read_whole else len(ids) - 1)
             states = lists.compute("l2r", cells)
             if row.role == "pair":
                 targets = np.arange(max(prefixes[-1], 1), len(ids))
                 lists.predict(self.term, states[targets - 1], ids[targets])
             if matched:
                 lists.predict("itm", states[-1:], np.array([int(row.role == "pair")]))
+            if row.role == "read":
+                lists.read(number, states[-1:])
         return assemble(images, rows, num_positions, self.vocabulary, lists, prefixes)
 
     def _prefix(self, row: Row) -> int:
@@ -168,7 +183,9 @@ class PrefixPlanner:
         num_words = len(row.token_ids) - 2
         if num_words < 1 or self.prefix_share == 0:
             return 0
-        if self.prefix_share is None:
+        if self.prefix_share is None and row.role == "read":
+            share = num_words
+        elif self.prefix_share is None:
             share = int(row_generator(row.seed).integers(0, num_words))
         else:
             share = min(int(self.prefix_share * num_words), num_words - 1)
@@ -184,7 +201,8 @@ class ReleasedARPlanner:
     full_stop: bool = True
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`MLMPlanner`; there are no negatives."""
+        """As :class:`MLMPlanner`; there are no negatives. Raises ValueError for read rows."""
+        refuse_read_rows(rows)
         num_positions = padded_length(max(len(row.token_ids) for row in rows))
         lists = Lists(("ar",))
         for number, row in enumerate(rows):

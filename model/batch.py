@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Role = Literal["pair", "negative", "placeholder"]
+Role = Literal["pair", "negative", "placeholder", "read"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Row:
 
     ``token_ids`` is ``<s> w1 .. wk </s>``; ``image`` the sample (0..B-1) whose image the row reads; ``seed`` a 64-bit
     integer from which every random decision about the row is drawn. ``negative`` rows carry somebody else's caption,
-    ``placeholder`` rows stand for an unusable sample and have no targets.
+    ``placeholder`` rows stand for an unusable sample and have no targets. ``read`` rows hold any text about any image
+    of the batch: it goes in as it is, nothing is predicted, and ``Pretraining.features`` returns what was understood.
     """
 
     token_ids: list[int]
@@ -52,14 +53,19 @@ class Batch:
         Tensor  # int64 [Q, 2], hidden (lo, hi): l2r states < lo and r2l states > hi are read; CLS has (length, -1)
     )
     prefix: Tensor  # int64 [R], l2r states before it see each other, the others what is left of them (0: causal)
-    terms: dict[str, Term]
+    terms: dict[str, Term]  # targets of losses; "read": where the CLS feature of a read row stands, and its number
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of targets per term, known on the host."""
-        return {name: int(term.label.shape[0]) for name, term in self.terms.items()}
+        """Number of targets per term, known on the host; rows that are only read have none."""
+        return {name: int(term.label.shape[0]) for name, term in self.terms.items() if name != "read"}
+
+    @property
+    def num_paired(self) -> int:
+        """How many of the first rows read the image of their own number: all B, or none where rows read any image."""
+        return 0 if "read" in self.terms else self.images.shape[0]
 
     def _map(self, function) -> Batch:
         tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

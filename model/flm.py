@@ -78,7 +78,7 @@ class FLM(nn.Module):
         queries = queries + self.stream_embedding.weight[1]
         skip = len(self.top) - len(self.reconstructor_top)
         for number, layer in enumerate(self.top):
-            states = layer(states, packing, mask, images, batch.image_of_row)
+            states = layer(states, packing, mask, images, batch.image_of_row, batch.num_paired)
             if number >= skip:
                 queries = self.reconstructor_top[number - skip](queries, query_packing, states, packing, query_mask)
         return Features(states[:num_l2r], states[num_l2r:], queries)

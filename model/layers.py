@@ -96,24 +96,27 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def to_images(self, states: Tensor, packing: Packing, context: Tensor, image_of_row: Tensor) -> Tensor:
+    def to_images(
+        self, states: Tensor, packing: Packing, context: Tensor, image_of_row: Tensor, num_paired: int
+    ) -> Tensor:
         """Text of every stream reads image tokens; the keys and values of an image serve every row that reads it.
 
         Args:
             states: [S, D], all streams, packed over a grid of R rows each (l2r rows, then r2l rows if there are).
             packing: of the rows of all streams.
-            context: image tokens [B, P, D]; rows 0..B-1 read images 0..B-1.
+            context: image tokens [B, P, D].
             image_of_row: int64 [R].
+            num_paired: B if rows 0..B-1 read images 0..B-1, whose keys and values are then not copied; else 0.
         """
-        num_images, num_rows = context.shape[0], image_of_row.shape[0]
+        num_rows = image_of_row.shape[0]
         key, value = split_heads(self.key_value(context), self.num_heads, 2)
         spread = packing.spread(self.query(states)).unflatten(0, (-1, num_rows))  # [streams, R, T, D]
         (query,) = split_heads(torch.cat(spread.unbind(0), dim=1), self.num_heads)  # [R, H, streams*T, D/H]
-        mixed = self._attend(query[:num_images], key, value, None)
-        if num_rows > num_images:
-            others = image_of_row[num_images:]
-            more = self._attend(query[num_images:], key[others], value[others], None)
-            mixed = torch.cat([mixed, more])
+        parts = [self._attend(query[:num_paired], key, value, None)] if num_paired else []
+        if num_rows > num_paired:
+            others = image_of_row[num_paired:]
+            parts.append(self._attend(query[num_paired:], key[others], value[others], None))
+        mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
         return self.out(packing.gather(torch.cat(merge_heads(mixed).split(packing.num_positions, dim=1))))
 
     def to_streams(self, queries: Tensor, query_packing: Packing, streams: Tensor, packing: Packing, mask: Tensor):

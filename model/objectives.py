@@ -98,7 +98,7 @@ class Pretraining(nn.Module):
         nn.init.normal_(self.lm_head.transform.weight, std=0.02)
         nn.init.zeros_(self.lm_head.transform.bias)
         self.term_weights = dict(language_weights)
-        self._sources = sources
+        self._sources = sources  # the CLS feature of a read row stands where itm's does
         if model.behaviour == "default":
             self.term_weights["itm"] = objective.itm_weight
             self.itm_head = nn.Linear(model.text.width, 2)
@@ -117,7 +117,7 @@ class Pretraining(nn.Module):
     def _losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Loss fp32 [M] and correctness bool [M] of every target; one pass of the vocabulary head for all terms."""
         output = self.net(batch)
-        language = {name: term for name, term in batch.terms.items() if name != "itm"}
+        language = {name: term for name, term in batch.terms.items() if name not in ("itm", "read")}
         selected = [getattr(output, self._sources[name])[term.position] for name, term in language.items()]
         labels = torch.cat([term.label for term in language.values()])
         losses, correct = self.lm_head(torch.cat(selected), labels)
@@ -131,6 +131,26 @@ class Pretraining(nn.Module):
         position, label = batch.terms["itm"]
         logits = self.itm_head(self.net.pooler(features[position])).float()
         return F.cross_entropy(logits, label, reduction="none"), logits.argmax(1) == label
+
+    def features(self, batch: Batch) -> Tensor:
+        """What the network makes of the rows with role "read": the CLS state (before the pooler) next to the mean of
+        the last layer's states of the words, FLM's over both streams; zeros in the place of the mean without words.
+
+        Returns:
+            fp32 [M, 2D], read rows in their order in the batch, with gradient.
+
+        Raises:
+            ValueError: no row has that role.
+        """
+        if "read" not in batch.terms:
+            raise ValueError('no features to compute: no row of the batch has the role "read"')
+        output = self.net(batch)
+        position, row = batch.terms["read"]
+        cls = getattr(output, self._sources["itm"])[position]
+        streams = [(output.l2r, batch.l2r_index)]
+        if self.name == "flm":
+            streams.append((output.r2l, batch.r2l_index))
+        return torch.cat([cls.float(), _mean_of_words(streams, batch)[row]], dim=1)
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
@@ -149,3 +169,14 @@ class Pretraining(nn.Module):
         # NOTE release: CLIP's LayerNorm scales and class embedding are decayed too; here: no vector is, as is usual.
         """
         return parameter.ndim > 1
+
+
+def _mean_of_words(streams: list[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
+    """Mean of the states of each row's words, fp32 [R, D], from streams ([N, D] states, int64 [N] flat positions)."""
+    num_rows, num_positions = batch.text.shape
+    total = batch.text.new_zeros((num_rows, streams[0][0].shape[1]), dtype=torch.float32)
+    for states, index in streams:
+        row, position = index // num_positions, index % num_positions
+        is_word = (position >= 1) & (position < batch.lengths[row] - 1)
+        total = total.index_add(0, row, states.float() * is_word[:, None])
+    return total / (len(streams) * (batch.lengths - 2)).clamp(min=1)[:, None]

@@ -44,13 +44,19 @@ class Lists:
         held_positions.append(positions)
         held_labels.append(labels)
 
+    def read(self, row: int, position: np.ndarray) -> None:
+        """Notes where the CLS feature of a read row stands, [1]."""
+        self.targets.setdefault("read", ([], []))
+        self.predict("read", position, np.array([row]))
+
 
 @dataclass(frozen=True)
 class FLMPlanner:
     """Plans FLM batches of the default behaviour (docs/architecture.md, "Two behaviours of FLM").
 
     Targets: ``flm`` words 1..n-2 from their queries; ``l2r`` tokens 1..n-1 from the state before; ``r2l`` words 1..n-2
-    from the state after; ``itm`` the CLS query of rows that have a negative caption, and of that caption.
+    from the state after; ``itm`` the CLS query of rows that have a negative caption, and of that caption. Read rows
+    have a CLS query too, and all states.
     """
 
     vocabulary: Vocabulary
@@ -60,12 +66,17 @@ class FLMPlanner:
     centred: bool = False
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """images uint8 [B, I, 3, H, W]; rows 0..B-1 read images 0..B-1, further rows are negatives."""
+        """images uint8 [B, I, 3, H, W]; rows 0..B-1 read images 0..B-1, further rows are negatives.
+
+        Where a row has the role "read", all rows may read any image.
+        """
         num_positions = padded_length(max(len(row.token_ids) for row in rows))
         contrasted = {row.image for row in rows if row.role == "negative"}
         lists = Lists(("flm", "l2r", "r2l", "itm"))
         for number, row in enumerate(rows):
             first_cell = number * num_positions
+            if row.role == "read":
+                lists.read(number, self._look_at_all(lists, row, first_cell))
             if row.role == "negative" or (row.role == "pair" and row.image in contrasted):
                 self._match(lists, row, first_cell)
             if row.role == "pair":
@@ -73,13 +84,16 @@ class FLMPlanner:
         return assemble(images, rows, num_positions, self.vocabulary, lists)
 
     def _match(self, lists: Lists, row: Row, first_cell: int) -> None:
-        """The CLS query of a row says whether the caption belongs to the image; a pair's states are computed anyway."""
+        """The CLS query of a row says whether the caption belongs to the image."""
+        lists.predict("itm", self._look_at_all(lists, row, first_cell), np.array([int(row.role == "pair")]))
+
+    def _look_at_all(self, lists: Lists, row: Row, first_cell: int) -> np.ndarray:
+        """Has a row's CLS query computed and the states it reads, which a pair has anyway; returns its position."""
         length = len(row.token_ids)
-        position = lists.query(np.array([first_cell]), np.array([[length, -1]]))
-        lists.predict("itm", position, np.array([int(row.role == "pair")]))
-        if row.role == "negative":
+        if row.role != "pair":
             lists.compute("l2r", first_cell + np.arange(length))
             lists.compute("r2l", first_cell + np.arange(length))
+        return lists.query(np.array([first_cell]), np.array([[length, -1]]))
 
     def _predict_words(self, lists: Lists, row: Row, first_cell: int, all_states: bool) -> None:
         """Targets of a pair. Without a CLS query nobody reads the l2r state of `</s>`, nor r2l's of `<s>` and w1."""
@@ -110,7 +124,12 @@ class ReleasedPlanner:
     full_stop: bool = True
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`FLMPlanner`; the first pad of a padded row is computed too, the r2l loss reads its state."""
+        """As :class:`FLMPlanner`; the first pad of a padded row is computed too, the r2l loss reads its state.
+
+        Raises:
+            ValueError: a row has the role "read".
+        """
+        refuse_read_rows(rows)
         longest = max(len(row.token_ids) for row in rows)
         num_positions = padded_length(min(longest + 1, self.max_text_length))
         lists = Lists(("flm", "l2r", "r2l"))
@@ -214,7 +233,11 @@ def assemble(
     prefix: list[int] | None = None,
 ) -> Batch:
     """The batch of planned rows; ``prefix`` as in :class:`Batch`, one a row, all 0 if not given."""
-    if [row.image for row in rows[: len(images)]] != list(range(len(images))):
+    read = [row.image for row in rows]
+    if any(row.role == "read" for row in rows):
+        if not 0 <= min(read) <= max(read) < len(images):
+            raise ValueError(f"rows read images {min(read)} to {max(read)}, expected 0 to {len(images) - 1}")
+    elif read[: len(images)] != list(range(len(images))):
         raise ValueError("rows 0..B-1 must read images 0..B-1, negatives follow")
     text = np.full((len(rows), num_positions), vocabulary.pad_id)
     for number, row in enumerate(rows):
@@ -223,7 +246,7 @@ def assemble(
         images=images,
         text=torch.from_numpy(text),
         lengths=torch.tensor([len(row.token_ids) for row in rows]),
-        image_of_row=torch.tensor([row.image for row in rows]),
+        image_of_row=torch.tensor(read),
         l2r_index=_joined(lists.cells["l2r"]),
         r2l_index=_joined(lists.cells["r2l"]),
         query_index=_joined(lists.cells["query"]),
@@ -231,6 +254,12 @@ def assemble(
         prefix=torch.tensor(prefix or [0] * len(rows)),
         terms={name: Term(*map(_joined, held)) for name, held in lists.targets.items()},
     )
+
+
+def refuse_read_rows(rows: list[Row]) -> None:
+    """Raises ValueError where a row has the role "read", which released planners do not know."""
+    if any(row.role == "read" for row in rows):
+        raise ValueError("released behaviour computes no features of read rows; use model.behaviour default")
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

@@ -56,8 +56,10 @@ class TopLayer(nn.Module):
         self.cross_residual = ResidualNorm(config.width, TOP_EPS, config.dropout)
         self.ffn = FeedForward(config.width, config.ffn_width, TOP_EPS, config.dropout)
 
-    def forward(self, states: Tensor, packing: Packing, mask: Tensor, images: Tensor, image_of_row: Tensor) -> Tensor:
+    def forward(
+        self, states: Tensor, packing: Packing, mask: Tensor, images: Tensor, image_of_row: Tensor, num_paired: int
+    ) -> Tensor:
         """states [S, D], mask bool [rows, 1, T, T], images [B, P, D], image_of_row int64 [R] -> [S, D]."""
         states = self.residual(self.attention(states, packing, mask), states)
-        states = self.cross_residual(self.cross_attention.to_images(states, packing, images, image_of_row), states)
-        return self.ffn(states)
+        update = self.cross_attention.to_images(states, packing, images, image_of_row, num_paired)
+        return self.ffn(self.cross_residual(update, states))

@@ -16,6 +16,7 @@ from pipeline.metrics import peak_flops
 from pipeline.ranks import Agreement
 
 GIB = float(1 << 30)
+GFLOP = 1e9
 
 
 class StepMeter:
@@ -77,6 +78,8 @@ class StepMeter:
             "data_wait_share": waited / ranks / seconds,
             "peak_memory_gib": self._agreement.largest(peak_memory_bytes(self._device) / GIB),
         }
+        if samples and flops:
+            values["gflop_per_sample"] = flops / samples / GFLOP
         if self._peak_flops is not None and flops:
             values["mfu"] = flops / seconds / ranks / self._peak_flops
         values["skipped_steps"] = float(engine.skipped_steps)

@@ -76,15 +76,28 @@ def test_meter_gives_means_over_all_targets() -> None:
     meter = StepMeter({"flm": 0.5, "itm": 0.25}, Agreement(), torch.device("cpu"), "fp32")
     for loss, count in ((6.0, 2), (2.0, 2)):
         result = StepResult({"flm": torch.tensor(loss), "itm": torch.tensor(0.0)}, {"flm": count, "itm": 0}, 1e-3, 2.5)
-        meter.add(result, [tiny_batch([1, 2, 3])], waited_seconds=0.0, flops=1.0)
+        meter.add(result, [tiny_batch([1, 2, 3])], waited_seconds=0.0, flops=loss * 3e9)
     assert meter.is_finite()
     values = meter.read(types.SimpleNamespace(skipped_steps=1))
     assert values["flm_loss"] == 2.0 and values["loss"] == 1.0 and "itm_loss" not in values
     assert values["grad_norm"] == 2.5 and values["learning_rate"] == 1e-3 and values["skipped_steps"] == 1
     assert values["samples_per_second"] / values["predicted_tokens_per_second"] == pytest.approx(6 / 4)
     assert values["peak_memory_gib"] > 0.01 and "mfu" not in values
+    assert values["gflop_per_sample"] == 3 * (6 + 2) / 6
     meter.add(StepResult({"flm": torch.tensor(float("nan"))}, {"flm": 1}, 1e-3, None), [], 0.0, 0.0)
     assert not meter.is_finite()
+    assert "gflop_per_sample" not in meter.read(types.SimpleNamespace(skipped_steps=1))  # no samples, unknown cost
+
+
+def two_ranks_cost(place) -> dict[str, float]:
+    meter = StepMeter({"flm": 1.0}, Agreement(), torch.device("cpu"), "fp32")
+    samples = [[1, 2, 3], [4]][place.rank]
+    meter.add(StepResult({}, {}, 1e-3, None), [tiny_batch(samples)], 0.0, flops=[2e9, 6e9][place.rank])
+    return meter.read(types.SimpleNamespace(skipped_steps=0))
+
+
+def test_cost_per_sample_is_a_mean_over_all_ranks() -> None:
+    assert [values["gflop_per_sample"] for values in run_ranks(2, two_ranks_cost)] == [2.0, 2.0]
 
 
 def test_unusable_samples_against_their_budget(tmp_path: Path) -> None:

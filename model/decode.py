@@ -146,7 +146,7 @@ def _start(
     net = objective.net
     if objective.name == "mlm":
         raise ValueError(
-            "an mlm model does not predict from left to right; caption with one trained by flm, ar, prefixlm"
+            "an mlm model does not predict from left to right; caption with model.decode_masked.mask_predict"
         )
     limit = net.embedding.position.num_embeddings - 3  # <s> stands at row 2, the caption's words follow
     if not len(prompt) < max_tokens <= limit:

@@ -3,6 +3,9 @@
     python -m pipeline.generate --run RUN IMAGE...                           one caption per image file
     python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
 
+Models that predict from left to right (flm, ar, prefixlm) write word by word; mlm models by Mask-Predict, which tries
+each of the ``--lengths``.
+
 Exit codes: 0 done, 2 nothing to caption or a wrong command line.
 """
 
@@ -25,10 +28,12 @@ from torch import Tensor, nn
 
 from model.build import build_objective
 from model.decode import beam, greedy
+from model.decode_masked import ITERATIONS, mask_predict
+from pipeline.caption_lengths import training_lengths
 from pipeline.caption_scores import summarise
 from pipeline.checkpoint import load_weights, resolve
 from pipeline.command_line import load_config
-from pipeline.config import tokenizer_source
+from pipeline.config import Config, tokenizer_source
 from pipeline.shard_reader import Corpus, open_corpora
 from pipeline.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
@@ -49,7 +54,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Captioner:
-    """A trained model ready to caption."""
+    """A trained model ready to caption; ``lengths`` are tried by an mlm model, the other options are for the rest."""
 
     objective: nn.Module
     tokenizer: TextTokenizer
@@ -60,25 +65,44 @@ class Captioner:
     beams: int = 1
     max_tokens: int = 30
     prompt: Sequence[int] = ()
+    lengths: Sequence[int] = ()
 
     @torch.inference_mode()
     def caption(self, pixels: Sequence[Tensor]) -> list[str]:
         """One caption per image, uint8 [3, H, W] each."""
         images = torch.stack(list(pixels)).unsqueeze(1).to(self.device)
-        if self.beams > 1:
+        if self.objective.name == "mlm":
+            ids = mask_predict(self.objective, images, self.lengths)
+        elif self.beams > 1:
             ids = beam(self.objective, images, self.max_tokens, self.beams, self.prompt)
         else:
             ids = greedy(self.objective, images, self.max_tokens, self.prompt)
         return [self.tokenizer.decode(row) for row in ids]
 
+    @property
+    def search(self) -> str:
+        """How captions are found, for people."""
+        if self.objective.name == "mlm":
+            return f"Mask-predict, {ITERATIONS} iterations, lengths {', '.join(map(str, self.lengths))}"
+        return f"Beam search of width {self.beams}" if self.beams > 1 else "Greedy search"
+
 
 def load_captioner(
-    run: Path, device: torch.device, beams: int = 1, max_tokens: int | None = None, prompt: str = ""
+    run: Path,
+    device: torch.device,
+    beams: int = 1,
+    max_tokens: int | None = None,
+    prompt: str = "",
+    lengths: Sequence[int] | None = None,
 ) -> Captioner:
     """The model of a run folder, or of one of its checkpoint folders; captions start with ``prompt``.
 
+    ``lengths``, in tokens, are for mlm models, which have no beams and no prompt; None takes quantiles of the run's
+    training captions.
+
     Raises:
-        ValueError: the run, its checkpoint or its tokenizer is missing or damaged; one line that says which.
+        ValueError: the run, its checkpoint or its tokenizer is missing or damaged, an option does not fit the
+            objective, or there are no lengths and no training data; one line that says which.
     """
     checkpoint = resolve(run)
     config = load_config(run_of(checkpoint))
@@ -86,6 +110,13 @@ def load_captioner(
     tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
     longest = config.data.max_text_length
     objective = build_objective(config.model, config.objective, tokenizer.vocabulary, longest, pretrained=False)
+    most = min(max_tokens or longest - 2, longest - 2)  # words without <s> and </s>
+    if objective.name == "mlm":
+        if beams > 1 or prompt:
+            raise ValueError(f"{run} is an mlm model: no --beams and no --prompt; --lengths is what it can be told")
+        lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
+    elif lengths is not None:
+        raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
     try:
         objective.load_state_dict(load_weights(checkpoint))
     except RuntimeError as error:
@@ -99,9 +130,26 @@ def load_captioner(
         device=device,
         checkpoint=checkpoint,
         beams=beams,
-        max_tokens=min(max_tokens or longest - 2, longest - 2),  # words without <s> and </s>
+        max_tokens=most,
         prompt=tokenizer.encode(prompt, longest)[1:-1] if prompt else (),
+        lengths=lengths or (),
     )
+
+
+def _mlm_lengths(
+    lengths: Sequence[int] | None, config: Config, tokenizer: TextTokenizer, full_stop: bool, most: int
+) -> list[int]:
+    """The lengths given, each once, or those of the training captions, cut to ``most``."""
+    if lengths is None:
+        try:
+            return sorted({min(length, most) for length in training_lengths(config, tokenizer, full_stop)})
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"an mlm model must be told how long captions are: {error}; give --lengths, such as --lengths 8 10 12"
+            ) from None
+    if not lengths or not 1 <= min(lengths) <= max(lengths) <= most:
+        raise ValueError(f"--lengths {' '.join(map(str, lengths))}: expected numbers of tokens from 1 to {most}")
+    return sorted(set(lengths))
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -197,7 +245,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         captioner = load_captioner(
-            arguments.run, _device(arguments.device), arguments.beams, arguments.max_tokens, arguments.prompt
+            arguments.run,
+            _device(arguments.device),
+            arguments.beams,
+            arguments.max_tokens,
+            arguments.prompt,
+            arguments.lengths,
         )
         done = _caption_split(arguments, captioner) if arguments.data else _caption_files(arguments, captioner)
     except (ValueError, OSError) as error:
@@ -239,9 +292,8 @@ def _caption_split(arguments: argparse.Namespace, captioner: Captioner) -> int:
     captioned = list(caption_items(captioner, items, arguments.batch_size))
     if not captioned:
         return 0
-    search = f"beam search of width {captioner.beams}" if captioner.beams > 1 else "greedy search"
     names = ", ".join(f"{corpus.name}/{corpus.manifest.split}" for corpus in corpora)
-    protocol = f"{search.capitalize()}, {len(captioned)} images of {names}, checkpoint {captioner.checkpoint.name}."
+    protocol = f"{captioner.search}, {len(captioned)} images of {names}, checkpoint {captioner.checkpoint.name}."
     path = arguments.output or run_of(captioner.checkpoint) / SAMPLES_NAME
     summary = write_samples(path, captioned, arguments.shown, protocol)
     if arguments.json:
@@ -272,6 +324,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--beams", type=positive, default=1, help="beam search of this width; 1 is greedy (default)")
     parser.add_argument("--max-tokens", type=positive, help="longest caption in tokens (default: as in training)")
     parser.add_argument("--prompt", default="", help="words every caption starts with (needed for released behaviour)")
+    lengths_help = "mlm: caption lengths in tokens to try (default: quantiles of the run's training captions)"
+    parser.add_argument("--lengths", type=positive, nargs="+", metavar="N", help=lengths_help)
     parser.add_argument("--batch-size", type=positive, default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")

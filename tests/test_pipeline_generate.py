@@ -14,11 +14,13 @@ from PIL import Image
 from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from model.build import build_objective
+from pipeline.caption_lengths import QUANTILES
 from pipeline.checkpoint import RunState
 from pipeline.checkpoint_files import PartWriter, Piece, checkpoint_path, publish
 from pipeline.command_line import load_config
 from pipeline.generate import load_captioner, main
 from pipeline.report import write_report
+from pipeline.shard_reader import open_corpora
 from pipeline.tokenizer import load_tokenizer
 
 CONFIG = """
@@ -31,14 +33,18 @@ data: {{paths: ["{data}"], max_text_length: 20}}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with prepared data, a tokenizer and the checkpoint of an untrained model."""
+    """A run folder with prepared data, a tokenizer and the checkpoint of an untrained model; beside it one of mlm."""
     folder = tmp_path_factory.mktemp("generate")
     data = folder / "data"
     write_corpora(data / "shapes", SynthOptions({"train": 40, "dev": 12, "test": 0}, image_size=32, pair_share=0))
     train_tokenizer([data / "shapes" / "train"], data / "tokenizer", 300)
-    run = folder / "run"
+    write_run(folder / "mlm", data, CONFIG + "objective: {{name: mlm}}\n")
+    return write_run(folder / "run", data, CONFIG)
+
+
+def write_run(run: Path, data: Path, settings: str) -> Path:
     run.mkdir()
-    (run / "config.yaml").write_text(CONFIG.format(data=data))
+    (run / "config.yaml").write_text(settings.format(data=data))
     config = load_config(run)
     torch.manual_seed(0)
     vocabulary = load_tokenizer(data / "tokenizer").vocabulary
@@ -129,6 +135,38 @@ def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tm
     assert main(["--run", str(moved), str(image)]) == 0
 
 
+def test_mlm_tries_the_lengths_of_its_training_captions(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    """All captions of the split are read here, so the quantiles are theirs."""
+    mlm, data = run.parent / "mlm", run.parent / "data"
+    tokenizer = load_tokenizer(data / "tokenizer")
+    (corpus,) = open_corpora([data], "train")
+    counts = sorted(len(tokenizer.encode(corpus.read_text(row), 20)) - 2 for row in range(len(corpus)))
+    wanted = sorted({counts[round(share * (len(counts) - 1))] for share in QUANTILES})
+    captioner = load_captioner(mlm, torch.device("cpu"))
+    assert captioner.lengths == wanted and len(wanted) > 1
+    assert (
+        load_captioner(mlm, torch.device("cpu"), max_tokens=wanted[1] - 1).lengths
+        == [wanted[0], wanted[1] - 1][: 1 + (wanted[1] - 1 > wanted[0])]
+    )
+    assert main(["--run", str(mlm), str(image)]) == 0
+    assert capsys.readouterr().out.startswith(f"{image}\t")
+    assert main(["--run", str(mlm), "--data", str(data), "--samples", "3", "--lengths", "7", "4", "7"]) == 0
+    assert "Mask-predict, 10 iterations, lengths 4, 7, 3 images of" in capsys.readouterr().out
+
+
+def test_mlm_without_its_data_asks_for_lengths(
+    run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run.parent / "mlm", moved)
+    shutil.copytree(run.parent / "data" / "tokenizer", moved / "tokenizer")
+    (moved / "config.yaml").write_text((CONFIG + "objective: {{name: mlm}}\n").format(data=tmp_path / "gone"))
+    assert main(["--run", str(moved), str(image)]) == 2
+    error = capsys.readouterr().err
+    assert "gone" in error and "give --lengths" in error and error.count("\n") == 1
+    assert main(["--run", str(moved), str(image), "--lengths", "5"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -139,6 +177,10 @@ def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tm
         (["--run", "RUN", "IMAGE", "--max-tokens", "1", "--prompt", "a large red circle"], "max_tokens"),
         (["--run", "RUN", "IMAGE", "--device", "nosuch"], "nosuch"),
         (["--run", "OTHER", "IMAGE"], "does not fit its config.yaml"),
+        (["--run", "RUN", "IMAGE", "--lengths", "5"], "--lengths is for mlm models"),
+        (["--run", "MLM", "IMAGE", "--lengths", "5", "19"], "--lengths 5 19: expected numbers of tokens from 1 to 18"),
+        (["--run", "MLM", "IMAGE", "--beams", "2"], "no --beams and no --prompt"),
+        (["--run", "MLM", "IMAGE", "--prompt", "a"], "no --beams and no --prompt"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -150,6 +192,7 @@ def test_mistakes_are_one_line(
         config = (run / "config.yaml").read_text()
         (other / "config.yaml").write_text(config.replace("bottom_layers: 1", "bottom_layers: 2"))
     places = {"RUN": run, "IMAGE": image, "DATA": run.parent / "data", "ABSENT": tmp_path / "absent", "OTHER": other}
+    places["MLM"] = run.parent / "mlm"
     assert main([str(places.get(word, word)) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

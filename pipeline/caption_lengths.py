@@ -1,4 +1,4 @@
-"""Caption lengths worth trying for a model that must know the length before it writes: quantiles of its training data."""
+"""Caption lengths to try with a model that must know them before it writes: quantiles of its training data."""
 
 from __future__ import annotations
 

@@ -23,12 +23,14 @@ class Row:
     integer from which every random decision about the row is drawn. ``negative`` rows carry somebody else's caption,
     ``placeholder`` rows stand for an unusable sample and have no targets. ``read`` rows hold any text about any image
     of the batch: it goes in as it is, nothing is predicted, and ``Pretraining.features`` returns what was understood.
+    Rows with the same ``sample`` (a key; "" says nothing) are about the same image, none is a negative of another.
     """
 
     token_ids: list[int]
     image: int
     seed: int
     role: Role = "pair"
+    sample: str = ""
 
 
 class Term(NamedTuple):

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.hard_negatives import HardNegatives
 from model.objectives import OBJECTIVES, Pretraining
 from model.released import load_imported
 from model.vision import resolve_sizes
@@ -29,7 +30,10 @@ def build_objective(
     _check(model, objective, vocabulary, max_text_length)
     model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
     share = objective.negative_share if objective.itm_weight else 0.0
-    built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, share)
+    in_batch = objective.negatives == "in_batch_hard"
+    built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, 0.0 if in_batch else share)
+    if in_batch:
+        built.planner = HardNegatives(built.planner, share)
     if pretrained and model.weights:
         load_imported(built, Path(model.weights))
         return built
@@ -49,6 +53,8 @@ def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabular
             "objective.whole_words needs a tokenizer whose tokens show where a word begins (byte-level BPE, WordPiece"
             " or SentencePiece); use another data.tokenizer or objective.whole_words false"
         )
+    if objective.negatives == "in_batch_hard":
+        _check_hard_negatives(model, objective)
     for name in ("l2r_weight", "r2l_weight", "itm_weight"):
         if getattr(objective, name) < 0:
             raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected 0 or more")
@@ -65,6 +71,19 @@ def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabular
     for name, value in special.items():
         if not 0 <= value < vocabulary.size:
             raise ValueError(f"tokenizer's {name} {value} lies outside its vocabulary of {vocabulary.size}")
+
+
+def _check_hard_negatives(model: ModelConfig, objective: ObjectiveConfig) -> None:
+    """Raises ValueError where nothing would be matched, so that nobody believes in negatives that are not there."""
+    reason = next((name for name in ("itm_weight", "negative_share") if not getattr(objective, name)), None)
+    if model.behaviour == "released":
+        reason = "model.behaviour released, which has no image-text matching"
+    elif reason is not None:
+        reason = f"objective.{reason} 0"
+    if reason is not None:
+        raise ValueError(
+            f"objective.negatives in_batch_hard has no effect with {reason}; change that, or use negatives corpus"
+        )
 
 
 def _check_rates(objective: ObjectiveConfig) -> None:

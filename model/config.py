@@ -111,6 +111,9 @@ class ObjectiveConfig:
         prefix_share: prefixlm; share of a caption's words in the prefix; null draws it anew for every caption.
         itm_weight: weight of image-text matching, which trains the CLS feature; ignored by released behaviour.
         negative_share: share of samples that get one negative caption for image-text matching.
+        negatives: corpus draws that caption from the whole corpus, so no number depends on who shares a micro-batch;
+            in_batch_hard takes the one of the same micro-batch that resembles the sample's own most, so results depend
+            on optim.micro_batch_size (not on the number of ranks while that stays).
     """
 
     name: Literal["flm", "mlm", "ar", "prefixlm"] = "flm"
@@ -124,6 +127,7 @@ class ObjectiveConfig:
     prefix_share: float | None = None
     itm_weight: float = 0.1
     negative_share: float = 0.0625
+    negatives: Literal["corpus", "in_batch_hard"] = "corpus"
 
 
 @dataclass(frozen=True)

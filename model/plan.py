@@ -151,9 +151,9 @@ class ReleasedPlanner:
         lists.predict("r2l", r2l[2:], ids[np.arange(1, stop - 1)])
 
 
-def row_generator(seed: int) -> np.random.Generator:
-    """Counter-based generator of a row (Philox), equal on every machine."""
-    return np.random.Generator(np.random.Philox(key=seed & (2**64 - 1)))
+def row_generator(seed: int, stream: int = 0) -> np.random.Generator:
+    """Counter-based generator of a row (Philox), equal on every machine; its streams are independent."""
+    return np.random.Generator(np.random.Philox(key=stream << 64 | seed & (2**64 - 1)))
 
 
 def uniform_spans(length: int, rate: float, generator: np.random.Generator) -> np.ndarray:

@@ -32,7 +32,8 @@ def collate(items: Sequence[Item], images: Tensor, planner: Planner) -> Batch:
     """
     rows, negatives = [], []
     for number, item in enumerate(items):
-        rows.append(Row(item.token_ids, number, item.seed, "pair" if item.problem is None else "placeholder"))
+        role = "pair" if item.problem is None else "placeholder"
+        rows.append(Row(item.token_ids, number, item.seed, role, item.key))
         if item.negative_ids is not None:
             negatives.append(Row(item.negative_ids, number, mix_words(item.seed, "negative row"), "negative"))
     batch = planner(images, rows + negatives)

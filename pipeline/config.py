@@ -201,6 +201,11 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"optim.betas: found {list(config.optim.betas)}, expected two numbers below 1, like [0.9, 0.98]"
         )
+    if config.objective.negatives == "in_batch_hard" and config.optim.micro_batch_size < 2:
+        raise ConfigError(
+            "objective.negatives in_batch_hard finds no other caption in an optim.micro_batch_size of 1; use 2 or "
+            "more, or --objective.negatives corpus"
+        )
     limit = config.model.text.max_positions - 2
     if config.data.max_text_length > limit:
         raise ConfigError(

@@ -17,12 +17,19 @@ MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batc
 def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     """Everything that decides what a step computes, besides the number of steps; nothing that is about speed.
 
-    What is done to captions besides tokenising follows from ``model.behaviour``, negatives from ``objective``.
+    What is done to captions besides tokenising follows from ``model.behaviour``, negatives from ``objective``: where
+    they come from the micro-batch, its size counts; where they come from the corpus nothing is said, as before there
+    was a choice.
     """
     plain = to_plain(config)
     plain["model"]["vision"].pop("pretrained")
     plain["model"]["text"].pop("pretrained")
     plain["model"].pop("weights")
+    optim = {"batch_size": config.optim.batch_size}
+    if config.objective.negatives == "corpus":
+        plain["objective"].pop("negatives")
+    else:
+        optim["micro_batch_size"] = config.optim.micro_batch_size
     settings = config.data
     shuffle = settings.shuffle
     if shuffle == "blocks":
@@ -30,7 +37,7 @@ def run_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     return json.loads(json.dumps({
         "model": plain["model"],
         "objective": plain["objective"],
-        "optim": {"batch_size": config.optim.batch_size},
+        "optim": optim,
         "data": {
             "corpora": {
                 f"{number} {corpus.name}/{corpus.manifest.split}": {

@@ -190,7 +190,8 @@ def _run_sample(replay: Replay, key: str) -> int:
     with _FirstBroken(replay.objective) as broken:
         sums = replay.objective(batch.to(replay.device))
     sum(replay.objective.term_weights[name] * value for name, value in sums.items()).backward()
-    print(f"sample {batch.keys[0]} alone, other dropout than in its batch:")
+    without = ", without a negative" if replay.config.objective.negatives == "in_batch_hard" else ""
+    print(f"sample {batch.keys[0]} alone{without}, other dropout than in its batch:")
     for name, value in sums.items():
         print(f"  {name}: {float(value.detach()) / max(batch.counts.get(name, 0), 1):.6g} a target")
     print(f"  first module whose output is not finite: {broken.module or 'none'}")

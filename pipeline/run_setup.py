@@ -227,6 +227,9 @@ def _announce(
     held_out = sum(len(corpus) for corpus in data.held_out)
     print(f"model: {num_parameters / 1e6:.1f} M parameters, {engine.precision}, ZeRO {engine.stage}, {engine.device}")
     print(f"data: {sizes} training pairs, {held_out} held out")
+    if config.objective.negatives == "in_batch_hard":
+        size = config.optim.micro_batch_size
+        print(f"negatives: out of {size} captions, those of a micro-batch; with another micro-batch it is another run")
     if state.step:
         print(f"continuing after step {state.step} of {config.train.steps}", flush=True)
         for change in changes:

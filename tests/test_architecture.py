@@ -20,7 +20,7 @@ RUNGS: dict[str, list[list[str]]] = {
         ["masks", "merge", "behaviour", "flops"],
         ["layers"],
         ["plan", "vision", "text"],
-        ["reconstructor", "heads", "baseline_plan"],
+        ["reconstructor", "heads", "baseline_plan", "hard_negatives"],
         ["towers"],
         ["flm", "one_stream"],
         ["objectives", "decode", "decode_masked", "weights"],

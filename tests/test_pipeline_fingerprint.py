@@ -50,6 +50,7 @@ def setting(name: str, value: object) -> Callable[[Config], None]:
         ("model.vision.image_size", 160, "model.vision.image_size"),
         ("optim.batch_size", 8, "optim.batch_size 4 -> 8"),
         ("objective.negative_share", 0.125, "objective.negative_share"),
+        ("objective.negatives", "in_batch_hard", "objective.negatives None -> in_batch_hard"),
     ],
 )
 def test_another_model_or_batch_is_never_accepted(folder: Path, name: str, value: object, named: str) -> None:
@@ -83,6 +84,20 @@ def test_what_is_about_speed_or_place_is_no_difference(folder: Path, tmp_path: P
     assert accept(Path("RUN"), saved, fingerprint_of(moved), allow_change=False) == {}
     for name, value in (("data.num_workers", 9), ("train.steps", 7), ("optim.micro_batch_size", 2)):
         assert accept(Path("RUN"), saved, fingerprint_of(folder, setting(name, value)), allow_change=False) == {}
+
+
+def test_the_micro_batch_counts_where_negatives_come_from_it(folder: Path) -> None:
+    """Invariant 2. Runs begun before there was a choice have nothing in their fingerprint, and go on."""
+
+    def hard(config: Config, size: int = 64) -> None:
+        config.objective.negatives, config.optim.micro_batch_size = "in_batch_hard", size
+
+    saved = fingerprint_of(folder, hard)
+    assert accept(Path("RUN"), saved, fingerprint_of(folder, hard), allow_change=False) == {}
+    with pytest.raises(ConfigError, match="another optim.micro_batch_size 64 -> 2"):
+        accept(Path("RUN"), saved, fingerprint_of(folder, lambda config: hard(config, 2)), allow_change=True)
+    assert "negatives" not in fingerprint_of(folder)["objective"]
+    assert fingerprint_of(folder)["optim"] == {"batch_size": 4}
 
 
 def test_other_manifests_weights_and_tokenizers_are_named(folder: Path, tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabular
     if objective.negatives == "in_batch_hard":
         _check_hard_negatives(model, objective)
     for name in ("l2r_weight", "r2l_weight", "itm_weight"):
-        if getattr(objective, name) < 0:
-            raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected 0 or more")
+        if not 0 <= getattr(objective, name) < float("inf"):
+            raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected a number, 0 or more")
     if not 0 <= model.text.dropout < 1:
         raise ValueError(f"model.text.dropout is {model.text.dropout}, expected 0 to below 1")
     if max_text_length < 3:

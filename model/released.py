@@ -223,7 +223,7 @@ def load_imported(objective: nn.Module, folder: Path) -> list[str]:
             "does not; use the model settings of the recipe beside it"
         )
     with torch.no_grad():
-        fill(objective, weights, SAME_NAMES, leave=fresh)
+        fill(objective, weights, SAME_NAMES, leave=fresh, source=f"model.weights {folder}")
     return fresh
 
 

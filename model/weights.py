@@ -109,7 +109,7 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
     if not visual:
         raise ValueError(f"{path} holds no visual.* keys; expected the state dict of a CLIP model")
     with torch.no_grad():
-        used = fill(tower, visual, CLIP_RULES)
+        used = fill(tower, visual, CLIP_RULES, source=f"model.vision.pretrained {config.pretrained}")
     return sorted(set(visual) - {name for names in used.values() for name in names})
 
 
@@ -136,7 +136,7 @@ def load_text(net: nn.Module, config: TextConfig) -> list[str]:
     state = roberta.state_dict()
     half = nn.ModuleDict({"embedding": net.embedding, "bottom": net.bottom})
     with torch.no_grad():
-        used = fill(half, state, ROBERTA_RULES)
+        used = fill(half, state, ROBERTA_RULES, source=f"model.text.pretrained {config.pretrained}")
     return sorted(set(state) - {name for names in used.values() for name in names})
 
 
@@ -161,9 +161,10 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
 
 
 def fill(
-    module: nn.Module, state: Mapping[str, Tensor], rules: Rules, leave: Collection[str] = ()
+    module: nn.Module, state: Mapping[str, Tensor], rules: Rules, leave: Collection[str] = (), source: str = "weights"
 ) -> dict[str, tuple[str, ...]]:
-    """Copies foreign tensors into every parameter of ``module`` but those to ``leave``; position tables are resized."""
+    """Copies foreign tensors into every parameter of ``module`` but those to ``leave``; images' position tables are
+    resized. Returns our names with the foreign ones; raises ValueError that begins with ``source``."""
     used = {}
     for name, parameter in module.named_parameters():
         if name in leave:
@@ -172,16 +173,19 @@ def fill(
             names = foreign_names(name, rules)
         except KeyError:
             raise ValueError(
-                f"the model has {name}, which the weights' layout does not know; released checkpoints need"
+                f"{source}: the model has {name}, which the weights' layout does not know; released checkpoints need"
                 " model.behaviour released"
             ) from None
-        value = joined(name, names, state)
+        try:
+            value = joined(name, names, state)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         if name.endswith("position_embedding"):
             value = resize_positions(value, round((parameter.shape[0] - 1) ** 0.5))
         if value.shape != parameter.shape:
             raise ValueError(
-                f"weights' {names[0]} has shape {tuple(value.shape)}, the model's {name} {tuple(parameter.shape)};"
-                " width, vocabulary or resolution differ"
+                f"{source}: {names[0]} has shape {tuple(value.shape)}, the model's {name} {tuple(parameter.shape)};"
+                " width, vocabulary, patches or number of positions differ: set model. options to the weights' sizes"
             )
         parameter.copy_(value)
         used[name] = names

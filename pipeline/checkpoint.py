@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoint_files import (
     KINDS,
@@ -173,6 +173,19 @@ def load_weights(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict
         return dict(reader.read_all("weight")) | dict(frozen or {})
 
 
+def load_into(model: nn.Module, path: Path) -> None:
+    """Gives a model, built without an engine, the weights of a run folder or a checkpoint folder.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or one of a model of other parts, width, vocabulary or resolution.
+    """
+    weights = load_weights(path)
+    shapes_of = lambda tensors: {name: tuple(value.shape) for name, value in tensors.items()}  # noqa: E731
+    fix = "restore the config.yaml and tokenizer it was trained with"
+    _refuse_other_names(path, "weight", shapes_of(weights), shapes_of(model.state_dict()), fix)
+    model.load_state_dict(weights)
+
+
 def _refuse_other_frozen(path: Path, saved: dict[str, Any] | None, found: dict[str, Any] | None) -> None:
     """Raise CheckpointError unless the frozen weights at hand are those that the checkpoint was trained with."""
     names_saved, names_found = (set(one["names"]) if one else set() for one in (saved, found))
@@ -186,16 +199,20 @@ def _refuse_other_frozen(path: Path, saved: dict[str, Any] | None, found: dict[s
 
 
 def _refuse_other_names(
-    path: Path, kind: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    path: Path,
+    kind: str,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    fix: str = "use another --output",
 ) -> None:
     """Raise CheckpointError unless the checkpoint's tensors of one kind are exactly the model's."""
     if difference := _difference(expected, found):
-        raise CheckpointError(f"{path}: {kind}: {difference}; it belongs to another model, use another --output")
+        raise CheckpointError(f"{path}: {kind}: {difference}; it belongs to another model, {fix}")
     for name, shape in expected.items():
         if found[name] != shape:
             raise CheckpointError(
                 f"{path}: {kind} of {name} has shape {list(found[name])}, the model's {list(shape)}; "
-                "it belongs to another model, use another --output"
+                f"it belongs to another model, {fix}"
             )
 
 
@@ -215,6 +232,7 @@ __all__ = [
     "defect",
     "find",
     "load",
+    "load_into",
     "load_weights",
     "newest_valid",
     "read_state",

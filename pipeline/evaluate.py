@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.build import build_objective
-from pipeline.checkpoint import load_weights, resolve
+from pipeline.checkpoint import load_into, resolve
 from pipeline.command_line import load_config
 from pipeline.config import Config, fail, tokenizer_source
 from pipeline.loader import BatchLoader
@@ -107,7 +107,7 @@ def evaluate_run(run: Path, config: Config, device: torch.device, stop: StopRequ
         )
     length = config.data.max_text_length
     objective = build_objective(config.model, config.objective, tokenizer.vocabulary, length, pretrained=False)
-    objective.load_state_dict(load_weights(checkpoint))
+    load_into(objective, checkpoint)
     objective.eval().to(device)
     place, planner = Place(0, 1, 0, "single"), objective.planner
     loaders = [

@@ -31,7 +31,7 @@ from model.decode import beam, greedy
 from model.decode_masked import ITERATIONS, mask_predict
 from pipeline.caption_lengths import training_lengths
 from pipeline.caption_scores import summarise
-from pipeline.checkpoint import load_weights, resolve
+from pipeline.checkpoint import load_into, resolve
 from pipeline.command_line import load_config
 from pipeline.config import Config, tokenizer_source
 from pipeline.shard_reader import Corpus, open_corpora
@@ -117,11 +117,7 @@ def load_captioner(
         lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
     elif lengths is not None:
         raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
-    try:
-        objective.load_state_dict(load_weights(checkpoint))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{checkpoint}: does not fit its config.yaml and tokenizer ({reason})") from None
+    load_into(objective, checkpoint)
     return Captioner(
         objective=objective.eval().to(device),
         tokenizer=tokenizer,

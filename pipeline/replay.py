@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch
 from model.build import build_objective
-from pipeline.checkpoint import defect, load_weights
+from pipeline.checkpoint import defect, load_into
 from pipeline.command_line import config_of, load_config
 from pipeline.config import Config, fail, flatten
 from pipeline.incidents import IncidentError, read_incident
@@ -96,11 +96,7 @@ def load_replay(path: Path, device: torch.device, data_paths: Sequence[str] | No
     data = open_training_data(config)
     length = config.data.max_text_length
     objective = build_objective(config.model, config.objective, data.tokenizer.vocabulary, length, pretrained=False)
-    try:
-        objective.load_state_dict(load_weights(weights_of))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise IncidentError(f"{weights_of}: does not fit the incident's config ({reason})") from None
+    load_into(objective, weights_of)
     dtype = DTYPES[incident["topology"]["precision"]]
     objective = objective.to(device=device, dtype=dtype).train()
     return Replay(incident, config, data, objective, device)

@@ -284,6 +284,21 @@ def test_unusable_samples_and_empty_captions_have_no_targets(name: str) -> None:
     assert all(torch.isfinite(value) for value in losses.values())
 
 
+@pytest.mark.parametrize("rate", [0.15, 1.0])
+@pytest.mark.parametrize(("name", "targets"), [("flm", 1), ("mlm", 1), ("ar", 2), ("prefixlm", 2)])
+def test_captions_of_one_token_are_learnt_from(name: str, targets: int, rate: float) -> None:
+    """Alone and beside each other as pair and negative: the word is a target, losses and gradients are finite."""
+    options = dict(corruption_rate=rate, mask_rate=rate, prefix_share=rate - 0.01, negatives="in_batch_hard")
+    objective = tiny_flm(name=name, negative_share=1.0, **options)
+    for rows in (pair_rows([[0, 9, 2]]), pair_rows([[0, 9, 2], [0, 11, 2]])):
+        batch = objective.planner(images(len(rows)), rows)
+        assert batch.counts[name] == targets * len(rows)
+        assert {*batch.terms[name].label.tolist()} - {2} == {row.token_ids[1] for row in rows}
+        loss = sum(objective(batch).values())
+        gradients = torch.autograd.grad(loss, [objective.lm_head.weight, objective.net.embedding.word.weight])
+        assert torch.isfinite(loss) and all(torch.isfinite(one).all() and one.any() for one in gradients)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -153,10 +154,56 @@ def test_sizes_that_do_not_fit_are_refused(section: str, change: dict, message: 
         build_objective(config, ObjectiveConfig(), VOCABULARY, 24)
 
 
-@pytest.mark.parametrize("option", ["corruption_rate", "negative_share", "itm_weight", "l2r_weight"])
-def test_rates_and_weights_out_of_range_are_refused(option: str):
-    with pytest.raises(ValueError, match=rf"objective\.{option} is -0\.1"):
-        build_objective(tiny_config(), ObjectiveConfig(**{option: -0.1}), VOCABULARY, 24)
+@pytest.mark.parametrize(
+    ("option", "refused", "allowed"),
+    [
+        ("corruption_rate", [-0.1, 1.01], [0.0, 1.0]),  # 0 hides the target only
+        ("negative_share", [-0.1, 1.01], [0.0, 1.0]),
+        ("mask_rate", [-0.1, 0.0, 1.01], [1.0]),
+        ("prediction_rate", [-0.1, 0.0, 1.01], [1.0, None]),
+        ("prefix_share", [-0.1, 1.0], [0.0, None]),
+        ("itm_weight", [-0.1, math.inf], [0.0]),
+        ("l2r_weight", [-0.1, math.inf], [0.0, 3.0]),
+        ("r2l_weight", [-0.1, math.inf], [0.0, 3.0]),
+    ],
+)
+def test_rates_and_weights_out_of_range_are_refused(option: str, refused: list, allowed: list):
+    """Invariant 9, whichever objective is asked for."""
+    for value in [*refused, math.nan]:
+        with pytest.raises(ValueError, match=rf"objective\.{option} is {value}, expected"):
+            build_objective(tiny_config(), ObjectiveConfig(**{option: value}), VOCABULARY, 24)
+    for value in allowed:
+        build_objective(tiny_config(), ObjectiveConfig(**{option: value}), VOCABULARY, 24)
+
+
+@pytest.mark.parametrize("change", [{"width": 48}, {"patch_size": 8}])
+def test_image_weights_of_another_width_or_patch_are_refused(tmp_path: Path, change: dict):
+    """Another resolution is no other model: the position table is resized."""
+    config = tiny_config().vision
+    state = {"visual.class_embedding": torch.zeros(32), "visual.positional_embedding": torch.zeros(5, 32)}
+    state |= {"visual.conv1.weight": torch.zeros(32, 3, 16, 16)}
+    file = tmp_path / "clip.pt"
+    torch.save(state, file)
+    other = dataclasses.replace(config, pretrained=str(file), **change)
+    with pytest.raises(ValueError, match=r"model.vision.pretrained .*clip.pt: .*has shape .*, the model's") as error:
+        load_vision(VisionTower(other), other)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"hidden_size": 48}, r"\(48,\), .*\(32,\)"), ({"vocab_size": 70}, r"\(70, 32\), .*\(61, 32\)")],
+)
+def test_text_weights_of_another_width_or_vocabulary_are_refused(tmp_path: Path, change: dict, named: str):
+    import transformers
+
+    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    roberta = transformers.RobertaConfig(**sizes | change, max_position_embeddings=40, type_vocab_size=1)
+    transformers.RobertaModel(roberta).save_pretrained(tmp_path)
+    config = tiny_config()
+    config.text.pretrained = str(tmp_path)
+    with pytest.raises(ValueError, match=f"model.text.pretrained .*has shape {named};"):
+        build_objective(config, ObjectiveConfig(), VOCABULARY, 24)
 
 
 def test_real_size_parameter_counts():

@@ -80,7 +80,9 @@ def test_training_starts_from_an_imported_model(checkpoint, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m.text, "ffn_width", 128), r"shape \(256, 64\).*\(128, 64\)"),
+        (lambda m: setattr(m.text, "ffn_width", 128), r"model.weights .*shape \(256, 64\).*\(128, 64\)"),
+        (lambda m: setattr(m.text, "width", 128), r"model.weights .*shape \(64,\), .*\(128,\)"),
+        (lambda m: setattr(m.text, "max_positions", 80), r"model.weights .*shape \(66, 64\).*\(80, 64\)"),
         (lambda m: setattr(m.reconstructor, "top_layers", 2), "that an flm model of these sizes does not"),
         (lambda m: setattr(m, "weights", "nowhere"), "expected a folder made by"),
     ],
@@ -91,6 +93,13 @@ def test_a_model_of_other_sizes_is_refused(checkpoint, tmp_path, change, message
     change(model)
     with pytest.raises(ValueError, match=message):
         build_objective(model, ObjectiveConfig(), Vocabulary(292, 0, 1, 2, 291), 16)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, tmp_path) -> None:
+    assert main(["import-flm", str(checkpoint), str(tmp_path / "imported")]) == 0
+    model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
+    with pytest.raises(ValueError, match=r"model.weights .*shape \(292, 64\).*\(300, 64\); width, vocabulary"):
+        build_objective(model, ObjectiveConfig(), Vocabulary(300, 0, 1, 2, 291), 16)
 
 
 def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from pipeline.caption_lengths import QUANTILES
 from pipeline.checkpoint import RunState
 from pipeline.checkpoint_files import PartWriter, Piece, checkpoint_path, publish
 from pipeline.command_line import load_config
+from pipeline.evaluate import evaluate_run
 from pipeline.generate import load_captioner, main
+from pipeline.preempt import StopRequest
 from pipeline.report import write_report
 from pipeline.shard_reader import open_corpora
 from pipeline.tokenizer import load_tokenizer
@@ -135,6 +137,32 @@ def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tm
     assert main(["--run", str(moved), str(image)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "other", "named"),
+    [
+        ("text: {width: 16, heads: 2", "text: {width: 24, heads: 2", "has shape [16], the model's [24]"),
+        ("image_size: 32", "image_size: 48", "net.vision.position_embedding has shape [5, 16], the model's [10, 16]"),
+        ("tokenizer", "tokenizer", "has shape [300, 16], the model's [290, 16]"),
+    ],
+)
+def test_a_checkpoint_of_another_width_resolution_or_vocabulary_is_refused(
+    run: Path, tmp_path: Path, setting: str, other: str, named: str
+) -> None:
+    """In one line that names the first difference, by everything that loads a run's weights without its engine."""
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    (moved / "config.yaml").write_text((run / "config.yaml").read_text().replace(setting, other))
+    if setting == "tokenizer":
+        train_tokenizer([run.parent / "data" / "shapes" / "train"], moved / "tokenizer", 290)
+    for load in (
+        lambda: load_captioner(moved, torch.device("cpu")),
+        lambda: evaluate_run(moved, load_config(moved), torch.device("cpu"), StopRequest()),
+    ):
+        with pytest.raises(ValueError, match="restore the config.yaml and tokenizer it was trained with") as refused:
+            load()
+        assert named in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_mlm_tries_the_lengths_of_its_training_captions(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
     """All captions of the split are read here, so the quantiles are theirs."""
     mlm, data = run.parent / "mlm", run.parent / "data"
@@ -174,7 +202,7 @@ def test_mlm_without_its_data_asks_for_lengths(
         (["--run", "RUN", "--data", "DATA", "--split", "nosuch"], "nosuch"),
         (["--run", "RUN", "IMAGE", "--max-tokens", "1", "--prompt", "a large red circle"], "max_tokens"),
         (["--run", "RUN", "IMAGE", "--device", "nosuch"], "nosuch"),
-        (["--run", "OTHER", "IMAGE"], "does not fit its config.yaml"),
+        (["--run", "OTHER", "IMAGE"], "it belongs to another model"),
         (["--run", "RUN", "IMAGE", "--lengths", "5"], "--lengths is for mlm models"),
         (["--run", "MLM", "IMAGE", "--lengths", "5", "19"], "--lengths 5 19: expected numbers of tokens from 1 to 18"),
         (["--run", "MLM", "IMAGE", "--beams", "2"], "no --beams and no --prompt"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.text import TOP_EPS
+from model.text import TOP_EPS, initial_std
 
 KEPT_SHARE = 1 / 3  # of the vocabulary's logits, whose exponentials stay until backward
 
@@ -27,7 +27,9 @@ class LanguageModelHead(nn.Module):
         self.norm = nn.LayerNorm(width, eps=TOP_EPS)
         self.weight = nn.Parameter(torch.empty(vocabulary_size, width))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
-        nn.init.normal_(self.weight, std=0.02)
+        for weight in (self.transform.weight, self.weight):
+            nn.init.normal_(weight, std=initial_std(width))
+        nn.init.zeros_(self.transform.bias)
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy of each target.

@@ -19,6 +19,7 @@ from model.flops import training_flops
 from model.heads import LanguageModelHead
 from model.one_stream import OneStream
 from model.plan import FLMPlanner, ReleasedPlanner
+from model.text import initial_std
 
 
 def flm(
@@ -95,14 +96,12 @@ class Pretraining(nn.Module):
         self.config, self.name = model, objective.name
         self.net, self.planner = net, planner
         self.lm_head = LanguageModelHead(model.text.width, net.vocabulary.size)
-        nn.init.normal_(self.lm_head.transform.weight, std=0.02)
-        nn.init.zeros_(self.lm_head.transform.bias)
         self.term_weights = dict(language_weights)
         self._sources = sources  # the CLS feature of a read row stands where itm's does
         if model.behaviour == "default":
             self.term_weights["itm"] = objective.itm_weight
             self.itm_head = nn.Linear(model.text.width, 2)
-            nn.init.normal_(self.itm_head.weight, std=0.02)
+            nn.init.normal_(self.itm_head.weight, std=initial_std(model.text.width))
             nn.init.zeros_(self.itm_head.bias)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

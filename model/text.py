@@ -14,6 +14,15 @@ from model.layers import CrossAttention, FeedForward, Packing, ResidualNorm, Sel
 BOTTOM_EPS = 1e-5  # RoBERTa's LayerNorm
 TOP_EPS = 1e-12  # BERT's, used by all layers that FLM adds
 PAD_POSITION = 1  # row of the position table for padding; the first token stands at row 2
+BERT_STD, BERT_WIDTH = 0.02, 768
+
+
+def initial_std(width: int) -> float:
+    """Standard deviation of random weights: BERT's 0.02 at its width of 768, elsewhere in proportion to 1/sqrt(width).
+
+    A layer's output has the same variance at every width then, and narrow networks learn much faster (docs/log.md).
+    """
+    return BERT_STD * (BERT_WIDTH / width) ** 0.5
 
 
 class TextEmbedding(nn.Module):

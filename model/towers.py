@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from model.batch import Batch
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
-from model.text import BottomLayer, TextEmbedding, TopLayer
+from model.text import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.vision import VisionTower
 
 
@@ -33,15 +33,16 @@ def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> N
 
 
 def reset_parameters(net: nn.Module, keep: tuple[str, ...] = ()) -> None:
-    """N(0, 0.02) for all but the vision tower and the modules whose name starts with one of ``keep``."""
+    """``initial_std`` for all but the vision tower and the modules whose name starts with one of ``keep``."""
+    std = initial_std(net.embedding.word.embedding_dim)
     for name, module in net.named_modules():
         if name.startswith(("vision", *keep)):
             continue
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
-    nn.init.normal_(net.embedding.token_type, std=0.02)
+    nn.init.normal_(net.embedding.token_type, std=std)
 
 
 def encode_images(net: nn.Module, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from tests.tiny_flm import MAX_TEXT_LENGTH, caption, images, pair_rows, tiny_flm
 
 
 def test_released_layout_computes_the_released_loss():
-    objective = tiny_flm("released", spread=3.0)
+    objective = tiny_flm("released", spread=0.6)
     rows, pictures = (
         pair_rows([caption(4, 1), caption(9, 2), caption(MAX_TEXT_LENGTH - 2, 3), caption(1, 4)]),
         images(4),

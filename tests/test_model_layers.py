@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model.build import build_objective
+from model.config import ObjectiveConfig, TextConfig, Vocabulary
 from model.layers import attend, dropout
+from model.text import initial_std
+from tests.tiny_flm import tiny_config
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -54,3 +59,22 @@ def test_attention_of_a_blind_query_has_finite_gradients() -> None:
     tensors = [torch.randn(1, 1, 2, 4, requires_grad=True) for _ in range(3)]
     mixed = attend(*tensors, torch.tensor([[[[False, False], [True, True]]]]), 0.1)
     assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(mixed.sum(), tensors))
+
+
+@pytest.mark.parametrize("width", [32, 768])
+def test_random_weights_keep_the_variance_at_every_width(width: int) -> None:
+    """BERT's 0.02 at its width; a sum over ``width`` inputs of variance 1 has the same variance at any other."""
+    assert initial_std(768) == 0.02
+    assert width * initial_std(width) ** 2 == pytest.approx(768 * 0.02**2)
+    text = TextConfig(width=width, heads=2, ffn_width=64, bottom_layers=1, top_layers=1, max_positions=40)
+    vocabulary = Vocabulary(size=61, bos_id=0, pad_id=1, eos_id=2, mask_id=60)
+    built = build_objective(replace(tiny_config(), text=text), ObjectiveConfig(), vocabulary, 24)
+    matrices = {
+        name: parameter
+        for name, parameter in built.named_parameters()
+        if parameter.ndim > 1 and not name.startswith("net.vision")
+    }
+    assert len(matrices) > 20
+    for name, matrix in matrices.items():
+        sampling_error = initial_std(width) * (2 * matrix.numel()) ** -0.5
+        assert matrix.std().item() == pytest.approx(initial_std(width), abs=5 * sampling_error), name

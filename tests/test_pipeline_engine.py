@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = Device(kind="cpu", has_bf16=True)
 CASES = {  # name -> (objective from the seeded generator, batch of sample numbers)
     "stand_in": (TinyObjective, tiny_batch),
-    "flm": (lambda: tiny_flm(seed=3, spread=2.0, corruption_rate=0.4), flm_batch),
+    "flm": (lambda: tiny_flm(seed=3, spread=0.4, corruption_rate=0.4), flm_batch),
 }
 
 

@@ -23,7 +23,7 @@ def tiny_config(behaviour: str = "default", dropout: float = 0.0, **reconstructo
     )
 
 
-def tiny_flm(behaviour: str = "default", seed: int = 0, spread: float = 8.0, **objective) -> torch.nn.Module:
+def tiny_flm(behaviour: str = "default", seed: int = 0, spread: float = 1.6, **objective) -> torch.nn.Module:
     """An eval-mode objective whose weights are large enough that outputs depend visibly on their inputs."""
     torch.manual_seed(seed)
     built = build_objective(tiny_config(behaviour), ObjectiveConfig(**objective), VOCABULARY, MAX_TEXT_LENGTH)

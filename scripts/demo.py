@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from pipeline.launched_ranks import launched_ranks  # noqa: E402
 from pipeline.metrics import LOG_NAME, read_log  # noqa: E402
 from pipeline.report import held_out_rows  # noqa: E402
 from pipeline.report import number as as_text  # noqa: E402
@@ -204,7 +205,7 @@ def _served(folder: Path) -> Iterator[str]:
 def _end(process: subprocess.Popen, patience_seconds: float = 60.0) -> None:
     """Asks a command to end, then ends it with everything it started."""
     print("\nstopping; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
-    for pid in _ranks(process.pid) or [process.pid]:
+    for pid in launched_ranks(process.pid) or [process.pid]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -212,21 +213,6 @@ def _end(process: subprocess.Popen, patience_seconds: float = 60.0) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _ranks(group: int) -> list[int]:
-    """Training processes of a process group, without the loader processes that they started.
-
-    The launcher is not told to stop: it would kill the ranks before they have saved.
-    """
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            _, parent, process_group = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
-            command = (folder / "cmdline").read_bytes().split(b"\0")[:4]
-            if int(process_group) == group and b"pipeline/train.py" in command:
-                parents[int(folder.name)] = int(parent)
-    return [process for process, parent in parents.items() if parent not in parents]
 
 
 def _num_gpus() -> int:

@@ -53,6 +53,7 @@ RUNGS: dict[str, list[list[str]]] = {
             "transforms",
             "environment",
             "inert_pickle",
+            "launched_ranks",
         ],
         ["shard_files", "convert"],
         ["shard_reader", "optim", "ds_config", "command_line", "changes"],

@@ -40,7 +40,8 @@ class TextConfig:
     """Text tower: RoBERTa-style bottom half, cross-modal top half.
 
     Args:
-        pretrained: Hugging Face name or folder of a RoBERTa model for the bottom half; null for random initialisation.
+        pretrained: Hugging Face name or folder of a RoBERTa or BERT model for the bottom half; null for random
+            initialisation.
         width: hidden width, a multiple of heads.
         heads: attention heads.
         ffn_width: feed-forward width.

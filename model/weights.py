@@ -1,7 +1,7 @@
 """Foreign weights: with model/released.py the only place that knows key names of other projects; every map is strict.
 
 A map is written once, from our parameter name to the foreign names whose tensors, stacked along rows, make it up.
-CLIP towers: ``load_vision``; RoBERTa: ``load_text``; released FLM checkpoints: model/released.py, in the same way.
+CLIP towers: ``load_vision``; RoBERTa and BERT: ``load_text``; released FLM checkpoints: model/released.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.config import TextConfig, VisionConfig
+from model.text import PAD_POSITION
 from model.torchvision_shim import ensure_torchvision
 from model.vision import resize_positions
 
@@ -55,10 +57,13 @@ def bert_layer(ours: str, foreign: str) -> Rules:
     )
 
 
-# RoBERTa as transformers names it; token_type has one row there and is a vector here.
+ROBERTA_KIND = ("roberta", "xlm-roberta", "camembert")
+FOREIGN_POSITIONS = "embeddings.position_embeddings.weight"
+
+# RoBERTa and BERT as transformers names them; of token_type, a table there, the first row is a vector here.
 ROBERTA_RULES: Rules = (
     (r"embedding\.word\.weight", ("embeddings.word_embeddings.weight",)),
-    (r"embedding\.position\.weight", ("embeddings.position_embeddings.weight",)),
+    (r"embedding\.position\.weight", (FOREIGN_POSITIONS,)),
     (r"embedding\.token_type", ("embeddings.token_type_embeddings.weight",)),
     (r"embedding\.norm\.(weight|bias)", (r"embeddings.LayerNorm.\1",)),
     *bert_layer(r"bottom\.(\d+)", r"encoder.layer.\1"),
@@ -114,30 +119,63 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
 
 
 def load_text(net: nn.Module, config: TextConfig) -> list[str]:
-    """Loads RoBERTa weights (Hugging Face name or folder) into the embedding and bottom layers of an FLM network.
+    """Loads RoBERTa or BERT weights (Hugging Face name or folder) into the embedding and bottom layers of a network.
+
+    NOTE BERT's LayerNorm adds 1e-12 to the variance, RoBERTa's and ours 1e-5.
 
     Returns:
-        Keys of the RoBERTa model that are left out: its upper layers and pooler.
+        Keys of the foreign model that are left out: its upper layers, pooler and further token types.
 
     Raises:
-        ValueError: no such model, or one of another size or vocabulary.
+        ValueError: no such model, or one of another kind, size or vocabulary.
     """
     ensure_torchvision()
     import transformers
 
+    source = f"model.text.pretrained {config.pretrained}"
     try:
-        roberta = transformers.AutoModel.from_pretrained(config.pretrained, use_safetensors=True)
+        foreign = transformers.AutoModel.from_pretrained(config.pretrained, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model.text.pretrained {config.pretrained!r} can't be loaded ({reason}); give a folder with a RoBERTa"
-            " model in safetensors, or null for random initialisation"
+            f"model.text.pretrained {config.pretrained!r} can't be loaded ({reason}); give a folder with a RoBERTa or"
+            " BERT model in safetensors, or null for random initialisation"
         ) from error
-    state = roberta.state_dict()
+    _refuse_other_text_model(foreign.config, config, source)
+    state = dict(foreign.state_dict())
+    state[FOREIGN_POSITIONS] = _positions_from_ours(state[FOREIGN_POSITIONS], _first_position(foreign.config))
     half = nn.ModuleDict({"embedding": net.embedding, "bottom": net.bottom})
     with torch.no_grad():
-        used = fill(half, state, ROBERTA_RULES, source=f"model.text.pretrained {config.pretrained}")
+        used = fill(half, state, ROBERTA_RULES, source=source)
     return sorted(set(state) - {name for names in used.values() for name in names})
+
+
+def _refuse_other_text_model(foreign: Any, config: TextConfig, source: str) -> None:
+    """Raises ValueError for a model that computes something else with tensors of the same names and shapes."""
+    if foreign.model_type not in ("bert", *ROBERTA_KIND):
+        raise ValueError(f"{source} is of type {foreign.model_type}, expected roberta or bert; name one of these")
+    if foreign.num_attention_heads != config.heads:
+        raise ValueError(
+            f"{source} has {foreign.num_attention_heads} attention heads, the model {config.heads}; set"
+            f" --model.text.heads {foreign.num_attention_heads}"
+        )
+    positions = getattr(foreign, "position_embedding_type", "absolute")
+    if foreign.hidden_act != "gelu" or positions != "absolute":
+        raise ValueError(
+            f"{source} has activation {foreign.hidden_act} and {positions} positions, expected gelu and absolute;"
+            " name another model"
+        )
+
+
+def _first_position(foreign: Any) -> int:
+    """Row of a foreign position table where the first token stands: RoBERTa counts on from its padding, BERT from 0."""
+    return foreign.pad_token_id + 1 if foreign.model_type in ROBERTA_KIND else 0
+
+
+def _positions_from_ours(table: Tensor, first: int) -> Tensor:
+    """A position table whose first token stands at row ``first`` as one of ours, where it stands behind the padding."""
+    ours = PAD_POSITION + 1
+    return table if first == ours else torch.cat([table.new_zeros(ours, table.shape[1]), table[first:]])
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
@@ -163,9 +201,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
 def fill(
     module: nn.Module, state: Mapping[str, Tensor], rules: Rules, leave: Collection[str] = (), source: str = "weights"
 ) -> dict[str, tuple[str, ...]]:
-    """Copies foreign tensors into every parameter of ``module`` but those to ``leave``; images' position tables are
-    resized. Returns our names with the foreign ones; raises ValueError that begins with ``source``."""
-    used = {}
+    """Copies foreign tensors into every parameter of ``module`` but those to ``leave``, or into none; images' position
+    tables are resized. Returns our names with the foreign ones; raises ValueError that begins with ``source``."""
+    used, values = {}, []
     for name, parameter in module.named_parameters():
         if name in leave:
             continue
@@ -187,8 +225,10 @@ def fill(
                 f"{source}: {names[0]} has shape {tuple(value.shape)}, the model's {name} {tuple(parameter.shape)};"
                 " width, vocabulary, patches or number of positions differ: set model. options to the weights' sizes"
             )
-        parameter.copy_(value)
+        values.append((parameter, value))
         used[name] = names
+    for parameter, value in values:
+        parameter.copy_(value)
     return used
 
 

@@ -14,7 +14,7 @@ from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig
 from model.layers import Packing
 from model.torchvision_shim import ensure_torchvision
 from model.vision import IMAGE_MEAN, IMAGE_STD, VisionTower, resolve_sizes
-from model.weights import load_vision
+from model.weights import load_text, load_vision
 from tests.tiny_flm import VOCABULARY, tiny_config, tiny_flm
 
 ensure_torchvision()
@@ -63,24 +63,30 @@ def test_vision_tower_equals_open_clip(quick_gelu: bool, tmp_path: Path):
     assert "transformer.resblocks.2.attn.in_proj_weight" in left_out and shorter.position_embedding.shape == (37, 64)
 
 
-def test_bottom_layers_equal_roberta(tmp_path: Path):
-    """A Hugging Face folder loads, and bidirectional attention over the bottom half gives RoBERTa's hidden states."""
+def save_text_model(folder: Path, kind: str = "roberta", **changes) -> torch.nn.Module:
+    """A tiny random RoBERTa or BERT of transformers in a folder; BERT has no position rows before the first token's."""
     import transformers
 
+    Config, Model = {
+        "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
+        "bert": (transformers.BertConfig, transformers.BertModel),
+        "electra": (transformers.ElectraConfig, transformers.ElectraModel),
+    }[kind]
+    sizes = dict(vocab_size=VOCABULARY.size, hidden_size=32, num_hidden_layers=3, num_attention_heads=2)
+    sizes |= dict(intermediate_size=64, pad_token_id=1, layer_norm_eps=1e-5, initializer_range=0.3)
+    sizes |= dict(max_position_embeddings=40, type_vocab_size=1)
+    if kind != "roberta":
+        sizes |= dict(max_position_embeddings=38, type_vocab_size=2)
     torch.manual_seed(0)
-    roberta_config = transformers.RobertaConfig(
-        vocab_size=VOCABULARY.size,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=40,
-        type_vocab_size=1,
-        pad_token_id=1,
-        layer_norm_eps=1e-5,
-    )
-    roberta = transformers.RobertaModel(roberta_config).eval()
-    roberta.save_pretrained(tmp_path)
+    model = Model(Config(**sizes | changes)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_bottom_layers_equal_those_of_transformers(tmp_path: Path, kind: str):
+    """A Hugging Face folder loads, and bidirectional attention over the bottom half gives its model's hidden states."""
+    foreign = save_text_model(tmp_path, kind)
     config = tiny_config()
     config.text.pretrained = str(tmp_path)
     net = build_objective(config, ObjectiveConfig(), VOCABULARY, 24).eval().net
@@ -88,13 +94,33 @@ def test_bottom_layers_equal_roberta(tmp_path: Path):
     ids = torch.tensor([[0, 5, 6, 7, 2, 1], [0, 9, 8, 7, 6, 2]])
     lengths = torch.tensor([5, 6])
     with torch.no_grad():
-        theirs = roberta(ids, attention_mask=(ids != 1).long(), output_hidden_states=True).hidden_states[2]
+        theirs = foreign(ids, attention_mask=(ids != 1).long(), output_hidden_states=True).hidden_states[2]
         cells = (ids != 1).flatten().nonzero()[:, 0]
         states = net.embedding(ids.flatten()[cells], cells % 6)
         mask = (torch.arange(6) < lengths[:, None])[:, None, None].expand(2, 1, 6, 6)
         for layer in net.bottom:
             states = layer(states, Packing(cells, 2, 6), mask)
     torch.testing.assert_close(states, theirs.flatten(0, 1)[cells], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("roberta", {"num_attention_heads": 4}, "has 4 attention heads, the model 2; set --model.text.heads 4"),
+        ("bert", {"hidden_act": "relu"}, "activation relu .* expected gelu"),
+        ("bert", {"max_position_embeddings": 40}, r"has shape \(42, 32\), the model's embedding.position.weight \(40"),
+        ("electra", {"embedding_size": 32}, "is of type electra, expected roberta or bert"),
+    ],
+)
+def test_text_models_that_compute_something_else_are_refused(tmp_path: Path, kind: str, change: dict, message: str):
+    save_text_model(tmp_path, kind, **change)
+    config = tiny_config()
+    net = build_objective(config, ObjectiveConfig(), VOCABULARY, 24).net
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    with pytest.raises(ValueError, match=f"model.text.pretrained .*{message}") as error:
+        load_text(net, dataclasses.replace(config.text, pretrained=str(tmp_path)))
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in net.named_parameters()), "filled in part"
 
 
 def test_a_pickle_that_executes_code_is_refused(tmp_path: Path):
@@ -195,11 +221,7 @@ def test_image_weights_of_another_width_or_patch_are_refused(tmp_path: Path, cha
     [({"hidden_size": 48}, r"\(48,\), .*\(32,\)"), ({"vocab_size": 70}, r"\(70, 32\), .*\(61, 32\)")],
 )
 def test_text_weights_of_another_width_or_vocabulary_are_refused(tmp_path: Path, change: dict, named: str):
-    import transformers
-
-    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    roberta = transformers.RobertaConfig(**sizes | change, max_position_embeddings=40, type_vocab_size=1)
-    transformers.RobertaModel(roberta).save_pretrained(tmp_path)
+    save_text_model(tmp_path, **change)
     config = tiny_config()
     config.text.pretrained = str(tmp_path)
     with pytest.raises(ValueError, match=f"model.text.pretrained .*has shape {named};"):

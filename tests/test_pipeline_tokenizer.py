@@ -107,6 +107,20 @@ def test_cls_and_sep_serve_as_bos_and_eos(tmp_path):
     assert load_tokenizer(folder).encode("a caption", 50)[0] == 0
 
 
+def test_the_tokenizer_of_bert(tmp_path):
+    """WordPiece with [CLS], [SEP], [PAD] and [MASK], from a vocab.txt; "##" marks what continues a word."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cap", "##tion", ","]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    tokenizer = load_tokenizer(tmp_path)
+    vocabulary = tokenizer.vocabulary
+    assert (vocabulary.size, vocabulary.special_ids) == (9, (2, 0, 3, 4))
+    ids = tokenizer.encode("A caption, a", 50)
+    assert ids == [2, 5, 6, 7, 8, 5, 3] and tokenizer.decode(ids) == "a caption, a"
+    assert [vocabulary.starts_word(number) for number in ids[1:-1]] == [True, True, False, True, True]
+    assert not set(tokenizer.encode("[SEP] [MASK] a", 50)[1:-1]) & {*vocabulary.special_ids}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model.config import TextConfig, VisionConfig
@@ -103,7 +104,7 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
 
         try:
             clip = open_clip.create_model(config.name, pretrained=config.pretrained, precision="fp32")
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"model.vision.pretrained {config.pretrained!r} is neither a file nor a tag of {config.name} that can"
@@ -135,7 +136,7 @@ def load_text(net: nn.Module, config: TextConfig) -> list[str]:
     source = f"model.text.pretrained {config.pretrained}"
     try:
         foreign = transformers.AutoModel.from_pretrained(config.pretrained, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"model.text.pretrained {config.pretrained!r} can't be loaded ({reason}); give a folder with a RoBERTa or"
@@ -181,7 +182,6 @@ def _positions_from_ours(table: Tensor, first: int) -> Tensor:
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """A state dict from a safetensors file, or a PyTorch file without executing anything in it."""
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.config import AUTO, ModelConfig, ObjectiveConfig, Vocabulary
 from model.hard_negatives import HardNegatives
 from model.objectives import OBJECTIVES, Pretraining
 from model.released import load_imported
@@ -28,6 +28,9 @@ def build_objective(
         ValueError: an option out of range, or options that do not fit each other.
     """
     _check(model, objective, vocabulary, max_text_length)
+    for name in ("vision", "text") if pretrained and not model.weights else ():
+        if getattr(model, name).pretrained == AUTO:
+            raise ValueError(f"model.{name}.pretrained auto is decided where a run starts; here name weights, or null")
     model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
     share = objective.negative_share if objective.itm_weight else 0.0
     in_batch = objective.negatives == "in_batch_hard"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+AUTO = "auto"  # of model.vision.pretrained and model.text.pretrained
+
 
 @dataclass
 class VisionConfig:
@@ -12,7 +14,8 @@ class VisionConfig:
 
     Args:
         name: open_clip architecture whose sizes are used (for example ViT-B-32-quickgelu); null uses the sizes below.
-        pretrained: open_clip tag (openai), local weights file, or null for random initialisation.
+        pretrained: open_clip tag (openai), local weights file, or null for random initialisation. auto takes openai's
+            where the local cache or the hub has them and they fit, else random ones, with a warning.
         image_size: input resolution in pixels; the position table is resized bicubically to it.
         patch_size: pixels per patch side (when name is null).
         width: hidden width (when name is null).
@@ -41,7 +44,8 @@ class TextConfig:
 
     Args:
         pretrained: Hugging Face name or folder of a RoBERTa or BERT model for the bottom half; null for random
-            initialisation.
+            initialisation. auto takes roberta-base where the local cache or the hub has it and it fits, the tokens
+            included, else random weights, with a warning.
         width: hidden width, a multiple of heads.
         heads: attention heads.
         ffn_width: feed-forward width.

@@ -33,6 +33,7 @@ from pipeline.rewind import PassedBy, finish_setting_aside
 from pipeline.run_lock import lock_run
 from pipeline.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.saver import Saver
+from pipeline.starting_weights import describe_start, load_starting_weights
 from pipeline.unusable import UnusableSamples
 
 
@@ -102,10 +103,11 @@ def set_up(
         before = checkpoint.read_state(saved)
         data_changes = fingerprint.accept(output, before.fingerprint, wanted, config.data.allow_change)
         refuse_fewer_steps(output, before.step, config.train.steps)
-    objective = build_objective(
-        config.model, config.objective, data.tokenizer.vocabulary, length, pretrained=saved is None
-    )
+    objective = build_objective(config.model, config.objective, data.tokenizer.vocabulary, length, pretrained=False)
     _refuse_unknown_metric(config, objective.term_weights)
+    starting = None
+    if saved is None:
+        starting = load_starting_weights(objective, config.model, data.tokenizer, place, agreement)
     num_parameters = sum(parameter.numel() for parameter in objective.parameters())
     planner = objective.planner
     lock = _lock(output, place, agreement, lock)  # of a new run only now: a mistake before this leaves no folder
@@ -118,8 +120,8 @@ def set_up(
     changes = _take_note_of_changes(state, config, place, engine)
     changes += [f"another {name}: {change}" for name, change in data_changes.items()]
     if place.is_main:
-        _announce(config, data, state, num_parameters, engine, changes)
-        _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision)
+        _announce(config, data, state, num_parameters, engine, changes, starting)
+        _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision, starting)
         cut_back_sample_keys(output, state.step)
     unusable = UnusableSamples(output, config.data, agreement, place.is_main)
     unusable.return_to(state.step, state.unusable, state.unusable_shards)
@@ -219,10 +221,13 @@ def _announce(
     num_parameters: int,
     engine: TrainEngine,
     changes: list[str],
+    starting: dict[str, Any] | None,
 ) -> None:
-    for name, option in (("vision", "openai"), ("text", "roberta-base")):
-        if getattr(config.model, name).pretrained is None and not state.step:
-            print(f"{name} tower starts from random weights (--model.{name}.pretrained {option} starts from a hub's)")
+    if starting is not None:
+        line, warnings = describe_start(starting)
+        print(line, flush=True)
+        for warning in warnings:
+            print(warning, file=sys.stderr, flush=True)
     sizes = ", ".join(f"{corpus.name} {len(corpus)}" for corpus in data.corpora)
     held_out = sum(len(corpus) for corpus in data.held_out)
     print(f"model: {num_parameters / 1e6:.1f} M parameters, {engine.precision}, ZeRO {engine.stage}, {engine.device}")
@@ -237,7 +242,13 @@ def _announce(
 
 
 def _write_run_files(
-    launch: Launch, ds_config: dict[str, Any], device: torch.device, place: Place, num_parameters: int, precision: str
+    launch: Launch,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    place: Place,
+    num_parameters: int,
+    precision: str,
+    starting: dict[str, Any] | None,
 ) -> None:
     output = launch.output
     output.mkdir(parents=True, exist_ok=True)
@@ -249,11 +260,20 @@ def _write_run_files(
         "launcher": place.launcher,
         "precision": precision,
         "num_parameters": num_parameters,
+        "starting_weights": starting or _recorded_start(output / "environment.json"),
         "sources": launch.sources,
         **describe_environment(device),
     }
     (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(tokenizer_source(launch.config.data), output)
+
+
+def _recorded_start(environment: Path) -> dict[str, Any] | None:
+    """What the first part of a run noted of its starting weights; None where nothing is to be read."""
+    try:
+        return json.loads(environment.read_text(encoding="utf-8")).get("starting_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def copy_tokenizer(source: str | Path, output: Path) -> None:

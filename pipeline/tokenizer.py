@@ -38,6 +38,11 @@ class TextTokenizer:
         self._hidden = {*special_ids.values()}
 
     @property
+    def tokens(self) -> dict[str, int]:
+        """Id of every token as the vocabulary spells it."""
+        return self._engine.get_vocab(with_added_tokens=True)
+
+    @property
     def fingerprint(self) -> str:
         """Changes when any text could get other ids."""
         content = f"{self._engine.to_str()}{sorted(self._special_ids.items())}"

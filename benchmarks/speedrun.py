@@ -52,7 +52,7 @@ from pipeline.tokenizer import load_tokenizer
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 DONE = "done.json"  # in a run folder: trained to the end and probed
-SHOW_SECONDS = 20.0
+SHOW_SECONDS = 60.0
 ALWAYS = {  # of every training
     "train.eval_every": 0,
     "train.save_minutes": 0,

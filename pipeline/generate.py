@@ -32,6 +32,7 @@ from model.decode_masked import ITERATIONS, mask_predict
 from pipeline.caption_lengths import training_lengths
 from pipeline.caption_scores import summarise
 from pipeline.checkpoint import load_into, resolve
+from pipeline.collate import clean_caption
 from pipeline.command_line import load_config
 from pipeline.config import Config, tokenizer_source
 from pipeline.shard_reader import Corpus, open_corpora
@@ -69,7 +70,7 @@ class Captioner:
 
     @torch.inference_mode()
     def caption(self, pixels: Sequence[Tensor]) -> list[str]:
-        """One caption per image, uint8 [3, H, W] each."""
+        """One caption per image, uint8 [3, H, W] each; like the captions of training it is one line."""
         images = torch.stack(list(pixels)).unsqueeze(1).to(self.device)
         if self.objective.name == "mlm":
             ids = mask_predict(self.objective, images, self.lengths)
@@ -77,7 +78,7 @@ class Captioner:
             ids = beam(self.objective, images, self.max_tokens, self.beams, self.prompt)
         else:
             ids = greedy(self.objective, images, self.max_tokens, self.prompt)
-        return [self.tokenizer.decode(row) for row in ids]
+        return [clean_caption(self.tokenizer.decode(row), full_stop=False) for row in ids]
 
     @property
     def search(self) -> str:

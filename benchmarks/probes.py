@@ -34,7 +34,9 @@ from pipeline.command_line import load_config
 from pipeline.config import Config, fail, weighted_paths
 from pipeline.generate import Captioner, caption_items, load_captioner
 from pipeline.open_data import open_held_out
+from pipeline.ranks import Agreement, Place
 from pipeline.shard_reader import Corpus, open_corpora
+from pipeline.starting_weights import load_starting_weights
 from pipeline.step_lines import StepLines
 from pipeline.step_lines import step_of as step_of_line
 
@@ -72,7 +74,7 @@ def probe_run(run: Path, train_images: int, test_images: int, caption_images: in
     data = choose(*_open(config), captioner, train_images, test_images, caption_images)
     lines = StepLines(run / NAME)
     if 0 not in done:
-        untrained = dataclasses.replace(captioner, objective=_untrained(config, captioner).eval().to(device))
+        untrained = dataclasses.replace(captioner, objective=_untrained(run, config, captioner).eval().to(device))
         lines.write({"step": 0, **measure(untrained, data)})
     for path in due:
         captioner.objective.load_state_dict(load_weights(path))
@@ -193,11 +195,22 @@ def _open(config: Config) -> tuple[list[Corpus], list[Corpus]]:
     return open_corpora([path for path, _ in weighted_paths(config.data)], config.data.train_split), held_out
 
 
-def _untrained(config: Config, captioner: Captioner) -> torch.nn.Module:
-    """The model as the run's first step found it."""
+def _untrained(run: Path, config: Config, captioner: Captioner) -> torch.nn.Module:
+    """The model as the run's first step found it; raises ValueError where its starting weights are not to be had."""
     torch.manual_seed(config.train.seed)
-    length = config.data.max_text_length
-    return build_objective(config.model, config.objective, captioner.tokenizer.vocabulary, length)
+    length, tokenizer = config.data.max_text_length, captioner.tokenizer
+    built = build_objective(config.model, config.objective, tokenizer.vocabulary, length, pretrained=False)
+    found = load_starting_weights(built, config.model, tokenizer, Place(0, 1, 0, "single"), Agreement())
+    noted = starting_weights(run)
+    if noted and noted != {name: start["taken"] for name, start in found.items()}:
+        raise ValueError(f"{run} started from {noted}, now found {found}; make the same weights available again")
+    return built
+
+
+def starting_weights(run: Path) -> dict[str, str | None]:
+    """What a run noted that it started from, by part of the model; None is random."""
+    noted = json.loads((run / "environment.json").read_text(encoding="utf-8")).get("starting_weights") or {}
+    return {name: start["taken"] for name, start in noted.items()}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

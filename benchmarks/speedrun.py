@@ -192,6 +192,7 @@ class Speedrun:
 
     def report(self, failures: list[str]) -> int:
         """Write what is known by now; returns the exit code."""
+        failures = failures + self._unequal_starts()
         runs = {}
         for row in self.rows:
             seeds = [seed for seed in self.arguments.seeds if (self.run_folder(row, seed) / DONE).is_file()]
@@ -204,6 +205,23 @@ class Speedrun:
         for failure in failures or ([] if runs else ["no training has been finished and probed yet"]):
             print(f"error: {failure}", file=sys.stderr, flush=True)
         return EXIT_FAILED if failures or not runs else EXIT_DONE
+
+    def _unequal_starts(self) -> list[str]:
+        """What is wrong where, of runs that asked for the same weights, some got them from a hub and some did not."""
+        starts: dict[str, dict[str, str]] = {}  # asked -> got -> the first run that did
+        for row in self.rows:
+            model = row.config.model
+            asked = str((model.weights, model.vision.pretrained, model.text.pretrained))
+            for seed in self.arguments.seeds:
+                got = read_json(self.run_folder(row, seed) / DONE).get("starting_weights")
+                if got is not None:
+                    starts.setdefault(asked, {}).setdefault(str(got), f"row {row.name}, seed {seed}")
+        return [
+            "the runs did not start from the same weights, so they cannot be compared: "
+            + "; ".join(f"{run} from {weights}" for weights, run in got.items())
+            for got in starts.values()
+            if len(got) > 1
+        ]
 
     def run_folder(self, row: Row, seed: int) -> Path:
         return self.output / "runs" / row.name / f"seed_{seed}"
@@ -231,7 +249,7 @@ class Speedrun:
         """Note that a run is trained and probed; of its checkpoints the last one stays, unless all shall."""
         measured = [record["step"] for record in probes.read_probes(folder)]
         assert measured and measured[-1] == steps, f"{folder}: probed at {measured}, expected the last to be {steps}"
-        write_json(folder / DONE, {"steps": steps})
+        write_json(folder / DONE, {"steps": steps, "starting_weights": probes.starting_weights(folder)})
         if not self.arguments.keep_checkpoints:
             for path in published(folder)[:-1]:
                 remove(path)

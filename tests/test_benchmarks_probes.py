@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.logistic import fit, read
-from benchmarks.probe_data import UNKNOWN, ProbeData, Reader, Split, choose
-from benchmarks.probes import features_of, measure, probe_run
+from benchmarks.probe_data import UNKNOWN, ProbeData, Reader, Split, _questions, choose
+from benchmarks.probes import _untrained, features_of, measure, probe_run
 from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from model.batch import Row
@@ -157,11 +157,23 @@ def test_released_behaviour_is_left_out_with_the_reason(data: Path) -> None:
 
 
 def test_malformed_questions_are_passed_over() -> None:
-    from benchmarks.probe_data import _questions
-
     good = {"question": "what?", "answer": "red", "type": "colour"}
     listed = [good, {"question": "what?"}, "what?", {"question": 3, "answer": "x"}, {"question": " ", "answer": "x"}]
     assert _questions([item("a", "x"), item("b", "x", questions=listed), item("c", "x", questions="no")]) == [(1, good)]
+
+
+def test_the_untrained_model_is_the_one_that_training_began_with(data: Path, tmp_path: Path) -> None:
+    model = captioner(data, "mlm")
+    config = parse_command_line(["--recipe", "flm_tiny", "--objective.name", "mlm", "--train.seed", "5"]).config
+    noted = '{"starting_weights": {"vision": {"taken": null}, "text": {"taken": null}}}'
+    (tmp_path / "environment.json").write_text(noted)
+    torch.manual_seed(5)
+    expected = build_objective(config.model, config.objective, model.tokenizer.vocabulary, 50).state_dict()
+    found = _untrained(tmp_path, config, model).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (tmp_path / "environment.json").write_text(noted.replace("null", '"other"', 1))
+    with pytest.raises(ValueError, match="now found"):
+        _untrained(tmp_path, config, model)
 
 
 def test_a_run_that_is_measured_already_is_left_alone(tmp_path: Path) -> None:

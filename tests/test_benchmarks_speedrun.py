@@ -230,6 +230,7 @@ if what == "train":
             if step in (0, steps):
                 log.write(json.dumps({"kind": "eval", "step": step, "loss": 5.0 - 2 * step / steps}) + "\\n")
     (folder / "beat").write_text(str(every))
+    (folder / "environment.json").write_text('{"starting_weights": {"text": {"taken": null}}}')
 else:
     every, records = int((folder / "beat").read_text()), (folder / "log.jsonl").read_text().splitlines()
     steps = max(json.loads(record)["step"] for record in records)
@@ -303,6 +304,10 @@ def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers,
     assert "6 trainings, 5 of them done" in capsys.readouterr().out
     again = (output / "launches").read_text().splitlines()[len(launches) :]
     assert again == ["train mlm_40/seed_1", "probe mlm_40/seed_1"]
+    note = output / "runs" / "flm" / "seed_0" / "done.json"
+    note.write_text(note.read_text().replace("null", '"roberta-base"'))
+    assert speedrun(data, output, *budget).run() == 1
+    assert "did not start from the same weights" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="another command .budget: '2 minutes' there, '3 minutes' here"):
         speedrun(data, output, "--budget-minutes", "3", *budget[2:])
 

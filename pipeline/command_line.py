@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,7 +14,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline.config import Config, ConfigError, flatten, validate
+from pipeline.config import Config, ConfigError, flatten, leaves, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -47,10 +46,10 @@ def parse_command_line(argv: list[str]) -> Launch:
     merged = _parse(parser, recipe, f"recipe {recipe_path.stem}")
     output, deepspeed = given.pop("output", None), given.pop("deepspeed", None)
     given.pop("local_rank", None)
-    on_command_line = {key: value for key, value in _leaves(given) if key in options}
+    on_command_line = {key: value for key, value in leaves(given.as_dict()) if key in options}
     for key, value in on_command_line.items():
         merged[key] = value
-    in_recipe = {key for key, _ in _leaves(recipe)}
+    in_recipe = {key for key, _ in leaves(recipe)}
     config = _build(Config, merged)
     validate(config)
     defaults = dict(flatten(Config()))
@@ -166,7 +165,7 @@ def _explain(message: str, given: list[str] | dict[str, Any]) -> str:
         return message
     name = key.group(1) or key.group(2)
     if isinstance(given, dict):
-        found = repr(dict(_leaves(given)).get(name))
+        found = repr(dict(leaves(given)).get(name))
     else:
         values = [word.split("=", 1)[1] for word in given if word.startswith(f"--{name}=")]
         values += [after for word, after in zip(given, [*given[1:], "--"], strict=True) if word == f"--{name}"]
@@ -227,7 +226,7 @@ def _refuse_unknown(argv: list[str], known: list[str]) -> None:
 
 
 def _refuse_bad_recipe(recipe: dict[str, Any], path: Path, options: dict[str, Any]) -> None:
-    for key, value in _leaves(recipe):
+    for key, value in leaves(recipe):
         if key not in options:
             raise ConfigError(f"{path}: unknown option {key}; {_nearest(key, list(options))}")
         if value is None and type(None) not in getattr(options[key], "__args__", ()):
@@ -247,14 +246,6 @@ def _option_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
         key = f"{prefix}{name}"
         result |= _option_types(hint, f"{key}.") if dataclasses.is_dataclass(hint) else {key: hint}
     return result
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in vars(tree).items() if isinstance(tree, Namespace) else tree.items():
-        if isinstance(value, (dict, Namespace)):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

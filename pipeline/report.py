@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.config import leaves
 from pipeline.figures import NUM_COLOURS, Series, draw
 from pipeline.metrics import LOG_NAME, read_log
 
@@ -88,7 +89,7 @@ def write_report(run_dir: Path) -> Path:
         rows=held_out_rows(run.held_out),
         evaluated=[run.held_out[0]["step"], run.held_out[-1]["step"]] if run.held_out else [],
         figures=[figure for figure in figures(run) if figure is not None],
-        environment=list(flatten(run.environment)),
+        environment=list(leaves(run.environment)),
         config=yaml.safe_dump(run.config, sort_keys=False) if run.config else "",
         deepspeed=json.dumps(run.deepspeed, indent=2) if run.deepspeed else "",
     )
@@ -121,15 +122,6 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ReportError(f"{path} cannot be read: {str(error).splitlines()[0]}; restore or remove it") from None
     return content if isinstance(content, dict) else {}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """(dotted name, value) of the leaves of nested mappings."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def number(value: Any) -> str:
@@ -168,7 +160,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         "precision": ("precision",),
         "parameters": ("parameters", "num_parameters"),
     }
-    known = {name.rsplit(".", 1)[-1]: value for name, value in flatten(run.environment)}
+    known = {name.rsplit(".", 1)[-1]: value for name, value in leaves(run.environment)}
     known.setdefault("zero_stage", run.deepspeed.get("zero_optimization", {}).get("stage"))
     objective = run.config.get("objective")
     known.setdefault("objective", objective.get("name") if isinstance(objective, dict) else objective)

@@ -7,6 +7,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,19 +157,15 @@ class ShardFiles:
                 return opened
 
     def _open_now(self, shard: Shard) -> OpenShard:
-        tar, _ = _open_file(self._split_dir / shard.file)
-        try:
-            index, num_bytes = _open_file(self._split_dir / shard.index_file)
-        except BaseException:
-            os.close(tar)
-            raise
         width = index_columns(self._manifest.fields).width
-        try:
-            return OpenShard(tar, index, _first_row(index, num_bytes, (shard.rows, width)), width)
-        except BaseException:
-            os.close(tar)
-            os.close(index)
-            raise
+        with ExitStack() as opened:  # closed again unless all is well
+            tar, _ = _open_file(self._split_dir / shard.file)
+            opened.callback(os.close, tar)
+            index, num_bytes = _open_file(self._split_dir / shard.index_file)
+            opened.callback(os.close, index)
+            found = OpenShard(tar, index, _first_row(index, num_bytes, (shard.rows, width)), width)
+            opened.pop_all()
+        return found
 
     def _folder_comes_back(self) -> bool:
         deadline = time.monotonic() + FOLDER_SECONDS

@@ -11,8 +11,6 @@ import torch
 from benchmarks.logistic import fit, read
 from benchmarks.probe_data import UNKNOWN, ProbeData, Reader, Split, _questions, choose
 from benchmarks.probes import _untrained, features_of, measure, probe_run
-from data_prep.synth import SynthOptions, write_corpora
-from data_prep.tokenizer import train_tokenizer
 from model.batch import Row
 from model.build import build_objective
 from pipeline.command_line import parse_command_line
@@ -20,6 +18,7 @@ from pipeline.generate import Captioner, Item
 from pipeline.shard_reader import open_corpora
 from pipeline.tokenizer import load_tokenizer
 from pipeline.transforms import clip_transform
+from tests.tiny_corpus import make_corpus
 
 
 def blobs(num_items: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,10 +77,7 @@ def test_the_blind_answerer_knows_the_type_of_the_question_only() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probes") / "data"
-    write_corpora(folder / "synth", SynthOptions({"train": 24, "dev": 12}, image_size=32, pair_share=0))
-    train_tokenizer([folder / "synth" / "train"], folder / "tokenizer", 400)
-    return folder
+    return make_corpus(tmp_path_factory.mktemp("probes") / "data", train=24, dev=12)
 
 
 def captioner(data: Path, name: str) -> Captioner:

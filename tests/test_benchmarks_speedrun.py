@@ -18,11 +18,10 @@ from benchmarks.speedrun_jobs import Job, Stopped, run_jobs
 from benchmarks.speedrun_options import parse
 from benchmarks.speedrun_plan import Budget, Cost, accept_command, cost_of, steps_within
 from benchmarks.speedrun_rows import FOLDER, Row, check_models, load_rows
-from data_prep.synth import SynthOptions, write_corpora
-from data_prep.tokenizer import train_tokenizer
 from model.config import Vocabulary
 from pipeline.config import Config, ConfigError, OptimConfig
 from pipeline.preempt import SIGNALS, StopRequest
+from tests.tiny_corpus import make_corpus
 
 DEMO = ["--recipe", "demo"]
 
@@ -243,10 +242,7 @@ else:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("speedrun") / "data"
-    write_corpora(folder / "synth", SynthOptions({"train": 40, "dev": 10}, image_size=32, pair_share=0))
-    train_tokenizer([folder / "synth" / "train"], folder / "tokenizer", 400)
-    return folder
+    return make_corpus(tmp_path_factory.mktemp("speedrun") / "data", train=40, dev=10)
 
 
 class Stubbed(Speedrun):

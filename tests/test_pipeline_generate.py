@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from model.build import build_objective
 from pipeline.caption_lengths import QUANTILES
@@ -24,6 +23,7 @@ from pipeline.preempt import StopRequest
 from pipeline.report import write_report
 from pipeline.shard_reader import open_corpora
 from pipeline.tokenizer import load_tokenizer
+from tests.tiny_corpus import make_corpus
 
 CONFIG = """
 model:
@@ -37,9 +37,7 @@ data: {{paths: ["{data}"], max_text_length: 20}}
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with prepared data, a tokenizer and the checkpoint of an untrained model; beside it one of mlm."""
     folder = tmp_path_factory.mktemp("generate")
-    data = folder / "data"
-    write_corpora(data / "shapes", SynthOptions({"train": 40, "dev": 12, "test": 0}, image_size=32, pair_share=0))
-    train_tokenizer([data / "shapes" / "train"], data / "tokenizer", 300)
+    data = make_corpus(folder / "data", train=40, dev=12, vocabulary_size=300)
     write_run(folder / "mlm", data, CONFIG + "objective: {{name: mlm}}\n")
     return write_run(folder / "run", data, CONFIG)
 
@@ -153,7 +151,7 @@ def test_a_checkpoint_of_another_width_resolution_or_vocabulary_is_refused(
     shutil.copytree(run, moved)
     (moved / "config.yaml").write_text((run / "config.yaml").read_text().replace(setting, other))
     if setting == "tokenizer":
-        train_tokenizer([run.parent / "data" / "shapes" / "train"], moved / "tokenizer", 290)
+        train_tokenizer([run.parent / "data" / "synth" / "train"], moved / "tokenizer", 290)
     for load in (
         lambda: load_captioner(moved, torch.device("cpu")),
         lambda: evaluate_run(moved, load_config(moved), torch.device("cpu"), StopRequest()),

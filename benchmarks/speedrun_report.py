@@ -116,8 +116,8 @@ def draw(findings: Findings) -> str:
             line[0].set_ylabel(PROBES[probe])
             for axes, axis in zip(line, AXES, strict=True):
                 for number, row in enumerate(findings.rows):
-                    colour, style = colours(number), "-" if row.budget_share == 1 else "--"
-                    _draw_row(axes, findings.runs.get(row.name, ()), probe, axis, row.name, colour, style)
+                    colour, dashes = colours(number), "-" if row.budget_share == 1 else "--"
+                    _draw_row(axes, findings.runs.get(row.name, ()), probe, axis, row.name, colour, dashes)
                 axes.spines[["top", "right"]].set_visible(False)
                 axes.grid(linewidth=0.4, alpha=0.5)
         for axes, label in zip(grid[-1], AXES.values(), strict=True):
@@ -130,12 +130,12 @@ def draw(findings: Findings) -> str:
     return buffer.getvalue()
 
 
-def _draw_row(axes: Any, runs: Sequence[Run], probe: str, axis: str, name: str, colour: Any, style: str) -> None:
+def _draw_row(axes: Any, runs: Sequence[Run], probe: str, axis: str, name: str, colour: Any, dashes: str) -> None:
     for run in runs:
-        axes.plot(*curve(run, probe, axis), color=colour, linewidth=0.6, alpha=0.45, linestyle=style)
+        axes.plot(*curve(run, probe, axis), color=colour, linewidth=0.6, alpha=0.45, linestyle=dashes)
     if runs:
         xs, ys = mean_curve(runs, probe, axis)
-        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=3, linestyle=style, label=name)
+        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=3, linestyle=dashes, label=name)
 
 
 def _head(probes: Sequence[str]) -> list[str]:
@@ -145,7 +145,7 @@ def _head(probes: Sequence[str]) -> list[str]:
 def _line(findings: Findings, row: Row, probes: Sequence[str]) -> list[str]:
     runs = findings.runs.get(row.name, [])
     if not runs:
-        return [row.name, "failed", *[""] * (len(_head(probes)) - 2)]
+        return [row.name, "not finished", *[""] * (len(_head(probes)) - 2)]
     last = runs[0].last
     losses = [run.held_out["loss"] for run in runs if "loss" in run.held_out]
     return [

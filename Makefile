@@ -7,6 +7,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PYTHONUNBUFFERED := 1
 
+# A process per core, a thread each. `make test ARGS="-n 0 --pdb"` runs in one process.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 .PHONY: help setup demo test unit lint format clean
 
 help: ## show this list
@@ -19,10 +22,10 @@ demo: setup ## make data, train a small model with DeepSpeed, caption held-out i
 	@python scripts/demo.py $(ARGS)
 
 test: lint ## lint, then all tests, slow ones last
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 unit: setup ## only the fast tests
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup ## ruff: rules and format
 	@ruff check .

@@ -58,6 +58,8 @@ class FLM(nn.Module):
         num_rows, num_positions = batch.text.shape
         grid_index = torch.cat([batch.l2r_index, batch.r2l_index + num_rows * num_positions])
         packing = Packing(grid_index, 2 * num_rows, num_positions)
+        row_start = torch.cat([batch.l2r_index // num_positions, batch.r2l_index // num_positions + 1]) * num_positions
+        side_by_side = Packing(torch.cat([batch.l2r_index, batch.r2l_index]) + row_start, num_rows, 2 * num_positions)
         query_packing = Packing(batch.query_index, num_rows, num_positions)
         stream_masks = masks.released_streams if self.released else masks.causal_streams
         mask = stream_masks(batch.lengths, num_positions).flatten(0, 1)[:, None]
@@ -70,7 +72,9 @@ class FLM(nn.Module):
         for number, layer in enumerate(self.bottom):
             states = layer(states, packing, mask)
             if number >= skip:
-                queries = self.reconstructor_bottom[number - skip](queries, query_packing, states, packing, query_mask)
+                queries = self.reconstructor_bottom[number - skip](
+                    queries, query_packing, states, side_by_side, query_mask
+                )
 
         states, queries = self.text_projection(states), self.text_projection(queries)
         l2r_type, r2l_type = self.type_embedding.weight[0], self.stream_embedding.weight[0]
@@ -78,9 +82,11 @@ class FLM(nn.Module):
         queries = queries + self.stream_embedding.weight[1]
         skip = len(self.top) - len(self.reconstructor_top)
         for number, layer in enumerate(self.top):
-            states = layer(states, packing, mask, images, batch.image_of_row, batch.num_paired)
+            states = layer(states, packing, mask, side_by_side, images, batch.image_of_row, batch.num_paired)
             if number >= skip:
-                queries = self.reconstructor_top[number - skip](queries, query_packing, states, packing, query_mask)
+                queries = self.reconstructor_top[number - skip](
+                    queries, query_packing, states, side_by_side, query_mask
+                )
         return Features(states[:num_l2r], states[num_l2r:], queries)
 
     def _embed(self, batch: Batch) -> Tensor:

@@ -97,41 +97,39 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def to_images(
-        self, states: Tensor, packing: Packing, context: Tensor, image_of_row: Tensor, num_paired: int
+        self, states: Tensor, side_by_side: Packing, context: Tensor, image_of_row: Tensor, num_paired: int
     ) -> Tensor:
         """Text of every stream reads image tokens; the keys and values of an image serve every row that reads it.
 
         Args:
-            states: [S, D], all streams, packed over a grid of R rows each (l2r rows, then r2l rows if there are).
-            packing: of the rows of all streams.
+            states: [S, D], all streams.
+            side_by_side: of the states, all streams of a row in one row of the grid.
             context: image tokens [B, P, D].
             image_of_row: int64 [R].
             num_paired: B if rows 0..B-1 read images 0..B-1, whose keys and values are then not copied; else 0.
         """
-        num_rows = image_of_row.shape[0]
         key, value = split_heads(self.key_value(context), self.num_heads, 2)
-        spread = packing.spread(self.query(states)).unflatten(0, (-1, num_rows))  # [streams, R, T, D]
-        (query,) = split_heads(torch.cat(spread.unbind(0), dim=1), self.num_heads)  # [R, H, streams*T, D/H]
+        (query,) = split_heads(side_by_side.spread(self.query(states)), self.num_heads)  # [R, H, streams*T, D/H]
         parts = [self._attend(query[:num_paired], key, value, None)] if num_paired else []
-        if num_rows > num_paired:
+        if query.shape[0] > num_paired:
             others = image_of_row[num_paired:]
             parts.append(self._attend(query[num_paired:], key[others], value[others], None))
         mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return self.out(packing.gather(torch.cat(merge_heads(mixed).split(packing.num_positions, dim=1))))
+        return self.out(side_by_side.gather(merge_heads(mixed)))
 
-    def to_streams(self, queries: Tensor, query_packing: Packing, streams: Tensor, packing: Packing, mask: Tensor):
-        """Reconstruction queries read the states of both streams side by side.
+    def to_streams(
+        self, queries: Tensor, query_packing: Packing, streams: Tensor, side_by_side: Packing, mask: Tensor
+    ) -> Tensor:
+        """Reconstruction queries read the states of both streams.
 
         Args:
-            queries: [Q, D] packed over R rows.
-            query_packing: of the queries.
-            streams: [S, D], both streams, packed over 2R rows.
-            packing: of the streams.
+            queries: [Q, D].
+            query_packing: of the queries, over R rows.
+            streams: [S, D], both streams.
+            side_by_side: of the streams, both of a row in one row of the grid.
             mask: bool [R, 1, T, 2T].
         """
-        grid = packing.spread(self.key_value(streams))
-        key_value = torch.cat(grid.unflatten(0, (2, -1)).unbind(0), dim=1)  # [R, 2T, 2D]
-        key, value = split_heads(key_value, self.num_heads, 2)
+        key, value = split_heads(side_by_side.spread(self.key_value(streams)), self.num_heads, 2)
         (query,) = split_heads(query_packing.spread(self.query(queries)), self.num_heads)
         return self.out(query_packing.gather(merge_heads(self._attend(query, key, value, mask))))
 

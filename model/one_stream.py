@@ -54,5 +54,5 @@ class OneStream(nn.Module):
             states = layer(states, packing, mask)
         states = self.text_projection(states) + self.type_embedding.weight[0]
         for layer in self.top:
-            states = layer(states, packing, mask, images, batch.image_of_row, batch.num_paired)
+            states = layer(states, packing, mask, packing, images, batch.image_of_row, batch.num_paired)
         return StreamFeatures(states)

@@ -22,8 +22,8 @@ class ReconstructorLayer(nn.Module):
         self.ffn = FeedForward(config.width, config.ffn_width, TOP_EPS, config.dropout)
 
     def forward(
-        self, queries: Tensor, query_packing: Packing, streams: Tensor, packing: Packing, mask: Tensor
+        self, queries: Tensor, query_packing: Packing, streams: Tensor, side_by_side: Packing, mask: Tensor
     ) -> Tensor:
         """queries [Q, D], streams [S, D] (outputs of its text layer), mask bool [R, 1, T, 2T] -> [Q, D]."""
-        update = self.cross_attention.to_streams(queries, query_packing, streams, packing, mask)
+        update = self.cross_attention.to_streams(queries, query_packing, streams, side_by_side, mask)
         return self.ffn(self.cross_residual(update, queries))

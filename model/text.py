@@ -66,9 +66,19 @@ class TopLayer(nn.Module):
         self.ffn = FeedForward(config.width, config.ffn_width, TOP_EPS, config.dropout)
 
     def forward(
-        self, states: Tensor, packing: Packing, mask: Tensor, images: Tensor, image_of_row: Tensor, num_paired: int
+        self,
+        states: Tensor,
+        packing: Packing,
+        mask: Tensor,
+        side_by_side: Packing,
+        images: Tensor,
+        image_of_row: Tensor,
+        num_paired: int,
     ) -> Tensor:
-        """states [S, D], mask bool [rows, 1, T, T], images [B, P, D], image_of_row int64 [R] -> [S, D]."""
+        """states [S, D], mask bool [rows, 1, T, T], images [B, P, D], image_of_row int64 [R] -> [S, D].
+
+        ``side_by_side`` packs the states of all streams of a row into one row (see :class:`CrossAttention`).
+        """
         states = self.residual(self.attention(states, packing, mask), states)
-        update = self.cross_attention.to_images(states, packing, images, image_of_row, num_paired)
+        update = self.cross_attention.to_images(states, side_by_side, images, image_of_row, num_paired)
         return self.ffn(self.cross_residual(update, states))

@@ -13,33 +13,47 @@ from torch import Tensor, nn
 
 
 def dropout(states: Tensor, rate: float) -> Tensor:
-    """Dropout for training. On a CPU drawing the numbers is what costs, so there four elements share a 64-bit draw;
-    the rate is then met to the next 1/65536."""
+    """Dropout for training; on a CPU by ``_factors_on_cpu``."""
     if rate == 0 or states.device.type != "cpu":
         return F.dropout(states, rate)
-    return states * _keep_on_cpu(states.shape, rate).to(states.dtype).mul_(1 / (1 - rate))
+    return states * _factors_on_cpu(states.shape, rate, states.dtype)
 
 
-def _keep_on_cpu(shape: torch.Size, rate: float) -> Tensor:
-    """bool [*shape], True with probability 1 - ``rate``."""
+def dropout_add(update: Tensor, states: Tensor, rate: float) -> Tensor:
+    """dropout(update) + states, in one operation on a CPU."""
+    if rate == 0 or states.device.type != "cpu":
+        return F.dropout(update, rate) + states
+    return torch.addcmul(states, update, _factors_on_cpu(update.shape, rate, update.dtype))
+
+
+def _factors_on_cpu(shape: torch.Size, rate: float, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies by: 0 with probability ``rate``, else 1 / (1 - ``rate``).
+
+    Drawing the numbers is what costs on a CPU, so four elements share a 64-bit draw; the rate is then met to the next
+    1/65536. The comparison writes numbers at once: as booleans they would have to be converted, which takes longer.
+    """
     num_elements = shape.numel()
     draws = torch.empty(-(-num_elements // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return draws[:num_elements].view(shape) >= round(rate * 2**16) - 2**15
+    draws = draws[:num_elements].view(shape)
+    kept = torch.ge(draws, round(rate * 2**16) - 2**15, out=torch.empty(shape, dtype=dtype))
+    return kept.mul_(1 / (1 - rate))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float) -> Tensor:
     """Attention with dropout of the weights: [G, H, T, D/H], bool mask (True = may attend) or None -> [G, H, T, D/H].
 
-    On a CPU, where SDPA has no fused kernel with dropout, the weights are dropped by ``_keep_on_cpu``; a query that
+    On a CPU, where SDPA has no fused kernel with dropout, the weights are dropped by ``_factors_on_cpu``; a query that
     sees nothing gives 0 in both.
     """
     if rate == 0 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    keep = _keep_on_cpu(scores.shape, rate)
+    factors = _factors_on_cpu(scores.shape, rate, scores.dtype)
     if mask is not None:
-        scores, keep = scores.masked_fill(~mask, torch.finfo(scores.dtype).min), keep & mask
-    return (scores.softmax(-1) * keep.to(scores.dtype).mul_(1 / (1 - rate))) @ value
+        hidden = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores = scores.add_(hidden)
+        factors = factors.masked_fill_(~mask.any(-1, keepdim=True), 0)
+    return (scores.softmax(-1) * factors) @ value
 
 
 class Packing:
@@ -146,7 +160,7 @@ class ResidualNorm(nn.Module):
         self.dropout = dropout
 
     def forward(self, update: Tensor, states: Tensor) -> Tensor:
-        return self.norm((dropout(update, self.dropout) if self.training else update) + states)
+        return self.norm(dropout_add(update, states, self.dropout if self.training else 0.0))
 
 
 class FeedForward(nn.Module):

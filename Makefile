@@ -7,8 +7,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PYTHONUNBUFFERED := 1
 
-# A process per core, a thread each. `make test ARGS="-n 0 --pdb"` runs in one process.
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# A process per core, each with one thread.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: help setup demo test unit lint format clean
 

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import RunState
 from pipeline.config import Config
 from pipeline.ds_config import Device, read_ds_config, resolve
+from pipeline.launching import free_port
 from pipeline.ranks import Agreement, Place, connect, leave
 from pipeline.saver import Saver
 
@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         ranks = [
             context.Process(target=work, args=(rank, arguments, port, Path(folder), send))

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import newest_valid
+from pipeline.launching import free_port
 
 LIMIT_SECONDS = 400
 SET_UP_POLL_SECONDS, POLL_SECONDS = 0.02, 0.001  # the cores belong to the run
@@ -81,9 +81,7 @@ class Launcher:
         return None
 
     def _start(self, run: Path) -> subprocess.Popen[bytes]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", self._ranks, "--master_port", port]
         with self._output(run).open("ab") as output:
             return subprocess.Popen(

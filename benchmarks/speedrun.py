@@ -13,7 +13,6 @@ import argparse
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from pipeline.checkpoint_files import published, remove
 from pipeline.command_line import find_recipe
 from pipeline.config import fail, tokenizer_source, weighted_paths
 from pipeline.environment import describe_environment
+from pipeline.launching import free_port
 from pipeline.metrics import LOG_NAME, read_log
 from pipeline.open_data import open_held_out
 from pipeline.preempt import StopRequest
@@ -234,7 +234,7 @@ class Speedrun:
         ranks, launcher = self.arguments.ranks, [sys.executable]
         if ranks > 1:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
-            launcher += ["--num_gpus", str(ranks), "--master_port", str(_free_port())]
+            launcher += ["--num_gpus", str(ranks), "--master_port", str(free_port())]
         script = [str(ROOT / "pipeline" / "train.py"), *shared_words(self.arguments), "--output", str(folder)]
         return [*launcher, *script, *row.arguments, *as_arguments(settings)]
 
@@ -320,12 +320,6 @@ def _time(seconds: float) -> str:
 
 def _last_step(folder: Path) -> int:
     return max((record["step"] for record in read_log(folder / LOG_NAME)), default=0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.launched_ranks import launched_ranks
+from pipeline.launching import launched_ranks
 from pipeline.preempt import EXIT_PREEMPTED, StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from pipeline.launched_ranks import launched_ranks  # noqa: E402
+from pipeline.launching import free_port, launched_ranks  # noqa: E402
 from pipeline.metrics import LOG_NAME, read_log  # noqa: E402
 from pipeline.report import held_out_rows  # noqa: E402
 from pipeline.report import number as as_text  # noqa: E402
@@ -137,7 +136,7 @@ def train(demo: Demo) -> None:
     threads = max(1, (os.cpu_count() or 1) // ranks)
     with demo.stage(f"pretrain with DeepSpeed, ZeRO-2, {ranks} rank{'s' if ranks > 1 else ''}"):
         demo.command(
-            *("deepspeed", "--log_level", "warning", "--num_gpus", ranks, "--master_port", _free_port()),
+            *("deepspeed", "--log_level", "warning", "--num_gpus", ranks, "--master_port", free_port()),
             *("pipeline/train.py", "--deepspeed", "ds_configs/zero2.json", "--recipe", "demo"),
             *("--data", demo.data, "--output", demo.run_folder),
             *(("--train.steps", demo.options.steps) if demo.options.steps else ()),
@@ -220,12 +219,6 @@ def _num_gpus() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _parse() -> argparse.Namespace:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from pipeline.launching import free_port
 
 
 @dataclass
@@ -67,9 +68,7 @@ def start_program(world: int, arguments: list[str | Path], folder: Path) -> Job:
     from pipeline.train import main
 
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(world):
         pid = os.fork()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from pipeline.launching import free_port
 from pipeline.ranks import Place, connect, leave
 
 TIMEOUT_SECONDS = 100
@@ -42,9 +42,7 @@ def start_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) 
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler, imported here for every fork
 
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes, workers = [], []
     for rank in range(world_size):
         receive, send = context.Pipe(duplex=False)

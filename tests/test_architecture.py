@@ -53,7 +53,7 @@ RUNGS: dict[str, list[list[str]]] = {
             "transforms",
             "environment",
             "inert_pickle",
-            "launched_ranks",
+            "launching",
             "hub",
         ],
         ["shard_files", "convert", "starting_weights"],

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import load_weights, newest_valid, weights_hash
+from pipeline.launching import free_port
 from pipeline.metrics import read_log
 from pipeline.sample_keys import read_sample_keys
 
@@ -170,7 +171,8 @@ def test_real_launcher_two_ranks(work: Path) -> None:
     """`deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json` trains as one process does."""
     options = [*SHORT, "--train.steps", "3", "--train.eval_every", "0", "--model.text.dropout", "0"]
     options += ["--tracking.sample_keys", "true"]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29731"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    launcher += ["--master_port", str(free_port())]
     script = [str(REPOSITORY / "pipeline" / "train.py"), "--deepspeed", str(REPOSITORY / "ds_configs" / "zero2.json")]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     two = subprocess.run(

@@ -1,13 +1,22 @@
-"""Finds the training processes that a launcher has started: they are told to stop, the launcher would kill them."""
+"""For those who launch ranks: a port where they can meet, and which processes they are."""
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from pathlib import Path
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launched_ranks(group: int) -> list[int]:
-    """Training processes of a process group (Linux), without the loader processes that they started."""
+    """Training processes of a process group (Linux), without the loader processes that they started: these are told to
+    stop, as a launcher that is told so kills them."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -27,7 +27,9 @@ from benchmarks.speedrun_curves import read_run
 from benchmarks.speedrun_jobs import ROOT, Job, Stopped, run_jobs
 from benchmarks.speedrun_options import parse, probe_words, shared_words, shown
 from benchmarks.speedrun_plan import (
+    ROUNDS,
     accept_command,
+    calibration_order,
     cost_of,
     costs_from,
     costs_to,
@@ -126,12 +128,12 @@ class Speedrun:
         """Measure what each row costs, unless that is known; rows of equal options share it. Returns what failed."""
         distinct = {repr(sorted(row.options.items())): row for row in reversed(self.rows)}
         due = [row for row in reversed(distinct.values()) if row.name not in self.costs]
-        rounds = range(2 if self.budget.kind == "minutes" else 1)
+        rounds = range(ROUNDS if self.budget.kind == "minutes" else 1)
         if due:
             print(f"calibration: {len(due)} rows, {len(rounds)} rounds of {self.arguments.calibration_steps} steps")
         jobs = []
-        for number in rounds:  # the second one backwards: what drifts meanwhile meets all rows alike
-            jobs += [job for row in (due if number == 0 else reversed(due)) for job in self.calibration(row, number)]
+        for number in rounds:
+            jobs += [job for row in calibration_order(due, number) for job in self.calibration(row, number)]
         failures = self._run(jobs, stop)
         if failures:
             return failures

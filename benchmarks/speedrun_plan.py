@@ -13,6 +13,7 @@ from typing import Any, Literal
 from benchmarks.speedrun_rows import Row
 from pipeline.config import ConfigError, flatten
 
+ROUNDS = 3  # of calibration, where time is what is measured
 DROPPED_LINES = 2  # of a calibration's log: kernels warm up, loaders start
 _NOT_COMPARED = {"data.paths", "train.steps", "train.seed"}
 
@@ -60,7 +61,9 @@ def steps_within(budget: Budget, row: Row, cost: Cost | None, evaluations: int) 
 
 
 def cost_of(rounds: Sequence[Iterable[Mapping[str, Any]]]) -> Cost:
-    """The cost told by the log records of a row's calibration trainings: medians over all lines but the first ones.
+    """The cost told by the log records of a row's calibration trainings, all lines but the first ones.
+
+    Of their step times it is the lower quartile: what else happens on a machine only ever makes steps longer.
 
     Raises:
         ConfigError: too few lines.
@@ -71,7 +74,20 @@ def cost_of(rounds: Sequence[Iterable[Mapping[str, Any]]]) -> Cost:
     if not lines:
         raise ConfigError(f"a calibration logged no more than {DROPPED_LINES} lines; give more --calibration-steps")
     flops = [line["gflop_per_sample"] for line in lines]
-    return Cost(statistics.median(line["step_seconds"] for line in lines), statistics.fmean(flops))
+    seconds = sorted(line["step_seconds"] for line in lines)
+    return Cost(seconds[len(seconds) // 4], statistics.fmean(flops))
+
+
+def calibration_order(rows: Sequence[Row], number: int) -> list[Row]:
+    """The rows in the order of a round: forwards, then backwards and shifted by one, then every other one first.
+
+    So what drifts meanwhile meets all rows alike, and side by side each has other neighbours in each round.
+    """
+    if number == 0:
+        return list(rows)
+    if number == 1:
+        return [*rows[:1], *reversed(rows[1:])]
+    return [*rows[::2], *rows[1::2]]
 
 
 def identity(rows: Sequence[Row], fixed: Mapping[str, Any]) -> dict[str, Any]:

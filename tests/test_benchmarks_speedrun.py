@@ -16,7 +16,7 @@ from benchmarks.speedrun import Speedrun, main
 from benchmarks.speedrun_curves import Point, Run, clock_of, reached, time_to_target
 from benchmarks.speedrun_jobs import Job, Stopped, run_jobs
 from benchmarks.speedrun_options import parse
-from benchmarks.speedrun_plan import Budget, Cost, accept_command, cost_of, steps_within
+from benchmarks.speedrun_plan import ROUNDS, Budget, Cost, accept_command, calibration_order, cost_of, steps_within
 from benchmarks.speedrun_rows import FOLDER, Row, check_models, load_rows
 from model.config import Vocabulary
 from pipeline.config import Config, ConfigError, OptimConfig
@@ -49,14 +49,25 @@ def test_a_budget_too_small_says_how_much_is_needed() -> None:
         steps_within(Budget("minutes", 0.01), row(0.4), Cost(0.3, 2.0), evaluations=5)
 
 
-def test_the_cost_is_the_median_without_the_first_lines() -> None:
+def test_the_cost_is_the_lower_quartile_without_the_first_lines() -> None:
     def line(seconds: float, kind: str = "train") -> dict:
         return {"kind": kind, "step_seconds": seconds, "gflop_per_sample": 10 * seconds}
 
     rounds = [[line(9.0, "eval"), line(90.0), line(80.0), line(1.0), line(2.0)], [line(70.0), line(60.0), line(6.0)]]
+    rounds += [[line(50.0), line(40.0), line(3.0)]]
     assert cost_of(rounds) == Cost(2.0, 30.0)
     with pytest.raises(ConfigError, match="--calibration-steps"):
         cost_of([[line(1.0), line(1.0)]])
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_each_round_of_calibration_has_all_rows_and_other_neighbours(count: int) -> None:
+    rows = list(range(count))
+    orders = [calibration_order(rows, number) for number in range(ROUNDS)]
+    assert all(sorted(order) == rows for order in orders)
+    pairs = [{frozenset(order[i : i + 2]) for i in range(0, count - 1, 2)} for order in orders]
+    if count > 2 and count % 2 == 0:
+        assert not (pairs[0] & pairs[1] or pairs[0] & pairs[2] or pairs[1] & pairs[2])
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -293,7 +304,7 @@ def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers,
         assert str(tmp_path) not in (output / name).read_text()
 
     launches = (output / "launches").read_text().splitlines()
-    assert len(launches) == 2 * 2 + 2 * 6  # two rounds of two distinct rows; a training and its probes each
+    assert len(launches) == 3 * 2 + 2 * 6  # three rounds of two distinct rows; a training and its probes each
     (output / "runs" / "mlm_40" / "seed_1" / "done.json").unlink()
     capsys.readouterr()
     assert speedrun(data, output, *budget).run() == 0

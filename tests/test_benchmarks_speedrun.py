@@ -78,7 +78,8 @@ def test_the_rows_that_come_along_are_lawful(path: Path) -> None:
     if path.stem == "objectives":
         assert {one.config.objective.name for one in rows} == {"flm", "mlm", "ar", "prefixlm"}
         assert {one.name: one.budget_share for one in rows}["flm_at_40_percent"] == 0.4
-        assert sorted(r.config.objective.mask_rate for r in rows if r.config.objective.name == "mlm") == [0.15, 0.4]
+        masked = [one.config.objective for one in rows if one.config.objective.name == "mlm"]
+        assert [(one.mask_rate, one.prediction_rate) for one in masked] == [(0.15, None), (0.4, None), (0.4, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_rates_that_the_model_refuses_name_the_row(tmp_path: Path) -> None:
     assert [one.name for one in load_rows(str(path), DEMO, only=["bad"])] == ["bad"]
     with pytest.raises(ConfigError, match="--only: found 'worse', expected rows of rows.yaml: fine, bad"):
         load_rows(str(path), DEMO, only=["worse"])
-    with pytest.raises(ConfigError, match="--rows: found no file for 'none'.*corruption_rate"):
+    with pytest.raises(ConfigError, match="--rows: found no file for 'none'.*ablations"):
         load_rows("none", DEMO)
 
 

@@ -98,7 +98,8 @@ def measure(captioner: Captioner, data: ProbeData) -> dict[str, Any]:
 
     ``vqa_accuracy``, in all and by type, and ``vqa_blind`` of an answerer without eyes; ``matching_accuracy`` (chance
     is 0.5);
-    ``caption_exact_match``, ``caption_main_object``, ``caption_cider_d``.
+    ``caption_exact_match``, ``caption_main_object``, ``caption_cider_d``, and ``caption_blind_cider_d`` of the same
+    captions against the references of other images.
     """
     began = time.perf_counter()
     values: dict[str, Any] = {}
@@ -180,7 +181,10 @@ def _caption(captioner: Captioner, data: ProbeData) -> dict[str, Any]:
     if "main_colour_and_shape_share" in summary:
         values["caption_main_object"] = summary["main_colour_and_shape_share"]
     if max(len(item.references) for item, _ in captioned) > 1:
-        values["caption_cider_d"] = cider_d([text for _, text in captioned], [i.references for i, _ in captioned])
+        texts, references = [text for _, text in captioned], [item.references for item, _ in captioned]
+        half = len(captioned) // 2
+        values["caption_cider_d"] = cider_d(texts, references)
+        values["caption_blind_cider_d"] = cider_d(texts, references[half:] + references[:half])
     return values
 
 

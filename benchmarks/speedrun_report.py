@@ -92,6 +92,10 @@ def as_markdown(findings: Findings) -> str:
             f"VQA without the image (the most frequent answer of each type of question): {100 * blind[0]:.1f} %. "
             "Image-text matching by chance: 50 %."
         )
+    elsewhere = {row: finals(runs, "caption_blind_cider_d") for row, runs in findings.runs.items()}
+    if any(elsewhere.values()):
+        shown = ", ".join(f"{row} {_cell(values, 'caption_cider_d')}" for row, values in elsewhere.items() if values)
+        parts.append(f"CIDEr-D of the same captions against other images' references: {shown}.")
     skipped = {probe: reason for run in _all(findings) for probe, reason in run.skipped.items()}
     parts += [f"Not measured: {probe} ({reason})." for probe, reason in skipped.items()]
     parts += _against_mlm(findings, probes)

@@ -143,6 +143,16 @@ def test_a_corpus_without_questions_skips_vqa_with_the_reason(data: Path) -> Non
     assert values["matching_accuracy"] == whole["matching_accuracy"] and values["caption_cider_d"] >= 0
 
 
+def test_captions_of_the_right_images_score_above_those_of_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = captioner(data, "ar")
+    found = chosen(data, model)
+    found.captioned = [item._replace(references=[item.references[0]] * 2) for item in found.captioned]
+    perfect = lambda model, items, batch_size: ((item, item.references[0]) for item in items)  # noqa: E731
+    monkeypatch.setattr("benchmarks.probes.caption_items", perfect)
+    values = measure(model, found)
+    assert values["caption_cider_d"] == pytest.approx(10) and values["caption_blind_cider_d"] < 5
+
+
 def test_released_behaviour_is_left_out_with_the_reason(data: Path) -> None:
     config = parse_command_line(["--recipe", "flm_tiny", "--model.behaviour", "released"]).config
     model = captioner(data, "flm")

@@ -19,6 +19,15 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (
+            action.help if action.default in (None, []) or action.default is False else super()._get_help_string(action)
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 verify found problems, 2 user error, 3 too low a yield."""
     args, unknown = build_parser().parse_known_args(arguments)
@@ -46,9 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m data_prep", description="Turn image-text data into verified shards.")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     for verb, (summary, add_options, _) in VERBS.items():
-        formatter = argparse.ArgumentDefaultsHelpFormatter
         verb_parser = subparsers.add_parser(
-            verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False, formatter_class=formatter
+            verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False, formatter_class=_Formatter
         )
         add_options(verb_parser)
         verb_parser.set_defaults(parser=verb_parser)

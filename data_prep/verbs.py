@@ -23,6 +23,16 @@ from data_prep.verify import verify_split
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 
 
+class Folders(list[Path]):
+    """A default that ``--help`` shows as one would type it."""
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+
+DATA = Folders([Path("data")])
+
+
 def run_synth(args: argparse.Namespace) -> int:
     options = synth.SynthOptions(
         counts={"train": args.train, "dev": args.dev, "test": args.test},
@@ -174,7 +184,7 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, nargs="+", default=[Path("data")], help="train splits at or below these")
+    parser.add_argument("--data", type=Path, nargs="+", default=DATA, help="train splits at or below these")
     parser.add_argument("--output", type=Path, default=Path("data/tokenizer"))
     parser.add_argument("--vocab-size", type=_positive, default=8192, help="at most; special tokens included")
     parser.add_argument("--overwrite", action="store_true")
@@ -195,7 +205,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, nargs="*", default=[Path("data")], help="split, corpus or root folders")
+    parser.add_argument("data", type=Path, nargs="*", default=DATA, help="split, corpus or root folders")
     parser.add_argument("--max-problems", type=_positive, default=20, help="lines shown for each split")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
     parser.add_argument("--max-pixels", type=_positive, default=Limits.max_pixels)
@@ -209,7 +219,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, nargs="*", default=[Path("data")], help="split, corpus or root folders")
+    parser.add_argument("data", type=Path, nargs="*", default=DATA, help="split, corpus or root folders")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
 
 

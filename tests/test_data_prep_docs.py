@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.__main__ import build_parser
 from data_prep.filters import REASONS
+from data_prep.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -28,3 +29,10 @@ def test_documented_commands_parse(command):
 def test_every_reason_is_explained_as_the_code_explains_it():
     documented = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", TEXT, re.MULTILINE))
     assert {reason: documented.get(reason) for reason in REASONS} == REASONS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_defaults_as_one_would_type_them(verb, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([verb, "--help"])
+    assert not re.search(r"\(default: (None|False|[^)]*[(\[<])", capsys.readouterr().out)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pipeline.step_lines import StepLines, cut_back
 
 LOG_NAME = "log.jsonl"
+EVENTS = {"incident": "step skipped", "rewind": "went back", "alarm": "alarm", "data_change": "data changed"}  # by kind
 SUPERSEDED_NAME = "log.superseded.jsonl"
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -84,6 +85,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         records.append(record)
         last_step[kind] = step
     return records
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """What befell a run, in file order: the records of ``EVENTS``, those that a run overtook later among them."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [record for line in lines if (record := _parse(line)) is not None and record["kind"] in EVENTS]
 
 
 def _parse(line: str) -> dict[str, Any] | None:

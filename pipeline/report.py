@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,14 @@ from markupsafe import Markup
 
 from pipeline.config import leaves
 from pipeline.figures import NUM_COLOURS, Series, draw
-from pipeline.metrics import LOG_NAME, read_log
+from pipeline.incidents import incident_folder
+from pipeline.metrics import EVENTS, LOG_NAME, read_events, read_log
 
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.json"
 SHUFFLED = "shuffled/"  # before the names of held-out numbers that were measured with other samples' images
 TERM_COLOURS = {"flm": 0, "mlm": 0, "ar": 0, "prefixlm": 0, "l2r": 1, "r2l": 2, "itm": 3, "loss": 5}  # in every figure
+EVENTS_SHOWN = 100  # the latest; log.jsonl has all
 _BOOKKEEPING = {"kind", "step", "time"}
 
 
@@ -63,6 +66,7 @@ class Run:
     deepspeed: dict[str, Any]
     train: list[dict[str, Any]] = field(default_factory=list)
     held_out: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,6 +93,7 @@ def write_report(run_dir: Path) -> Path:
         rows=held_out_rows(run.held_out),
         evaluated=[run.held_out[0]["step"], run.held_out[-1]["step"]] if run.held_out else [],
         figures=[figure for figure in figures(run) if figure is not None],
+        events=[event(record) for record in run.events[-EVENTS_SHOWN:]],
         environment=list(leaves(run.environment)),
         config=yaml.safe_dump(run.config, sort_keys=False) if run.config else "",
         deepspeed=json.dumps(run.deepspeed, indent=2) if run.deepspeed else "",
@@ -110,6 +115,7 @@ def load_run(run_dir: Path) -> Run:
         deepspeed=_read(run_dir / "ds_config.json", json.loads),
         train=[record for record in records if record["kind"] == "train"],
         held_out=[record for record in records if record["kind"] == "eval"],
+        events=read_events(run_dir / LOG_NAME),
         samples=_read(run_dir / SAMPLES_NAME, json.loads),
     )
 
@@ -206,6 +212,18 @@ def held_out_rows(records: list[dict[str, Any]]) -> list[Row]:
         if values:
             rows.append(Row(name, values[0], values[-1], others[-1] if others else None))
     return rows
+
+
+def event(record: dict[str, Any]) -> tuple[str, str, str, str]:
+    """(step, time in UTC, what it was, the rest in words) of a record of metrics.EVENTS."""
+    kind, step = record["kind"], record["step"]
+    values = {name: value for name, value in record.items() if name not in _BOOKKEEPING and value not in (None, "")}
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record["time"])) if _finite(record.get("time")) else ""
+    said = str(values.pop("reason", "") or values.pop("message", ""))
+    rest = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in values.items())
+    if kind == "incident" and "checkpoint" in record:  # not one that DeepSpeed left out by itself
+        rest += f"; python -m pipeline.replay {incident_folder(Path('RUN'), step - 1)}"
+    return number(step), when, EVENTS[kind], "; ".join(part for part in (said, rest) if part)
 
 
 def figures(run: Run) -> Iterable[Figure | None]:

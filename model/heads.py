@@ -56,8 +56,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     Forward keeps a running maximum and sum of exponentials (online log-sum-exp, Milakov & Gimelshein 2018,
     arXiv 1805.02867); backward computes the logits of each chunk again, so that weight and weight gradient are read and
-    written once and memory is [M, C] instead of [M, V]. ``KEPT_SHARE`` of the chunks keep their exponentials until
-    backward instead: memory for time. Products run in the input's dtype, everything else in fp32.
+    written once and memory is [M, C] instead of [M, V]. ``KEPT_SHARE`` of the chunks, and at least one, keep their
+    exponentials until backward instead: memory for time. Products run in the input's dtype, everything else in fp32.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros_like(maximum)
         label_logit = torch.zeros_like(maximum)
         kept: list[Tensor] = []  # exponentials of the first chunks and the maximum they refer to, in turn
-        num_kept = int(KEPT_SHARE * weight.shape[0] / chunk_size) if any(ctx.needs_input_grad) else 0
+        num_kept = max(1, int(KEPT_SHARE * weight.shape[0] / chunk_size)) if any(ctx.needs_input_grad) else 0
         buffer = None
         for start, stop, local, inside in _chunks(weight, labels, chunk_size):
             logits = _logits(hidden, weight[start:stop], bias[start:stop], buffer)
@@ -91,17 +91,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, labels, log_sum, *kept = ctx.saved_tensors
         hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
+        ones = torch.ones_like(log_sum)
         buffer = None
         for number, (start, stop, local, inside) in enumerate(_chunks(weight, labels, ctx.chunk_size)):
             if 2 * number < len(kept):
                 exponentials, maximum = kept[2 * number : 2 * number + 2]
-                grad = exponentials * (maximum - log_sum).exp()[:, None]
+                grad = exponentials * ((maximum - log_sum).exp() * loss_grad)[:, None]
             else:
                 grad = _logits(hidden, weight[start:stop], bias[start:stop], buffer).sub_(log_sum[:, None]).exp_()
+                grad.mul_(loss_grad[:, None])
                 buffer = grad
-            grad.scatter_add_(1, local, -inside[:, None].to(grad.dtype))
-            grad.mul_(loss_grad[:, None])
-            bias_grad[start:stop] = grad.sum(0)
+            grad.scatter_add_(1, local, (inside * -loss_grad)[:, None])
+            bias_grad[start:stop] = ones @ grad
             low = grad.to(hidden.dtype)
             hidden_grad += low @ weight[start:stop]
             torch.mm(low.T, hidden, out=weight_grad[start:stop])

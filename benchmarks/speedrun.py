@@ -170,8 +170,7 @@ class Speedrun:
 
     def training(self, row: Row, seed: int) -> Job:
         """A training and the probes on its checkpoints."""
-        folder, steps = self.run_folder(row, seed), self.steps(row)
-        beat = steps // self.arguments.evaluations
+        folder, steps, beat = self.run_folder(row, seed), self.steps(row), self.beat(row)
         settings = {
             **ALWAYS,
             "train.steps": steps,
@@ -192,6 +191,10 @@ class Speedrun:
             finish=partial(self._finish, folder, steps),
         )
 
+    def beat(self, row: Row) -> int:
+        """Steps from one probed checkpoint of a training to the next."""
+        return self.steps(row) // self.arguments.evaluations
+
     def report(self, failures: list[str]) -> int:
         """Write what is known by now; returns the exit code."""
         failures = failures + self._unequal_starts()
@@ -199,8 +202,8 @@ class Speedrun:
         for row in self.rows:
             seeds = [seed for seed in self.arguments.seeds if (self.run_folder(row, seed) / DONE).is_file()]
             if seeds:
-                size = row.config.optim.batch_size
-                runs[row.name] = [read_run(self.run_folder(row, seed), row.name, seed, size) for seed in seeds]
+                size, beat = row.config.optim.batch_size, self.beat(row)
+                runs[row.name] = [read_run(self.run_folder(row, seed), row.name, seed, size, beat) for seed in seeds]
         if runs:
             print(write_report(self.output, Findings(self.rows, runs, self.costs, self._facts(), failures)))
             print(f"written: {', '.join(str(self.output / n) for n in ('table.md', 'curves.svg', 'results.json'))}")

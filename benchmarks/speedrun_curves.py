@@ -48,12 +48,14 @@ class Run:
         return self.points[-1]
 
 
-def read_run(folder: Path, row: str, seed: int, batch_size: int) -> Run:
-    """The curve of a finished run folder."""
+def read_run(folder: Path, row: str, seed: int, batch_size: int, every: int) -> Run:
+    """The curve of a finished run folder: a point every so many steps. What a bad step left for its replay is none."""
     records = read_log(folder / LOG_NAME)
     clock = clock_of([record for record in records if record["kind"] == "train"], batch_size)
     run = Run(row, seed)
     for record in read_probes(folder):
+        if record["step"] % every:
+            continue
         seconds, tflop = clock[record["step"]]
         probes = {name: value for name, value in record.items() if isinstance(value, float) and name != "seconds"}
         run.points.append(Point(record["step"], seconds, tflop, record["step"] * batch_size, probes))

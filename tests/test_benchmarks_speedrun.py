@@ -234,7 +234,7 @@ if what == "train":
     steps, every = settings["train.steps"], settings.get("train.save_every") or settings["train.log_every"]
     slow = 4.0 if settings["objective"] == "mlm" else 1.0
     with open(folder / "log.jsonl", "w") as log:
-        for step in range(0, steps + 1, every):
+        for step in sorted([*range(0, steps + 1, every), 7]):  # 7: a checkpoint that a bad step left
             line = {"kind": "train", "step": step, "step_seconds": 0.1 * slow, "gflop_per_sample": 0.5 * slow}
             if step:
                 log.write(json.dumps(line) + "\\n")
@@ -246,7 +246,7 @@ else:
     every, records = int((folder / "beat").read_text()), (folder / "log.jsonl").read_text().splitlines()
     steps = max(json.loads(record)["step"] for record in records)
     with open(folder / "probes.jsonl", "w") as probes:
-        for step in range(0, steps + 1, every):
+        for step in sorted([*range(0, steps + 1, every), 7]):  # 7: a checkpoint that a bad step left
             values = {"vqa_accuracy": min(1.0, step / 600), "vqa_blind": 0.25, "caption_cider_d": 0.5, "seconds": 1.0}
             values["caption_blind_cider_d"] = 0.125
             probes.write(json.dumps({"step": step, **values, "skipped": {"caption": "a stand-in"}}) + "\\n")

@@ -18,6 +18,7 @@ PROBES = {  # in the order of the report: the higher the better, all of them
     "caption_main_object": "captions naming the main object",
     "caption_exact_match": "captions equal to a reference",
     "caption_cider_d": "captions, CIDEr-D",
+    "caption_cider_d_gain": "captions, CIDEr-D above other images' references",
 }
 AXES = {"seconds": "training time, s", "tflop": "TFLOP", "samples": "samples seen"}
 
@@ -58,6 +59,8 @@ def read_run(folder: Path, row: str, seed: int, batch_size: int, every: int) -> 
             continue
         seconds, tflop = clock[record["step"]]
         probes = {name: value for name, value in record.items() if isinstance(value, float) and name != "seconds"}
+        if "caption_blind_cider_d" in probes:
+            probes["caption_cider_d_gain"] = probes["caption_cider_d"] - probes["caption_blind_cider_d"]
         run.points.append(Point(record["step"], seconds, tflop, record["step"] * batch_size, probes))
         run.skipped |= record.get("skipped", {})
     evaluations = [record for record in records if record["kind"] == "eval"]

@@ -92,10 +92,6 @@ def as_markdown(findings: Findings) -> str:
             f"VQA without the image (the most frequent answer of each type of question): {100 * blind[0]:.1f} %. "
             "Image-text matching by chance: 50 %."
         )
-    elsewhere = {row: finals(runs, "caption_blind_cider_d") for row, runs in findings.runs.items()}
-    if any(elsewhere.values()):
-        shown = ", ".join(f"{row} {_cell(values, 'caption_cider_d')}" for row, values in elsewhere.items() if values)
-        parts.append(f"CIDEr-D of the same captions against other images' references: {shown}.")
     skipped = {probe: reason for run in _all(findings) for probe, reason in run.skipped.items()}
     parts += [f"Not measured: {probe} ({reason})." for probe, reason in skipped.items()]
     parts += _against_mlm(findings, probes)
@@ -211,13 +207,13 @@ def _cell(values: Sequence[float], probe: str) -> str:
 
 
 def _gap(gaps: Sequence[float], probe: str) -> str:
-    scale, digits, unit = (1, 3, "") if probe == "caption_cider_d" else (100, 1, " points")
+    scale, digits, unit = (1, 3, "") if "cider_d" in probe else (100, 1, " points")
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in (statistics.fmean(gaps), min(gaps), max(gaps)))
     return f"{mean}{unit}" if len(gaps) == 1 else f"{mean} ({low} to {high}){unit}"
 
 
 def _value(value: float, probe: str) -> str:
-    return f"{value:.3f}" if probe == "caption_cider_d" else f"{100 * value:.1f} %"
+    return f"{value:.3f}" if "cider_d" in probe else f"{100 * value:.1f} %"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -300,7 +300,7 @@ def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers,
     assert ratio["rows"]["flm"]["ratio"]["median"] == pytest.approx(4) and ratio["rows"]["flm"]["seeds_there"] == 2
     table = (output / "table.md").read_text()
     assert "| flm | 1200 | 76800 | 120 |" in table and "25.0 %" in table and "caption (a stand-in)" in table
-    assert "5.00 to 3.00" in table and "flm 0.125 (0.125 to 0.125)" in table
+    assert "5.00 to 3.00" in table and "0.375 (0.375 to 0.375)" in table
     assert (output / "curves.svg").read_text().count("<svg") == 1
     for name in ("results.json", "table.md", "curves.svg"):
         assert str(tmp_path) not in (output / name).read_text()

@@ -39,7 +39,7 @@ from benchmarks.speedrun_plan import (
     write_json,
 )
 from benchmarks.speedrun_report import Findings, write_report
-from benchmarks.speedrun_rows import Row, as_arguments, check_models, load_rows
+from benchmarks.speedrun_rows import Row, as_arguments, check_models, load_rows, target_rows
 from pipeline.checkpoint_files import published, remove
 from pipeline.command_line import find_recipe
 from pipeline.config import fail, tokenizer_source, weighted_paths
@@ -90,6 +90,7 @@ class Speedrun:
         self.arguments, self.output = arguments, arguments.output
         self.budget = arguments.budget
         self.rows = load_rows(arguments.rows, shared_words(arguments), arguments.only)
+        self.target_rows = target_rows(self.rows, arguments.target)
         data = self.rows[0].config.data
         tokenizer = load_tokenizer(tokenizer_source(data))
         check_models(self.rows, tokenizer.vocabulary)
@@ -205,7 +206,8 @@ class Speedrun:
                 size, beat = row.config.optim.batch_size, self.beat(row)
                 runs[row.name] = [read_run(self.run_folder(row, seed), row.name, seed, size, beat) for seed in seeds]
         if runs:
-            print(write_report(self.output, Findings(self.rows, runs, self.costs, self._facts(), failures)))
+            findings = Findings(self.rows, runs, self.costs, self._facts(), failures, self.target_rows)
+            print(write_report(self.output, findings))
             print(f"written: {', '.join(str(self.output / n) for n in ('table.md', 'curves.svg', 'results.json'))}")
         for failure in failures or ([] if runs else ["no training has been finished and probed yet"]):
             print(f"error: {failure}", file=sys.stderr, flush=True)

@@ -123,10 +123,10 @@ def measured_probes(runs: Iterable[Run]) -> list[str]:
     return [name for name in PROBES if name in found]
 
 
-def targets(by_row: Mapping[str, Sequence[Run]], mlm_rows: Sequence[str], probe: str) -> tuple[str, float] | None:
-    """(row, final mean) of the best MLM row, None without one."""
+def targets(by_row: Mapping[str, Sequence[Run]], target_rows: Sequence[str], probe: str) -> tuple[str, float] | None:
+    """(row, final mean) of the best of ``target_rows``, None without one."""
     means = {
-        row: statistics.fmean(finals(by_row[row], probe)) for row in mlm_rows if finals(by_row.get(row, ()), probe)
+        row: statistics.fmean(finals(by_row[row], probe)) for row in target_rows if finals(by_row.get(row, ()), probe)
     }
     if not means:
         return None
@@ -135,15 +135,15 @@ def targets(by_row: Mapping[str, Sequence[Run]], mlm_rows: Sequence[str], probe:
 
 
 def time_to_target(
-    by_row: Mapping[str, Sequence[Run]], mlm_rows: Sequence[str], probe: str, axis: str
+    by_row: Mapping[str, Sequence[Run]], target_rows: Sequence[str], probe: str, axis: str
 ) -> dict[str, Any] | None:
-    """When each row reaches the final mean of the best MLM row, and how many times as much that row needs for it.
+    """When each row reaches the final mean of the best target row, and how many times as much that row needs for it.
 
-    MLM's own cost is where its mean curve is first there. A seed's ratio is that over the seed's own cost; a seed that
-    never gets there has cost None and counts as ratio 0 in median, min and max. None where there is no MLM row, or
-    where the untrained models are there already.
+    That row's own cost is where its mean curve is first there. A seed's ratio is that over the seed's own cost; a seed
+    that never gets there has cost None and counts as ratio 0 in median, min and max. None where there is no target row,
+    or where the untrained models are there already.
     """
-    found = targets(by_row, mlm_rows, probe)
+    found = targets(by_row, target_rows, probe)
     if found is None:
         return None
     reference, target = found

@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--deepspeed", metavar="FILE", help="DeepSpeed JSON of all trainings (default: that of pipeline/train.py)")
     add("--rows", default="objectives", help="benchmarks/rows/NAME.yaml or a YAML file (default: objectives)")
     add("--only", nargs="+", metavar="ROW", help="only these rows of the file")
+    add("--target", nargs="+", metavar="ROW", help="the best of these sets the target (default: full rows of MLM)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a training each; may be added later (default: 0 1 2)")
     add("--evaluations", type=count, default=5, help="checkpoints that are probed, evenly spaced (default: 5)")
     add("--jobs", type=count, default=1, help="trainings side by side; calibrated under the same load (default: 1)")

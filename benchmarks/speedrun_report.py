@@ -37,10 +37,7 @@ class Findings:
     costs: dict[str, Cost]  # calibrated, by row; none for a budget in steps
     facts: dict[str, Any]  # budget, seeds, data, command, machine: plain values
     failures: list[str]
-
-    @property
-    def mlm_rows(self) -> list[str]:
-        return [row.name for row in self.rows if row.config.objective.name == "mlm" and row.budget_share == 1]
+    target_rows: list[str]  # the best of them is what the others are compared with
 
 
 def write_report(output: Path, findings: Findings) -> str:
@@ -65,7 +62,7 @@ def as_results(findings: Findings) -> dict[str, Any]:
             for probe in probes
         },
         "time_to_target": {
-            probe: {axis: time_to_target(findings.runs, findings.mlm_rows, probe, axis) for axis in AXES}
+            probe: {axis: time_to_target(findings.runs, findings.target_rows, probe, axis) for axis in AXES}
             for probe in probes
         },
         "failures": findings.failures,
@@ -94,7 +91,7 @@ def as_markdown(findings: Findings) -> str:
         )
     skipped = {probe: reason for run in _all(findings) for probe, reason in run.skipped.items()}
     parts += [f"Not measured: {probe} ({reason})." for probe, reason in skipped.items()]
-    parts += _against_mlm(findings, probes)
+    parts += _against_target(findings, probes)
     parts += [f"Failed: {failure}" for failure in findings.failures]
     return "\n\n".join(parts) + "\n"
 
@@ -159,15 +156,15 @@ def _line(findings: Findings, row: Row, probes: Sequence[str]) -> list[str]:
     ]
 
 
-def _against_mlm(findings: Findings, probes: Sequence[str]) -> list[str]:
-    """What each row is above or below the best MLM row at its end, and when it gets there."""
+def _against_target(findings: Findings, probes: Sequence[str]) -> list[str]:
+    """What each row is above or below the best target row at its end, and when it gets there."""
     parts = []
     for probe in probes:
-        found = targets(findings.runs, findings.mlm_rows, probe)
+        found = targets(findings.runs, findings.target_rows, probe)
         if found is None:
             continue
         reference, target = found
-        by_axis = {axis: time_to_target(findings.runs, findings.mlm_rows, probe, axis) for axis in RATIO_AXES}
+        by_axis = {axis: time_to_target(findings.runs, findings.target_rows, probe, axis) for axis in RATIO_AXES}
         title = PROBES[probe][0].upper() + PROBES[probe][1:]
         there_already = " The untrained models are there already: no ratios." if by_axis["seconds"] is None else ""
         parts.append(

@@ -131,3 +131,10 @@ def _row(path: Path, name: str, content: dict[str, Any], base: Sequence[str]) ->
     except ConfigError as error:
         raise ConfigError(f"{path}: row {name}: {str(error).removeprefix('command line: ')}") from None
     return Row(name, options, float(share), launch.config)
+
+
+def target_rows(rows: Sequence[Row], named: Sequence[str] | None) -> list[str]:
+    """The rows whose best end is the target: those named, else those of MLM that have the whole budget."""
+    if missing := [name for name in named or () if name not in {row.name for row in rows}]:
+        raise ConfigError(f"--target: found {missing[0]!r}, expected rows: {', '.join(row.name for row in rows)}")
+    return list(named or (row.name for row in rows if row.config.objective.name == "mlm" and row.budget_share == 1))

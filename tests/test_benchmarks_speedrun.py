@@ -313,6 +313,11 @@ def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers,
     assert "6 trainings, 5 of them done" in capsys.readouterr().out
     again = (output / "launches").read_text().splitlines()[len(launches) :]
     assert again == ["train mlm_40/seed_1", "probe mlm_40/seed_1"]
+    assert speedrun(data, output, *budget, "--target", "flm").report([]) == 0
+    ratio = json.loads((output / "results.json").read_text())["time_to_target"]["vqa_accuracy"]["seconds"]
+    assert ratio["reference"] == "flm" and ratio["rows"]["mlm_40"]["seeds_there"] == 0
+    with pytest.raises(ConfigError, match="--target: found 'mlm_15', expected rows: flm, mlm_40, flm_at_40_percent"):
+        speedrun(data, output, *budget, "--target", "mlm_15")
     note = output / "runs" / "flm" / "seed_0" / "done.json"
     note.write_text(note.read_text().replace("null", '"roberta-base"'))
     assert speedrun(data, output, *budget).run() == 1

@@ -53,6 +53,7 @@ from pipeline.shard_reader import open_corpora
 from pipeline.tokenizer import load_tokenizer
 
 EXIT_DONE, EXIT_FAILED = 0, 1
+_OF_THE_REPORT = ("command", "git_revision", "git_changed")  # of an environment: said of the trainings instead
 DONE = "done.json"  # in a run folder: trained to the end and probed
 SHOW_SECONDS = 60.0
 ALWAYS = {  # of every training
@@ -280,7 +281,7 @@ class Speedrun:
         arguments = self.arguments
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         words = [shown(word) for word in arguments.words]
-        machine = {k: v for k, v in describe_environment(device).items() if k != "command"}
+        machine = {k: v for k, v in describe_environment(device).items() if k not in _OF_THE_REPORT}
         return {
             "command": shlex.join(["python", "-m", "benchmarks.speedrun", *words]),
             "budget": str(self.budget),
@@ -291,7 +292,19 @@ class Speedrun:
             "recipe": find_recipe(arguments.recipe).stem,
             "data": ", ".join(f"{name} ({size} pairs)" for name, (size, _) in self.corpora.items()),
             "machine": machine,
+            "revisions": self._revisions(),
         }
+
+    def _revisions(self) -> list[str]:
+        """The revisions of the code that the finished trainings ran, which need not be this report's."""
+        folders = [self.run_folder(row, seed) for row in self.rows for seed in self.arguments.seeds]
+        noted = [read_json(folder / "environment.json") for folder in folders if (folder / DONE).is_file()]
+        return sorted(
+            {
+                (note.get("git_revision") or "unknown")[:12] + (" with changes" if note.get("git_changed") else "")
+                for note in noted
+            }
+        )
 
 
 class Display:

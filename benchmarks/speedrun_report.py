@@ -79,8 +79,7 @@ def as_markdown(findings: Findings) -> str:
         f"`{facts['command']}`",
         f"{machine['device_name']}, {machine['cpu_count']} CPU cores, {facts['jobs']} trainings at a time, "
         f"{facts['ranks']} rank{'s' if facts['ranks'] > 1 else ''} each; Python {machine['python']}, "
-        f"torch {machine['versions']['torch']}; revision {(machine['git_revision'] or 'unknown')[:12]}"
-        f"{' with changes' if machine['git_changed'] else ''}.",
+        f"torch {machine['versions']['torch']}; trainings by revision {', '.join(facts['revisions'])}.",
         "\n".join(_table(_head(probes), [_line(findings, row, probes) for row in findings.rows])),
     ]
     blind = [point.probes["vqa_blind"] for run in _all(findings) for point in run.points if "vqa_blind" in point.probes]

@@ -241,7 +241,9 @@ if what == "train":
             if step in (0, steps):
                 log.write(json.dumps({"kind": "eval", "step": step, "loss": 5.0 - 2 * step / steps}) + "\\n")
     (folder / "beat").write_text(str(every))
-    (folder / "environment.json").write_text('{"starting_weights": {"text": {"taken": null}}}')
+    (folder / "environment.json").write_text(
+        '{"starting_weights": {"text": {"taken": null}}, "git_revision": "0123456789abcdef", "git_changed": true}'
+    )
 else:
     every, records = int((folder / "beat").read_text()), (folder / "log.jsonl").read_text().splitlines()
     steps = max(json.loads(record)["step"] for record in records)
@@ -300,6 +302,7 @@ def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers,
     assert ratio["rows"]["flm"]["ratio"]["median"] == pytest.approx(4) and ratio["rows"]["flm"]["seeds_there"] == 2
     table = (output / "table.md").read_text()
     assert "| flm | 1200 | 76800 | 120 |" in table and "25.0 %" in table and "caption (a stand-in)" in table
+    assert "by revision 0123456789ab with changes." in table
     assert "5.00 to 3.00" in table and "0.375 (0.375 to 0.375)" in table
     assert (output / "curves.svg").read_text().count("<svg") == 1
     for name in ("results.json", "table.md", "curves.svg"):

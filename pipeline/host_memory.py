@@ -6,19 +6,23 @@ import ctypes
 import platform
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+LARGEST_KEPT = 32 << 20  # bytes; glibc refuses a higher threshold
 
 
 def keep_freed_memory() -> bool:
     """Keeps freed blocks in the process instead of giving them back: large activations are not faulted in anew.
 
-    A step allocates and frees the same gigabytes again and again; by default glibc maps each large block afresh, and
-    every page of it costs a fault. Returns False where the C library is not glibc, which then keeps its own rules.
+    A step allocates and frees the same gigabytes again and again; by default glibc gives them back at the step's end,
+    and every page of the next step costs a fault. Blocks above ``LARGEST_KEPT`` are still mapped one by one: in the
+    heap, small neighbours that stay would carve what each leaves behind, and a ZeRO bucket of 800 MB would need new
+    room in every step, until the system refuses to fork. Returns False where the C library is not glibc, which then
+    keeps its own rules.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def available_bytes() -> int | None:

@@ -28,7 +28,7 @@ from benchmarks.released_layout import ReleasedLayout
 from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, Vocabulary
-from model.heads import KEPT_SHARE, LanguageModelHead
+from model.heads import LanguageModelHead
 from pipeline.environment import device_name
 from pipeline.host_memory import keep_freed_memory
 
@@ -183,8 +183,7 @@ def summary(
     bytes_each = 4
     released_logits = arguments.batch * 3 * (FULL_LENGTH - 1) * VOCABULARY.size * bytes_each
     targets = max(sum(count for name, count in batch.counts.items() if name != "itm") for batch in batches)
-    chunk = LanguageModelHead(1, 1).chunk_size
-    our_logits = targets * (int(KEPT_SHARE * VOCABULARY.size / chunk) + 1) * chunk * bytes_each
+    our_logits = targets * LanguageModelHead(1, 1).chunk_size * bytes_each
     tokens = torch.cat([batch.lengths[: arguments.batch] for batch in batches]).float().mean()
     return {
         "command": " ".join(["python -m benchmarks.step_cost", *sys.argv[1:]]),

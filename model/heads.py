@@ -52,9 +52,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     Forward keeps a running maximum and sum of exponentials (online log-sum-exp, Milakov & Gimelshein 2018,
     arXiv 1805.02867), so that memory is [M, C] instead of [M, V]. Backward needs every exponential again. The last
-    chunk's are still in the buffer; those of as many chunks before it as fit wait where the gradient of the weight will
-    stand, which backward fills from the end, a chunk behind those that it has read; all others are computed again.
-    Products run in the input's dtype, everything else in fp32.
+    chunk's are still in the buffer; those of as many chunks before it as fit wait in the memory that the gradient of
+    the weight takes in any case, and are read before it is written; all others are computed again. So they are under
+    torch.compile, whose graphs write to no memory twice. Products run in the input's dtype, everything else in fp32.
     """
 
     @staticmethod
@@ -64,7 +64,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         label_logit = torch.zeros_like(maximum)
         chunks = _chunks(weight, labels, chunk_size)
         buffer = _buffer(hidden, weight, chunk_size)
-        weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        keeps = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
+        weight_grad = torch.empty_like(weight) if keeps and ctx.needs_input_grad[1] else None
         rooms = _rooms(weight_grad, hidden.shape[0], chunk_size, len(chunks))
         places = [buffer] * (len(chunks) - 1 - len(rooms)) + rooms + [buffer]
         kept: list[tuple[Tensor, Tensor]] = []  # a chunk's exponentials, and the maximum they refer to
@@ -78,10 +79,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             kept.append((exponentials, maximum))
         log_sum = maximum + total.log()
         correct = label_logit >= maximum
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
-            ctx.chunk_size = chunk_size
-            ctx.kept = (weight_grad, buffer, kept[-1 - len(rooms) :])
+        ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
+        ctx.chunk_size = chunk_size
+        ctx.kept = (weight_grad, buffer, kept[-1 - len(rooms) :]) if keeps else (None, None, [])
         ctx.mark_non_differentiable(correct)
         return log_sum - label_logit, correct
 
@@ -135,12 +135,12 @@ def _rooms(weight_grad: Tensor | None, num_targets: int, chunk_size: int, num_ch
     has been read. With n chunks and K rooms of size E, s rooms are then still to be read where k = n - 1 - K + s, and
     they end before it: s * E <= k * C * D, since K * E <= (n - 1) * C * D, and K = n - 1 where E < C * D.
     """
-    if weight_grad is None:
+    if weight_grad is None or num_targets == 0:
         return []
-    room_bytes = 4 * num_targets * chunk_size
+    size = num_targets * chunk_size
     front = weight_grad[: (num_chunks - 1) * chunk_size].view(-1).view(torch.uint8)
-    count = min(num_chunks - 1, front.numel() // max(room_bytes, 1))
-    return list(front[: count * room_bytes].view(torch.float32).view(count, -1)) if count and num_targets else []
+    count = min(num_chunks - 1, front.numel() // (4 * size))
+    return list(front[: count * 4 * size].view(torch.float32).view(count, size))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, place: Tensor) -> Tensor:

@@ -69,12 +69,12 @@ def run(launch: Launch) -> int:
         session = set_up(launch, ds_config, place, device, agreement)
     except ValueError as error:
         leave(fail(error, place.is_main))
-    except BaseException:
+    except BaseException:  # said, and the process ended: the other ranks would wait for this one for ever
         traceback.print_exc()
         leave(EXIT_FAILED)
     try:
         code = train(session)
-    except BaseException as error:  # the other ranks would wait for this one for ever: end the process, which ends them
+    except BaseException as error:  # likewise
         known = session.batches.failure(error) or lost_rank(error)
         if known is None:
             traceback.print_exc()

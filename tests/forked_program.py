@@ -94,7 +94,7 @@ def _run(main: Callable[[list[str]], int], arguments: list[str]) -> None:
     code = 99
     try:
         code = main(arguments)
-    except BaseException:
+    except BaseException:  # a fork must never return into pytest: said, and exit code 99
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

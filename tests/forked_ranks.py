@@ -62,7 +62,7 @@ def _work(send: Any, place: Place, port: int, function: Callable[..., Any], argu
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         connect(place, torch.device("cpu"))
         send.send(("result", function(place, *arguments)))
-    except BaseException:
+    except BaseException:  # the parent raises it; a fork must never return into pytest
         send.send(("error", traceback.format_exc()))
     send.close()
     leave(0)

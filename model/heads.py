@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kept_memory import KeptMemory
 from model.text import TOP_EPS, initial_std
 
 
@@ -19,6 +20,7 @@ class LanguageModelHead(nn.Module):
         """``chunk_size``: vocabulary entries whose logits are held at once."""
         super().__init__()
         self.chunk_size = chunk_size
+        self._memory = KeptMemory()  # of the weight's gradient
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=TOP_EPS)
         self.weight = nn.Parameter(torch.empty(vocabulary_size, width))
@@ -37,7 +39,8 @@ class LanguageModelHead(nn.Module):
         Returns:
             fp32 [M] losses with gradient, bool [M] whether the largest logit is the label's.
         """
-        return ChunkedCrossEntropy.apply(self.hidden(features), self.weight, self.bias, labels, self.chunk_size)
+        hidden = self.hidden(features)
+        return ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, self.chunk_size, self._memory)
 
     def hidden(self, features: Tensor) -> Tensor:
         return self.norm(F.gelu(self.transform(features)))
@@ -58,14 +61,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int):
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int, memory: KeptMemory):
         maximum = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
         total = torch.zeros_like(maximum)
         label_logit = torch.zeros_like(maximum)
         chunks = _chunks(weight, labels, chunk_size)
         buffer = _buffer(hidden, weight, chunk_size)
         keeps = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        weight_grad = torch.empty_like(weight) if keeps and ctx.needs_input_grad[1] else None
+        weight_grad = None
+        if keeps and ctx.needs_input_grad[1]:
+            weight_grad = memory.empty(weight.shape, weight.dtype, weight.device)
         rooms = _rooms(weight_grad, hidden.shape[0], chunk_size, len(chunks))
         places = [buffer] * (len(chunks) - 1 - len(rooms)) + rooms + [buffer]
         kept: list[tuple[Tensor, Tensor]] = []  # a chunk's exponentials, and the maximum they refer to
@@ -108,7 +113,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad += low @ weight[start:stop]
             if weight_grad is not None:
                 torch.mm(low.T, hidden, out=weight_grad[start:stop])
-        return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None
+        return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None, None
 
 
 def _chunks(weight: Tensor, labels: Tensor, chunk_size: int) -> list[tuple[int, int, Tensor, Tensor]]:

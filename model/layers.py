@@ -122,12 +122,16 @@ class CrossAttention(nn.Module):
             image_of_row: int64 [R].
             num_paired: B if rows 0..B-1 read images 0..B-1, whose keys and values are then not copied; else 0.
         """
-        key, value = split_heads(self.key_value(context), self.num_heads, 2)
+        keys_values = self.key_value(context)
         (query,) = split_heads(side_by_side.spread(self.query(states)), self.num_heads)  # [R, H, streams*T, D/H]
-        parts = [self._attend(query[:num_paired], key, value, None)] if num_paired else []
+        read = [keys_values] if num_paired else []
         if query.shape[0] > num_paired:
-            others = image_of_row[num_paired:]
-            parts.append(self._attend(query[num_paired:], key[others], value[others], None))
+            read.append(keys_values.index_select(0, image_of_row[num_paired:]))
+        rows = query.split([len(part) for part in read])
+        parts = [
+            self._attend(part, *split_heads(images, self.num_heads, 2), None)
+            for part, images in zip(rows, read, strict=True)
+        ]
         mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
         return self.out(side_by_side.gather(merge_heads(mixed)))
 

@@ -6,9 +6,11 @@ Specification sections 2.2 and 2.3. Legend: S packed states, D width, R rows, T 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TextConfig
+from model.kept_memory import KeptMemory
 from model.layers import CrossAttention, FeedForward, Packing, ResidualNorm, SelfAttention
 
 BOTTOM_EPS = 1e-5  # RoBERTa's LayerNorm
@@ -25,12 +27,41 @@ def initial_std(width: int) -> float:
     return BERT_STD * (BERT_WIDTH / width) ** 0.5
 
 
+class WordEmbedding(nn.Embedding):
+    """``nn.Embedding`` with ``padding_idx`` whose gradient, on a CPU, is written to the same memory in every step."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._memory = KeptMemory()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [S] -> [S, D]."""
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(ids)
+        return _LookUp.apply(self.weight, ids, self.padding_idx, self._memory)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, ids: Tensor, padding_idx: int, memory: KeptMemory) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.padding_idx, ctx.memory = weight.shape, padding_idx, memory
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (ids,) = ctx.saved_tensors
+        weight_grad = ctx.memory.empty(ctx.shape, grad.dtype, grad.device).zero_().index_add_(0, ids, grad)
+        weight_grad[ctx.padding_idx] = 0
+        return weight_grad, None, None, None
+
+
 class TextEmbedding(nn.Module):
     """Word + position + token-type embedding and LayerNorm; dropout is left to the caller, one draw per stream."""
 
     def __init__(self, config: TextConfig, vocabulary_size: int, pad_id: int) -> None:
         super().__init__()
-        self.word = nn.Embedding(vocabulary_size, config.width, padding_idx=pad_id)
+        self.word = WordEmbedding(vocabulary_size, config.width, padding_idx=pad_id)
         self.position = nn.Embedding(config.max_positions, config.width, padding_idx=PAD_POSITION)
         self.token_type = nn.Parameter(torch.empty(config.width))
         self.norm = nn.LayerNorm(config.width, eps=BOTTOM_EPS)

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Lowest rung first: a file imports only from lines before its own. A new file gets its place here.
 RUNGS: dict[str, list[list[str]]] = {
     "model": [
-        ["batch", "config", "torchvision_shim"],
+        ["batch", "config", "kept_memory", "torchvision_shim"],
         ["masks", "merge", "behaviour", "flops"],
         ["layers"],
         ["plan", "vision", "text"],

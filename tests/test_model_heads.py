@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from model.heads import ChunkedCrossEntropy, LanguageModelHead
+from model.kept_memory import KeptMemory
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 32, 100])
@@ -21,7 +22,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk_size: int):
     for chunked in (False, True):
         leaves = [tensor.float().clone().requires_grad_() for tensor in (hidden, weight, bias)]
         if chunked:
-            losses, correct = ChunkedCrossEntropy.apply(*leaves, labels, chunk_size)
+            losses, correct = ChunkedCrossEntropy.apply(*leaves, labels, chunk_size, KeptMemory())
             expected = F.linear(*leaves).argmax(1) == labels
             assert torch.equal(correct, expected)
         else:
@@ -59,7 +60,7 @@ def test_what_waits_for_backward_is_read_before_it_is_written_over(width: int, n
     tensors = [torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
     leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
     labels = torch.randint(0, 50, (num_targets,), generator=generator)
-    losses, _ = ChunkedCrossEntropy.apply(*leaves, labels, 8)
+    losses, _ = ChunkedCrossEntropy.apply(*leaves, labels, 8, KeptMemory())
     first, second = (torch.autograd.grad(losses.sum(), leaves, retain_graph=True) for _ in range(2))
     exact = [tensor.detach().float().requires_grad_() for tensor in leaves]
     expected = torch.autograd.grad(F.cross_entropy(F.linear(*exact), labels, reduction="sum"), exact)

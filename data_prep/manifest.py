@@ -265,9 +265,22 @@ def find_splits(path: Path, split: str, num_images: int = 1) -> list[Path]:
     splits = [candidate for candidate in candidates if is_split(candidate)]
     matching = [candidate for candidate in splits if _manifest_identity(candidate)[1] == num_images]
     if not matching:
-        reason = f"none has {num_images} image(s) per sample" if splits else "not prepared"
-        raise ManifestError(f"{path}: no split {split!r} here ({reason}); run `python -m data_prep synth` first")
+        reason = f"none has {num_images} image(s) per sample" if splits else _what_is_there(path)
+        raise ManifestError(
+            f"{path}: no split {split!r} here ({reason}); run `python -m data_prep synth` or name another by --data DIR"
+        )
     return matching
+
+
+def _what_is_there(path: Path) -> str:
+    """What a folder without the wanted split holds, for an error line."""
+    if (path / "tokenizer.json").is_file():
+        return "a tokenizer, which --data.tokenizer takes"
+    names = {
+        _manifest_identity(file.parent)[0]
+        for file in (*path.glob(f"*/{MANIFEST_NAME}"), *path.glob(f"*/*/{MANIFEST_NAME}"))
+    }
+    return f"prepared: {', '.join(sorted(names))}" if names else "nothing prepared"
 
 
 def is_split(folder: Path) -> bool:

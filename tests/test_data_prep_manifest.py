@@ -139,7 +139,7 @@ def test_find_splits_passes_over_image_pairs_unless_asked_for_them(tmp_path):
 def test_nothing_prepared_and_half_written_are_told_apart(tmp_path):
     with pytest.raises(ManifestError, match="no such folder.*data_prep synth"):
         find_splits(tmp_path / "nowhere", "train")
-    with pytest.raises(ManifestError, match="not prepared.*data_prep synth"):
+    with pytest.raises(ManifestError, match="nothing prepared.*data_prep synth"):
         find_splits(tmp_path, "train")
     make_split(tmp_path / "a" / "train")
     (tmp_path / "b" / "train").mkdir(parents=True)
@@ -150,6 +150,17 @@ def test_nothing_prepared_and_half_written_are_told_apart(tmp_path):
         find_splits(tmp_path / "b" / "train", "train")
     (tmp_path / "b").rename(tmp_path / ".b")
     assert find_splits(tmp_path, "train") == [tmp_path / "a" / "train"]
+
+
+def test_without_the_split_it_says_what_is_there(tmp_path):
+    make_split(tmp_path / "a" / "dev", "a", split="dev")
+    for folder in (tmp_path, tmp_path / "a"):
+        with pytest.raises(ManifestError, match=r"no split 'train' here \(prepared: dev\)"):
+            find_splits(folder, "train")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ManifestError, match=r"a tokenizer, which --data\.tokenizer takes"):
+        find_splits(tmp_path / "tokenizer", "train")
 
 
 def test_index_layout_and_shape_check(tmp_path):

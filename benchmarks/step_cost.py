@@ -138,9 +138,10 @@ def measure(runs: dict[str, list[Callable]], modules: list, repeats: int, device
     as in a training loop (PyTorch's ``zero_grad``, DeepSpeed's ZeRO)."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-WARM_UP_TURNS, repeats):
-        totals = {
-            name: sum(seconds_of(run, modules, device) for run in micro_batches) for name, micro_batches in runs.items()
-        }
+        totals = dict.fromkeys(runs, 0.0)
+        for number in range(len(runs["unit"])):  # side by side, so that all meet the same moods of the machine
+            for name, micro_batches in runs.items():
+                totals[name] += seconds_of(micro_batches[number], modules, device)
         shown = ", ".join(f"{name} {total:.2f} s" for name, total in totals.items())
         print(f"{'warm-up' if turn < 0 else f'turn {turn + 1} of {repeats}'}: {shown}", file=sys.stderr, flush=True)
         if turn >= 0:

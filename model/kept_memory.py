@@ -15,7 +15,7 @@ class KeptMemory:
     """Hands out the same memory again and again, where the C library would ask the system for it in every step.
 
     A large block goes back to the system when it is freed, and every page of the next one must be faulted in and
-    cleared: for a gradient of [50265, 768] that takes ten times as long as to fill memory that is there. Here a block
+    cleared: for a gradient of [50265, 768] that takes several times as long as to write it. Here a block
     is free again when the last tensor on it has died, whoever held it; as long as one lives, another block is given.
     """
 

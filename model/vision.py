@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import VisionConfig
 from model.layers import merge_heads, split_heads
+from model.config import VisionConfig
 from model.torchvision_shim import ensure_torchvision
 
 # Channel statistics of CLIP's training images (specification section 6.2).
@@ -38,7 +38,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.grid = config.image_size // config.patch_size
         width, num_blocks = config.width, config.layers - int(config.drop_last_block)
-        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.patch_embedding = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.position_embedding = nn.Parameter(torch.empty(1 + self.grid**2, width))
         self.ln_pre = nn.LayerNorm(width, eps=1e-5)
@@ -46,7 +46,7 @@ class VisionTower(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=1e-5)
         # In millionths, as integers: casting a module to bf16 rounds its float buffers to 8 bits, integers it leaves.
         statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD], dtype=torch.float64) * 255e6
-        self.register_buffer("statistics", statistics.round().long().view(2, 3, 1, 1), persistent=False)
+        self.register_buffer("statistics", statistics.round().long().view(2, 3, 1), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,15 +64,30 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] (or floats already normalised) -> [B, P, W]; normalisation happens here, on the device."""
-        if images.dtype == torch.uint8:
+        pixels = self.patch_embedding.cut(images)
+        if pixels.dtype == torch.uint8:
             mean, std = (self.statistics.float() / 1e6).unbind(0)
-            images = (images.float() - mean) / std
-        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+            pixels = (pixels.float() - mean) / std
+        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         tokens = self.ln_pre(torch.cat([first, patches], dim=1) + self.position_embedding)
         for block in self.blocks:
             tokens = block(tokens)
         return self.ln_post(tokens)
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose patches do not overlap, run as the one matrix product that it is; weight [W, 3, p, p]."""
+
+    def cut(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] of any dtype -> the pixels of each patch [B, P-1, 3, p*p]."""
+        side = self.kernel_size[0]
+        grid = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 3, S/p, p, S/p, p]
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, P-1, 3, p*p] -> [B, P-1, W]."""
+        return F.linear(pixels.flatten(2), self.weight.flatten(1))
 
 
 class VisionBlock(nn.Module):

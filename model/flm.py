@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from model import masks
+from model.attention import Packing, Reading, image_reading, reads_by_rows, text_reading
 from model.batch import Batch
 from model.config import ModelConfig, Vocabulary
-from model.layers import Packing, dropout
+from model.dropout import dropout
 from model.reconstructor import ReconstructorLayer
 from model.towers import add_towers, encode_images, reset_parameters
 
@@ -55,49 +56,52 @@ class FLM(nn.Module):
 
     def fuse(self, batch: Batch, images: Tensor) -> Features:
         """The text side, given projected image tokens [B, P, D]."""
-        num_rows, num_positions = batch.text.shape
-        grid_index = torch.cat([batch.l2r_index, batch.r2l_index + num_rows * num_positions])
-        packing = Packing(grid_index, 2 * num_rows, num_positions)
-        row_start = torch.cat([batch.l2r_index // num_positions, batch.r2l_index // num_positions + 1]) * num_positions
-        side_by_side = Packing(torch.cat([batch.l2r_index, batch.r2l_index]) + row_start, num_rows, 2 * num_positions)
-        query_packing = Packing(batch.query_index, num_rows, num_positions)
-        stream_masks = masks.released_streams if self.released else masks.causal_streams
-        mask = stream_masks(batch.lengths, num_positions).flatten(0, 1)[:, None]
-        spans = query_packing.spread(batch.query_span)
-        query_mask = masks.reconstructor(batch.lengths, spans, bos_visible=not self.released)[:, None]
-
-        num_l2r, num_r2l = batch.l2r_index.shape[0], batch.r2l_index.shape[0]
-        states, queries = self._embed(batch).split([num_l2r + num_r2l, batch.query_index.shape[0]])
+        streams = _Streams(batch)
+        among_states, of_states, of_images = self._readings(batch, streams, *images.shape[:2])
+        images = images.flatten(0, 1)
+        states, queries = self._embed(batch, streams).split([len(streams.index), len(batch.query_index)])
         skip = len(self.bottom) - len(self.reconstructor_bottom)
         for number, layer in enumerate(self.bottom):
-            states = layer(states, packing, mask)
+            states = layer(states, among_states)
             if number >= skip:
-                queries = self.reconstructor_bottom[number - skip](
-                    queries, query_packing, states, side_by_side, query_mask
-                )
+                queries = self.reconstructor_bottom[number - skip](queries, states, of_states)
 
-        states, queries = self.text_projection(states), self.text_projection(queries)
         l2r_type, r2l_type = self.type_embedding.weight[0], self.stream_embedding.weight[0]
-        states = torch.cat([states[:num_l2r] + l2r_type, states[num_l2r:] + r2l_type])
-        queries = queries + self.stream_embedding.weight[1]
+        states = self.text_projection(states) + torch.where(streams.is_r2l[:, None], r2l_type, l2r_type)
+        queries = self.text_projection(queries) + self.stream_embedding.weight[1]
         skip = len(self.top) - len(self.reconstructor_top)
         for number, layer in enumerate(self.top):
-            states = layer(states, packing, mask, side_by_side, images, batch.image_of_row, batch.num_paired)
+            states = layer(states, among_states, images, of_images)
             if number >= skip:
-                queries = self.reconstructor_top[number - skip](
-                    queries, query_packing, states, side_by_side, query_mask
-                )
-        return Features(states[:num_l2r], states[num_l2r:], queries)
+                queries = self.reconstructor_top[number - skip](queries, states, of_states)
+        return Features(*streams.split(states), queries)
 
-    def _embed(self, batch: Batch) -> Tensor:
+    def _readings(self, batch: Batch, streams: _Streams, num_images: int, num_tokens: int) -> tuple[Reading, ...]:
+        """How states read states of their stream, how queries read the states, how states read the images."""
+        num_rows, num_positions = batch.text.shape
+        by_rows = reads_by_rows(batch.text.device, self.dropout if self.training else 0.0)
+        own_stream = Packing(streams.index + streams.is_r2l * (num_rows * num_positions), 2 * num_rows, num_positions)
+        row_start = (streams.index // num_positions + streams.is_r2l) * num_positions
+        side_by_side = Packing(streams.index + row_start, num_rows, 2 * num_positions)
+        queries = Packing(batch.query_index, num_rows, num_positions)
+        stream_masks = masks.released_streams if self.released else masks.causal_streams
+        mask = stream_masks(batch.lengths, num_positions).flatten(0, 1)
+        spans = queries.spread(batch.query_span)
+        query_mask = masks.reconstructor(batch.lengths, spans, bos_visible=not self.released)
+        return (
+            text_reading(own_stream, own_stream, mask, num_rows, by_rows),
+            text_reading(queries, side_by_side, query_mask, num_rows, by_rows),
+            image_reading(side_by_side, batch.image_of_row, batch.num_paired, num_images, num_tokens, by_rows),
+        )
+
+    def _embed(self, batch: Batch, streams: _Streams) -> Tensor:
         """Embeddings of both streams' states and the queries [N1+N2+Q, D], by one look-up; dropout drawn for each."""
         num_positions = batch.text.shape[1]
-        num_states = batch.l2r_index.shape[0] + batch.r2l_index.shape[0]
-        index = torch.cat([batch.l2r_index, batch.r2l_index, batch.query_index])
+        index = torch.cat([streams.index, batch.query_index])
         position, length = index % num_positions, batch.lengths[index // num_positions]
         position = torch.where(position < length, position, -1)
-        words = batch.text.flatten()[index[:num_states]]
-        query_words = self._query_words(position[num_states:], length[num_states:])
+        words = batch.text.flatten()[streams.index]
+        query_words = self._query_words(position[len(words) :], length[len(words) :])
         embedded = self.embedding(torch.cat([words, query_words]), position)
         return dropout(embedded, self.dropout) if self.training else embedded
 
@@ -107,6 +111,22 @@ class FLM(nn.Module):
         if self.released:
             words = torch.where(position == length - 1, self.vocabulary.eos_id, words)
         return words
+
+
+class _Streams:
+    """The order of both streams' packed states: caption by caption, l2r before r2l."""
+
+    def __init__(self, batch: Batch) -> None:
+        index = torch.cat([batch.l2r_index, batch.r2l_index])
+        self._order = (index // batch.text.shape[1]).argsort(stable=True)
+        self._num_l2r = len(batch.l2r_index)
+        self.index = index[self._order]  # int64 [N1+N2], flat positions row*T+position
+        self.is_r2l = self._order >= self._num_l2r  # bool [N1+N2]
+
+    def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """[N1+N2, D] -> l2r [N1, D], r2l [N2, D], each in the order of its index."""
+        l2r, r2l = states.index_select(0, self._order.argsort()).tensor_split([self._num_l2r])
+        return l2r, r2l
 
 
 def _reconstructor_depth(config: ModelConfig) -> tuple[int, int]:

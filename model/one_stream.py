@@ -10,9 +10,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model import masks
+from model.attention import Packing, image_reading, reads_by_rows, text_reading
 from model.batch import Batch
 from model.config import ModelConfig, Vocabulary
-from model.layers import Packing, dropout
+from model.dropout import dropout
 from model.towers import add_towers, encode_images, reset_parameters
 
 
@@ -41,18 +42,21 @@ class OneStream(nn.Module):
 
     def fuse(self, batch: Batch, images: Tensor) -> StreamFeatures:
         """The text side, given projected image tokens [B, P, D]."""
-        num_rows, num_positions = batch.text.shape
+        (num_rows, num_positions), (num_images, num_tokens) = batch.text.shape, images.shape[:2]
         packing = Packing(batch.l2r_index, num_rows, num_positions)
         if self._hidden_start:
             mask = masks.released_streams(batch.lengths, num_positions)[0]
         else:
             mask = masks.prefix_stream(batch.lengths, batch.prefix, num_positions)
-        mask = mask[:, None]
+        by_rows = reads_by_rows(images.device, self.dropout if self.training else 0.0)
+        among_states = text_reading(packing, packing, mask, num_rows, by_rows)
+        of_images = image_reading(packing, batch.image_of_row, batch.num_paired, num_images, num_tokens, by_rows)
+        images = images.flatten(0, 1)
         states = self.embedding(batch.text.flatten()[batch.l2r_index], batch.l2r_index % num_positions)
         states = dropout(states, self.dropout) if self.training else states
         for layer in self.bottom:
-            states = layer(states, packing, mask)
+            states = layer(states, among_states)
         states = self.text_projection(states) + self.type_embedding.weight[0]
         for layer in self.top:
-            states = layer(states, packing, mask, packing, images, batch.image_of_row, batch.num_paired)
+            states = layer(states, among_states, images, of_images)
         return StreamFeatures(states)

@@ -1,6 +1,6 @@
 """RoBERTa-style text tower on packed tokens: embeddings, uni-modal bottom layers, cross-modal top layers.
 
-Specification sections 2.2 and 2.3. Legend: S packed states, D width, R rows, T padded length, P image tokens.
+Specification sections 2.2 and 2.3. Legend: S packed states, D width, B images, P image tokens.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import Reading
 from model.config import TextConfig
 from model.kept_memory import KeptMemory
-from model.layers import CrossAttention, FeedForward, Packing, ResidualNorm, SelfAttention
+from model.layers import CrossAttention, FeedForward, ResidualNorm, SelfAttention
 
 BOTTOM_EPS = 1e-5  # RoBERTa's LayerNorm
 TOP_EPS = 1e-12  # BERT's, used by all layers that FLM adds
@@ -80,9 +81,9 @@ class BottomLayer(nn.Module):
         self.residual = ResidualNorm(config.width, BOTTOM_EPS, config.dropout)
         self.ffn = FeedForward(config.width, config.ffn_width, BOTTOM_EPS, config.dropout)
 
-    def forward(self, states: Tensor, packing: Packing, mask: Tensor) -> Tensor:
-        """states [S, D], mask bool [rows, 1, T, T] -> [S, D]."""
-        return self.ffn(self.residual(self.attention(states, packing, mask), states))
+    def forward(self, states: Tensor, text: Reading) -> Tensor:
+        """states [S, D] -> [S, D]."""
+        return self.ffn(self.residual(self.attention(states, text), states))
 
 
 class TopLayer(nn.Module):
@@ -96,20 +97,7 @@ class TopLayer(nn.Module):
         self.cross_residual = ResidualNorm(config.width, TOP_EPS, config.dropout)
         self.ffn = FeedForward(config.width, config.ffn_width, TOP_EPS, config.dropout)
 
-    def forward(
-        self,
-        states: Tensor,
-        packing: Packing,
-        mask: Tensor,
-        side_by_side: Packing,
-        images: Tensor,
-        image_of_row: Tensor,
-        num_paired: int,
-    ) -> Tensor:
-        """states [S, D], mask bool [rows, 1, T, T], images [B, P, D], image_of_row int64 [R] -> [S, D].
-
-        ``side_by_side`` packs the states of all streams of a row into one row (see :class:`CrossAttention`).
-        """
-        states = self.residual(self.attention(states, packing, mask), states)
-        update = self.cross_attention.to_images(states, side_by_side, images, image_of_row, num_paired)
-        return self.ffn(self.cross_residual(update, states))
+    def forward(self, states: Tensor, text: Reading, images: Tensor, image: Reading) -> Tensor:
+        """states [S, D], which read each other by ``text``, and images [B * P, D] by ``image`` -> [S, D]."""
+        states = self.residual(self.attention(states, text), states)
+        return self.ffn(self.cross_residual(self.cross_attention(states, images, image), states))

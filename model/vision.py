@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import merge_heads, split_heads
+from model.attention import merge_heads, split_heads
 from model.config import VisionConfig
 from model.torchvision_shim import ensure_torchvision
 

@@ -16,8 +16,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Lowest rung first: a file imports only from lines before its own. A new file gets its place here.
 RUNGS: dict[str, list[list[str]]] = {
     "model": [
-        ["batch", "config", "kept_memory", "torchvision_shim"],
-        ["masks", "merge", "behaviour", "flops"],
+        ["batch", "config", "dropout", "kept_memory", "torchvision_shim"],
+        ["masks", "merge", "behaviour", "flops", "row_attention"],
+        ["attention"],
         ["layers"],
         ["plan", "vision", "text"],
         ["reconstructor", "heads", "baseline_plan", "hard_negatives"],

@@ -1,4 +1,4 @@
-"""Dropout and attention against their definitions."""
+"""Dropout and random weights against their definitions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from model.build import build_objective
 from model.config import ObjectiveConfig, TextConfig, Vocabulary
-from model.layers import attend, dropout
+from model.dropout import dropout
 from model.text import initial_std
 from tests.tiny_flm import tiny_config
 
@@ -38,27 +37,6 @@ def test_dropout_follows_the_seed() -> None:
         draws.append(dropout(states, 0.5))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert dropout(states, 0.0) is not None and torch.equal(dropout(states, 0.0), states)
-
-
-def test_attention_without_dropped_weights_is_sdpa_and_with_them_has_its_mean() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 4, 8, generator=generator) for _ in range(3))
-    mask = torch.rand(2, 1, 4, 4, generator=generator) > 0.4
-    mask[0, 0, 1] = False  # invariant 4: sees nothing, gives zeros
-    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    torch.testing.assert_close(attend(query, key, value, mask, 0.0), expected)
-    torch.manual_seed(0)
-    mean = torch.stack([attend(query, key, value, mask, 0.3) for _ in range(4000)]).mean(0)
-    torch.testing.assert_close(mean, expected, rtol=0, atol=0.08)
-    assert torch.equal(mean[0, :, 1], torch.zeros(3, 8))
-    torch.testing.assert_close(attend(query, key, value, mask, 1e-9), expected)
-    torch.testing.assert_close(attend(query, key, value, None, 1e-9), F.scaled_dot_product_attention(query, key, value))
-
-
-def test_attention_of_a_blind_query_has_finite_gradients() -> None:
-    tensors = [torch.randn(1, 1, 2, 4, requires_grad=True) for _ in range(3)]
-    mixed = attend(*tensors, torch.tensor([[[[False, False], [True, True]]]]), 0.1)
-    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(mixed.sum(), tensors))
 
 
 @pytest.mark.parametrize("width", [32, 768])

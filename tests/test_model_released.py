@@ -66,6 +66,7 @@ def released_layers(objective, batch: Batch) -> dict[str, Tensor]:
     net, outputs, handles = objective.net, {}, []
     num_rows, width = batch.text.shape
     stream_cells = torch.cat([batch.l2r_index, batch.r2l_index + num_rows * width])
+    stream_cells = stream_cells[(stream_cells // width % num_rows).argsort(stable=True)]  # caption by caption
 
     def watch(module, name, cells, streams):
         def hook(_, __, output):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.attention import Packing, text_reading
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig
-from model.layers import Packing
 from model.torchvision_shim import ensure_torchvision
 from model.vision import IMAGE_MEAN, IMAGE_STD, VisionTower, resolve_sizes
 from model.weights import load_text, load_vision
@@ -97,9 +97,9 @@ def test_bottom_layers_equal_those_of_transformers(tmp_path: Path, kind: str):
         theirs = foreign(ids, attention_mask=(ids != 1).long(), output_hidden_states=True).hidden_states[2]
         cells = (ids != 1).flatten().nonzero()[:, 0]
         states = net.embedding(ids.flatten()[cells], cells % 6)
-        mask = (torch.arange(6) < lengths[:, None])[:, None, None].expand(2, 1, 6, 6)
+        packing, mask = Packing(cells, 2, 6), (torch.arange(6) < lengths[:, None])[:, None].expand(2, 6, 6)
         for layer in net.bottom:
-            states = layer(states, Packing(cells, 2, 6), mask)
+            states = layer(states, text_reading(packing, packing, mask, num_captions=2, by_rows=False))
     torch.testing.assert_close(states, theirs.flatten(0, 1)[cells], rtol=1e-4, atol=1e-5)
 
 

@@ -2,9 +2,10 @@
 
 Three passes (l2r, r2l, reconstructor) over captions padded to full length, image keys and values computed for each
 stream, attention written out with additive masks, vocabulary logits at every position. It borrows the parameters of a
-``released`` objective, so both compute the same loss, and shares none of its code paths but the modules' weights.
+``released`` objective, so both compute the same loss, and runs them by PyTorch's own operations: of our code it runs
+the vision tower alone, which is the unit of the benchmark.
 
-Legend: B samples, L padded length, D width, H heads, P image tokens.
+Legend: B samples, L padded length, D width.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.text import PAD_POSITION
 
 HIDDEN = -10000.0
 
@@ -35,10 +38,7 @@ class ReleasedLayout(nn.Module):
         query_text = torch.where(real, vocabulary.mask_id, vocabulary.bos_id)
         query_text[:, 0] = vocabulary.bos_id
         query_text.scatter_(1, lengths[:, None] - 1, vocabulary.eos_id)
-        l2r, r2l, query = (
-            self._drop(net.embedding(ids.flatten(), embed_position.flatten()).view(*text.shape, -1))
-            for ids in (text, text, query_text)
-        )
+        l2r, r2l, query = (self._drop(self._embed(ids, embed_position)) for ids in (text, text, query_text))
         image = net.image_projection(net.vision(images)) + net.type_embedding.weight[1]
         for layer, reader in zip(net.bottom, net.reconstructor_bottom, strict=True):
             l2r, r2l = self._text_layer(layer, l2r, l2r_mask), self._text_layer(layer, r2l, r2l_mask)
@@ -51,6 +51,12 @@ class ReleasedLayout(nn.Module):
             r2l = self._text_layer(layer, r2l, r2l_mask, image)
             query = self._read(reader, query, torch.cat([l2r, r2l], 1), query_mask)
         return self._loss(query, l2r, r2l, text)
+
+    def _embed(self, ids: Tensor, position: Tensor) -> Tensor:
+        """ids and positions int64 [B, L], -1 for padding -> [B, L, D]."""
+        table = self.objective.net.embedding
+        words = F.embedding(ids, table.word.weight, table.word.padding_idx)
+        return table.norm(words + table.position(position + PAD_POSITION + 1) + table.token_type)
 
     def _masks(self, position: Tensor, real: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Additive masks [B, 1, L, L], [B, 1, L, L], [B, 1, L, 2L] by the rules of specification section 3."""
@@ -67,19 +73,25 @@ class ReleasedLayout(nn.Module):
     def _text_layer(self, layer: nn.Module, states: Tensor, mask: Tensor, image: Tensor | None = None) -> Tensor:
         query, key, value = layer.attention.qkv(states).chunk(3, -1)
         mixed = self._attention(query, key, value, mask, layer.attention.num_heads)
-        states = layer.residual(layer.attention.out(mixed), states)
+        states = self._add(layer.residual, layer.attention.out(mixed), states)
         if image is not None:
             attention = layer.cross_attention
             key, value = attention.key_value(image).chunk(2, -1)
             mixed = self._attention(attention.query(states), key, value, None, attention.num_heads)
-            states = layer.cross_residual(attention.out(mixed), states)
-        return layer.ffn(states)
+            states = self._add(layer.cross_residual, attention.out(mixed), states)
+        return self._feed_forward(layer.ffn, states)
 
     def _read(self, layer: nn.Module, query: Tensor, streams: Tensor, mask: Tensor) -> Tensor:
         attention = layer.cross_attention
         key, value = attention.key_value(streams).chunk(2, -1)
         mixed = self._attention(attention.query(query), key, value, mask, attention.num_heads)
-        return layer.ffn(layer.cross_residual(attention.out(mixed), query))
+        return self._feed_forward(layer.ffn, self._add(layer.cross_residual, attention.out(mixed), query))
+
+    def _feed_forward(self, ffn: nn.Module, states: Tensor) -> Tensor:
+        return self._add(ffn.residual, ffn.down(F.gelu(ffn.up(states))), states)
+
+    def _add(self, residual: nn.Module, update: Tensor, states: Tensor) -> Tensor:
+        return residual.norm(self._drop(update) + states)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, num_heads: int) -> Tensor:
         query, key, value = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
@@ -95,6 +107,7 @@ class ReleasedLayout(nn.Module):
         head, pad_id = self.objective.lm_head, self.objective.net.vocabulary.pad_id
         total = 0.0
         for states, labels in ((query[:, 1:], text[:, 1:]), (l2r[:, 1:-1], text[:, 2:]), (r2l[:, 2:], text[:, 1:-1])):
-            logits = head.logits(states).flatten(0, 1)
+            hidden = head.norm(F.gelu(head.transform(states)))
+            logits = F.linear(hidden, head.weight, head.bias).flatten(0, 1)
             total = total + F.cross_entropy(logits, labels.flatten(), ignore_index=pad_id)
         return total / 3

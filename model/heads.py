@@ -16,7 +16,7 @@ from model.text import TOP_EPS, initial_std
 class LanguageModelHead(nn.Module):
     """Linear, GELU, LayerNorm, then a vocabulary projection with separate bias (specification section 2.7)."""
 
-    def __init__(self, width: int, vocabulary_size: int, chunk_size: int = 4096) -> None:
+    def __init__(self, width: int, vocabulary_size: int, chunk_size: int = 8192) -> None:
         """``chunk_size``: vocabulary entries whose logits are held at once."""
         super().__init__()
         self.chunk_size = chunk_size
@@ -153,7 +153,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, place: Tensor) -> Tens
     out = place[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
     if hidden.dtype != torch.float32:
         return out.copy_(F.linear(hidden, weight)).add_(bias)
-    return torch.addmm(bias, hidden, weight.T, out=out)
+    return torch.mm(hidden, weight.T, out=out).add_(bias)  # addmm would spread the bias over all of ``out`` first
 
 
 class Pooler(nn.Module):

@@ -117,7 +117,9 @@ class Pretraining(nn.Module):
         """Loss fp32 [M] and correctness bool [M] of every target; one pass of the vocabulary head for all terms."""
         output = self.net(batch)
         language = {name: term for name, term in batch.terms.items() if name not in ("itm", "read")}
-        selected = [getattr(output, self._sources[name])[term.position] for name, term in language.items()]
+        selected = [
+            getattr(output, self._sources[name]).index_select(0, term.position) for name, term in language.items()
+        ]
         labels = torch.cat([term.label for term in language.values()])
         losses, correct = self.lm_head(torch.cat(selected), labels)
         sizes = [term.label.shape[0] for term in language.values()]
@@ -128,7 +130,7 @@ class Pretraining(nn.Module):
 
     def _match(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         position, label = batch.terms["itm"]
-        logits = self.itm_head(self.net.pooler(features[position])).float()
+        logits = self.itm_head(self.net.pooler(features.index_select(0, position))).float()
         return F.cross_entropy(logits, label, reduction="none"), logits.argmax(1) == label
 
     def features(self, batch: Batch) -> Tensor:
@@ -145,7 +147,7 @@ class Pretraining(nn.Module):
             raise ValueError('no features to compute: no row of the batch has the role "read"')
         output = self.net(batch)
         position, row = batch.terms["read"]
-        cls = getattr(output, self._sources["itm"])[position]
+        cls = getattr(output, self._sources["itm"]).index_select(0, position)
         streams = [(output.l2r, batch.l2r_index)]
         if self.name == "flm":
             streams.append((output.r2l, batch.r2l_index))

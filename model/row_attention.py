@@ -102,17 +102,18 @@ class _AttendRows(torch.autograd.Function):
                 scores.masked_fill_(block.blind, 0)
         factors = factors_on_cpu(weights.shape, rate, weights.dtype)
         mixed = packed.new_empty(packed.shape[0], num_heads, query.shape[2])
-        parts = rows.queries(mixed.transpose(0, 1)), rows.weights(weights * factors, num_heads), rows.keys(value)
+        left = weights * factors
+        parts = rows.queries(mixed.transpose(0, 1)), rows.weights(left, num_heads), rows.keys(value)
         for place, dropped, values in zip(*parts, strict=True):
             place.copy_(torch.bmm(dropped, values))
-        ctx.save_for_backward(packed, key_value, weights, factors)
+        ctx.save_for_backward(packed, key_value, weights, factors, left)
         ctx.rows, ctx.num_heads = rows, num_heads
         return mixed.flatten(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        packed, key_value, weights, factors = ctx.saved_tensors
+        packed, key_value, weights, factors, left = ctx.saved_tensors
         rows, num_heads = ctx.rows, ctx.num_heads
         new, put = (torch.empty_like, Tensor.copy_) if rows.each_key_once else (torch.zeros_like, Tensor.add_)
         packed_grad, key_value_grad = new(packed), None if key_value is None else new(key_value)
@@ -121,7 +122,7 @@ class _AttendRows(torch.autograd.Function):
         grads = rows.queries(grad.unflatten(1, (num_heads, -1)).transpose(0, 1))
         weights_grad = torch.empty_like(weights)
         weights_grads = rows.weights(weights_grad, num_heads)
-        parts = rows.weights(weights * factors, num_heads), rows.keys(value), rows.keys(value_grad)
+        parts = rows.weights(left, num_heads), rows.keys(value), rows.keys(value_grad)
         for own, part, dropped, values, place in zip(grads, weights_grads, *parts, strict=True):
             torch.baddbmm(part, own, values.mT, beta=0, alpha=query.shape[2] ** -0.5, out=part)
             put(place, torch.bmm(dropped.mT, own))

@@ -24,5 +24,6 @@ def test_the_objective_compiles_as_one_graph_for_all_lengths():
             gradients = torch.autograd.grad(sum(losses.values()), watched)
             results.append([*losses.values(), *gradients])
         for eager, traced in zip(*results, strict=True):
-            torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
+            rounding = 1e-6 * eager.abs().max().item()  # an element may be a small difference of large summands
+            torch.testing.assert_close(traced, eager, rtol=1e-5, atol=rounding)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # shapes become dynamic, not many graphs

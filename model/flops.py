@@ -1,8 +1,9 @@
 """Analytic cost of a batch in multiply-accumulates, part by part.
 
 A linear layer of [m, k] x [k, n] costs m*k*n; attention of q queries on t keys of total width D costs 2*q*t*D, counted
-over the padded grid, as it runs. Training costs three times the forward pass (two products per product in backward),
-so FLOPs = 2 * 3 * MACs; recomputation (vocabulary logits) is not model work and not counted.
+over the padded grid, as it runs on accelerators (row by row it is less). Training costs three times the forward pass
+(two products per product in backward), so FLOPs = 2 * 3 * MACs; recomputation (vocabulary logits) is not model work and
+not counted.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def test_the_objective_compiles_as_one_graph_for_all_lengths():
     """Forward and backward traced whole (backend without code generation), for batches of other sizes and lengths."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    objective = tiny_flm(corruption_rate=0.4)
+    objective = tiny_flm(corruption_rate=0.4).double()  # sums in another order differ by less than the tolerance
     compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
     watched = [objective.net.embedding.word.weight, objective.lm_head.weight]
     for words in ([4, 7, 2], [5, 9, 3], [6, 3, 11], [2, 2, 2, 9]):
@@ -24,6 +24,5 @@ def test_the_objective_compiles_as_one_graph_for_all_lengths():
             gradients = torch.autograd.grad(sum(losses.values()), watched)
             results.append([*losses.values(), *gradients])
         for eager, traced in zip(*results, strict=True):
-            rounding = 1e-6 * eager.abs().max().item()  # an element may be a small difference of large summands
-            torch.testing.assert_close(traced, eager, rtol=1e-5, atol=rounding)
+            torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # shapes become dynamic, not many graphs

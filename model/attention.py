@@ -2,7 +2,7 @@
 
 Text is packed: states of all rows stand one after another without padding in ``[S, D]``. A reading mixes the values
 that packed queries read. On an accelerator, and wherever nothing is dropped out, it goes through a padded grid to
-PyTorch's fused attention; on a CPU, where no fused kernel drops weights, row by row (:mod:`model.row_attention`).
+PyTorch's fused attention; on a CPU, where no fused kernel drops weights, row by row (:mod:`model.cpu.row_attention`).
 
 Legend: S packed queries, K packed keys, D width, H heads, R rows of a padded grid, T and U its positions (of queries
 and of keys), P image tokens, B images.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.row_attention import Rows, attend_rows
+from model.cpu.row_attention import Rows, attend_rows
 
 
 class Reading(Protocol):

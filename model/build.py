@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from model.config import AUTO, ModelConfig, ObjectiveConfig, Vocabulary
-from model.hard_negatives import HardNegatives
-from model.objectives import OBJECTIVES, Pretraining
-from model.released import load_imported
-from model.vision import resolve_sizes
-from model.weights import load_text, load_vision
+from model.objectives.pretraining import OBJECTIVES, Pretraining
+from model.plans.hard_negatives import HardNegatives
+from model.vision.clip import resolve_sizes
+from model.weights.released import load_imported
+from model.weights.towers import load_text, load_vision
 
 
 def build_objective(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kept_memory import KeptMemory
+from model.cpu.kept_memory import KeptMemory
 from model.text import TOP_EPS, initial_std
 
 

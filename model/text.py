@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.attention import Reading
 from model.config import TextConfig
-from model.kept_memory import KeptMemory
+from model.cpu.kept_memory import KeptMemory
 from model.layers import CrossAttention, FeedForward, ResidualNorm, SelfAttention
 
 BOTTOM_EPS = 1e-5  # RoBERTa's LayerNorm

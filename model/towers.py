@@ -8,7 +8,7 @@ from model.batch import Batch
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
 from model.text import BottomLayer, TextEmbedding, TopLayer, initial_std
-from model.vision import VisionTower
+from model.vision.clip import VisionTower
 
 
 def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> None:

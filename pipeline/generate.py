@@ -12,226 +12,23 @@ Exit codes: 0 done, 2 nothing to caption or a wrong command line.
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
 
-from model.build import build_objective
-from model.decode import beam, greedy
-from model.decode_masked import ITERATIONS, mask_predict
-from pipeline.caption_lengths import training_lengths
-from pipeline.caption_scores import summarise
-from pipeline.checkpoint import load_into, resolve
-from pipeline.collate import clean_caption
-from pipeline.command_line import load_config
-from pipeline.config import Config, tokenizer_source
-from pipeline.shard_reader import Corpus, open_corpora
-from pipeline.tokenizer import TextTokenizer, load_tokenizer
-from pipeline.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
-
-SAMPLES_NAME = "samples.json"
-THUMBNAIL_PIXELS = 192
-MAX_FILE_BYTES = 256 * 2**20
-
-
-class Item(NamedTuple):
-    """An image to caption: its name, pixels uint8 [3, H, W], and what is known about it."""
-
-    name: str
-    pixels: Tensor
-    references: list[str]
-    meta: dict[str, Any]
-
-
-@dataclass
-class Captioner:
-    """A trained model ready to caption; ``lengths`` are tried by an mlm model, the other options are for the rest."""
-
-    objective: nn.Module
-    tokenizer: TextTokenizer
-    transform: ClipTransform
-    max_pixels: int
-    device: torch.device
-    checkpoint: Path
-    beams: int = 1
-    max_tokens: int = 30
-    prompt: Sequence[int] = ()
-    lengths: Sequence[int] = ()
-
-    @torch.inference_mode()
-    def caption(self, pixels: Sequence[Tensor]) -> list[str]:
-        """One caption per image, uint8 [3, H, W] each; like the captions of training it is one line."""
-        images = torch.stack(list(pixels)).unsqueeze(1).to(self.device)
-        if self.objective.name == "mlm":
-            ids = mask_predict(self.objective, images, self.lengths)
-        elif self.beams > 1:
-            ids = beam(self.objective, images, self.max_tokens, self.beams, self.prompt)
-        else:
-            ids = greedy(self.objective, images, self.max_tokens, self.prompt)
-        return [clean_caption(self.tokenizer.decode(row), full_stop=False) for row in ids]
-
-    @property
-    def search(self) -> str:
-        """How captions are found, for people."""
-        if self.objective.name == "mlm":
-            return f"Mask-predict, {ITERATIONS} iterations, lengths {', '.join(map(str, self.lengths))}"
-        return f"Beam search of width {self.beams}" if self.beams > 1 else "Greedy search"
-
-
-def load_captioner(
-    run: Path,
-    device: torch.device,
-    beams: int = 1,
-    max_tokens: int | None = None,
-    prompt: str = "",
-    lengths: Sequence[int] | None = None,
-) -> Captioner:
-    """The model of a run folder, or of one of its checkpoint folders; captions start with ``prompt``.
-
-    ``lengths``, in tokens, are for mlm models, which have no beams and no prompt; None takes quantiles of the run's
-    training captions.
-
-    Raises:
-        ValueError: the run, its checkpoint or its tokenizer is missing or damaged, an option does not fit the
-            objective, or there are no lengths and no training data; one line that says which.
-    """
-    checkpoint = resolve(run)
-    config = load_config(run_of(checkpoint))
-    copy = run_of(checkpoint) / "tokenizer"
-    tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
-    longest = config.data.max_text_length
-    objective = build_objective(config.model, config.objective, tokenizer.vocabulary, longest, pretrained=False)
-    most = min(max_tokens or longest - 2, longest - 2)  # words without <s> and </s>
-    if objective.name == "mlm":
-        if beams > 1 or prompt:
-            raise ValueError(f"{run} is an mlm model: no --beams and no --prompt; --lengths is what it can be told")
-        lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
-    elif lengths is not None:
-        raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
-    load_into(objective, checkpoint)
-    return Captioner(
-        objective=objective.eval().to(device),
-        tokenizer=tokenizer,
-        transform=clip_transform(config.model.vision.image_size),
-        max_pixels=config.data.max_pixels,
-        device=device,
-        checkpoint=checkpoint,
-        beams=beams,
-        max_tokens=most,
-        prompt=tokenizer.encode(prompt, longest)[1:-1] if prompt else (),
-        lengths=lengths or (),
-    )
-
-
-def _mlm_lengths(
-    lengths: Sequence[int] | None, config: Config, tokenizer: TextTokenizer, full_stop: bool, most: int
-) -> list[int]:
-    """The lengths given, each once, or those of the training captions, cut to ``most``."""
-    if lengths is None:
-        try:
-            return sorted({min(length, most) for length in training_lengths(config, tokenizer, full_stop)})
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"an mlm model must be told how long captions are: {error}; give --lengths, such as --lengths 8 10 12"
-            ) from None
-    if not lengths or not 1 <= min(lengths) <= max(lengths) <= most:
-        raise ValueError(f"--lengths {' '.join(map(str, lengths))}: expected numbers of tokens from 1 to {most}")
-    return sorted(set(lengths))
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint folder RUN/checkpoints/step_N."""
-    return checkpoint.parent.parent
-
-
-def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) -> Iterator[tuple[Item, str]]:
-    """Captions a stream of images in batches, in order."""
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == batch_size:
-            yield from zip(batch, captioner.caption([one.pixels for one in batch]), strict=True)
-            batch = []
-    if batch:
-        yield from zip(batch, captioner.caption([one.pixels for one in batch]), strict=True)
-
-
-def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item]:
-    """The readable images among ``paths``; each of the others is one line on stderr."""
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise UnusableSample(str(path), f"file larger than {MAX_FILE_BYTES // 2**20} MiB")
-            image = decode_image(data, captioner.max_pixels, key=str(path))
-        except OSError as error:
-            print(f"skipped {path}: {error.strerror or error}", file=sys.stderr)
-            continue
-        except UnusableSample as error:
-            print(f"skipped {error}", file=sys.stderr)
-            continue
-        yield Item(str(path), captioner.transform(image), [], {})
-
-
-def items_of_corpora(corpora: Sequence[Corpus], num_samples: int, captioner: Captioner) -> Iterator[Item]:
-    """Up to ``num_samples`` images spread evenly over the corpora, each image once; unusable ones on stderr."""
-    total = sum(len(corpus) for corpus in corpora)
-    seen: set[tuple[int, str]] = set()
-    for number in range(min(num_samples, total)):
-        index, which = number * total // min(num_samples, total), 0
-        while index >= len(corpora[which]):
-            index -= len(corpora[which])
-            which += 1
-        try:
-            sample = corpora[which].read(index)
-            if (which, sample.key) in seen:
-                continue
-            seen.add((which, sample.key))
-            image = decode_image(sample.images[0], captioner.max_pixels, key=sample.key)
-        except UnusableSample as error:
-            print(f"skipped {error}", file=sys.stderr)
-            continue
-        references = sample.meta.get("captions") or [sample.text]
-        yield Item(sample.key, captioner.transform(image), list(references), sample.meta)
-
-
-def thumbnail(pixels: Tensor) -> str:
-    """uint8 [3, H, W] as a small JPEG, base64."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def write_samples(path: Path, captioned: list[tuple[Item, str]], shown: int, protocol: str) -> dict[str, Any]:
-    """Writes samples.json, read by the report; returns its summary."""
-    summary = summarise([(caption, item.references, item.meta) for item, caption in captioned])
-    samples = [
-        {
-            "key": item.name,
-            "references": item.references,
-            "caption": caption,
-            "thumbnail": thumbnail(item.pixels),
-            "meta": {name: item.meta[name] for name in ("main_colour", "main_shape") if name in item.meta},
-        }
-        for item, caption in captioned[:shown]
-    ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"protocol": protocol, "summary": summary, "samples": samples}), encoding="utf-8")
-    os.replace(temporary, path)
-    return summary
+from pipeline.data.shard_reader import open_corpora
+from pipeline.tasks.captioning import (
+    SAMPLES_NAME,
+    Captioner,
+    caption_items,
+    items_of_corpora,
+    items_of_files,
+    load_captioner,
+    run_of,
+    write_samples,
+)
 
 
 def main(argv: list[str] | None = None) -> int:

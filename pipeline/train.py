@@ -12,9 +12,9 @@ import os  # noqa: E402
 import traceback  # noqa: E402
 
 from data_prep.manifest import ManifestError, find_splits  # noqa: E402
-from pipeline.command_line import Launch, describe, parse_command_line  # noqa: E402
-from pipeline.config import ConfigError, fail, tokenizer_source, weighted_paths  # noqa: E402
-from pipeline.host_memory import keep_freed_memory  # noqa: E402
+from pipeline.config.command_line import Launch, describe, parse_command_line  # noqa: E402
+from pipeline.config.options import ConfigError, fail, tokenizer_source, weighted_paths  # noqa: E402
+from pipeline.distributed.host_memory import keep_freed_memory  # noqa: E402
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 
@@ -52,9 +52,9 @@ def run(launch: Launch) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         keep_freed_memory()
-    from pipeline.ranks import Agreement, connect, discover, leave, lost_rank
-    from pipeline.run_setup import choose_device, resolve_ds_config, set_up
-    from pipeline.training_loop import train
+    from pipeline.distributed.ranks import Agreement, connect, discover, leave, lost_rank
+    from pipeline.training.loop import train
+    from pipeline.training.session import choose_device, resolve_ds_config, set_up
 
     try:
         place, device = choose_device(discover(os.environ))

@@ -25,10 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from pipeline.launching import free_port, launched_ranks  # noqa: E402
-from pipeline.metrics import LOG_NAME, read_log  # noqa: E402
-from pipeline.report import held_out_rows  # noqa: E402
-from pipeline.report import number as as_text  # noqa: E402
+from pipeline.distributed.launching import free_port, launched_ranks  # noqa: E402
+from pipeline.reporting.metrics import LOG_NAME, read_log  # noqa: E402
+from pipeline.reporting.page import held_out_rows  # noqa: E402
+from pipeline.reporting.page import number as as_text  # noqa: E402
 
 PYTHON = "python"  # as shown; the interpreter that runs this file is what runs it
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.launching import free_port
+from pipeline.distributed.launching import free_port
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pipeline.launching import free_port
-from pipeline.ranks import Place, connect, leave
+from pipeline.distributed.launching import free_port
+from pipeline.distributed.ranks import Place, connect, leave
 
 TIMEOUT_SECONDS = 100
 

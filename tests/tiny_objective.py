@@ -1,4 +1,4 @@
-"""A stand-in objective with the interface of model/objectives.py, and batches of a fixed synthetic corpus for it."""
+"""A stand-in objective with the interface of ``Pretraining``, and batches of a fixed synthetic corpus for it."""
 
 from __future__ import annotations
 

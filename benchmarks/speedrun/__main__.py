@@ -1,0 +1,346 @@
+"""Which objective learns fastest? Trains rows of configurations under one budget and measures what each has learnt.
+
+    python -m benchmarks.speedrun --data DIR... --output OUT (--budget-minutes M | --budget-tflop F | --steps N)
+
+Each row and seed is a real training (pipeline/train.py) whose learning rate has its whole schedule within the budget;
+probes run on its checkpoints, off the clock. OUT gets table.md, curves.svg and results.json. The same command again
+goes on where it was. Exit codes: 0 done, 1 a training failed, 2 a mistake in the command, 75 or 130 told to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.probes import __main__ as probes
+from benchmarks.speedrun.curves import read_run
+from benchmarks.speedrun.jobs import ROOT, Job, Stopped, run_jobs
+from benchmarks.speedrun.options import parse, probe_words, shared_words, shown
+from benchmarks.speedrun.plan import (
+    ROUNDS,
+    accept_command,
+    calibration_order,
+    cost_of,
+    costs_from,
+    costs_to,
+    identity,
+    read_json,
+    steps_within,
+    write_json,
+)
+from benchmarks.speedrun.report import Findings, write_report
+from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows
+from pipeline.checkpoint.files import published, remove
+from pipeline.checkpoint.run_lock import lock_run
+from pipeline.config.command_line import find_recipe
+from pipeline.config.options import fail, tokenizer_source, weighted_paths
+from pipeline.data.shard_reader import open_corpora
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.launching import free_port
+from pipeline.distributed.preempt import StopRequest
+from pipeline.loading.open_data import open_held_out
+from pipeline.reporting.environment import describe_environment
+from pipeline.reporting.metrics import LOG_NAME, read_log
+
+EXIT_DONE, EXIT_FAILED = 0, 1
+_OF_THE_REPORT = ("command", "git_revision", "git_changed")  # of an environment: said of the trainings instead
+DONE = "done.json"  # in a run folder: trained to the end and probed
+SHOW_SECONDS = 60.0
+ALWAYS = {  # of every training
+    "train.eval_every": 0,
+    "train.save_minutes": 0,
+    "train.save_before_eval_seconds": 0,
+    "train.async_save": False,  # a save behind training would slow the steps that are timed
+    "tracking.tensorboard": False,
+    "tracking.wandb": False,
+    "tracking.report": False,
+}
+CALIBRATION = {"data.eval_split": None, "train.save_every": 0, "train.keep_last": 1, "train.seed": 0}
+CALIBRATION_LINES = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv, __doc__)
+    try:
+        speedrun = Speedrun(arguments)
+        if arguments.report_only:
+            return speedrun.report([])
+        return speedrun.run()
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr, flush=True)
+        return stopped.exit_code
+    except ValueError as error:
+        return fail(error)
+
+
+class Speedrun:
+    """One command in its folder."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Raises ValueError for whatever can be seen to be wrong before anything is started."""
+        self.arguments, self.output = arguments, arguments.output
+        self.budget = arguments.budget
+        self.rows = load_rows(arguments.rows, shared_words(arguments), arguments.only)
+        self.target_rows = target_rows(self.rows, arguments.target)
+        data = self.rows[0].config.data
+        tokenizer = load_tokenizer(tokenizer_source(data))
+        check_models(self.rows, tokenizer.vocabulary)
+        corpora = open_corpora([path for path, _ in weighted_paths(data)], data.train_split)
+        held_out = open_held_out(self.rows[0].config)
+        if not held_out:
+            raise ValueError(
+                f"no split {data.eval_split!r} in {', '.join(data.paths)}; the probes need held-out images: prepare it"
+            )
+        self.corpora = {f"{c.name}/{c.manifest.split}": [len(c), c.fingerprint] for c in [*corpora, *held_out]}
+        self.tokenizer = tokenizer.fingerprint
+        note = self.output / "speedrun.json"
+        if arguments.report_only and not note.is_file():
+            raise ValueError(f"{self.output}: found no speedrun to report on; leave --report-only out to begin one")
+        self.lock = None if arguments.report_only else lock_run(self.output, wait_seconds=1)
+        accept_command(note, identity(self.rows, self._fixed()), arguments.seeds)
+        self.costs = costs_from(read_json(self.output / "calibration.json"))
+
+    def run(self) -> int:
+        """Calibrate, train and probe what is not done yet, report."""
+        stop = StopRequest().listen()
+        failures = [] if self.budget.kind == "steps" else self.calibrate(stop)
+        if failures:
+            return self.report(failures)
+        steps = {row.name: self.steps(row) for row in self.rows}
+        every = [(row, seed) for seed in self.arguments.seeds for row in self.rows]
+        due = [(row, seed) for row, seed in every if not (self.run_folder(row, seed) / DONE).is_file()]
+        for row in self.rows:
+            print(f"{row.name}: {steps[row.name]} steps{self._expected(row)}", flush=True)
+        print(f"{len(every)} trainings, {len(every) - len(due)} of them done", flush=True)
+        jobs = [self.training(row, seed) for row, seed in due]
+        failures = self._run(jobs, stop, done=len(every) - len(due))
+        return self.report(failures)
+
+    def calibrate(self, stop: StopRequest) -> list[str]:
+        """Measure what each row costs, unless that is known; rows of equal options share it. Returns what failed."""
+        distinct = {repr(sorted(row.options.items())): row for row in reversed(self.rows)}
+        due = [row for row in reversed(distinct.values()) if row.name not in self.costs]
+        rounds = range(ROUNDS if self.budget.kind == "minutes" else 1)
+        if due:
+            print(f"calibration: {len(due)} rows, {len(rounds)} rounds of {self.arguments.calibration_steps} steps")
+        jobs = []
+        for number in rounds:
+            jobs += [job for row in calibration_order(due, number) for job in self.calibration(row, number)]
+        failures = self._run(jobs, stop)
+        if failures:
+            return failures
+        for row in due:
+            folders = [self.calibration_folder(row, number) for number in rounds]
+            self.costs[row.name] = cost_of([read_log(folder / LOG_NAME) for folder in folders])
+        for row in self.rows:
+            self.costs[row.name] = self.costs[distinct[repr(sorted(row.options.items()))].name]
+        write_json(self.output / "calibration.json", costs_to(self.costs))
+        return []
+
+    def steps(self, row: Row) -> int:
+        return steps_within(self.budget, row, self.costs.get(row.name), self.arguments.evaluations)
+
+    def calibration(self, row: Row, number: int) -> list[Job]:
+        """A short training of a row, none if it is done; a round that was cut off is done again from its start."""
+        folder, steps = self.calibration_folder(row, number), self.arguments.calibration_steps
+        if _last_step(folder) == steps:
+            return []
+        shutil.rmtree(folder, ignore_errors=True)
+        settings = {
+            **ALWAYS,
+            **CALIBRATION,
+            "train.steps": steps,
+            "train.log_every": max(1, steps // CALIBRATION_LINES),
+        }
+        job = Job(
+            label=f"calibration of row {row.name}",
+            commands=[self._train(row, folder, settings)],
+            output=folder.with_suffix(".out"),
+            finish=partial(shutil.rmtree, folder / "checkpoints", ignore_errors=True),
+        )
+        return [job]
+
+    def training(self, row: Row, seed: int) -> Job:
+        """A training and the probes on its checkpoints."""
+        folder, steps, beat = self.run_folder(row, seed), self.steps(row), self.beat(row)
+        settings = {
+            **ALWAYS,
+            "train.steps": steps,
+            "train.seed": seed,
+            "train.save_every": beat,
+            "train.keep_every": beat,
+            "train.keep_last": 1,
+        }
+        return Job(
+            label=f"row {row.name}, seed {seed}",
+            commands=[
+                self._train(row, folder, settings),
+                self._probe(folder),
+            ],
+            output=folder.with_suffix(".out"),
+            work=steps * (self.costs[row.name].step_seconds if row.name in self.costs else 1.0),
+            begun=lambda: _last_step(folder) / steps,
+            finish=partial(self._finish, folder, steps),
+        )
+
+    def beat(self, row: Row) -> int:
+        """Steps from one probed checkpoint of a training to the next."""
+        return self.steps(row) // self.arguments.evaluations
+
+    def report(self, failures: list[str]) -> int:
+        """Write what is known by now; returns the exit code."""
+        failures = failures + self._unequal_starts()
+        runs = {}
+        for row in self.rows:
+            seeds = [seed for seed in self.arguments.seeds if (self.run_folder(row, seed) / DONE).is_file()]
+            if seeds:
+                size, beat = row.config.optim.batch_size, self.beat(row)
+                runs[row.name] = [read_run(self.run_folder(row, seed), row.name, seed, size, beat) for seed in seeds]
+        if runs:
+            findings = Findings(self.rows, runs, self.costs, self._facts(), failures, self.target_rows)
+            print(write_report(self.output, findings))
+            print(f"written: {', '.join(str(self.output / n) for n in ('table.md', 'curves.svg', 'results.json'))}")
+        for failure in failures or ([] if runs else ["no training has been finished and probed yet"]):
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        return EXIT_FAILED if failures or not runs else EXIT_DONE
+
+    def _unequal_starts(self) -> list[str]:
+        """What is wrong where, of runs that asked for the same weights, some got them from a hub and some did not."""
+        starts: dict[str, dict[str, str]] = {}  # asked -> got -> the first run that did
+        for row in self.rows:
+            model = row.config.model
+            asked = str((model.weights, model.vision.pretrained, model.text.pretrained))
+            for seed in self.arguments.seeds:
+                got = read_json(self.run_folder(row, seed) / DONE).get("starting_weights")
+                if got is not None:
+                    starts.setdefault(asked, {}).setdefault(str(got), f"row {row.name}, seed {seed}")
+        return [
+            "the runs did not start from the same weights, so they cannot be compared: "
+            + "; ".join(f"{run} from {weights}" for weights, run in got.items())
+            for got in starts.values()
+            if len(got) > 1
+        ]
+
+    def run_folder(self, row: Row, seed: int) -> Path:
+        return self.output / "runs" / row.name / f"seed_{seed}"
+
+    def calibration_folder(self, row: Row, number: int) -> Path:
+        return self.output / "calibration" / row.name / f"round_{number}"
+
+    def _train(self, row: Row, folder: Path, settings: dict[str, Any]) -> list[str]:
+        """The command of a training, under the launcher if it has several ranks."""
+        ranks, launcher = self.arguments.ranks, [sys.executable]
+        if ranks > 1:
+            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
+            launcher += ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+        script = [str(ROOT / "pipeline" / "train.py"), *shared_words(self.arguments), "--output", str(folder)]
+        return [*launcher, *script, *row.arguments, *as_arguments(settings)]
+
+    def _probe(self, folder: Path) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.probes", "--run", str(folder), *probe_words(self.arguments)]
+
+    def _run(self, jobs: list[Job], stop: StopRequest, done: int = 0) -> list[str]:
+        threads = max(1, len(os.sched_getaffinity(0)) // (self.arguments.jobs * self.arguments.ranks))
+        return run_jobs(jobs, self.arguments.jobs, threads, stop, Display(jobs, done))
+
+    def _finish(self, folder: Path, steps: int) -> None:
+        """Note that a run is trained and probed; of its checkpoints the last one stays, unless all shall."""
+        measured = [record["step"] for record in probes.read_probes(folder)]
+        assert measured and measured[-1] == steps, f"{folder}: probed at {measured}, expected the last to be {steps}"
+        write_json(folder / DONE, {"steps": steps, "starting_weights": probes.starting_weights(folder)})
+        if not self.arguments.keep_checkpoints:
+            for path in published(folder)[:-1]:
+                remove(path)
+
+    def _expected(self, row: Row) -> str:
+        cost = self.costs.get(row.name)
+        if cost is None:
+            return ""
+        minutes = self.steps(row) * cost.step_seconds / 60
+        return f", {cost.step_seconds:.3f} s and {cost.gflop_per_sample:.3g} GFLOP/sample each: {minutes:.1f} min"
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must stay the same besides the rows."""
+        arguments = self.arguments
+        named = ("evaluations", "jobs", "ranks", *(f"{name}_images" for name, _, _ in probes.IMAGES))
+        fixed = {name: getattr(arguments, name) for name in named}
+        return {"budget": str(self.budget), **fixed, "data": self.corpora, "tokenizer": self.tokenizer}
+
+    def _facts(self) -> dict[str, Any]:
+        """What the report says about the command; folders outside the working one by their name only."""
+        arguments = self.arguments
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        words = [shown(word) for word in arguments.words]
+        machine = {k: v for k, v in describe_environment(device).items() if k not in _OF_THE_REPORT}
+        return {
+            "command": shlex.join(["python", "-m", "benchmarks.speedrun", *words]),
+            "budget": str(self.budget),
+            "seeds": arguments.seeds,
+            "evaluations": arguments.evaluations,
+            "jobs": arguments.jobs,
+            "ranks": arguments.ranks,
+            "recipe": find_recipe(arguments.recipe).stem,
+            "data": ", ".join(f"{name} ({size} pairs)" for name, (size, _) in self.corpora.items()),
+            "machine": machine,
+            "revisions": self._revisions(),
+        }
+
+    def _revisions(self) -> list[str]:
+        """The revisions of the code that the finished trainings ran, which need not be this report's."""
+        folders = [self.run_folder(row, seed) for row in self.rows for seed in self.arguments.seeds]
+        noted = [read_json(folder / "environment.json") for folder in folders if (folder / DONE).is_file()]
+        return sorted(
+            {
+                (note.get("git_revision") or "unknown")[:12] + (" with changes" if note.get("git_changed") else "")
+                for note in noted
+            }
+        )
+
+
+class Display:
+    """Says every so often what runs, how far it is, and how long the rest will take."""
+
+    def __init__(self, jobs: Sequence[Job], done: int) -> None:
+        self._total, self._began, self._shown = len(jobs) + done, time.monotonic(), time.monotonic()
+        self._first_left = self._left([], jobs)
+        self._running: list[str] = []
+
+    def __call__(self, running: Sequence[Job], waiting: Sequence[Job]) -> None:
+        labels = [job.label for job in running]
+        now = time.monotonic()
+        if labels == self._running and now - self._shown < SHOW_SECONDS:
+            return
+        self._running, self._shown = labels, now
+        left = self._left(running, waiting)
+        rate = (self._first_left - left) / (now - self._began) if now > self._began else 0.0
+        parts = [f"[{self._total - len(waiting) - len(running)}/{self._total} done]"]
+        parts += [f"{job.label}: {job.begun():.0%}" for job in running]
+        parts += [f"ETA {_time(left / rate)}"] if rate > 0 else []
+        print(" | ".join(parts), flush=True)
+
+    @staticmethod
+    def _left(running: Sequence[Job], waiting: Sequence[Job]) -> float:
+        return sum(job.work * (1 - job.begun()) for job in [*running, *waiting])
+
+
+def _time(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds / 60 + 0.999), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def _last_step(folder: Path) -> int:
+    return max((record["step"] for record in read_log(folder / LOG_NAME)), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

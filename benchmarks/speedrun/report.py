@@ -1,0 +1,233 @@
+"""Writes what a speedrun found: table.md, curves.svg, results.json."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speedrun.curves import (
+    AXES,
+    PROBES,
+    Run,
+    curve,
+    finals,
+    mean_curve,
+    measured_probes,
+    targets,
+    time_to_target,
+)
+from benchmarks.speedrun.plan import Cost, write_json
+from benchmarks.speedrun.rows import Row
+
+TABLE, PLOT, RESULTS = "table.md", "curves.svg", "results.json"
+RATIO_AXES = {"seconds": "time", "tflop": "operations", "samples": "samples"}
+
+
+@dataclass
+class Findings:
+    """Everything that the report is made of."""
+
+    rows: list[Row]
+    runs: dict[str, list[Run]]  # by row, only rows that have one
+    costs: dict[str, Cost]  # calibrated, by row; none for a budget in steps
+    facts: dict[str, Any]  # budget, seeds, data, command, machine: plain values
+    failures: list[str]
+    target_rows: list[str]  # the best of them is what the others are compared with
+
+
+def write_report(output: Path, findings: Findings) -> str:
+    """Write the three files into ``output``; returns the text of table.md."""
+    text = as_markdown(findings)
+    (output / TABLE).write_text(text, encoding="utf-8")
+    (output / PLOT).write_text(draw(findings), encoding="utf-8")
+    write_json(output / RESULTS, _finite(as_results(findings)))
+    return text
+
+
+def as_results(findings: Findings) -> dict[str, Any]:
+    """Everything measured, as plain values."""
+    probes = measured_probes(_all(findings))
+    return {
+        **findings.facts,
+        "rows": {row.name: {**row.options, "budget_share": row.budget_share} for row in findings.rows},
+        "calibration": {name: asdict(cost) for name, cost in findings.costs.items()},
+        "runs": [asdict(run) for run in _all(findings)],
+        "final": {
+            probe: {row: _spread(finals(runs, probe)) for row, runs in findings.runs.items() if finals(runs, probe)}
+            for probe in probes
+        },
+        "time_to_target": {
+            probe: {axis: time_to_target(findings.runs, findings.target_rows, probe, axis) for axis in AXES}
+            for probe in probes
+        },
+        "failures": findings.failures,
+    }
+
+
+def as_markdown(findings: Findings) -> str:
+    """The tables, with what each is about."""
+    probes = measured_probes(_all(findings))
+    facts, machine = findings.facts, findings.facts["machine"]
+    parts = [
+        f"Budget of a row: {facts['budget']}; seeds {', '.join(map(str, facts['seeds']))}; data {facts['data']}; "
+        f"recipe {facts['recipe']}. Values are means over seeds (lowest to highest).",
+        f"`{facts['command']}`",
+        f"{machine['device_name']}, {machine['cpu_count']} CPU cores, {facts['jobs']} trainings at a time, "
+        f"{facts['ranks']} rank{'s' if facts['ranks'] > 1 else ''} each; Python {machine['python']}, "
+        f"torch {machine['versions']['torch']}; trainings by revision {', '.join(facts['revisions'])}.",
+        "\n".join(_table(_head(probes), [_line(findings, row, probes) for row in findings.rows])),
+    ]
+    blind = [point.probes["vqa_blind"] for run in _all(findings) for point in run.points if "vqa_blind" in point.probes]
+    if blind:
+        parts.append(
+            f"VQA without the image (the most frequent answer of each type of question): {100 * blind[0]:.1f} %. "
+            "Image-text matching by chance: 50 %."
+        )
+    skipped = {probe: reason for run in _all(findings) for probe, reason in run.skipped.items()}
+    parts += [f"Not measured: {probe} ({reason})." for probe, reason in skipped.items()]
+    parts += _against_target(findings, probes)
+    parts += [f"Failed: {failure}" for failure in findings.failures]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(findings: Findings) -> str:
+    """Every probe against time, operations and samples: thin lines are seeds, thick ones their means. SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    probes = measured_probes(_all(findings)) or list(PROBES)[:1]
+    style = {"svg.fonttype": "none", "svg.hashsalt": "openflm", "font.size": 9, "axes.edgecolor": "#888888"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(11.5, 2.7 * len(probes) + 0.5), layout="constrained")
+        grid = figure.subplots(len(probes), len(AXES), squeeze=False, sharey="row", sharex="col")
+        colours = matplotlib.colormaps["tab10" if len(findings.rows) <= 10 else "tab20"]
+        for line, probe in zip(grid, probes, strict=True):
+            line[0].set_ylabel(PROBES[probe])
+            for axes, axis in zip(line, AXES, strict=True):
+                for number, row in enumerate(findings.rows):
+                    colour, dashes = colours(number), "-" if row.budget_share == 1 else "--"
+                    _draw_row(axes, findings.runs.get(row.name, ()), probe, axis, row.name, colour, dashes)
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.grid(linewidth=0.4, alpha=0.5)
+        for axes, label in zip(grid[-1], AXES.values(), strict=True):
+            axes.set_xlabel(label)
+        lines, names = grid[0][0].get_legend_handles_labels()
+        if names:
+            figure.legend(lines, names, loc="outside upper left", ncols=6, frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _draw_row(axes: Any, runs: Sequence[Run], probe: str, axis: str, name: str, colour: Any, dashes: str) -> None:
+    for run in runs:
+        axes.plot(*curve(run, probe, axis), color=colour, linewidth=0.6, alpha=0.45, linestyle=dashes)
+    if runs:
+        xs, ys = mean_curve(runs, probe, axis)
+        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=3, linestyle=dashes, label=name)
+
+
+def _head(probes: Sequence[str]) -> list[str]:
+    return ["row", "steps", "samples", "training, s", "TFLOP", *(PROBES[p] for p in probes), "own held-out loss"]
+
+
+def _line(findings: Findings, row: Row, probes: Sequence[str]) -> list[str]:
+    runs = findings.runs.get(row.name, [])
+    if not runs:
+        return [row.name, "not finished", *[""] * (len(_head(probes)) - 2)]
+    last = runs[0].last
+    losses = [run.held_out["loss"] for run in runs if "loss" in run.held_out]
+    return [
+        row.name,
+        str(last.step),
+        str(last.samples),
+        f"{statistics.fmean(run.last.seconds for run in runs):.0f}",
+        f"{statistics.fmean(run.last.tflop for run in runs):.3g}",
+        *(_cell(finals(runs, probe), probe) for probe in probes),
+        " to ".join(f"{statistics.fmean(values):.2f}" for values in zip(*losses)) if losses else "",
+    ]
+
+
+def _against_target(findings: Findings, probes: Sequence[str]) -> list[str]:
+    """What each row is above or below the best target row at its end, and when it gets there."""
+    parts = []
+    for probe in probes:
+        found = targets(findings.runs, findings.target_rows, probe)
+        if found is None:
+            continue
+        reference, target = found
+        by_axis = {axis: time_to_target(findings.runs, findings.target_rows, probe, axis) for axis in RATIO_AXES}
+        title = PROBES[probe][0].upper() + PROBES[probe][1:]
+        there_already = " The untrained models are there already: no ratios." if by_axis["seconds"] is None else ""
+        parts.append(
+            f"**{title}: to where {reference} ends ({_value(target, probe)}).** Time, operations, samples: what the "
+            f"mean curve of {reference} needs over what a row needs, median over seeds (lowest, highest); above 1 the "
+            f"row is faster.{there_already}"
+        )
+        head = ["row", "share of the budget", "seeds there", *RATIO_AXES.values(), "at its end, against the target"]
+        lines = []
+        for row in findings.rows:
+            runs = findings.runs.get(row.name)
+            if not runs:
+                continue
+            cells = [_ratio(by_axis[axis], row.name) for axis in RATIO_AXES]
+            there = by_axis["seconds"] and f"{by_axis['seconds']['rows'][row.name]['seeds_there']} of {len(runs)}"
+            gaps = [value - target for value in finals(runs, probe)]
+            lines.append([row.name, f"{row.budget_share:g}", there or "", *cells, _gap(gaps, probe)])
+        parts.append("\n".join(_table(head, lines)))
+    return parts
+
+
+def _ratio(found: Mapping[str, Any] | None, row: str) -> str:
+    if found is None:
+        return ""
+    words = [
+        "not reached" if value == 0 else "at once" if math.isinf(value) else f"{value:.2f}"
+        for value in (found["rows"][row]["ratio"][name] for name in ("median", "min", "max"))
+    ]
+    return words[0] if len(set(words)) == 1 else f"{words[0]} ({words[1]}, {words[2]})"
+
+
+def _cell(values: Sequence[float], probe: str) -> str:
+    if not values:
+        return ""
+    mean = _value(statistics.fmean(values), probe)
+    return mean if len(values) == 1 else f"{mean} ({_value(min(values), probe)} to {_value(max(values), probe)})"
+
+
+def _gap(gaps: Sequence[float], probe: str) -> str:
+    scale, digits, unit = (1, 3, "") if "cider_d" in probe else (100, 1, " points")
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (statistics.fmean(gaps), min(gaps), max(gaps)))
+    return f"{mean}{unit}" if len(gaps) == 1 else f"{mean} ({low} to {high}){unit}"
+
+
+def _value(value: float, probe: str) -> str:
+    return f"{value:.3f}" if "cider_d" in probe else f"{100 * value:.1f} %"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+
+
+def _all(findings: Findings) -> list[Run]:
+    return [run for runs in findings.runs.values() for run in runs]
+
+
+def _finite(value: Any) -> Any:
+    """Infinite ratios (an untrained model is at the target) as text, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,289 @@
+"""Checkpoints of the FLM release, pretrained or fine-tuned: their key names, sizes and way back, all strict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    ReconstructorConfig,
+    TextConfig,
+    VisionConfig,
+    Vocabulary,
+)
+from model.objectives.pretraining import OBJECTIVES
+from model.weights.towers import (
+    CLIP_RULES,
+    ROBERTA_RULES,
+    Rules,
+    bert_layer,
+    fill,
+    foreign_names,
+    joined,
+    read_state_dict,
+)
+
+RELEASED_RULES: Rules = (
+    *((rf"net\.vision\.{ours}", tuple(f"vit_model.visual.{name}" for name in foreign)) for ours, foreign in CLIP_RULES),
+    *((rf"net\.{ours}", tuple(f"text_transformer.{name}" for name in foreign)) for ours, foreign in ROBERTA_RULES),
+    (r"net\.text_projection\.(weight|bias)", (r"cross_modal_text_transform.\1",)),
+    (r"net\.image_projection\.(weight|bias)", (r"cross_modal_image_transform.\1",)),
+    (r"net\.type_embedding\.weight", ("token_type_embeddings.weight",)),
+    (r"net\.stream_embedding\.weight", ("token_type_embeddings_flm.weight",)),
+    *bert_layer(r"net\.top\.(\d+)", r"cross_modal_text_layers.\1"),
+    *bert_layer(r"net\.reconstructor_bottom\.(\d+)", r"fusion_layers_bottom.\1"),
+    *bert_layer(r"net\.reconstructor_top\.(\d+)", r"fusion_layers_top.\1"),
+    (r"net\.pooler\.dense\.(weight|bias)", (r"cross_modal_text_pooler_f.dense.\1",)),
+    (r"lm_head\.transform\.(weight|bias)", (r"lm_score.transform.dense.\1",)),
+    (r"lm_head\.norm\.(weight|bias)", (r"lm_score.transform.LayerNorm.\1",)),
+    (r"lm_head\.weight", ("lm_score.decoder.weight",)),
+    (r"lm_head\.bias", ("lm_score.bias",)),
+)
+
+
+def one_stream_rules(head: str) -> Rules:
+    """Released MLM ("mlm_score") and AR ("lm_score") checkpoints: no second stream, no reconstructor."""
+    absent = ("stream_embedding", "reconstructor", "pooler", "lm_head")
+    return (
+        *(rule for rule in RELEASED_RULES if not any(part in rule[0] for part in absent)),
+        (r"net\.pooler\.dense\.(weight|bias)", (r"cross_modal_text_pooler.dense.\1",)),
+        (r"lm_head\.transform\.(weight|bias)", (rf"{head}.transform.dense.\1",)),
+        (r"lm_head\.norm\.(weight|bias)", (rf"{head}.transform.LayerNorm.\1",)),
+        (r"lm_head\.weight", (f"{head}.decoder.weight",)),
+        (r"lm_head\.bias", (f"{head}.bias",)),
+    )
+
+
+RULES_OF = {"flm": RELEASED_RULES, "mlm": one_stream_rules("mlm_score"), "ar": one_stream_rules("lm_score")}
+
+# Second names of the same tensor in released checkpoints -> first name.
+RELEASED_ALIASES = (
+    (r"text_transformer2\.", "text_transformer."),
+    (r"fusion_token_embedding\.", "text_transformer.embeddings."),
+    (r"cross_modal(?:_text)?_layers(?:_r)?\.", "cross_modal_text_layers."),
+    (r"cross_modal_text_transform_[rf]\.", "cross_modal_text_transform."),
+    (r"lm_score_[rf]\.", "lm_score."),
+    (r"(m?lm_score)\.decoder\.bias", r"\1.bias"),
+)
+
+# Stored in released checkpoints, read by nothing (oracle notes of the specification, "Dead tensors to ignore").
+RELEASED_DEAD = (
+    r"vit_model\.positional_embedding",
+    r"vit_model\.ln_final\.(weight|bias)",
+    r"text_transformer2?\.pooler\..*",
+    r"cross_modal_image_pooler\..*",
+    r"cross_modal_text_pooler\..*",
+    r"lm_type_embeddings\..*",
+    r"token_type_embeddings_flm\..*",  # read by FLM only
+    r"itm_score_flm\..*",
+    r".*\.position_ids",
+)
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of every foreign key: ``used`` ours -> foreign names, ``aliased`` second -> first name, ``dead``."""
+
+    used: dict[str, tuple[str, ...]]
+    aliased: dict[str, str]
+    dead: list[str]
+
+
+SAME_NAMES: Rules = ((r"(.+)", (r"\1",)),)
+WEIGHTS_NAME = "weights.safetensors"  # in the folder of an imported model
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a released state dict holds: the objective and sizes of its network, the head of a task if there is one."""
+
+    objective: str  # flm, mlm or ar
+    task: str | None  # vqa, nlvr2, retrieval; None for pretraining and captioning
+    has_lm_head: bool
+    model: ModelConfig
+    vocabulary_size: int
+
+
+# First part of the key of a task's head; such tensors keep their names, below "task.".
+TASK_HEADS = {
+    "vqa_classifier": "vqa",
+    "nlvr2_classifier": "nlvr2",
+    "rank_output": "retrieval",
+    "itm_score": "retrieval",
+    "itm_score_flm": "retrieval",
+}
+
+
+def read_layout(state: Mapping[str, Tensor], text_heads: int | None = None) -> Layout:
+    """The layout of a released state dict, read from its names and shapes.
+
+    ``text_heads`` is the one size that no shape tells; None means 64 channels a head.
+
+    Raises:
+        ValueError: a name that every released checkpoint has is missing.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            raise ValueError(
+                f"no tensor {name}; expected the state dict of a released FLM, MLM or AR checkpoint, found "
+                f"{', '.join(sorted(state)[:3])} .."
+            )
+        return state[name].shape
+
+    def count(pattern: str) -> int:
+        numbers = (re.match(pattern, key) for key in state)
+        return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+
+    vocabulary_size, width = shape("text_transformer.embeddings.word_embeddings.weight")
+    vision_width, _, patch, _ = shape("vit_model.visual.conv1.weight")
+    grid = round((shape("vit_model.visual.positional_embedding")[0] - 1) ** 0.5)
+    firsts = {key.split(".")[0] for key in state}
+    if any(first.startswith("fusion_layers") for first in firsts):
+        objective = "flm"
+    else:
+        objective = "mlm" if "mlm_score" in firsts else "ar"
+    model = ModelConfig(
+        behaviour="released",
+        vision=VisionConfig(
+            name=None,
+            image_size=grid * patch,
+            patch_size=patch,
+            width=vision_width,
+            layers=1 + count(r"vit_model\.visual\.transformer\.resblocks\.(\d+)\."),  # the dropped one
+            mlp_ratio=shape("vit_model.visual.transformer.resblocks.0.mlp.c_fc.weight")[0] / vision_width,
+        ),
+        text=TextConfig(
+            width=width,
+            heads=text_heads or max(width // 64, 1),
+            ffn_width=shape("text_transformer.encoder.layer.0.intermediate.dense.weight")[0],
+            bottom_layers=count(r"text_transformer\.encoder\.layer\.(\d+)\."),
+            top_layers=count(r"cross_modal_text_layers\.(\d+)\."),
+            max_positions=shape("text_transformer.embeddings.position_embeddings.weight")[0],
+        ),
+        reconstructor=ReconstructorConfig(count(r"fusion_layers_bottom\.(\d+)\."), count(r"fusion_layers_top\.(\d+)\."))
+        if objective == "flm"
+        else ReconstructorConfig(),
+    )
+    task = next((TASK_HEADS[first] for first in sorted(firsts) if first in TASK_HEADS), None)
+    if task is None and "itm_score" in firsts:
+        task = "retrieval"
+    return Layout(objective, task, bool(firsts & {"lm_score", "mlm_score"}), model, vocabulary_size)
+
+
+def from_released(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], ImportReport]:
+    """Our weights by name from a released state dict, and what became of each of its keys.
+
+    Raises:
+        ValueError: a key missing, unknown, of another shape, or an alias that differs from its first name.
+    """
+    weights, used = {}, {}
+    for name, expected in _shapes(layout).items():
+        foreign = foreign_names(name, RULES_OF[layout.objective])
+        value = joined(name, foreign, state)
+        if value.shape != expected and not (name == "net.type_embedding.weight" and value.shape[1:] == expected[1:]):
+            raise ValueError(f"{foreign[0]} has shape {tuple(value.shape)}, {name} {tuple(expected)}; wrong layout?")
+        weights[name], used[name] = value, foreign
+    for key in state:
+        if key.split(".")[0] in TASK_HEADS:
+            weights[f"task.{key}"], used[f"task.{key}"] = state[key], (key,)
+    return weights, account(state, used)
+
+
+def to_released(weights: Mapping[str, Tensor], report: ImportReport) -> dict[str, Tensor]:
+    """The released state dict that ``from_released`` read, aliases included; what nothing reads is not in it."""
+    state: dict[str, Tensor] = {}
+    for name, foreign in report.used.items():
+        value = weights[name][None] if name.endswith("token_type") else weights[name]
+        state |= dict(zip(foreign, value.chunk(len(foreign)), strict=True))
+    return state | {alias: state[first] for alias, first in report.aliased.items() if first in state}
+
+
+def load_imported(objective: nn.Module, folder: Path) -> list[str]:
+    """Starts an objective from an imported model (``from_released``, written by pipeline/convert.py).
+
+    The vision tower's position table is resized to the objective's resolution. Tensors of task heads are not read.
+
+    Returns:
+        Parameters that the release does not have and that stay as they are: the head of image-text matching.
+
+    Raises:
+        ValueError: no imported model there, or one of another objective, width, depth or vocabulary.
+    """
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(
+            f"model.weights {folder}: no {WEIGHTS_NAME} in it; expected a folder made by `python -m pipeline.convert`"
+        )
+    weights = read_state_dict(file)
+    fresh = [name for name, _ in objective.named_parameters() if name.startswith("itm_head")]
+    known = {name for name, _ in objective.named_parameters()}
+    unexpected = sorted(name for name in weights if name not in known and not name.startswith("task."))
+    if unexpected:
+        raise ValueError(
+            f"{file} has {unexpected[0]} and {len(unexpected) - 1} more that an {objective.name} model of these sizes "
+            "does not; use the model settings of the recipe beside it"
+        )
+    with torch.no_grad():
+        fill(objective, weights, SAME_NAMES, leave=fresh, source=f"model.weights {folder}")
+    return fresh
+
+
+def _shapes(layout: Layout) -> dict[str, torch.Size]:
+    """Names and shapes of the parameters of our network of that layout."""
+    vocabulary = Vocabulary(layout.vocabulary_size, bos_id=0, pad_id=1, eos_id=2, mask_id=layout.vocabulary_size - 1)
+    objective = ObjectiveConfig(name=layout.objective)
+    with torch.device("meta"):
+        built = OBJECTIVES[layout.objective](layout.model, objective, vocabulary, 50, 0.0)
+    named = built.named_parameters()
+    return {name: value.shape for name, value in named if layout.has_lm_head or not name.startswith("lm_head")}
+
+
+def import_released(objective: nn.Module, state: Mapping[str, Tensor]) -> ImportReport:
+    """Loads a released pretraining state dict (FLM, MLM or AR) into a ``released`` objective of that name, accounting
+    for every key.
+
+    Raises:
+        ValueError: a key missing, unknown, of another shape, or an alias that differs from its first name.
+    """
+    with torch.no_grad():
+        used = fill(objective, state, RULES_OF[objective.name])
+    return account(state, used)
+
+
+def account(state: Mapping[str, Tensor], used: dict[str, tuple[str, ...]]) -> ImportReport:
+    """Accounts for every key of a released state dict of which ``used`` was read; raises as ``import_released``."""
+    consumed = {name for names in used.values() for name in names}
+    aliased, dead, unknown = {}, [], []
+    for key in state:
+        first = _first_name(key)
+        if key in consumed:
+            continue
+        if any(re.fullmatch(pattern, key) for pattern in RELEASED_DEAD):
+            dead.append(key)
+        elif first != key and first in consumed:
+            if not torch.equal(state[key], state[first]):
+                raise ValueError(
+                    f"checkpoint key {key} differs from {first}, which released models share; wrong layout?"
+                )
+            aliased[key] = first
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(f"checkpoint has {len(unknown)} keys this model does not, first: {', '.join(unknown[:3])}")
+    return ImportReport(used, aliased, dead)
+
+
+def _first_name(key: str) -> str:
+    for pattern, first in RELEASED_ALIASES:
+        match = re.match(pattern, key)
+        if match:
+            return match.expand(first) + key[match.end() :]
+    return key

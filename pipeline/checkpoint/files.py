@@ -1,0 +1,293 @@
+"""What a checkpoint is on disk: its files, the manifest that proves them whole, and reading them without pickles.
+
+``step_00001000/`` holds ``KIND-RANK-NUMBER.safetensors`` (KIND: weight, exp_avg, exp_avg_sq; each rank writes what it
+holds: whole tensors, or a stretch of the flat tensor where ZeRO has divided it), ``state.json``, and ``manifest.json``
+with the size and SHA-256 of each of them and of itself. It is written in ``step_00001000.tmp``, synced, listed in the
+manifest last and renamed: it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_prep.manifest import file_sha256, sync_directory
+
+FORMAT_VERSION = 2
+MAX_FILE_BYTES = 1 << 30
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by their names in torch
+KINDS = ("weight", *MOMENTS)
+MANIFEST, STATE = "manifest.json", "state.json"
+DIVIDED = "divided"  # entry of a file's metadata: name -> where its stretch begins, and the shape of the whole
+_FOLDER = re.compile(r"step_(\d{8,})")
+_FILE = re.compile(rf"state\.json|({'|'.join(KINDS)})-\d{{5}}-\d{{5}}\.safetensors")
+_MAX_JSON_BYTES = 1 << 28
+_HASHING_THREADS = 4
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, with the reason and what to do."""
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint folder, None for another name."""
+    match = _FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def published(run: Path) -> list[Path]:
+    """Checkpoint folders of a run by step, oldest first; whether they are whole is not looked at."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that proves whole, and what was skipped, with the reason."""
+    skipped = []
+    for path in reversed(published(run)):
+        reason = defect(path)
+        if reason is None:
+            return path, skipped
+        skipped.append(f"{path.name}: {reason}")
+    return None, skipped
+
+
+def defect(path: Path, hashes: bool = True) -> str | None:
+    """Why a checkpoint cannot be trusted; None if every file has the size (and hash) that the manifest says."""
+    try:
+        if path.is_symlink():
+            return "is a symbolic link; move the folder itself here"
+        files = read_manifest(path)["files"]
+        for name, expected in files.items():
+            size = _regular_size(path / name)
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, the manifest says {expected['bytes']}"
+        if hashes:
+            with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+                for name, found in zip(files, pool.map(lambda name: file_sha256(path / name), files), strict=True):
+                    if found != files[name]["sha256"]:
+                        return f"{name} does not match its SHA-256"
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"unreadable ({type(error).__name__}: {error})"
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder; raises CheckpointError unless every byte of it is as it was written."""
+    raw = read_json_bytes(folder / MANIFEST)
+    content = json.loads(raw)
+    if not isinstance(content, dict):
+        raise CheckpointError("manifest.json is not an object")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"format version {content.get('format_version')}, expected {FORMAT_VERSION}")
+    content.pop("sha256", None)
+    if _with_own_hash(content) != raw:
+        raise CheckpointError("manifest.json does not match its own SHA-256")
+    if step_of(folder) not in (None, content["step"]):
+        raise CheckpointError(f"the manifest is of step {content['step']}: a renamed folder")
+    if STATE not in content["files"]:
+        raise CheckpointError("the manifest does not list state.json")
+    for name in content["files"]:
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"the manifest lists {name!r}, which is no file of a checkpoint")
+    return content
+
+
+def read_json_bytes(path: Path) -> bytes:
+    """The bytes of a small regular file; raises CheckpointError where there is none."""
+    size = _regular_size(path)
+    if size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path.name} has {size} bytes, expected at most {_MAX_JSON_BYTES}")
+    return path.read_bytes()
+
+
+def _regular_size(path: Path) -> int:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path.name} is a link or no regular file")
+    return status.st_size
+
+
+class Piece(NamedTuple):
+    """What one rank holds of one name: a stretch of each kind's flat tensor, all alike, on the host."""
+
+    name: str
+    begin: int  # of the stretch, in numbers
+    shape: tuple[int, ...]  # of the whole tensor
+    tensors: dict[str, Tensor]  # by kind
+
+    @property
+    def is_whole(self) -> bool:
+        return all(tuple(tensor.shape) == self.shape for tensor in self.tensors.values())
+
+
+class PartWriter:
+    """Writes one rank's tensors into files of a folder, each synced and hashed from disk; raises OSError."""
+
+    def __init__(self, folder: Path, rank: int, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        self._folder, self._rank, self._max_file_bytes = folder, rank, max_file_bytes
+        self._pending: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        self._divided: dict[str, dict[str, Any]] = {}
+        self._num_files = dict.fromkeys(KINDS, 0)
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Take what this rank holds of one name; files are written as they fill."""
+        if not piece.is_whole:
+            self._divided[piece.name] = {"begin": piece.begin, "shape": piece.shape}
+        for kind, tensor in piece.tensors.items():
+            pending = self._pending[kind]
+            pending[piece.name] = tensor if piece.is_whole else tensor.flatten()
+            if sum(one.nbytes for one in pending.values()) >= self._max_file_bytes:
+                self._flush(kind)
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Write what is left; the manifest's entry of every file written."""
+        for kind in KINDS:
+            self._flush(kind)
+        sync_directory(self._folder)
+        return self._files
+
+    def _flush(self, kind: str) -> None:
+        pending, self._pending[kind] = self._pending[kind], {}
+        if pending:
+            path = self._folder / f"{kind}-{self._rank:05d}-{self._num_files[kind]:05d}.safetensors"
+            divided = {name: self._divided[name] for name in pending if name in self._divided}
+            try:
+                save_file(pending, path, {DIVIDED: json.dumps(divided)} if divided else None)
+            except SafetensorError as error:
+                raise OSError(f"{path.name}: {error}") from error
+            self._num_files[kind] += 1
+            self._files[path.name] = seal(path)
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """Flush a file to disk; its entry in the manifest, the hash taken from what was written."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def publish(folder: Path, final: Path, state: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Add state.json and, last, the manifest to ``folder``, then rename it to ``final``; raises OSError."""
+    path = folder / STATE
+    path.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    content = {"format_version": FORMAT_VERSION, "step": state["step"], "files": {**files, STATE: seal(path)}}
+    manifest = folder / MANIFEST
+    manifest.write_bytes(_with_own_hash(content))
+    seal(manifest)
+    sync_directory(folder)
+    if final.exists():  # the same step again, after a fallback to an older checkpoint
+        remove(final)
+    os.rename(folder, final)
+    sync_directory(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Take a checkpoint out of sight in one move, then delete it."""
+    aside = path.with_name(path.name + ".removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    if aside.is_symlink():
+        aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted."""
+    for path in (run / "checkpoints").glob("step_*.*"):
+        if path.suffix in (".tmp", ".removed") and _FOLDER.fullmatch(path.stem):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _with_own_hash(content: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=1).encode()
+
+
+class Reader:
+    """Memory-maps the tensors of a checkpoint that the manifest lists; nothing is unpickled."""
+
+    def __init__(self, path: Path, kinds: tuple[str, ...] = KINDS) -> None:
+        self._path = path
+        self._handles: dict[str, Any] = {}
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # (begin, end, file), in order
+        self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        for file in sorted(read_manifest(path)["files"]):
+            kind = file.partition("-")[0]
+            if kind in kinds:
+                try:
+                    self._open(kind, file)
+                except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise CheckpointError(f"{path}: {file} holds no tensors of ours ({error})") from None
+        for (kind, name), pieces in self._pieces.items():
+            pieces.sort()
+            ends = [0, *(end for _, end, _ in pieces)]
+            whole = math.prod(self._shapes[kind, name])
+            if [begin for begin, _, _ in pieces] != ends[:-1] or ends[-1] != whole:
+                stretches = ", ".join(f"{begin} to {end}" for begin, end, _ in pieces)
+                raise CheckpointError(f"{path}: of {kind} of {name} it holds {stretches}, expected 0 to {whole} once")
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handles.clear()
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Shape by name of every tensor of one kind."""
+        return {name: shape for (found, name), shape in self._shapes.items() if found == kind}
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """One whole tensor, put together where several ranks held it."""
+        pieces = [self._handles[file].get_tensor(name) for _, _, file in self._pieces[kind, name]]
+        joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
+        return joined.view(self._shapes[kind, name])
+
+    def read_all(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, self.read(kind, name)) for name in self.shapes(kind))
+
+    def _open(self, kind: str, file: str) -> None:
+        handle = self._handles[file] = safe_open(self._path / file, framework="pt")
+        divided = json.loads((handle.metadata() or {}).get(DIVIDED, "{}"))
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            held = tuple(handle.get_slice(name).get_shape())
+            begin, shape = (divided[name]["begin"], tuple(divided[name]["shape"])) if name in divided else (0, held)
+            self._pieces.setdefault((kind, name), []).append((begin, begin + math.prod(held), file))
+            if self._shapes.setdefault((kind, name), shape) != shape:
+                raise ValueError(f"{name} has another shape in another file")
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of all weights in order of name: equal models have equal hashes."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,65 @@
+"""What two parts of one run must share, and what is said or allowed when they do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.options import Config, ConfigError, leaves, to_plain
+
+MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batch size is another run
+
+
+def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides what a step computes, besides the number of steps; nothing that is about speed.
+
+    ``data`` is what ``loading/open_data.py`` says of the data.
+
+    What is done to captions besides tokenising follows from ``model.behaviour``, negatives from ``objective``: where
+    they come from the micro-batch, its size counts; where they come from the corpus nothing is said, as before there
+    was a choice.
+    """
+    plain = to_plain(config)
+    plain["model"]["vision"].pop("pretrained")
+    plain["model"]["text"].pop("pretrained")
+    plain["model"].pop("weights")
+    optim = {"batch_size": config.optim.batch_size}
+    if config.objective.negatives == "corpus":
+        plain["objective"].pop("negatives")
+    else:
+        optim["micro_batch_size"] = config.optim.micro_batch_size
+    return json.loads(json.dumps({
+        "model": plain["model"],
+        "objective": plain["objective"],
+        "optim": optim,
+        "data": data,
+    }))  # fmt: skip
+
+
+def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], allow_change: bool) -> dict[str, str]:
+    """Differences between the run's fingerprint and the one asked for, name -> "was -> is", if they may be.
+
+    Raises:
+        ConfigError: there are differences and they are not allowed; the message names them.
+    """
+    old, new = dict(leaves(saved)), dict(leaves(wanted))
+    names = [name for name in [*new, *(name for name in old if name not in new)] if old.get(name) != new.get(name)]
+    found = {name: f"{_short(old.get(name))} -> {_short(new.get(name))}" for name in names}
+    final = [name for name in names if not name.startswith(MAY_CHANGE)]
+    if final or (names and not allow_change):
+        listed = final or names
+        shown = "; ".join(f"{name} {found[name]}" for name in listed[:5])
+        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        way = "" if final else ", or say --data.allow_change true to go on from the same position with other data"
+        raise ConfigError(
+            f"{run} holds a run with another {shown}{more}; continue with the same settings and data, start anew with "
+            f"another --output{way}"
+        )
+    return found
+
+
+def _short(value: Any) -> str:
+    """A hash by its first digits."""
+    return f"{value[:12]}.." if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,0 +1,201 @@
+"""Continuing from a checkpoint: finding the newest whole one, proving that it fits, setting an engine to it.
+
+Its files know no topology (see ``checkpoint_files.py``): any number of ranks at any ZeRO stage reads what any other
+wrote. Saving is in ``saver.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.checkpoint.files import (
+    KINDS,
+    STATE,
+    CheckpointError,
+    Reader,
+    defect,
+    newest_valid,
+    read_json_bytes,
+    step_of,
+    weights_hash,
+)
+from pipeline.checkpoint.state import RunState, TrainingState
+from pipeline.distributed.ranks import Agreement
+
+
+def find(run: Path, agreement: Agreement, is_main: bool) -> Path | None:
+    """The newest valid checkpoint of a run, None when it has none yet; every rank must call it.
+
+    Raises:
+        CheckpointError: there are checkpoints but none is valid.
+    """
+    path, skipped = agreement.gather(newest_valid(run) if is_main else None)[0]
+    if is_main:
+        for reason in skipped:
+            print(f"checkpoint skipped, {reason}", file=sys.stderr, flush=True)
+    if path is None and skipped:
+        raise CheckpointError(f"{run}: no checkpoint is valid ({skipped[0]}); restore one or use another --output")
+    return path
+
+
+def resume(
+    run: Path,
+    engine: TrainingState,
+    agreement: Agreement,
+    is_main: bool,
+    accept: Callable[[RunState], None] | None = None,
+) -> RunState | None:
+    """Continue from the newest valid checkpoint; None when the run has none yet. Every rank must call it.
+
+    ``accept`` sees the saved state before anything is loaded, and raises where it belongs to another run.
+
+    Raises:
+        CheckpointError: there are checkpoints but none is valid.
+    """
+    path = find(run, agreement, is_main)
+    if path is None:
+        return None
+    if accept is not None:
+        accept(read_state(path))
+    return load(path, engine)
+
+
+def load(path: Path, engine: TrainingState) -> RunState:
+    """Set the engine to a (verified) checkpoint and return its run state; every rank must call it.
+
+    The engine may have stepped before: weights, moments and counters are overwritten.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or was trained with other frozen weights.
+    """
+    state = read_state(path)
+    _refuse_other_frozen(path, state.frozen, engine.frozen)
+    with Reader(path) as reader:
+        for kind in KINDS:
+            expected = engine.shapes(kind, bool(state.optimizer_steps))
+            _refuse_other_names(path, kind, reader.shapes(kind), expected)
+        engine.load_named_state(reader.read, state.optimizer_steps)
+    engine.loss_scale, engine.skipped_steps = state.loss_scale, state.skipped_steps
+    return state
+
+
+def read_state(path: Path) -> RunState:
+    """The run state of a checkpoint; raises CheckpointError for one that this program cannot have written."""
+    content = json.loads(read_json_bytes(path / STATE))
+    known = {item.name for item in dataclasses.fields(RunState)}
+    if unknown := set(content) - known:
+        raise CheckpointError(f"{path}: state.json has unknown entries {sorted(unknown)}; written by a newer version?")
+    state, default = RunState(**content), RunState()
+    for name in content:
+        expected = type(getattr(default, name))
+        if expected is not type(None) and type(getattr(state, name)) is not expected:
+            found = getattr(state, name)
+            raise CheckpointError(f"{path}: state.json has {name} {found!r}, expected {expected.__name__}")
+    if state.step != step_of(path) or min(state.samples_seen, state.optimizer_steps, state.skipped_steps) < 0:
+        raise CheckpointError(f"{path}: state.json is of step {state.step}, sample {state.samples_seen}")
+    return state
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder meant by a run folder (its newest valid one) or by a checkpoint folder itself.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if step_of(path) is not None:
+        reason = defect(path)
+        if reason is not None:
+            raise CheckpointError(f"{path}: {reason}; use another checkpoint")
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; expected a run folder or RUN/checkpoints/step_N (nothing was read)")
+    found, skipped = newest_valid(path)
+    if found is None:
+        why = f" ({'; '.join(skipped)})" if skipped else ""
+        raise CheckpointError(
+            f"{path}: found no valid checkpoint{why}; expected RUN/checkpoints/step_N of a training run"
+        )
+    return found
+
+
+def load_weights(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """fp32 weights by parameter name, from a run folder or a checkpoint folder, for use without an engine.
+
+    ``frozen`` are the weights that the run did not train, by name, for a checkpoint that refers to such weights.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or ``frozen`` is not what it refers to.
+    """
+    path = resolve(Path(path))
+    found = None
+    if frozen:
+        found = {"source": "the frozen weights given", "names": sorted(frozen), "sha256": weights_hash(frozen)}
+    saved = read_state(path).frozen
+    if saved and not frozen:
+        raise CheckpointError(
+            f"{path}: holds the trained weights only; {len(saved['names'])} frozen ones of {saved['source']} are "
+            f"referred to (first: {saved['names'][0]}); load that source too"
+        )
+    _refuse_other_frozen(path, saved, found)
+    with Reader(path, kinds=("weight",)) as reader:
+        return dict(reader.read_all("weight")) | dict(frozen or {})
+
+
+def load_into(model: nn.Module, path: Path) -> None:
+    """Gives a model, built without an engine, the weights of a run folder or a checkpoint folder.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or one of a model of other parts, width, vocabulary or resolution.
+    """
+    weights = load_weights(path)
+    shapes_of = lambda tensors: {name: tuple(value.shape) for name, value in tensors.items()}  # noqa: E731
+    fix = "restore the config.yaml and tokenizer it was trained with"
+    _refuse_other_names(path, "weight", shapes_of(weights), shapes_of(model.state_dict()), fix)
+    model.load_state_dict(weights)
+
+
+def _refuse_other_frozen(path: Path, saved: dict[str, Any] | None, found: dict[str, Any] | None) -> None:
+    """Raise CheckpointError unless the frozen weights at hand are those that the checkpoint was trained with."""
+    names_saved, names_found = (set(one["names"]) if one else set() for one in (saved, found))
+    if difference := _difference(names_saved, names_found):
+        raise CheckpointError(f"{path}: frozen weights: {difference}; use the same model or another --output")
+    if saved and found and saved["sha256"] != found["sha256"]:
+        raise CheckpointError(
+            f"{path}: was trained with frozen weights of {saved['source']} with SHA-256 {saved['sha256']}; "
+            f"found {found['source']} with {found['sha256']}; restore the former, or start anew with another --output"
+        )
+
+
+def _refuse_other_names(
+    path: Path,
+    kind: str,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    fix: str = "use another --output",
+) -> None:
+    """Raise CheckpointError unless the checkpoint's tensors of one kind are exactly the model's."""
+    if difference := _difference(expected, found):
+        raise CheckpointError(f"{path}: {kind}: {difference}; it belongs to another model, {fix}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{path}: {kind} of {name} has shape {list(found[name])}, the model's {list(shape)}; "
+                f"it belongs to another model, {fix}"
+            )
+
+
+def _difference(expected: Iterable[str], found: Iterable[str]) -> str:
+    """The names that miss or were not expected, in words; empty when there are none."""
+    parts = []
+    for word, names in (("missing", set(expected) - set(found)), ("unexpected", set(found) - set(expected))):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{word} {', '.join(sorted(names)[:3])}{more}")
+    return "; ".join(parts)

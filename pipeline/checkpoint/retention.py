@@ -1,0 +1,80 @@
+"""Which checkpoints of a run are kept: the newest, every n-th, the best, and those that an incident refers to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from data_prep.manifest import sync_directory
+from pipeline.checkpoint.files import checkpoint_path, published, remove, step_of
+
+BEST_NAME = "best.json"
+
+
+def steps_to_keep(
+    steps: Collection[int], keep_last: int, keep_every: int, best: int | None, cited: Collection[int]
+) -> set[int]:
+    """Of the steps that have a checkpoint, those whose checkpoint stays."""
+    newest = sorted(steps)[-keep_last:]
+    regular = [step for step in steps if keep_every and step % keep_every == 0]
+    return set(newest) | set(regular) | ({best, *cited} & set(steps))
+
+
+def retain(run: Path, keep_last: int, keep_every: int) -> None:
+    """Remove the checkpoints of a run that no rule keeps; call it when the newest one is proven."""
+    paths = {step_of(path): path for path in published(run)}
+    best = read_best(run)
+    kept = steps_to_keep(paths, keep_last, keep_every, best["step"] if best else None, cited_steps(run))
+    for step, path in paths.items():
+        if step not in kept:
+            remove(path)
+
+
+def remove_newer(run: Path, step: int) -> None:
+    """Remove the checkpoints after ``step``: the run has gone back to it and goes on another way."""
+    for path in published(run):
+        if step_of(path) > step:
+            remove(path)
+
+
+def cited_steps(run: Path) -> set[int]:
+    """Steps of the checkpoints that RUN/incidents/*/incident.json names under "checkpoint"."""
+    found = set()
+    for path in (run / "incidents").glob("*/incident.json"):
+        try:
+            named = json.loads(path.read_bytes()).get("checkpoint")
+            found.add(step_of(Path(named)))
+        except (OSError, ValueError, TypeError, AttributeError):  # half-written, or without a checkpoint
+            continue
+    return found - {None}
+
+
+def read_best(run: Path) -> dict[str, Any] | None:
+    """The best held-out value that has a checkpoint: {"metric", "value", "step"}; None when there is none."""
+    try:
+        best = json.loads((run / "checkpoints" / BEST_NAME).read_bytes())
+        if checkpoint_path(run, int(best["step"])).is_dir() and best["metric"] and best["value"] is not None:
+            return best
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def write_best(run: Path, best: dict[str, Any]) -> None:
+    """Remember the best checkpoint beside the checkpoints, in one step; raises OSError."""
+    folder = run / "checkpoints"
+    temporary = folder / f"{BEST_NAME}.{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(best, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, folder / BEST_NAME)
+    sync_directory(folder)
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Lower is better, but for accuracies."""
+    return value > than if metric.endswith("accuracy") else value < than

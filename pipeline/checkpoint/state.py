@@ -1,0 +1,53 @@
+"""What a checkpoint holds of a run: its state besides tensors, and the tensors that an engine gives and takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipeline.checkpoint.files import Piece
+
+
+@dataclass
+class RunState:
+    """Everything besides tensors that a run needs to go on; random streams are functions of seed and position."""
+
+    step: int = 0  # optimizer steps done
+    samples_seen: int = 0  # position in the global sample order
+    optimizer_steps: int = 0  # steps Adam has taken
+    skipped_steps: int = 0
+    loss_scale: dict[str, float] | None = None
+    unusable: dict[str, int] = field(default_factory=dict)  # samples by reason
+    unusable_shards: dict[str, dict[str, Any]] = field(default_factory=dict)  # name: reason, samples, since_step
+    topology: dict[str, Any] = field(default_factory=dict)  # ranks, ZeRO stage and precision that wrote it, for people
+    settings: dict[str, Any] = field(default_factory=dict)  # what may change between two parts of a run, by option
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # what must not change between two parts of a run
+    data_changes: list[dict[str, Any]] = field(default_factory=list)  # what of it was allowed to, after which step
+    frozen: dict[str, Any] | None = None  # weights that are not in the files: their source, names and SHA-256
+    best: dict[str, Any] | None = None  # best held-out value so far: metric, value, step
+    guard: dict[str, Any] = field(default_factory=dict)  # what its decisions hang on
+    passed_by: list[int] = field(default_factory=list)  # steps whose batch is gone around
+    eval_seconds: float = 0.0  # what the last evaluation took
+
+
+class TrainingState(Protocol):
+    """Weights, moments and counters of an engine, whatever divides them over ranks (``engine/engine.py`` has them).
+
+    Every rank must make every call.
+    """
+
+    frozen: dict[str, Any] | None
+    loss_scale: dict[str, float] | None
+    skipped_steps: int
+
+    @property
+    def optimizer_steps(self) -> int: ...
+
+    def shapes(self, kind: str, has_moments: bool) -> dict[str, tuple[int, ...]]: ...
+
+    def pieces(self, owned: Container[str]) -> Iterator[Piece]: ...
+
+    def load_named_state(self, read: Callable[[str, str], Tensor], optimizer_steps: int) -> None: ...

@@ -1,0 +1,220 @@
+"""Reads single rows of a prepared split by index: byte ranges of tar shards, no scan, no state but open files."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import tarfile
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_prep.manifest import (
+    Manifest,
+    ManifestError,
+    find_splits,
+    index_columns,
+    read_manifest,
+    row_text,
+)
+from pipeline.data.shard_files import OpenShard, ShardError, ShardFiles
+from pipeline.data.transforms import UnusableSample
+
+MAX_OPEN_SHARDS = 64  # per corpus and process; a shard holds two descriptors
+MAX_MEMBER_BYTES = 256 * 2**20
+_HEADER_BYTES = tarfile.BLOCKSIZE
+_FIELD_OF = {"txt": "text", "json": "meta"}  # by extension; all others are images
+
+
+class RawSample(NamedTuple):
+    """One row as stored: encoded images and its caption."""
+
+    key: str
+    images: list[bytes]
+    text: str
+    meta: dict[str, Any]
+
+
+class Corpus:
+    """Rows 0..len-1 of one split. Opening reads the manifest only; shards are opened on first touch, at most
+    ``max_open`` at a time. Copies by pickling or forking read on their own.
+
+    Raises ManifestError when the split is missing, incomplete or altered. What is wrong with a single row is
+    UnusableSample with one of these reasons: "index does not fit shard", "wrong member", "not a regular file",
+    "bad key", "member too large", "missing image", "missing caption", "empty caption", "invalid UTF-8",
+    "invalid metadata"; or one of ``shard_files.SHARD_REASONS`` with the key "CORPUS/SPLIT/SHARD#ROW". A split of which
+    nothing can be read any more is LostCorpus.
+    """
+
+    def __init__(self, split_dir: Path, max_open: int = MAX_OPEN_SHARDS) -> None:
+        self.split_dir = Path(split_dir)
+        self.manifest: Manifest = read_manifest(self.split_dir)
+        self.name, self.num_images = self.manifest.corpus, self.manifest.num_images
+        self._image_fields = tuple(f for f in self.manifest.fields if f.startswith("image"))
+        self._columns = index_columns(self.manifest.fields)
+        self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
+        self._files = ShardFiles(self.split_dir, self.manifest, max_open)
+        if not len(self):
+            raise ManifestError(f"{self.split_dir}: no samples in it; prepare it again or leave it out")
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the samples or their order change."""
+        return self.manifest.fingerprint()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, index: int) -> RawSample:
+        """Row ``index`` with its images; raises UnusableSample, LostCorpus, and IndexError outside the split."""
+        return self._read(index, self._image_fields)
+
+    def read_text(self, index: int) -> str:
+        """The caption of row ``index``; raises as ``read`` does."""
+        return self._read(index, ()).text
+
+    def place(self, index: int) -> tuple[int, int, str]:
+        """Shard number, row in the shard, and a name for reports until the sample's key is known."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.split_dir}: row {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        shard = self.manifest.shards[number]
+        row = index - (self._ends[number] - shard.rows)
+        return number, row, f"{self.name}/{self.manifest.split}/{shard.file}#{row}"
+
+    def close(self) -> None:
+        """Close every open shard; the next read opens what it needs."""
+        self._files.close()
+
+    def __del__(self) -> None:
+        if "_files" in self.__dict__:
+            self.close()
+
+    def _read(self, index: int, image_fields: tuple[str, ...]) -> RawSample:
+        number, row, name = self.place(index)
+        for is_last in (False, True):  # a stale handle of a network file system is mended by a new one
+            try:
+                shard = self._files.get(number)
+            except ShardError as error:
+                raise UnusableSample(name, error.reason) from None
+            try:
+                sample = self._sample(shard, number, row, name, image_fields)
+            except ShardError as error:
+                self._files.forget(number)
+                if is_last or not error.may_pass:
+                    self._files.failed(number, error)
+                    raise UnusableSample(name, error.reason) from None
+            except UnusableSample:
+                self._files.worked()
+                raise
+            else:
+                self._files.worked()
+                return sample
+        raise AssertionError
+
+    def _sample(
+        self, shard: OpenShard, number: int, row_number: int, name: str, image_fields: tuple[str, ...]
+    ) -> RawSample:
+        row = shard.row(row_number)
+        shard_bytes = self.manifest.shards[number].bytes
+        key, images = name, []
+        for field in image_fields:
+            data, key = self._member(shard, row, field, name, key, shard_bytes)
+            if data is None:
+                raise UnusableSample(key, "missing image")
+            images.append(data)
+        data, key = self._member(shard, row, "meta", name, key, shard_bytes)
+        meta = _as_object(data, key)
+        text = None
+        if "captions" not in meta:
+            data, key = self._member(shard, row, "text", name, key, shard_bytes)
+            text = None if data is None else _as_text(data, key)
+        return RawSample(key, images, _caption(text, meta, int(row[self._columns.caption]), key), meta)
+
+    def _member(
+        self, shard: OpenShard, row: np.ndarray, field: str, name: str, key: str, shard_bytes: int
+    ) -> tuple[bytes | None, str]:
+        """(content, key) of a field, its header verified; None where the row lacks it. ``key`` is ``name`` until a
+        header has told the sample's own, which all of its members must share."""
+        column = self._columns.offset.get(field)
+        offset = -1 if column is None else int(row[column])
+        if offset == -1:
+            return None, key
+        size = int(row[self._columns.size[field]])
+        if size > MAX_MEMBER_BYTES:
+            raise UnusableSample(key, "member too large")
+        if offset < _HEADER_BYTES or offset % _HEADER_BYTES or size < 0 or offset + size > shard_bytes:
+            raise UnusableSample(key, "index does not fit shard")
+        data = shard.read(offset - _HEADER_BYTES, size + _HEADER_BYTES)
+        found, extension = _verified_name(data[:_HEADER_BYTES], size, key)
+        if key not in (name, found) or _FIELD_OF.get(extension, "image") != field.rstrip("1"):
+            raise UnusableSample(key, "wrong member")
+        return data[_HEADER_BYTES:], found
+
+
+def open_corpora(paths: list[str | Path], split: str, num_images: int = 1) -> list[Corpus]:
+    """Every corpus of ``split`` under ``paths``, in the order given; raises ManifestError, also for one given twice."""
+    corpora: list[Corpus] = []
+    for path in paths:
+        for split_dir in find_splits(Path(path), split, num_images):
+            if any(corpus.split_dir.resolve() == split_dir.resolve() for corpus in corpora):
+                raise ManifestError(f"{split_dir}: given twice; name each corpus once and use a weight to repeat it")
+            corpora.append(Corpus(split_dir))
+    return corpora
+
+
+def _caption(text: str | None, meta: dict[str, Any], number: int, key: str) -> str:
+    try:
+        caption = row_text(text, meta, number)
+    except ValueError:
+        raise UnusableSample(key, "missing caption") from None
+    if not caption or caption.isspace():
+        raise UnusableSample(key, "empty caption")
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell out
+        raise UnusableSample(key, "invalid UTF-8") from None
+    return caption
+
+
+def _verified_name(header: bytes, size: int, name: str) -> tuple[str, str]:
+    """Key and extension from the tar header before a member, which must be a plain file of the indexed size.
+
+    POSIX ustar: name 0-99, size 124-135, checksum 148-155, type 156, magic 257-261, directory prefix 345-499.
+    """
+    try:
+        member = header[:100].rstrip(b"\0").decode("utf-8")
+        found_size, checksum = (int(header[a:b].strip(b" \0") or b"0", 8) for a, b in ((124, 136), (148, 156)))
+    except ValueError:  # UnicodeDecodeError is one
+        raise UnusableSample(name, "index does not fit shard") from None
+    if header[257:262] != b"ustar" or sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
+        raise UnusableSample(name, "index does not fit shard")
+    if header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise UnusableSample(name, "not a regular file")
+    if found_size != size:
+        raise UnusableSample(name, "index does not fit shard")
+    key = member.split(".")[0]
+    if not key or "/" in member or "\\" in member or header[345:346] != b"\0" or not key.isprintable():
+        raise UnusableSample(name, "bad key")
+    return key, member.rpartition(".")[2]
+
+
+def _as_text(data: bytes, key: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UnusableSample(key, "invalid UTF-8") from None
+
+
+def _as_object(data: bytes | None, key: str) -> dict[str, Any]:
+    if data is None:
+        return {}
+    try:
+        meta = json.loads(_as_text(data, key))
+    except (json.JSONDecodeError, RecursionError):
+        raise UnusableSample(key, "invalid metadata") from None
+    if not isinstance(meta, dict):
+        raise UnusableSample(key, "invalid metadata")
+    return meta

@@ -1,0 +1,350 @@
+"""Batches for training and evaluation, in order, from loader processes that hold no state."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from model.batch import Batch, Planner
+from pipeline.data.order import SampleOrder, micro_batch_positions
+from pipeline.data.shard_files import LostCorpus
+from pipeline.data.shard_reader import Corpus
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
+from pipeline.loading.collate import collate
+from pipeline.loading.datasets import EvalDataset, SampleReader, TrainDataset
+from pipeline.loading.desks import Desks
+from pipeline.loading.shared_batches import Numbered, Parcel, Slots
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_KILL_SECONDS = 5.0
+_WORKER_FAILURES = ("timed out", "exited unexpectedly", "killed by signal", "Bus error")
+_EXIT_HANGS = 1
+
+
+class LoaderError(RuntimeError):
+    """A loader process hung or died, or the data is gone; the message says which and what to try."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Comes in place of a batch when a process cannot go on; no batch follows."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How loading runs; no choice here changes a batch, except ``fast_decode``.
+
+    ``prefetch`` counts micro-batches per worker; ``num_workers`` 0 loads in this process; ``timeout_seconds`` is the
+    longest wait for one batch. ``fast_decode`` lets the JPEG decoder shrink large images and resizes by vector
+    instructions: pixels differ from the exact transform by rounding, and by little more where the decoder shrank.
+    """
+
+    num_workers: int = 4
+    prefetch: int = 4
+    pin_memory: bool = False
+    timeout_seconds: float = 180.0
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    fast_decode: bool = False
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """Positions of each micro-batch of one rank for steps ``start_step`` .. ``num_steps``-1, less those of the steps
+    ``passed_by``, which a run goes around: nothing of them is read."""
+
+    start_step: int
+    num_steps: int
+    rank: int
+    world: int
+    micro_batch: int
+    accumulation: int
+    passed_by: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        around = sum(self.start_step <= step < self.num_steps for step in self.passed_by)
+        return (max(self.num_steps - self.start_step, 0) - around) * self.accumulation
+
+    def __iter__(self) -> Iterator[range]:
+        for step in range(self.start_step, self.num_steps):
+            if step in self.passed_by:
+                continue
+            for micro in range(self.accumulation):
+                yield micro_batch_positions(step, micro, self.rank, self.world, self.micro_batch, self.accumulation)
+
+
+class BatchLoader:
+    """An iterable of ``Batch`` in order; ``most_batches`` is the largest number any rank gets, so that all ranks can
+    agree on a number of collectives. Raises LoaderError when a worker hangs or dies."""
+
+    def __init__(
+        self,
+        dataset: TrainDataset | EvalDataset,
+        batches: Sequence[range] | TrainBatches,
+        most_batches: int,
+        planner: Planner,
+        options: LoaderOptions,
+        held_batches: int = 1,
+        persistent: bool = False,
+    ) -> None:
+        """``held_batches``: how many batches the caller keeps at a time; ``persistent`` keeps the workers for the next
+        iteration."""
+        self.most_batches = most_batches
+        self._dataset, self._batches, self._planner, self._options = dataset, batches, planner, options
+        self._num_workers = options.num_workers if len(batches) else 0
+        self._held_batches, self._persistent = held_batches, persistent and self._num_workers > 0
+        self._image_shape = dataset.reader.image_shape
+        self._kept: tuple[DataLoader, Slots | None] | None = None
+        self._workers: set[multiprocessing.process.BaseProcess] = set()
+        self._desks = Desks(max(self._num_workers, 1))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            iterator, slots = self._started()
+            for batch in iterator if self._num_workers else self._watched(iterator):
+                if isinstance(batch, Failure):
+                    raise LoaderError(batch.reason)
+                yield batch.unpack(slots) if isinstance(batch, Parcel) else batch
+            del iterator
+            self._workers = {worker for worker in self._workers if worker.is_alive()}
+        except GeneratorExit:  # left early: workers that nobody keeps end at once, whatever they are doing
+            if not self._persistent:
+                self.close()
+            raise
+        except BaseException as error:
+            failure = self.failure(error)
+            _kill(self._workers)
+            if failure is not None and failure is not error:
+                raise failure from error
+            raise
+
+    def failure(self, error: BaseException) -> LoaderError | None:
+        """What went wrong in loading, if ``error`` comes from there: torch reports the death of a loader process
+        wherever the program happens to be."""
+        if isinstance(error, LoaderError):
+            return error
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _WORKER_FAILURES):
+            return LoaderError(self._explain(" ".join(str(error).split("\n")[0].split())))
+        return None
+
+    def close(self) -> None:
+        """End the loader processes, also in the middle of a batch; a later iteration starts new ones."""
+        _kill(self._workers)
+        self._workers.clear()
+        self._kept = None
+
+    def _started(self) -> tuple[Iterator[Batch | Parcel | Failure], Slots | None]:
+        """A running iterator of the DataLoader; takes note of the processes that it starts."""
+        if self._kept is not None:
+            loader, slots = self._kept
+            slots.reclaim()  # an iteration that was left early keeps none; the workers finish it before they go on
+        else:
+            loader, slots = self._data_loader()
+        if self._persistent:
+            self._kept = loader, slots
+        before = set(multiprocessing.active_children())
+        iterator = iter(loader)
+        self._workers |= set(multiprocessing.active_children()) - before
+        return iterator, slots
+
+    def _data_loader(self) -> tuple[DataLoader, Slots | None]:
+        options, workers, slots = self._options, self._num_workers, None
+        if workers:
+            largest = len(next(iter(self._batches)))  # the first batch; only the last can be smaller
+            per_worker = options.prefetch + 1 + -(-self._held_batches // workers)
+            slots = Slots(workers, per_worker, (largest, *self._image_shape))
+        loader = DataLoader(
+            _BatchMaker(self._dataset, self._planner, self._image_shape, slots, self._desks),
+            batch_size=None,  # the workers make whole batches
+            sampler=Numbered(self._batches, slots),
+            collate_fn=_unchanged,
+            num_workers=workers,
+            prefetch_factor=options.prefetch if workers else None,
+            persistent_workers=self._persistent,
+            pin_memory=options.pin_memory and torch.cuda.is_available(),
+            timeout=options.timeout_seconds if workers else 0,
+            multiprocessing_context="fork" if workers else None,  # the workers inherit the slots
+            worker_init_fn=_start_worker if workers else None,
+            generator=torch.Generator().manual_seed(0),  # else starting a loader would move the global generator
+        )
+        return loader, slots
+
+    def _watched(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches made in this process, which is ended when one takes too long: nothing else can end a hung read."""
+        while True:
+            watchdog = threading.Timer(self._options.timeout_seconds, self._give_up)
+            watchdog.daemon = True
+            watchdog.start()
+            try:
+                batch = next(iterator, None)
+            finally:
+                watchdog.cancel()
+            if batch is None:
+                return
+            yield batch
+
+    def _give_up(self) -> None:
+        print(f"error: {self._explain('timed out')}", file=sys.stderr, flush=True)
+        os._exit(_EXIT_HANGS)
+
+    def _explain(self, found: str) -> str:
+        at_work = self._desks.at_work(self._dataset.reader.corpora)
+        if "timed out" in found:
+            places = ", ".join(sorted({place for _, place in at_work}))
+            return (
+                f"no batch within {self._options.timeout_seconds:g} s, while reading {places or 'nothing'}: the "
+                "storage hangs or is too slow; check it, or raise data.timeout_seconds"
+            )
+        places = [f", at {place}" for pid, place in at_work if f"(pid {pid})" in found or f"(pid(s) {pid})" in found]
+        return (
+            f"a loader process died ({found.rstrip('. ')}){''.join(places)}: most often out of memory; lower "
+            "data.num_workers or data.prefetch; if it dies at the same sample again, prepare the data without it"
+        )
+
+
+def build_train_loader(
+    corpora: Sequence[Corpus],
+    order: SampleOrder,
+    planner: Planner,
+    tokenizer: TextTokenizer,
+    *,
+    image_size: int,
+    max_text_length: int,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    world: int,
+    start_step: int,
+    num_steps: int,
+    seed: int,
+    options: LoaderOptions,
+    passed_by: Collection[int] = (),
+) -> BatchLoader:
+    """Micro-batches of ``rank`` for steps ``start_step`` .. ``num_steps``-1, ``accumulation`` per step, in order;
+    the steps ``passed_by`` are left out.
+
+    Whatever the topology, step s holds the samples at positions [s*G, (s+1)*G) of ``order``, G the global batch.
+    """
+    reader = _reader(corpora, planner, tokenizer, image_size, max_text_length, options)
+    batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(passed_by))
+    return BatchLoader(TrainDataset(reader, order, seed), batches, len(batches), planner, options, accumulation)
+
+
+def build_eval_loader(
+    corpora: Sequence[Corpus],
+    planner: Planner,
+    tokenizer: TextTokenizer,
+    *,
+    image_size: int,
+    max_text_length: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    seed: int,
+    options: LoaderOptions,
+    max_samples: int | None = None,
+    shuffle_images: bool = False,
+) -> BatchLoader:
+    """Every chosen sample exactly once over all ranks; batch k belongs to rank k mod world, the last may be smaller.
+
+    Ranks may get different numbers of batches, also none: see ``BatchLoader.most_batches``.
+    """
+    reader = _reader(corpora, planner, tokenizer, image_size, max_text_length, options)
+    dataset = EvalDataset(reader, seed, max_samples, shuffle_images)
+    all_batches = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
+    most = -(-len(all_batches) // world)
+    return BatchLoader(dataset, all_batches[rank::world], most, planner, options, persistent=True)
+
+
+def _reader(
+    corpora: Sequence[Corpus],
+    planner: Planner,
+    tokenizer: TextTokenizer,
+    image_size: int,
+    max_text_length: int,
+    options: LoaderOptions,
+) -> SampleReader:
+    return SampleReader(
+        corpora=corpora,
+        tokenizer=tokenizer,
+        transform=clip_transform(image_size, options.fast_decode),
+        max_text_length=max_text_length,
+        negative_share=planner.negative_share,
+        full_stop=planner.full_stop,
+        max_pixels=options.max_pixels,
+        draft_size=draft_size(image_size, options.fast_decode),
+    )
+
+
+class _BatchMaker:
+    """What a loader process runs: the positions of a batch to the batch."""
+
+    def __init__(
+        self,
+        dataset: TrainDataset | EvalDataset,
+        planner: Planner,
+        image_shape: tuple[int, ...],
+        slots: Slots | None,
+        desks: Desks,
+    ) -> None:
+        self._dataset, self._planner, self._image_shape, self._slots = dataset, planner, image_shape, slots
+        self._desks = desks
+
+    def __getitem__(self, task: tuple[int | None, range]) -> Batch | Parcel | Failure:
+        slot, positions = task
+        if slot is None:
+            images = torch.empty((len(positions), *self._image_shape), dtype=torch.uint8)
+        else:
+            images = self._slots.images(slot, len(positions))
+        worker = get_worker_info()
+        try:
+            with self._desks.take(0 if worker is None else worker.id) as started:
+                items = self._dataset.items(positions, images, started)
+        except LostCorpus as error:
+            return Failure(str(error))
+        batch = collate(items, images, self._planner)
+        assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"
+        return batch if self._slots is None else Parcel(batch, slot, self._slots)
+
+
+def _start_worker(_: int) -> None:
+    """Signals of a loader process: the rank decides about stopping, and takes its workers with it when it dies.
+
+    Schedulers send SIGTERM to whole process groups; torch makes workers die of it, and the rank with them, before it
+    can save. A killed rank must not leave workers waiting on a full queue: Linux kills them with it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _unchanged(batch: Batch | Parcel | Failure) -> Batch | Parcel | Failure:
+    return batch
+
+
+def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
+    """Ends workers that may hang, which would keep the program from ending; torch need not hear of their deaths."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
+    for worker in workers:
+        worker.kill()
+    deadline = time.monotonic() + _KILL_SECONDS
+    for worker in workers:
+        worker.join(timeout=max(deadline - time.monotonic(), 0))  # one that hangs inside the kernel dies when it can
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)

@@ -1,0 +1,200 @@
+"""Which weights a fresh run starts from: rank 0 decides and loads them, the engine gives them to all other ranks.
+
+``auto`` takes the paper's, CLIP's and RoBERTa's, where they can be had and fit, else random ones, and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from model.config import AUTO, ModelConfig, TextConfig
+from model.objectives.pretraining import Pretraining
+from model.torchvision_shim import ensure_torchvision
+from model.vision.clip import VisionTower
+from model.weights.released import load_imported
+from model.weights.towers import load_text, load_vision
+from pipeline.config.options import ConfigError
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.distributed.ranks import Agreement, Place
+from pipeline.weights.hub import Hub, HubError
+
+CLIP_TAG, CLIP_FILE = "openai", "open_clip_model.safetensors"
+ROBERTA, ROBERTA_LAYERS, ROBERTA_TOKENS = "roberta-base", 12, 50265
+ROBERTA_SIZES = {name: getattr(TextConfig(), name) for name in ("width", "heads", "ffn_width", "max_positions")}
+VOCABULARY_FILE = "tokenizer.json"
+
+
+@dataclasses.dataclass
+class Start:
+    """What one tower, or the whole model, starts from; ``taken`` None is random, with the ``reason`` under auto."""
+
+    asked: str | None
+    taken: str | None
+    reason: str | None = None
+
+
+def load_starting_weights(
+    objective: Pretraining,
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    place: Place,
+    agreement: Agreement,
+    hub: Hub | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Load what ``config`` asks for into rank 0's ``objective``, and tell every rank what that was.
+
+    Only rank 0 reads files or asks the hub, so no two processes fetch the same file and no two nodes decide
+    differently. The engine broadcasts rank 0's parameters when it is built.
+
+    Returns:
+        "vision" and "text", or "model" with ``model.weights``, to asked, taken and reason: fit for JSON.
+
+    Raises:
+        ConfigError: on every rank, if weights that were named can't be had or do not fit.
+    """
+    found: dict[str, dict[str, Any]] | str | None = None
+    if place.is_main:
+        try:
+            starts = _load(objective, config, tokenizer, hub or Hub())
+            found = {name: dataclasses.asdict(start) for name, start in starts.items()}
+        except ValueError as error:
+            found = str(error)
+    found = agreement.gather(found)[0]
+    if isinstance(found, str):
+        raise ConfigError(found)
+    return found
+
+
+def describe_start(starting: dict[str, dict[str, Any]]) -> tuple[str, list[str]]:
+    """One line that says what the model starts from, and a warning for every tower that did not get the paper's."""
+    parts = (f"{name} {start['taken'] or 'random'}" for name, start in starting.items())
+    warnings = [
+        f"WARNING: the {name} tower starts from RANDOM weights: {start['reason']}. "
+        f"--model.{name}.pretrained {CLIP_TAG if name == 'vision' else ROBERTA} makes this an error, "
+        f"--model.{name}.pretrained null makes it silent"
+        for name, start in starting.items()
+        if start["reason"]
+    ]
+    return f"starting weights: {', '.join(parts)}", warnings
+
+
+def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer, hub: Hub) -> dict[str, Start]:
+    if config.weights:
+        load_imported(objective, Path(config.weights))
+        return {"model": Start(config.weights, config.weights)}
+    net = objective.net
+    return {"vision": _load_vision(net, config, hub), "text": _load_text(net, config, tokenizer, hub)}
+
+
+def _load_vision(net: Any, config: ModelConfig, hub: Hub) -> Start:
+    asked = config.vision.pretrained
+    if asked is None:
+        return Start(None, None)
+    if asked != AUTO:
+        load_vision(net.vision, config.vision)
+        return Start(asked, asked)
+    try:
+        file = _clip_file(net.vision, hub)
+        load_vision(net.vision, dataclasses.replace(config.vision, pretrained=str(file)))
+    except ValueError as error:
+        return Start(asked, None, _one_line(error))
+    return Start(asked, f"{CLIP_TAG} ({file})")
+
+
+def _clip_file(tower: VisionTower, hub: Hub) -> Path:
+    """The weights that open_clip's tag means for this tower; raises ValueError with the reason if there are none."""
+    ensure_torchvision()
+    import open_clip
+
+    name = tower.config.name
+    if name is None:
+        raise ValueError("model.vision.name is null, so no published weights are known to fit")
+    known = open_clip.get_pretrained_cfg(name, CLIP_TAG)
+    if not known or not known.get("hf_hub"):
+        raise ValueError(f"open_clip has no {CLIP_TAG} weights of {name}")
+    if known.get("quick_gelu", False) != tower.config.quick_gelu:
+        raise ValueError(f"{CLIP_TAG}'s weights want QuickGELU, which {name} has not; see {name}-quickgelu")
+    return _from_hub(hub, known["hf_hub"].rstrip("/"), CLIP_FILE) / CLIP_FILE
+
+
+def _load_text(net: Any, config: ModelConfig, tokenizer: TextTokenizer, hub: Hub) -> Start:
+    asked = config.text.pretrained
+    if asked is None:
+        return Start(None, None)
+    if asked != AUTO:
+        load_text(net, config.text)
+        _refuse_other_tokens(asked, tokenizer, hub)
+        return Start(asked, asked)
+    try:
+        folder = _roberta_folder(config.text, tokenizer, hub)
+        load_text(net, dataclasses.replace(config.text, pretrained=str(folder)))
+    except ValueError as error:
+        return Start(asked, None, _one_line(error))
+    return Start(asked, f"{ROBERTA} ({folder})")
+
+
+def _roberta_folder(config: TextConfig, tokenizer: TextTokenizer, hub: Hub) -> Path:
+    """Where RoBERTa's weights are; raises ValueError with the reason if they do not fit or can't be had.
+
+    What can be told without the hub is told first.
+    """
+    mend = f"--data.tokenizer {ROBERTA} reads captions as {ROBERTA} does"
+    for name, size in ROBERTA_SIZES.items():
+        if getattr(config, name) != size:
+            raise ValueError(f"model.text.{name} is {getattr(config, name)}, {ROBERTA}'s {size}")
+    if config.bottom_layers > ROBERTA_LAYERS:
+        raise ValueError(f"model.text.bottom_layers is {config.bottom_layers}, {ROBERTA} has {ROBERTA_LAYERS}")
+    if tokenizer.vocabulary.size != ROBERTA_TOKENS:
+        raise ValueError(
+            f"the tokenizer {tokenizer.source} has {tokenizer.vocabulary.size} tokens, {ROBERTA}'s {ROBERTA_TOKENS};"
+            f" {mend}"
+        )
+    if tokenizer.source != ROBERTA or Path(ROBERTA).exists():
+        other = _other_token(tokenizer, _from_hub(hub, ROBERTA, VOCABULARY_FILE) / VOCABULARY_FILE)
+        if other:
+            raise ValueError(f"the tokenizer {tokenizer.source} is another one than {ROBERTA}'s ({other}); {mend}")
+    return _from_hub(hub, ROBERTA, "config.json", "model.safetensors")
+
+
+def _from_hub(hub: Hub, repository: str, *names: str) -> Path:
+    try:
+        return hub.folder(repository, *names)
+    except HubError as error:
+        raise ValueError(f"{repository}: {error}") from error
+
+
+def _refuse_other_tokens(source: str, tokenizer: TextTokenizer, hub: Hub) -> None:
+    """Raise ValueError if the named model's own tokenizer is at hand and numbers words in another way."""
+    if tokenizer.source == source:
+        return
+    try:
+        folder = Path(source) if Path(source).is_dir() else hub.folder(source, VOCABULARY_FILE)
+    except HubError:
+        return
+    other = _other_token(tokenizer, folder / VOCABULARY_FILE) if (folder / VOCABULARY_FILE).is_file() else None
+    if other:
+        raise ValueError(
+            f"model.text.pretrained {source}: the tokenizer {tokenizer.source} is not the one that its words were"
+            f" learned with ({other}); use --data.tokenizer {source}"
+        )
+
+
+def _other_token(tokenizer: TextTokenizer, file: Path) -> str | None:
+    """The first token whose id differs in a tokenizer.json, in words; None if all of ours mean the same there."""
+    from tokenizers import Tokenizer
+
+    try:
+        theirs = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{file} is not a tokenizer ({_one_line(error)}); fetch it again") from error
+    ours = sorted(tokenizer.tokens.items(), key=lambda pair: pair[1])
+    for token, number in ours:
+        if theirs.get(token) != number:
+            return f"{token!r} is token {number} here, {theirs.get(token, 'none')} there"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

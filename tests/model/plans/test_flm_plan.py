@@ -1,0 +1,130 @@
+"""Planning: which states are computed, what is predicted, and how much is hidden."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.batch import Row
+from model.plans.flm import FLMPlanner, ReleasedPlanner, centred_spans, row_generator, uniform_spans
+from tests.tiny_flm import VOCABULARY, caption, images, pair_rows
+
+
+def planner(rate: float = 0.3) -> FLMPlanner:
+    return FLMPlanner(VOCABULARY, rate, negative_share=0.5)
+
+
+@given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**64 - 1))
+@settings(max_examples=200, deadline=None)
+def test_uniform_spans_hold_their_target_and_stay_inside_the_words(num_words: int, rate: float, seed: int):
+    spans = uniform_spans(num_words + 2, rate, row_generator(seed))
+    target = np.arange(1, num_words + 1)
+    assert spans.shape == (num_words, 2)
+    assert (spans[:, 0] >= 1).all() and (spans[:, 1] <= num_words).all()
+    assert (spans[:, 0] <= target).all() and (target <= spans[:, 1]).all()
+
+
+@pytest.mark.parametrize("num_words", [4, 9, 20])
+@pytest.mark.parametrize("rate", [0.15, 0.3, 0.5, 0.7, 1.0])
+def test_hidden_share_is_nominal_at_every_position(num_words: int, rate: float):
+    """The defect of the release (section 3.1): targets at the ends were corrupted less. Here every position gets it."""
+    samples = 4000
+    hidden = np.zeros(num_words)
+    generator = row_generator(5)
+    for _ in range(samples):
+        spans = uniform_spans(num_words + 2, rate, generator)
+        hidden += spans[:, 1] - spans[:, 0] + 1
+    share = hidden / samples / num_words
+    probability = max(rate * num_words - 1, 0) / (num_words - 1)
+    error = np.sqrt((num_words - 1) * probability * (1 - probability) / samples) / num_words
+    assert np.abs(share - max(rate, 1 / num_words)).max() <= 5 * error + 1e-9
+
+
+def test_spans_are_not_centred():
+    """At the same size a span must sit at every allowed place equally often."""
+    generator = row_generator(0)
+    counts: dict[int, int] = {}
+    for _ in range(6000):
+        lo, hi = uniform_spans(11, 0.5, generator)[4]  # target 5 of 9 words
+        if hi - lo + 1 == 4:
+            counts[lo] = counts.get(lo, 0) + 1
+    assert set(counts) == {2, 3, 4, 5}
+    expected = sum(counts.values()) / 4
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("length", "rate", "first", "middle", "last"),
+    [(12, 0.3, 0.228, 0.300, 0.195), (20, 0.5, 0.448, 0.501, 0.277), (8, 0.7, 0.557, 0.699, 0.419)],
+)
+def test_released_spans_have_the_measured_rates(length: int, rate: float, first: float, middle: float, last: float):
+    """Rates measured on the release (table of section 3.1): nominal in the middle only."""
+    generator, samples = row_generator(1), 4000
+    hidden = np.zeros(length - 1)
+    for _ in range(samples):
+        spans = centred_spans(length, 50, rate, generator)
+        for target in range(1, length):
+            lo, hi = spans[target - 1]
+            hidden[target - 1] += sum(1 for token in range(1, length) if lo <= token <= hi)
+    share = hidden / samples / (length - 1)
+    assert share[0] == pytest.approx(first, abs=0.012)
+    assert share[(length - 1) // 2] == pytest.approx(middle, abs=0.012)
+    assert share[-1] == pytest.approx(last, abs=0.012)
+
+
+def test_targets_of_the_default_behaviour():
+    """Every word is reconstructed once; l2r predicts all but `<s>`, r2l all words; labels are the right tokens."""
+    rows = pair_rows([caption(5, 1), caption(1, 2), caption(3, 3)])
+    batch = planner()(images(3), rows)
+    assert batch.counts == {"flm": 9, "l2r": 12, "r2l": 9, "itm": 0}
+    text = batch.text.flatten()
+    length = batch.text.shape[1]
+    cells = {"flm": batch.query_index, "l2r": batch.l2r_index, "r2l": batch.r2l_index}
+    offset = {"flm": 0, "l2r": 1, "r2l": -1}
+    for name, term in batch.terms.items():
+        if name != "itm":
+            assert torch.equal(text[cells[name][term.position] + offset[name]], term.label)
+    targets = {name: sorted((cells[name][batch.terms[name].position] + offset[name]).tolist()) for name in cells}
+    words = [row * length + i for row, ids in enumerate(rows) for i in range(1, len(ids.token_ids) - 1)]
+    ends = [row * length + len(ids.token_ids) - 1 for row, ids in enumerate(rows)]
+    assert targets["flm"] == words and targets["r2l"] == words and targets["l2r"] == sorted(words + ends)
+
+
+def test_negatives_and_placeholders_carry_no_language_targets():
+    rows = [*pair_rows([caption(4, 1), caption(6, 2)]), Row(caption(5, 3), 1, seed=7, role="negative")]
+    batch = planner()(images(2), rows)
+    assert batch.counts["flm"] == 10 and batch.counts["itm"] == 2
+    row_of_query = batch.query_index[batch.terms["itm"].position] // batch.text.shape[1]
+    assert dict(zip(row_of_query.tolist(), batch.terms["itm"].label.tolist(), strict=True)) == {1: 1, 2: 0}
+
+    empty = planner()(images(2), [Row([0, 2], 0, 0, "placeholder"), Row([0, 2], 1, 0, "placeholder")])
+    assert set(empty.counts.values()) == {0}
+
+
+@given(st.lists(st.integers(1, 18), min_size=1, max_size=5), st.sampled_from([0.0, 0.4, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_a_rows_plan_does_not_depend_on_its_neighbours(lengths: list[int], rate: float):
+    """Invariants 1 and 5: spans and targets of a row are the same alone and in any batch."""
+    rows = [Row(caption(k, seed), seed, seed=99 * seed) for seed, k in enumerate(lengths)]
+    together = planner(rate)(images(len(rows)), rows)
+    spans = []
+    for row in rows:
+        alone = planner(rate)(images(1), [Row(row.token_ids, 0, row.seed)])
+        spans.append(alone.query_span)
+    assert torch.equal(together.query_span, torch.cat(spans))
+
+
+def test_released_counts_include_the_quirks():
+    """Section 5: `</s>` is reconstructed, w1 is not predicted by l2r, each padded row adds a leaking r2l target."""
+    plan = ReleasedPlanner(VOCABULARY, 0.0, max_text_length=8)
+    batch = plan(images(2), pair_rows([caption(3, 1), caption(6, 2)]))  # lengths 5 (padded) and 8 (full)
+    assert batch.counts == {"flm": 4 + 7, "l2r": 3 + 6, "r2l": (3 + 1) + 6}
+
+
+def test_released_drops_a_target_that_would_see_nothing():
+    """Invariant 4: an empty caption's only query has nothing to read; it must not attend to everything instead."""
+    batch = ReleasedPlanner(VOCABULARY, 0.0, max_text_length=8)(images(1), [Row([0, 2], 0, 0)])
+    assert batch.counts["flm"] == 0

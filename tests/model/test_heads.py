@@ -1,0 +1,113 @@
+"""The chunked vocabulary loss against PyTorch's own cross entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from model.cpu.kept_memory import KeptMemory
+from model.heads import ChunkedCrossEntropy, LanguageModelHead
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 32, 100])
+def test_chunked_cross_entropy_equals_the_plain_one(chunk_size: int):
+    """Losses, correctness and every gradient, with chunks that do and do not divide the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(13, 8, generator=generator, dtype=torch.float64)
+    weight, bias = torch.randn(32, 8, generator=generator).double() * 2, torch.randn(32, generator=generator).double()
+    labels, scale = torch.randint(0, 32, (13,), generator=generator), torch.rand(13, generator=generator)
+    results = []
+    for chunked in (False, True):
+        leaves = [tensor.float().clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        if chunked:
+            losses, correct = ChunkedCrossEntropy.apply(*leaves, labels, chunk_size, KeptMemory())
+            expected = F.linear(*leaves).argmax(1) == labels
+            assert torch.equal(correct, expected)
+        else:
+            losses = F.cross_entropy(F.linear(*leaves), labels, reduction="none")
+        (losses * scale).sum().backward()
+        results.append([losses.detach(), *(leaf.grad for leaf in leaves)])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-5, atol=2e-6)
+
+
+def test_no_targets_no_loss_no_nan():
+    head = LanguageModelHead(8, 20)
+    losses, correct = head(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
+    losses.sum().backward()
+    assert losses.shape == correct.shape == (0,)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters() if parameter.grad is not None)
+
+
+def test_bf16_losses_are_computed_in_fp32():
+    head = LanguageModelHead(16, 50, chunk_size=16)
+    features, labels = torch.randn(9, 16), torch.randint(0, 50, (9,))
+    exact, _ = head(features, labels)
+    low, _ = head.bfloat16()(features.bfloat16(), labels)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, exact, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("width", [1, 4, 12, 64])
+@pytest.mark.parametrize("num_targets", [1, 3, 12, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_waits_for_backward_is_read_before_it_is_written_over(width: int, num_targets: int, dtype: torch.dtype):
+    """All exponentials fit into the gradient of the weight, or some, or none; a second backward has none left."""
+    generator = torch.Generator().manual_seed(width * num_targets)
+    shapes = (num_targets, width), (50, width), (50,)
+    tensors = [torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    labels = torch.randint(0, 50, (num_targets,), generator=generator)
+    losses, _ = ChunkedCrossEntropy.apply(*leaves, labels, 8, KeptMemory())
+    first, second = (torch.autograd.grad(losses.sum(), leaves, retain_graph=True) for _ in range(2))
+    exact = [tensor.detach().float().requires_grad_() for tensor in leaves]
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(*exact), labels, reduction="sum"), exact)
+    tolerance = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for one, again, plain in zip(first, second, expected, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.float(), plain, **tolerance)
+        torch.testing.assert_close(again, one, rtol=tolerance["rtol"], atol=tolerance["atol"])
+
+
+def test_a_frozen_vocabulary_gets_no_gradient():
+    head = LanguageModelHead(16, 50, chunk_size=16)
+    features, labels = torch.randn(9, 16, requires_grad=True), torch.randint(0, 50, (9,))
+    (wanted,) = torch.autograd.grad(head(features, labels)[0].sum(), features)
+    head.weight.requires_grad_(False)
+    head(features, labels)[0].sum().backward()
+    assert head.weight.grad is None
+    torch.testing.assert_close(features.grad, wanted)
+
+
+def test_memory_of_logits_is_one_chunk():
+    """No more than [targets x chunk] at once on the way; until backward that stays, and the gradient of the weight."""
+    head = LanguageModelHead(4, 5000, chunk_size=128)
+    features, labels = torch.randn(200, 4, requires_grad=True), torch.randint(0, 5000, (200,))
+    given = {tensor.untyped_storage()._cdata for tensor in (features, labels, *head.parameters())}
+    largest, made = 0, {}
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                storage = result.untyped_storage()
+                largest = max(largest, storage.nbytes() if storage._cdata not in given else 0)
+                made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            return result
+
+    def held() -> int:
+        return sum(size for key, (storage, size) in made.items() if key not in given and not storage.expired())
+
+    chunk, weight_grad, few = 4 * 200 * 128, 4 * 5000 * 4, 4 * 200 * 20
+    with Watch():
+        losses, correct = head(features, labels)
+        assert chunk + weight_grad <= held() < chunk + weight_grad + few
+        losses.sum().backward()
+    assert largest == chunk
+    with Watch(), torch.no_grad():
+        made.clear()
+        losses, correct = head(features, labels)
+        assert held() < few

@@ -1,0 +1,152 @@
+"""Weights that are not trained are referred to by source and hash; a load sets an engine whatever it did before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import restore
+from pipeline.checkpoint.files import KINDS, CheckpointError, Reader, checkpoint_path, weights_hash
+from pipeline.checkpoint.saver import Saver
+from pipeline.checkpoint.state import RunState
+from pipeline.config.options import Config
+from tests.forked_ranks import run_ranks
+from tests.pipeline.engine.test_engine import global_loss, make_engine, micro_batches, tiny_config
+from tests.tiny_objective import TinyObjective
+
+FROZEN = ["image.bias", "image.weight", "norm.bias", "norm.weight"]
+
+
+class PartlyFrozen(TinyObjective):
+    """The stand-in with a frozen tower, from a source that gives the same weights every time, or others."""
+
+    def __init__(self, source: str = "tower-v1", shift: float = 0.0, frozen: tuple[str, ...] = ("image", "norm")):
+        super().__init__()
+        self.frozen_source = source
+        for name in frozen:
+            module = getattr(self, name)
+            for parameter in module.parameters():
+                torch.nn.init.constant_(parameter, 0.3 + shift)
+            module.requires_grad_(False)
+
+
+def train(place, config: Config, stage: int, run: Path, stop: int, objective) -> list[float]:
+    engine, agreement = make_engine(place, config, stage, objective)
+    state = restore.resume(run, engine, agreement, place.is_main) or RunState()
+    saver = Saver(run, engine, config.train, place, agreement)
+    losses = []
+    for step in range(state.step, stop):
+        losses.append(global_loss(engine, agreement, engine.step(step, micro_batches(config, place, step))))
+    assert saver.save(RunState(step=stop)) and saver.wait()
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (3, 2)])
+def test_frozen_weights_are_referred_to(tmp_path: Path, stage: int, world_size: int) -> None:
+    config = tiny_config()
+    run_ranks(world_size, train, config, stage, tmp_path, 2, PartlyFrozen)
+    path = checkpoint_path(tmp_path, 2)
+    state = restore.read_state(path)
+    model = PartlyFrozen()
+    tower = {name: value for name, value in model.state_dict().items() if name in FROZEN}
+    assert state.frozen == {"source": "tower-v1", "names": FROZEN, "sha256": weights_hash(tower)}
+    with Reader(path) as reader:
+        assert not {name for kind in KINDS for name in reader.shapes(kind)} & set(FROZEN)
+
+    with pytest.raises(CheckpointError, match="4 frozen ones of tower-v1"):
+        restore.load_weights(path)
+    with pytest.raises(CheckpointError, match="frozen weights: missing norm.bias, norm.weight"):
+        restore.load_weights(path, {name: tower[name] for name in FROZEN[:2]})
+    model.load_state_dict(restore.load_weights(path, tower))
+
+    run_ranks(world_size, train, config, stage, tmp_path, 4, PartlyFrozen)
+    other, less = (lambda: PartlyFrozen("tower-v2", 0.5)), (lambda: PartlyFrozen(frozen=("image",)))
+    other_tower = {name: value for name, value in other().state_dict().items() if name in FROZEN}
+    messages = run_ranks(1, refusals, config, stage, path, [other, less, TinyObjective])[0]
+    assert f"frozen weights of tower-v1 with SHA-256 {state.frozen['sha256']}" in messages[0]
+    assert f"found tower-v2 with {weights_hash(other_tower)}" in messages[0]
+    assert "frozen weights: missing norm.bias, norm.weight;" in messages[1]
+    assert "frozen weights: missing image.bias, image.weight, norm.bias and 1 more;" in messages[2]
+
+
+def refusals(place, config: Config, stage: int, path: Path, objectives: list) -> list[str]:
+    """What loading the checkpoint into an engine of each objective says."""
+    messages = []
+    for objective in objectives:
+        engine, _ = make_engine(place, config, stage, objective)
+        with pytest.raises(CheckpointError) as error:
+            restore.load(path, engine)
+        messages.append(str(error.value))
+    return messages
+
+
+class OneMore(TinyObjective):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Parameter(torch.zeros(3))
+
+
+class OneLess(TinyObjective):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.odd
+
+
+class OtherShape(TinyObjective):
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = torch.nn.Linear(1, 5)  # the shape on file could be broadcast into it or it into that
+
+
+@pytest.mark.slow
+def test_loading_is_strict(tmp_path: Path) -> None:
+    config = tiny_config()
+    run_ranks(1, train, config, 1, tmp_path, 1, TinyObjective)
+    messages = run_ranks(1, refusals, config, 1, checkpoint_path(tmp_path, 1), [OneMore, OneLess, OtherShape])[0]
+    assert "weight: missing extra; it belongs to another model" in messages[0]
+    assert "weight: unexpected odd.bias, odd.weight; it belongs to another model" in messages[1]
+    assert "weight of odd.weight has shape [5, 12], the model's [5, 1]" in messages[2]
+
+
+def go_back_and_forth(place, config: Config, stage: int, run: Path) -> tuple[list[list[float]], list[int], list[str]]:
+    """Losses of steps 0-5, then of the same steps after loading what was saved before step 3 and before step 0."""
+    engine, agreement = make_engine(place, config, stage, lambda: TinyObjective(0.3))
+    saver = Saver(run, engine, config.train, place, agreement)
+    saved = {0, 3}
+
+    def go(first: int) -> list[float]:
+        losses = []
+        for step in range(first, 6):
+            if step in saved and first == 0:
+                saver.save(RunState(step=step, skipped_steps=step))
+            losses.append(global_loss(engine, agreement, engine.step(step, micro_batches(config, place, step))))
+            saver.advance(agreement.total(saver.votes())[0])
+        assert saver.wait()
+        return losses
+
+    def fingerprint() -> str:
+        tensors = {f"{kind} {name}": t for name, held in engine.named_state() for kind, t in held.items()}
+        return weights_hash(tensors)
+
+    found, steps, hashes = [go(0)], [], [fingerprint()]
+    saved.clear()
+    for first in (3, 0, 3):
+        state = restore.load(checkpoint_path(run, first), engine)
+        assert (state.step, engine.skipped_steps) == (first, first)
+        steps.append(engine.optimizer_steps)
+        found.append(go(first))
+        hashes.append(fingerprint())
+    return found, steps, hashes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+def test_an_engine_that_has_stepped_can_be_set_back(tmp_path: Path, stage: int, precision: str) -> None:
+    """Bit for bit, weights and moments included; the checkpoint of step 0 has no moments."""
+    for found, steps, hashes in run_ranks(2, go_back_and_forth, tiny_config(precision=precision), stage, tmp_path):
+        assert found[1] == found[3] == found[0][3:]
+        assert found[2] == found[0]
+        assert steps == [3, 0, 3] and len(set(hashes)) == 1

@@ -1,0 +1,58 @@
+"""The lock of a run folder: one holder, let go of by any death, wherever locks exist."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.run_lock import lock_run
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PROGRAM = (
+    "import sys, time; from pathlib import Path; from pipeline.checkpoint.run_lock import lock_run;"
+    "held = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_a_second_training_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    first = subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"is being trained by process {first.pid} on .*another --output"):
+            lock_run(tmp_path, wait_seconds=0)
+    finally:
+        first.kill()
+        first.wait()
+    began = time.monotonic()
+    os.close(lock_run(tmp_path))
+    assert time.monotonic() - began < 1
+
+
+def test_waits_for_one_that_is_ending(tmp_path: Path) -> None:
+    program = PROGRAM.replace("sleep(60)", "sleep(0.5)")
+    first = subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"held\n"
+        os.close(lock_run(tmp_path, wait_seconds=20))
+        assert first.wait(timeout=5) == 0
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert lock_run(tmp_path) is None
+    assert "start only one run here" in capfd.readouterr().err

@@ -1,0 +1,241 @@
+"""Command line, recipes and DeepSpeed JSON: precedence, sources, and one line for every mistake (invariant 9)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import command_line
+from pipeline.config.command_line import describe, load_config, load_recipe, parse_command_line, recipe_names
+from pipeline.config.ds_config import Device, choose_precision, read_ds_config, resolve
+from pipeline.config.options import (
+    Config,
+    ConfigError,
+    OptimConfig,
+    accumulation_steps,
+    flatten,
+    save_config,
+    to_plain,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CPU, GPU = Device("cpu", has_bf16=True), Device("cuda", has_bf16=True)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: parent.yaml\noptim: {batch_size: 32, learning_rate: 3e-4}\ndata: {paths: [x]}\n")
+    (tmp_path / "parent.yaml").write_text("optim: {batch_size: 16, micro_batch_size: 4}\ntrain: {steps: 7}\n")
+    return path
+
+
+def test_precedence_and_sources(recipe: Path) -> None:
+    launch = parse_command_line(["--recipe", str(recipe), "--optim.batch_size", "64", "--data", "a", "b:2"])
+    optim = launch.config.optim
+    assert (optim.batch_size, optim.micro_batch_size, optim.learning_rate) == (64, 4, 3e-4)
+    assert launch.config.train.steps == 7 and launch.config.data.paths == ["a", "b:2"]
+    assert launch.sources == {
+        "data.paths": "command line",
+        "optim.batch_size": "command line",
+        "optim.micro_batch_size": "recipe mine",
+        "optim.learning_rate": "recipe mine",
+        "train.steps": "recipe mine",
+    }
+    table = describe(launch)
+    assert "optim.batch_size        64" in table and "command line" in table
+    assert launch.output == Path("runs/mine")
+
+
+def test_bare_line_is_the_paper() -> None:
+    launch = parse_command_line([])
+    assert launch.recipe == "flm_base_4m" and launch.output == Path("runs/flm_base_4m")
+    config = launch.config
+    assert (config.train.steps, config.optim.batch_size, config.model.vision.image_size) == (30_000, 4096, 288)
+    assert (config.optim.learning_rate, config.optim.lr_mult_head, config.optim.lr_mult_cross) == (8e-5, 5, 5)
+    assert config.optim.clip_grad_norm == 0 and config.data.paths == ["data"]
+
+
+def test_config_survives_its_file(tmp_path: Path, recipe: Path) -> None:
+    config = parse_command_line(["--recipe", str(recipe), "--train.eval_samples", "null"]).config
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path) == config
+
+
+def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    options, undocumented = dict(flatten(Config())), []
+    flat = " ".join(text.split())
+    for option in options:
+        description = flat.split(f"--{option} ", 1)[1].split("(type:", 1)[0]
+        if len(description.split()) < 3:
+            undocumented.append(option)
+    assert not undocumented
+    assert all(name in text for name in ["--deepspeed", "--recipe", "--data DIR", "--output", *recipe_names()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--optim.batchsize", "3"], "unknown option --optim.batchsize; did you mean --optim.batch_size?"),
+        (["--batch_size=3"], "unknown option --batch_size; did you mean --optim.batch_size?"),
+        (["--optim.batch_size", "x"], "optim.batch_size: found 'x', expected a whole number above 0"),
+        (["--optim.batch_size=0"], "optim.batch_size: found '0', expected a whole number above 0"),
+        (["--optim.schedule", "lin"], "optim.schedule: found 'lin', expected one of linear, cosine, constant"),
+        (["--optim.betas", "[.9, 2]"], "optim.betas: found '[.9, 2]', expected a list of 2, each a number from 0 to 1"),
+        (["--optim.betas", "[.9, 1]"], "expected two numbers below 1"),
+        (["--train.compile", "maybe"], "train.compile: found 'maybe', expected true or false"),
+        (["--train.steps"], "train.steps: found nothing, expected a whole number above 0"),
+        (["--train.eval_samples=-2"], "expected a whole number above 0 or null"),
+        (["--model.vision", "{}"], "unknown option --model.vision; did you mean --model.vision.name?"),
+        (["--data"], "--data names no folder"),
+        (["stray"], "found 'stray' where an option was expected"),
+        (["--recipe", "flm_bas_4m"], "no recipe named 'flm_bas_4m'; did you mean flm_base_4m?"),
+        (["--recipe", "nowhere.yaml"], "no file nowhere.yaml"),
+        (["--deepspeed", "nowhere.json"], "--deepspeed: no file nowhere.json"),
+        (["--data.max_text_length", "600"], "use --data.max_text_length 512"),
+        (["--data.max_text_length", "2"], "expected at least 3"),
+    ],
+)
+def test_command_line_mistakes(arguments: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_command_line(arguments)
+    assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("optim: {batchsize: 3}", "unknown option optim.batchsize; did you mean optim.batch_size?"),
+        ("optim: {batch_size: many}", "optim.batch_size: found 'many', expected a whole number above 0"),
+        ("optim: {batch_size: null}", "optim.batch_size: found null, expected a whole number above 0"),
+        ("optim: 3", "unknown option optim"),
+        ("base: bad.yaml", "its own base"),
+        ("base: nothing_like_it", "no recipe named 'nothing_like_it'"),
+        ("a: [", "not a YAML file"),
+        ("[1]", "found a list"),
+    ],
+)
+def test_recipe_mistakes(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        parse_command_line(["--recipe", str(path)])
+    assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_parse_and_say_how_to_run_them(name: str) -> None:
+    parse_command_line(["--recipe", name])
+    text = (command_line.RECIPES / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and f"--recipe {name}" in text or name == command_line.DEFAULT_RECIPE
+    assert "pipeline/train.py" in text
+    load_recipe(command_line.RECIPES / f"{name}.yaml")
+
+
+def test_mistakes_are_found_before_torch_is_loaded() -> None:
+    program = (
+        "import sys; from pipeline.config.command_line import parse_command_line; parse_command_line([]);"
+        "heavy = {'torch', 'deepspeed', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "accumulation"), [(4096, 64, 8, 8), (4096, 64, 1, 64), (6, 1, 3, 2)]
+)
+def test_effective_batch_stays(batch: int, micro: int, world: int, accumulation: int) -> None:
+    assert accumulation_steps(OptimConfig(batch_size=batch, micro_batch_size=micro), world) == accumulation
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "fix"),
+    [
+        (16, 64, 1, "--optim.micro_batch_size 16"),
+        (100, 64, 2, "--optim.micro_batch_size 50"),
+        (64, 6, 1, "--optim.micro_batch_size 4"),
+        (64, 8, 3, "--optim.batch_size 63"),
+        (2, 1, 4, "--optim.batch_size 4"),
+    ],
+)
+def test_contradicting_batch_sizes(batch: int, micro: int, world: int, fix: str) -> None:
+    """Invariant 9; the proposed fix works."""
+    optim = OptimConfig(batch_size=batch, micro_batch_size=micro)
+    with pytest.raises(ConfigError, match=f"optim.batch_size {batch} .* use {fix}"):
+        accumulation_steps(optim, world)
+    option, value = fix.split()
+    setattr(optim, option.removeprefix("--optim."), int(value))
+    if option == "--optim.micro_batch_size":
+        accumulation_steps(optim, world)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_ds_configs_leave_nothing_open(path: Path) -> None:
+    config = Config()
+    resolved = resolve(read_ds_config(path), config, 8, GPU)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == 4096 and resolved["train_micro_batch_size_per_gpu"] == 64
+    assert resolved["gradient_accumulation_steps"] == 8 and resolved["gradient_clipping"] == 0
+    assert resolved["zero_optimization"]["stage"] == int(path.stem[4])
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "stage", "device", "expected"),
+    [
+        ({}, "auto", 2, GPU, "bf16"),
+        ({}, "auto", 0, GPU, "fp32"),
+        ({}, "auto", 2, CPU, "fp32"),
+        ({}, "auto", 2, Device("cuda", has_bf16=False), "fp32"),
+        ({}, "bf16", 2, CPU, "bf16"),
+        ({}, "fp16", 1, GPU, "fp16"),
+        ({"bf16": {"enabled": True}}, "auto", 2, CPU, "bf16"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": False}}, "auto", 2, GPU, "fp32"),
+    ],
+)
+def test_precision(given: dict, wanted: str, stage: int, device: Device, expected: str) -> None:
+    assert choose_precision(given, wanted, stage, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "expected"),
+    [
+        ({}, {"train.precision": "fp16"}, "fp16 cannot train on a CPU; use --train.precision bf16 or fp32"),
+        ({"zero_optimization": {"stage": 0}}, {"train.precision": "bf16"}, "use ds_configs/zero1.json"),
+        ({"zero_optimization": {"stage": 4}}, {}, "stage: found 4, expected 0, 1, 2 or 3"),
+        ({"bf16": {"enabled": True}}, {"train.precision": "fp32"}, "train.precision is fp32 but the DeepSpeed JSON"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "bf16 and fp16 are both enabled"),
+        ({"train_batch_size": 9}, {}, "train_batch_size is 9 but optim.batch_size gives 4096"),
+        ({"gradient_accumulation_steps": 3}, {}, "gradient_accumulation_steps is 3"),
+        ({"gradient_clipping": 1.0}, {}, "gradient_clipping is 1.0 but optim.clip_grad_norm gives 0"),
+        ({"optimizer": {"type": "Lamb"}}, {}, "only AdamW is supported"),
+        ({"optimizer": {"params": {"lr": 1}}}, {}, "optimizer.params.lr is 1 but optim.learning_rate is 8e-05"),
+        ({"optimizer": {"params": {"momentum": 1}}}, {}, "unknown optimizer.params.momentum"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "use optim.schedule"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "nvme is not supported"),
+        ({"steps_per_print": "auto"}, {}, "the recipe does not own steps_per_print"),
+    ],
+)
+def test_ds_config_mistakes(change: dict, options: dict[str, str], expected: str) -> None:
+    given = read_ds_config(REPOSITORY / "ds_configs" / "zero2.json") | change
+    config = parse_command_line([f"--{name}={value}" for name, value in options.items()]).config
+    with pytest.raises(ConfigError) as refused:
+        resolve(given, config, 1, CPU)
+    assert expected in str(refused.value)
+
+
+def test_ds_config_that_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ConfigError, match="not a readable JSON file"):
+        read_ds_config(tmp_path / "a.json")
+
+
+def test_plain_values_only() -> None:
+    config = parse_command_line(["--optim.batch_size", "8"]).config
+    assert type(to_plain(config)["optim"]["batch_size"]) is int

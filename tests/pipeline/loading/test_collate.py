@@ -1,0 +1,114 @@
+"""Rows, seeds, placeholders and cleaned captions of a batch."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field, fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.batch import Batch, Row, Term
+from model.config import Vocabulary
+from model.plans.flm import FLMPlanner
+from pipeline.loading.collate import Item, clean_caption, collate
+
+
+@dataclass
+class RecordingPlanner:
+    """A planner that keeps its rows and makes the plainest batch: every word is an l2r target."""
+
+    negative_share: float = 0.0
+    full_stop: bool = False
+    rows: list[Row] = field(default_factory=list)
+
+    def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
+        self.rows = rows
+        longest = max(len(row.token_ids) for row in rows)
+        text = torch.tensor([row.token_ids + [1] * (longest - len(row.token_ids)) for row in rows])
+        nothing = torch.zeros(0, dtype=torch.int64)
+        labels = torch.tensor([number for row in rows if row.role == "pair" for number in row.token_ids[1:-1]])
+        return Batch(
+            images=images,
+            text=text,
+            lengths=torch.tensor([len(row.token_ids) for row in rows]),
+            image_of_row=torch.tensor([row.image for row in rows]),
+            **{f.name: nothing for f in fields(Batch) if f.name.endswith("_index")},
+            query_span=nothing.view(0, 2),
+            prefix=torch.zeros(len(rows), dtype=torch.int64),
+            terms={"l2r": Term(torch.arange(len(labels)), labels)},
+        )
+
+
+ITEMS = [
+    Item("a", 11, [0, 5, 6, 2]),
+    Item("b", 12, [0, 7, 2], [0, 8, 9, 10, 2]),
+    Item("c", 13, [0, 2], None, "truncated image"),
+    Item("d", 14, [0, 5, 2], [0, 6, 2]),
+]
+IMAGES = torch.zeros((4, 1, 3, 4, 4), dtype=torch.uint8)
+
+
+def test_own_captions_first_then_negatives():
+    planner = RecordingPlanner()
+    batch = collate(ITEMS, IMAGES, planner)
+    assert [(row.image, row.role) for row in planner.rows] == [
+        (0, "pair"),
+        (1, "pair"),
+        (2, "placeholder"),
+        (3, "pair"),
+        (1, "negative"),
+        (3, "negative"),
+    ]
+    assert [row.seed for row in planner.rows[:4]] == [11, 12, 13, 14]
+    assert len({row.seed for row in planner.rows}) == 6
+    assert batch.keys == ["a", "b", "c", "d"] and batch.text.shape == (6, 5)
+    assert batch.images.is_set_to(IMAGES)
+
+
+def test_unusable_sample_keeps_its_slot():
+    """Invariant 8."""
+    batch = collate(ITEMS, IMAGES, RecordingPlanner())
+    assert batch.problems == [("c", "truncated image")]
+    assert batch.lengths[2] == 2 and batch.counts == {"l2r": 4}
+
+
+def test_a_batch_of_nothing_but_problems_has_its_shape():
+    """Invariant 8, with the real planner: no targets, same shapes."""
+    items = [Item("x", 1, [0, 2], None, "empty image"), Item("y", 2, [0, 2], None, "missing image")]
+    planner = FLMPlanner(Vocabulary(size=20, bos_id=0, pad_id=1, eos_id=2, mask_id=19), 0.0, 0.5)
+    batch = collate(items, IMAGES[:2], planner)
+    assert batch.images.shape == (2, 1, 3, 4, 4) and set(batch.counts.values()) == {0}
+    assert [reason for _, reason in batch.problems] == ["empty image", "missing image"]
+
+
+def test_rows_do_not_depend_on_neighbours():
+    """Invariant 5: seeds and tokens of a row are the same alone and in company."""
+    together, alone = RecordingPlanner(), RecordingPlanner()
+    collate(ITEMS, IMAGES, together)
+    for number, item in enumerate(ITEMS):
+        collate([item], IMAGES[:1], alone)
+        mine = [row for row in together.rows if row.image == number]
+        assert [(r.token_ids, r.seed, r.role) for r in alone.rows] == [(r.token_ids, r.seed, r.role) for r in mine]
+
+
+def test_planner_pickles():
+    """The loader's workers get it by pickling where processes are spawned."""
+    assert pickle.loads(pickle.dumps(RecordingPlanner())) == RecordingPlanner()
+
+
+@pytest.mark.parametrize(
+    "text, plain, stopped",
+    [
+        ("A dog .", "A dog .", "A dog."),
+        ("  two\tdogs\n\u3000run\u00a0fast ", "two dogs run fast", "two dogs run fast."),
+        ("a dog...", "a dog...", "a dog."),
+        ("a dog", "a dog", "a dog."),
+        ("3.5 litres.", "3.5 litres.", "3.5 litres."),
+        (" . . ", ". .", ""),
+        (" \u2003\n", "", ""),
+    ],
+)
+def test_clean_caption(text, plain, stopped):
+    assert (clean_caption(text, full_stop=False), clean_caption(text, full_stop=True)) == (plain, stopped)

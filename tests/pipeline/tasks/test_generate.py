@@ -1,0 +1,223 @@
+"""Tests of captioning from a run: files, held-out samples, and everything that can be wrong with either."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.tokenizer import train_tokenizer
+from model.build import build_objective
+from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
+from pipeline.checkpoint.state import RunState
+from pipeline.config.command_line import load_config
+from pipeline.data.shard_reader import open_corpora
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.preempt import StopRequest
+from pipeline.generate import main
+from pipeline.loading.caption_lengths import QUANTILES
+from pipeline.reporting.page import write_report
+from pipeline.tasks.captioning import load_captioner
+from pipeline.tasks.evaluation import evaluate_run
+from tests.tiny_corpus import make_corpus
+
+CONFIG = """
+model:
+  vision: {{name: null, image_size: 32, patch_size: 16, width: 16, layers: 2, head_width: 8}}
+  text: {{width: 16, heads: 2, ffn_width: 32, bottom_layers: 1, top_layers: 1, max_positions: 40, dropout: 0.0}}
+data: {{paths: ["{data}"], max_text_length: 20}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with prepared data, a tokenizer and the checkpoint of an untrained model; beside it one of mlm."""
+    folder = tmp_path_factory.mktemp("generate")
+    data = make_corpus(folder / "data", train=40, dev=12, vocabulary_size=300)
+    write_run(folder / "mlm", data, CONFIG + "objective: {{name: mlm}}\n")
+    return write_run(folder / "run", data, CONFIG)
+
+
+def write_run(run: Path, data: Path, settings: str) -> Path:
+    run.mkdir()
+    (run / "config.yaml").write_text(settings.format(data=data))
+    config = load_config(run)
+    torch.manual_seed(0)
+    vocabulary = load_tokenizer(data / "tokenizer").vocabulary
+    objective = build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
+    folder = run / "checkpoints" / "step_00000001.tmp"
+    folder.mkdir(parents=True)
+    writer = PartWriter(folder, rank=0)
+    for name, parameter in objective.named_parameters():
+        writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": parameter.detach()}))
+    publish(folder, checkpoint_path(run, 1), dataclasses.asdict(RunState(step=1)), writer.finish())
+    return run
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (50, 40), "red").save(path)
+    return path
+
+
+def test_caption_files_as_text_and_json(run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--run", str(run), str(image), str(image)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith(f"{image}\t")
+    output = tmp_path / "captions.jsonl"
+    assert main(["--run", str(run), str(image), "--json", "--output", str(output)]) == 0
+    assert json.loads(output.read_text()) == {"file": str(image), "caption": first.split("\t")[1]}
+
+
+def test_beams_prompt_and_length(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--run", str(run), str(image), "--beams", "3", "--max-tokens", "6", "--prompt", "a large"]
+    assert main(options) == 0
+    caption = capsys.readouterr().out.strip().split("\t")[1]
+    assert caption.startswith("a large")
+    captioner = load_captioner(run, torch.device("cpu"), max_tokens=10_000)
+    assert captioner.max_tokens == 18  # max_text_length without <s> and </s>
+
+
+def test_batching_changes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Invariant 5."""
+    files = []
+    for number in range(5):
+        files.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (40, 40), (50 * number, 20, 200 - 30 * number)).save(files[-1])
+    assert main(["--run", str(run), *files, "--batch-size", "5"]) == 0
+    together = capsys.readouterr().out
+    assert main(["--run", str(run), *files, "--batch-size", "2"]) == 0
+    assert capsys.readouterr().out == together
+
+
+def test_unusable_files_are_named_and_the_rest_is_captioned(
+    run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Invariant 8."""
+    empty, text = tmp_path / "empty.jpg", tmp_path / "text.jpg"
+    empty.touch()
+    text.write_text("no image")
+    bad = [str(empty), str(text), str(tmp_path / "absent.jpg"), str(tmp_path)]
+    assert main(["--run", str(run), *bad, str(image)]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    assert [line.split(": ")[0] for line in err.splitlines()] == [f"skipped {path}" for path in bad]
+    assert main(["--run", str(run), *bad]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no usable image"
+
+
+def test_held_out_samples_for_the_report(run: Path, capsys: pytest.CaptureFixture) -> None:
+    data = run.parent / "data"
+    options = ["--run", str(run), "--data", str(data), "--split", "dev", "--samples", "10", "--shown", "4"]
+    assert main(options) == 0
+    assert "exact match: " in capsys.readouterr().out
+    content = json.loads((run / "samples.json").read_text())
+    assert content["summary"]["captions"] == 10 and len(content["samples"]) == 4
+    assert set(content["summary"]) == {"captions", "exact_match", "main_colour_and_shape_share"}
+    sample = content["samples"][0]
+    assert sample["references"] and sample["meta"]["main_colour"]
+    assert len({sample["key"] for sample in content["samples"]}) == 4
+    assert "data:image/jpeg;base64," in write_report(run).read_text()
+    assert main([*options, "--json", "--samples", "1000"]) == 0
+    assert json.loads(capsys.readouterr().out)["captions"] == 12  # the whole split, nothing twice
+
+
+def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    shutil.copytree(run.parent / "data" / "tokenizer", moved / "tokenizer")
+    (moved / "config.yaml").write_text(CONFIG.format(data=tmp_path / "gone"))
+    assert main(["--run", str(moved), str(image)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "other", "named"),
+    [
+        ("text: {width: 16, heads: 2", "text: {width: 24, heads: 2", "has shape [16], the model's [24]"),
+        ("image_size: 32", "image_size: 48", "net.vision.position_embedding has shape [5, 16], the model's [10, 16]"),
+        ("tokenizer", "tokenizer", "has shape [300, 16], the model's [290, 16]"),
+    ],
+)
+def test_a_checkpoint_of_another_width_resolution_or_vocabulary_is_refused(
+    run: Path, tmp_path: Path, setting: str, other: str, named: str
+) -> None:
+    """In one line that names the first difference, by everything that loads a run's weights without its engine."""
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    (moved / "config.yaml").write_text((run / "config.yaml").read_text().replace(setting, other))
+    if setting == "tokenizer":
+        train_tokenizer([run.parent / "data" / "synth" / "train"], moved / "tokenizer", 290)
+    for load in (
+        lambda: load_captioner(moved, torch.device("cpu")),
+        lambda: evaluate_run(moved, load_config(moved), torch.device("cpu"), StopRequest()),
+    ):
+        with pytest.raises(ValueError, match="restore the config.yaml and tokenizer it was trained with") as refused:
+            load()
+        assert named in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_mlm_tries_the_lengths_of_its_training_captions(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    """All captions of the split are read here, so the quantiles are theirs."""
+    mlm, data = run.parent / "mlm", run.parent / "data"
+    tokenizer = load_tokenizer(data / "tokenizer")
+    (corpus,) = open_corpora([data], "train")
+    counts = sorted(len(tokenizer.encode(corpus.read_text(row), 20)) - 2 for row in range(len(corpus)))
+    wanted = sorted({counts[round(share * (len(counts) - 1))] for share in QUANTILES})
+    captioner = load_captioner(mlm, torch.device("cpu"))
+    assert captioner.lengths == wanted and len(wanted) > 1
+    shorter = load_captioner(mlm, torch.device("cpu"), max_tokens=wanted[1] - 1)
+    assert shorter.lengths == sorted({min(length, wanted[1] - 1) for length in wanted})
+    assert main(["--run", str(mlm), str(image)]) == 0
+    assert capsys.readouterr().out.startswith(f"{image}\t")
+    assert main(["--run", str(mlm), "--data", str(data), "--samples", "3", "--lengths", "7", "4", "7"]) == 0
+    assert "Mask-predict, 10 iterations, lengths 4, 7, 3 images of" in capsys.readouterr().out
+
+
+def test_mlm_without_its_data_asks_for_lengths(
+    run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run.parent / "mlm", moved)
+    shutil.copytree(run.parent / "data" / "tokenizer", moved / "tokenizer")
+    (moved / "config.yaml").write_text((CONFIG + "objective: {{name: mlm}}\n").format(data=tmp_path / "gone"))
+    assert main(["--run", str(moved), str(image)]) == 2
+    error = capsys.readouterr().err
+    assert "gone" in error and "give --lengths" in error and error.count("\n") == 1
+    assert main(["--run", str(moved), str(image), "--lengths", "5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "RUN"], "give image files or --data DIR"),
+        (["--run", "RUN", "IMAGE", "--data", "DATA"], "give image files or --data DIR"),
+        (["--run", "ABSENT", "IMAGE"], "no valid checkpoint"),
+        (["--run", "RUN", "--data", "DATA", "--split", "nosuch"], "nosuch"),
+        (["--run", "RUN", "IMAGE", "--max-tokens", "1", "--prompt", "a large red circle"], "max_tokens"),
+        (["--run", "RUN", "IMAGE", "--device", "nosuch"], "nosuch"),
+        (["--run", "OTHER", "IMAGE"], "it belongs to another model"),
+        (["--run", "RUN", "IMAGE", "--lengths", "5"], "--lengths is for mlm models"),
+        (["--run", "MLM", "IMAGE", "--lengths", "5", "19"], "--lengths 5 19: expected numbers of tokens from 1 to 18"),
+        (["--run", "MLM", "IMAGE", "--beams", "2"], "no --beams and no --prompt"),
+        (["--run", "MLM", "IMAGE", "--prompt", "a"], "no --beams and no --prompt"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: Path, image: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    if "OTHER" in arguments:
+        shutil.copytree(run, other)
+        config = (run / "config.yaml").read_text()
+        (other / "config.yaml").write_text(config.replace("bottom_layers: 1", "bottom_layers: 2"))
+    places = {"RUN": run, "IMAGE": image, "DATA": run.parent / "data", "ABSENT": tmp_path / "absent", "OTHER": other}
+    places["MLM"] = run.parent / "mlm"
+    assert main([str(places.get(word, word)) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -1,0 +1,164 @@
+"""Released checkpoints of every layout become ours and go back; nothing in a foreign file is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.build import build_objective
+from model.config import ObjectiveConfig, Vocabulary
+from model.weights.released import from_released, import_released, load_imported, read_layout, to_released
+from pipeline.config.command_line import parse_command_line
+from pipeline.convert import main
+from tests.model.weights.test_released import fixture, released_objective
+from tests.oracle import oracle_file
+
+
+class Callback:
+    """What a training framework leaves in its checkpoints."""
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def released_state() -> dict[str, torch.Tensor]:
+    return fixture()[1]
+
+
+@pytest.fixture
+def checkpoint(released_state, tmp_path: Path) -> Path:
+    """As the release's framework writes it: other objects beside the tensors."""
+    path = tmp_path / "released.ckpt"
+    content = {"state_dict": released_state, "callbacks": {Callback: {"best": Callback()}}, "epoch": 3}
+    torch.save(content | {"hyper_parameters": {"num_heads": 4}}, path)
+    return path
+
+
+def test_import_gives_the_weights_of_the_importer_and_export_goes_back(checkpoint, released_state, tmp_path) -> None:
+    out, back = tmp_path / "imported", tmp_path / "back.ckpt"
+    assert main(["import-flm", str(checkpoint), str(out)]) == 0
+    objective = released_objective()
+    import_released(objective, released_state)
+    imported = load_file(out / "weights.safetensors")
+    expected = dict(objective.named_parameters())
+    assert imported.keys() == expected.keys()
+    assert all(torch.equal(imported[name], value) for name, value in expected.items())
+    assert main(["export-flm", str(out), str(back)]) == 0
+    returned = torch.load(back, weights_only=True)["state_dict"]
+    report = json.loads((out / "import.json").read_text())
+    assert set(returned) == set(released_state) - set(report["dead"])
+    assert all(torch.equal(value, released_state[name]) for name, value in returned.items())
+
+
+def test_training_starts_from_an_imported_model(checkpoint, tmp_path) -> None:
+    out = tmp_path / "imported"
+    assert main(["import-flm", str(checkpoint), str(out)]) == 0
+    launch = parse_command_line(["--recipe", str(out / "recipe.yaml"), "--model.behaviour", "default"])
+    model = launch.config.model
+    assert model.text.heads == 4 and model.vision.image_size == 96 and model.weights == str(out)
+    built = build_objective(model, launch.config.objective, Vocabulary(292, 0, 1, 2, 291), 16)
+    imported = load_file(out / "weights.safetensors")
+    assert all(torch.equal(imported[n], p) for n, p in built.named_parameters() if not n.startswith("itm_head"))
+    assert load_imported(built, out) == ["itm_head.weight", "itm_head.bias"]
+    model.vision.image_size = 128  # another resolution: the position table is resized
+    larger = build_objective(model, launch.config.objective, Vocabulary(292, 0, 1, 2, 291), 16)
+    assert larger.net.vision.position_embedding.shape[0] == 1 + 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m.text, "ffn_width", 128), r"model.weights .*shape \(256, 64\).*\(128, 64\)"),
+        (lambda m: setattr(m.text, "width", 128), r"model.weights .*shape \(64,\), .*\(128,\)"),
+        (lambda m: setattr(m.text, "max_positions", 80), r"model.weights .*shape \(66, 64\).*\(80, 64\)"),
+        (lambda m: setattr(m.reconstructor, "top_layers", 2), "that an flm model of these sizes does not"),
+        (lambda m: setattr(m, "weights", "nowhere"), "expected a folder made by"),
+    ],
+)
+def test_a_model_of_other_sizes_is_refused(checkpoint, tmp_path, change, message: str) -> None:
+    assert main(["import-flm", str(checkpoint), str(tmp_path / "imported")]) == 0
+    model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        build_objective(model, ObjectiveConfig(), Vocabulary(292, 0, 1, 2, 291), 16)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, tmp_path) -> None:
+    assert main(["import-flm", str(checkpoint), str(tmp_path / "imported")]) == 0
+    model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
+    with pytest.raises(ValueError, match=r"model.weights .*shape \(292, 64\).*\(300, 64\); width, vocabulary"):
+        build_objective(model, ObjectiveConfig(), Vocabulary(300, 0, 1, 2, 291), 16)
+
+
+def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path) -> None:
+    """Invariant 7."""
+    path, crater = tmp_path / "evil.ckpt", tmp_path / "crater"
+    torch.save({"state_dict": released_state, "hyper_parameters": Bomb(crater), "callbacks": [Bomb(crater)]}, path)
+    assert main(["import-flm", str(path), str(tmp_path / "imported"), "--text-heads", "4"]) == 0
+    assert not crater.exists()
+    with pytest.raises(Exception, match="Unsupported global|Weights only"):
+        torch.load(path, weights_only=True)
+
+
+def test_files_that_do_not_fit_are_one_line(checkpoint, released_state, tmp_path: Path, capsys) -> None:
+    def refused(*arguments: str) -> str:
+        assert main([*map(str, arguments)]) == 2
+        assert not (tmp_path / "out").exists()
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    cut, other, odd = (tmp_path / name for name in ("cut.ckpt", "other.ckpt", "odd.ckpt"))
+    cut.write_bytes(checkpoint.read_bytes()[:20_000])
+    torch.save({"state_dict": {"layer.weight": torch.zeros(2)}}, other)
+    torch.save({"state_dict": {**released_state, "surprise.weight": torch.zeros(2)}}, odd)
+    assert "no such file" in refused("import-flm", tmp_path / "none.ckpt", tmp_path / "out")
+    assert "not a file saved by torch.save" in refused("import-flm", cut, tmp_path / "out")
+    assert "no tensor text_transformer" in refused("import-flm", other, tmp_path / "out")
+    assert "surprise.weight" in refused("import-flm", odd, tmp_path / "out", "--text-heads", "4")
+    assert "no weights.safetensors in it" in refused("export-flm", tmp_path, tmp_path / "out")
+
+
+REAL = {
+    "pretrain_flm_4m": ("flm", None, 288),
+    "vqa_train": ("flm", "vqa", 576),
+    "nlvr2_train": ("flm", "nlvr2", 288),
+    "caption_train": ("flm", None, 288),
+    "irtr_f30k_train": ("flm", "retrieval", 384),
+    "mlm_baseline(named configs only)": ("mlm", None, 224),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_size_layouts_import_without_a_key_left_over(name: str) -> None:
+    """Every tensor is a number of its own, spread over the real shape; aliases share their first name's."""
+    listed = json.loads(oracle_file("g_checkpoint_keys.json").read_text())[name]["keys"]
+    state = {
+        key: torch.tensor(float(zlib.crc32((alias or key).encode()) % 10_000)).expand(shape)
+        for key, shape, _, alias in listed
+    }
+    layout = read_layout(state)
+    assert (layout.objective, layout.task, layout.model.vision.image_size) == REAL[name]
+    assert layout.model.text.heads == 12 and layout.model.vision.layers == 12
+    weights, report = from_released(state, layout)
+    consumed = {key for keys in report.used.values() for key in keys}
+    assert len(consumed) + len(report.aliased) + len(report.dead) == len(state)
+    assert {key for key, _, _, alias in listed if alias} <= set(report.aliased) | set(report.dead)
+    for ours, keys in report.used.items():
+        for part, key in zip(weights[ours].chunk(len(keys)), keys, strict=True):
+            assert part.flatten()[0] == state[key].flatten()[0], ours
+    back = to_released(weights, report)
+    assert set(back) == set(state) - set(report.dead)
+    assert all(back[key].shape == state[key].shape for key in back)

@@ -1,29 +1,36 @@
 """The one contract between data and model: every field of a batch with its dtype and shape.
 
+A ``Batch`` is what any task fills: images, targets of loss terms, and the names of its samples. A task that reads text
+through the packed text tower adds a ``TextPlan``.
+
 Legend: B samples, I images per sample, R text rows, T padded text length, N packed states of a stream, Q queries,
-M targets of a term.
+M targets of a term, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Role = Literal["pair", "negative", "placeholder", "read"]
+Kind = Literal["token", "class", "soft", "feature"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One caption of a batch before planning.
+    """One text of a batch before planning, with the image it is about.
 
-    ``token_ids`` is ``<s> w1 .. wk </s>``; ``image`` the sample (0..B-1) whose image the row reads; ``seed`` a 64-bit
-    integer from which every random decision about the row is drawn. ``negative`` rows carry somebody else's caption,
-    ``placeholder`` rows stand for an unusable sample and have no targets. ``read`` rows hold any text about any image
-    of the batch: it goes in as it is, nothing is predicted, and ``Pretraining.features`` returns what was understood.
-    Rows with the same ``sample`` (a key; "" says nothing) are about the same image, none is a negative of another.
+    ``token_ids`` is ``<s> w1 .. wk </s>``; ``image`` the image that the row reads, 0..B*I-1 (sample b holds the images
+    b*I .. b*I+I-1; a row of a single sample counts from 0); ``seed`` a 64-bit integer from which every random decision
+    about the row is drawn. ``negative`` rows carry somebody else's caption, ``placeholder`` rows stand for an unusable
+    sample and have no targets. ``read`` rows hold any text about any image of the batch: it goes in as it is, nothing
+    is predicted, and ``Pretraining.features`` returns what was understood. Rows with the same ``sample`` (a key; ""
+    says nothing) are about the same sample, none is a negative of another. ``target`` is what a task wants to be
+    predicted from the row besides its own tokens: a class, a distribution, an answer's tokens.
     """
 
     token_ids: list[int]
@@ -31,23 +38,30 @@ class Row:
     seed: int
     role: Role = "pair"
     sample: str = ""
+    target: Any = None
 
 
 class Term(NamedTuple):
-    """Targets of one loss term: ``position`` int64 [M] into the term's features, ``label`` int64 [M]."""
+    """Targets of one loss term.
 
+    ``position`` int64 [M] points into the output of the network named ``source``. ``target`` is int64 [M] tokens of
+    the vocabulary (kind "token") or classes ("class"), or fp32 [M, C] distributions over classes ("soft"). Kind
+    "feature" has no loss: ``target`` int64 [M] is the number of the row that a feature is wanted of.
+    """
+
+    source: str
     position: Tensor
-    label: Tensor
+    target: Tensor
+    kind: Kind = "token"
 
 
 @dataclass
-class Batch:
-    """A micro-batch. Index lists are made on the host, so their sizes are known without asking the device."""
+class TextPlan:
+    """Which states of the text towers are computed, and what they see. Index lists are made on the host."""
 
-    images: Tensor  # uint8 [B, I, 3, H, W]
     text: Tensor  # int64 [R, T], pad_id beyond the length
     lengths: Tensor  # int64 [R], real tokens including <s> and </s>
-    image_of_row: Tensor  # int64 [R]
+    image_of_row: Tensor  # int64 [R], 0..B*I-1
     l2r_index: Tensor  # int64 [N1], flat positions r*T+t whose state of the l2r stream is computed
     r2l_index: Tensor  # int64 [N2], the same of the r2l stream
     query_index: Tensor  # int64 [Q], flat positions of the reconstruction queries
@@ -55,42 +69,46 @@ class Batch:
         Tensor  # int64 [Q, 2], hidden (lo, hi): l2r states < lo and r2l states > hi are read; CLS has (length, -1)
     )
     prefix: Tensor  # int64 [R], l2r states before it see each other, the others what is left of them (0: causal)
-    terms: dict[str, Term]  # targets of losses; "read": where the CLS feature of a read row stands, and its number
+    num_paired: int = 0  # B*I where rows 0..B*I-1 read the images of their own number, else 0
+
+
+@dataclass
+class Batch:
+    """A micro-batch. All sizes are known on the host, without asking the device."""
+
+    images: Tensor  # uint8 [B, I, 3, H, W]
+    terms: dict[str, Term]
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+    plan: TextPlan | None = None
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of targets per term, known on the host; rows that are only read have none."""
-        return {name: int(term.label.shape[0]) for name, term in self.terms.items() if name != "read"}
+        """Number of targets per term that has a loss, known on the host."""
+        return {name: len(term.target) for name, term in self.terms.items() if term.kind != "feature"}
 
-    @property
-    def num_paired(self) -> int:
-        """How many of the first rows read the image of their own number: all B, or none where rows read any image."""
-        return 0 if "read" in self.terms else self.images.shape[0]
-
-    def _map(self, function) -> Batch:
-        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        terms = {name: Term(function(t.position), function(t.label)) for name, t in self.terms.items()}
-        return Batch(**tensors, terms=terms, keys=self.keys, problems=self.problems)
+    def with_images(self, images: Any, function: Callable[[Any], Any]) -> Batch:
+        """The batch with other ``images`` and ``function`` applied to all other tensors."""
+        terms = {
+            name: term._replace(position=function(term.position), target=function(term.target))
+            for name, term in self.terms.items()
+        }
+        plan = self.plan
+        if plan is not None:
+            plan = TextPlan(*(value if isinstance(value, int) else function(value) for value in vars(plan).values()))
+        return Batch(images, terms, self.keys, self.problems, plan)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on ``device``; images stay uint8."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        move = lambda tensor: tensor.to(device, non_blocking=non_blocking)  # noqa: E731
+        return self.with_images(move(self.images), move)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by ``torch.utils.data.DataLoader``)."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.with_images(self.images.pin_memory(), Tensor.pin_memory)
 
 
 class Planner(Protocol):
-    """Turns images and rows into a batch; made by an objective, run in the loader's workers (so it must pickle).
-
-    ``negative_share`` is the share of samples for which the loader adds one row with role ``negative``;
-    ``full_stop`` says that captions are normalised to end in "." (the released behaviour).
-    """
-
-    negative_share: float
-    full_stop: bool
+    """Turns images uint8 [B, I, 3, H, W] and rows into a batch, in the loader's workers; the images stay in place."""
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch: ...

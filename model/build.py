@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from model.config import AUTO, ModelConfig, ObjectiveConfig, Vocabulary
-from model.objectives.pretraining import OBJECTIVES, Pretraining
+from model.objectives.pretraining import Pretraining
+from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
 from model.vision.clip import resolve_sizes
 from model.weights.released import load_imported

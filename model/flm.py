@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import masks
 from model.attention import Packing, Reading, image_reading, reads_by_rows, text_reading
-from model.batch import Batch
+from model.batch import Batch, TextPlan
 from model.config import ModelConfig, Vocabulary
 from model.dropout import dropout
 from model.reconstructor import ReconstructorLayer
@@ -51,15 +51,15 @@ class FLM(nn.Module):
         reset_parameters(self, keep=("reconstructor",) if self.released else ())
 
     def forward(self, batch: Batch) -> Features:
-        """Runs a whole batch; images uint8 [B, 1, 3, S, S]."""
-        return self.fuse(batch, encode_images(self, batch))
+        """Runs a whole plan."""
+        return self.fuse(batch.plan, encode_images(self, batch.images))
 
-    def fuse(self, batch: Batch, images: Tensor) -> Features:
-        """The text side, given projected image tokens [B, P, D]."""
-        streams = _Streams(batch)
-        among_states, of_states, of_images = self._readings(batch, streams, *images.shape[:2])
+    def fuse(self, plan: TextPlan, images: Tensor) -> Features:
+        """The text side, given projected tokens [B*I, P, D] of all images."""
+        streams = _Streams(plan)
+        among_states, of_states, of_images = self._readings(plan, streams, *images.shape[:2])
         images = images.flatten(0, 1)
-        states, queries = self._embed(batch, streams).split([len(streams.index), len(batch.query_index)])
+        states, queries = self._embed(plan, streams).split([len(streams.index), len(plan.query_index)])
         skip = len(self.bottom) - len(self.reconstructor_bottom)
         for number, layer in enumerate(self.bottom):
             states = layer(states, among_states)
@@ -76,31 +76,31 @@ class FLM(nn.Module):
                 queries = self.reconstructor_top[number - skip](queries, states, of_states)
         return Features(*streams.split(states), queries)
 
-    def _readings(self, batch: Batch, streams: _Streams, num_images: int, num_tokens: int) -> tuple[Reading, ...]:
+    def _readings(self, plan: TextPlan, streams: _Streams, num_images: int, num_tokens: int) -> tuple[Reading, ...]:
         """How states read states of their stream, how queries read the states, how states read the images."""
-        num_rows, num_positions = batch.text.shape
-        by_rows = reads_by_rows(batch.text.device, self.dropout if self.training else 0.0)
+        num_rows, num_positions = plan.text.shape
+        by_rows = reads_by_rows(plan.text.device, self.dropout if self.training else 0.0)
         own_stream = Packing(streams.index + streams.is_r2l * (num_rows * num_positions), 2 * num_rows, num_positions)
         row_start = (streams.index // num_positions + streams.is_r2l) * num_positions
         side_by_side = Packing(streams.index + row_start, num_rows, 2 * num_positions)
-        queries = Packing(batch.query_index, num_rows, num_positions)
+        queries = Packing(plan.query_index, num_rows, num_positions)
         stream_masks = masks.released_streams if self.released else masks.causal_streams
-        mask = stream_masks(batch.lengths, num_positions).flatten(0, 1)
-        spans = queries.spread(batch.query_span)
-        query_mask = masks.reconstructor(batch.lengths, spans, bos_visible=not self.released)
+        mask = stream_masks(plan.lengths, num_positions).flatten(0, 1)
+        spans = queries.spread(plan.query_span)
+        query_mask = masks.reconstructor(plan.lengths, spans, bos_visible=not self.released)
         return (
             text_reading(own_stream, own_stream, mask, num_rows, by_rows),
             text_reading(queries, side_by_side, query_mask, num_rows, by_rows),
-            image_reading(side_by_side, batch.image_of_row, batch.num_paired, num_images, num_tokens, by_rows),
+            image_reading(side_by_side, plan.image_of_row, plan.num_paired, num_images, num_tokens, by_rows),
         )
 
-    def _embed(self, batch: Batch, streams: _Streams) -> Tensor:
+    def _embed(self, plan: TextPlan, streams: _Streams) -> Tensor:
         """Embeddings of both streams' states and the queries [N1+N2+Q, D], by one look-up; dropout drawn for each."""
-        num_positions = batch.text.shape[1]
-        index = torch.cat([streams.index, batch.query_index])
-        position, length = index % num_positions, batch.lengths[index // num_positions]
+        num_positions = plan.text.shape[1]
+        index = torch.cat([streams.index, plan.query_index])
+        position, length = index % num_positions, plan.lengths[index // num_positions]
         position = torch.where(position < length, position, -1)
-        words = batch.text.flatten()[streams.index]
+        words = plan.text.flatten()[streams.index]
         query_words = self._query_words(position[len(words) :], length[len(words) :])
         embedded = self.embedding(torch.cat([words, query_words]), position)
         return dropout(embedded, self.dropout) if self.training else embedded
@@ -116,10 +116,10 @@ class FLM(nn.Module):
 class _Streams:
     """The order of both streams' packed states: caption by caption, l2r before r2l."""
 
-    def __init__(self, batch: Batch) -> None:
-        index = torch.cat([batch.l2r_index, batch.r2l_index])
-        self._order = (index // batch.text.shape[1]).argsort(stable=True)
-        self._num_l2r = len(batch.l2r_index)
+    def __init__(self, plan: TextPlan) -> None:
+        index = torch.cat([plan.l2r_index, plan.r2l_index])
+        self._order = (index // plan.text.shape[1]).argsort(stable=True)
+        self._num_l2r = len(plan.l2r_index)
         self.index = index[self._order]  # int64 [N1+N2], flat positions row*T+position
         self.is_r2l = self._order >= self._num_l2r  # bool [N1+N2]
 

@@ -16,8 +16,9 @@ def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch, stream
     """Multiply-accumulates of one forward pass (vision sizes resolved), by part of the model; FLM has 2 ``streams``."""
     text, vision = config.text, config.vision
     width, ffn = text.width, 2 * text.width * text.ffn_width
-    num_images, (num_rows, length) = batch.images.shape[0], batch.text.shape
-    states, queries = batch.l2r_index.shape[0] + batch.r2l_index.shape[0], batch.query_index.shape[0]
+    plan, num_images = batch.plan, batch.images.shape[0] * batch.images.shape[1]
+    num_rows, length = plan.text.shape
+    states, queries = plan.l2r_index.shape[0] + plan.r2l_index.shape[0], plan.query_index.shape[0]
     patches = (vision.image_size // vision.patch_size) ** 2
     image_tokens = patches + 1
     square = width * width
@@ -36,7 +37,7 @@ def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch, stream
     reconstruction = queries * (2 * square + ffn) + states * 2 * square + 2 * num_rows * length * 2 * length * width
     rb, rt = config.reconstructor.bottom_layers, config.reconstructor.top_layers
     layers = (text.bottom_layers if rb is None else rb) + (text.top_layers if rt is None else rt) if streams == 2 else 0
-    language_targets = sum(count for name, count in batch.counts.items() if name != "itm")
+    targets = {kind: sum(len(t.target) for t in batch.terms.values() if t.kind == kind) for kind in ("token", "class")}
     return {
         "vision": num_images * (embedding + blocks * vision_block),
         "bottom_text": text.bottom_layers * (self_attention + states * ffn),
@@ -44,8 +45,8 @@ def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch, stream
         + (states + queries) * square
         + num_images * image_tokens * vision.width * width,
         "reconstructor": layers * reconstruction,
-        "lm_head": language_targets * (square + width * vocabulary_size),
-        "matching": batch.counts.get("itm", 0) * (square + 2 * width),
+        "lm_head": targets["token"] * (square + width * vocabulary_size),
+        "matching": targets["class"] * (square + 2 * width),
     }
 
 

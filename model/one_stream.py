@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model import masks
 from model.attention import Packing, image_reading, reads_by_rows, text_reading
-from model.batch import Batch
+from model.batch import Batch, TextPlan
 from model.config import ModelConfig, Vocabulary
 from model.dropout import dropout
 from model.towers import add_towers, encode_images, reset_parameters
@@ -24,7 +24,7 @@ class StreamFeatures(NamedTuple):
 
 
 class OneStream(nn.Module):
-    """Encodes captions over an image; which states see each other is ``batch.prefix`` (specification section 4)."""
+    """Encodes captions over an image; which states see each other is ``TextPlan.prefix`` (specification section 4)."""
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, causal: bool) -> None:
         """``causal`` matters to the released behaviour only, where `<s>` sees all words and is seen by none."""
@@ -37,22 +37,22 @@ class OneStream(nn.Module):
         reset_parameters(self)
 
     def forward(self, batch: Batch) -> StreamFeatures:
-        """Runs a whole batch; images uint8 [B, 1, 3, S, S]."""
-        return self.fuse(batch, encode_images(self, batch))
+        """Runs a whole plan."""
+        return self.fuse(batch.plan, encode_images(self, batch.images))
 
-    def fuse(self, batch: Batch, images: Tensor) -> StreamFeatures:
-        """The text side, given projected image tokens [B, P, D]."""
-        (num_rows, num_positions), (num_images, num_tokens) = batch.text.shape, images.shape[:2]
-        packing = Packing(batch.l2r_index, num_rows, num_positions)
+    def fuse(self, plan: TextPlan, images: Tensor) -> StreamFeatures:
+        """The text side, given projected tokens [B*I, P, D] of all images."""
+        (num_rows, num_positions), (num_images, num_tokens) = plan.text.shape, images.shape[:2]
+        packing = Packing(plan.l2r_index, num_rows, num_positions)
         if self._hidden_start:
-            mask = masks.released_streams(batch.lengths, num_positions)[0]
+            mask = masks.released_streams(plan.lengths, num_positions)[0]
         else:
-            mask = masks.prefix_stream(batch.lengths, batch.prefix, num_positions)
+            mask = masks.prefix_stream(plan.lengths, plan.prefix, num_positions)
         by_rows = reads_by_rows(images.device, self.dropout if self.training else 0.0)
         among_states = text_reading(packing, packing, mask, num_rows, by_rows)
-        of_images = image_reading(packing, batch.image_of_row, batch.num_paired, num_images, num_tokens, by_rows)
+        of_images = image_reading(packing, plan.image_of_row, plan.num_paired, num_images, num_tokens, by_rows)
         images = images.flatten(0, 1)
-        states = self.embedding(batch.text.flatten()[batch.l2r_index], batch.l2r_index % num_positions)
+        states = self.embedding(plan.text.flatten()[plan.l2r_index], plan.l2r_index % num_positions)
         states = dropout(states, self.dropout) if self.training else states
         for layer in self.bottom:
             states = layer(states, among_states)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model.batch import Batch
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
 from model.text import BottomLayer, TextEmbedding, TopLayer, initial_std
@@ -45,8 +44,6 @@ def reset_parameters(net: nn.Module, keep: tuple[str, ...] = ()) -> None:
     nn.init.normal_(net.embedding.token_type, std=std)
 
 
-def encode_images(net: nn.Module, batch: Batch) -> Tensor:
-    """Projected image tokens [B, P, D]; images uint8 [B, 1, 3, S, S]."""
-    if batch.images.shape[1] != 1:
-        raise ValueError(f"pretraining reads one image per sample, found {batch.images.shape[1]}")
-    return net.image_projection(net.vision(batch.images[:, 0])) + net.type_embedding.weight[1]
+def encode_images(net: nn.Module, images: Tensor) -> Tensor:
+    """Projected tokens [B*I, P, D] of images uint8 [B, I, 3, S, S]."""
+    return net.image_projection(net.vision(images.flatten(0, 1))) + net.type_embedding.weight[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from model.batch import Batch, Row
@@ -64,3 +66,8 @@ def flm_batch(samples: list[int]) -> Batch:
         if number % 3 == 0:
             negatives.append(Row([0, 59, 58, 2], place, seed=number, role="negative"))
     return planner(torch.stack(pictures), rows + negatives)
+
+
+def with_text(batch: Batch, text: torch.Tensor) -> Batch:
+    """The batch with other token ids int64 [R, T], its plan kept as it is."""
+    return dataclasses.replace(batch, plan=dataclasses.replace(batch.plan, text=text))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batch import Batch, Term
+from model.batch import Batch, Term, TextPlan
 
 VOCABULARY, WIDTH = 31, 12
 
@@ -44,12 +44,12 @@ class TinyObjective(nn.Module):
     def _losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         dtype = self.image.weight.dtype
         colour = batch.images.float().mean(dim=(1, 3, 4)) / 255 - self.offset
-        image = self.image(colour.to(dtype))[batch.image_of_row]
-        hidden = self.embedding(batch.text) + image[:, None]
+        image = self.image(colour.to(dtype))[batch.plan.image_of_row]
+        hidden = self.embedding(batch.plan.text) + image[:, None]
         hidden = hidden + self.cross(self.dropout(torch.tanh(self.norm(hidden))))
         flat = hidden.flatten(0, 1)
         result = {}
-        for name, (position, label) in batch.terms.items():
+        for name, (_, position, label, _) in batch.terms.items():
             layer = self.odd if name == "rare" else self.head
             logits = layer(flat[position]).float()
             result[name] = (F.cross_entropy(logits, label, reduction="none"), logits.argmax(1) == label)
@@ -79,19 +79,17 @@ def tiny_batch(samples: list[int]) -> Batch:
     first = torch.arange(len(samples))[torch.tensor(rare)] * width
     kinds = torch.tensor([index // 5 % 5 for index in samples if index % 5 == 0], dtype=torch.int64)
     terms = {
-        "flm": Term(predicted, following[predicted]),
-        "l2r": Term(even, following[even]),
-        "rare": Term(first, kinds),
+        "flm": Term("states", predicted, following[predicted]),
+        "l2r": Term("states", even, following[even]),
+        "rare": Term("states", first, kinds, "class"),
     }
-    unused = [item.name for item in dataclasses.fields(Batch) if item.name.endswith("_index")]
-    return Batch(
-        images=torch.stack(images),
+    unused = [item.name for item in dataclasses.fields(TextPlan) if item.name.endswith("_index")]
+    plan = TextPlan(
         text=text,
         lengths=lengths,
         image_of_row=torch.arange(len(samples)),
         query_span=torch.empty(0, 2, dtype=torch.int64),
         prefix=torch.zeros(len(samples), dtype=torch.int64),
-        terms=terms,
-        keys=[str(index) for index in samples],
         **{name: torch.empty(0, dtype=torch.int64) for name in unused},
     )
+    return Batch(torch.stack(images), terms, keys=[str(index) for index in samples], plan=plan)

@@ -185,7 +185,7 @@ def summary(
     released_logits = arguments.batch * 3 * (FULL_LENGTH - 1) * VOCABULARY.size * bytes_each
     targets = max(sum(count for name, count in batch.counts.items() if name != "itm") for batch in batches)
     our_logits = targets * LanguageModelHead(1, 1).chunk_size * bytes_each
-    tokens = torch.cat([batch.lengths[: arguments.batch] for batch in batches]).float().mean()
+    tokens = torch.cat([batch.plan.lengths[: arguments.batch] for batch in batches]).float().mean()
     return {
         "command": " ".join(["python -m benchmarks.cost.step_cost", *sys.argv[1:]]),
         "hardware": f"{device_name(torch.device(device))}, {torch.get_num_threads()} CPU threads",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Row
 from model.config import Vocabulary
-from model.plans.flm import Lists, assemble, padded_length
+from model.plans.builder import PlanBuilder, round_up
 from model.towers import encode_images
 
 ITERATIONS = 10  # the paper's
@@ -49,23 +49,23 @@ def mask_predict(
     _check(objective, lengths, iterations)
     net, vocabulary = objective.net, objective.net.vocabulary
     batch = _hidden_captions(images, lengths, vocabulary)
-    tokens = encode_images(net, batch)
-    is_word = batch.text == vocabulary.mask_id
-    log_probability = torch.zeros(batch.text.shape, device=images.device)
+    plan, tokens = batch.plan, encode_images(net, images)
+    is_word = plan.text == vocabulary.mask_id
+    log_probability = torch.zeros(plan.text.shape, device=images.device)
     for iteration in range(iterations):
         num_hidden = [length * (iterations - iteration) // iterations for length in lengths] * len(images)
         if not any(num_hidden):
             break
         hidden = _least_probable(log_probability, is_word, torch.tensor(num_hidden, device=images.device))
-        batch.text = batch.text.masked_fill(hidden, vocabulary.mask_id)
-        chosen = hidden.flatten()[batch.l2r_index]
-        ids, values = _predicted(objective, net.fuse(batch, tokens).l2r[chosen])
-        batch.text = batch.text.masked_scatter(hidden, ids)  # states stand in the order of the grid
+        plan.text = plan.text.masked_fill(hidden, vocabulary.mask_id)
+        chosen = hidden.flatten()[plan.l2r_index]
+        ids, values = _predicted(objective, net.fuse(plan, tokens).l2r[chosen])
+        plan.text = plan.text.masked_scatter(hidden, ids)  # states stand in the order of the grid
         log_probability = log_probability.masked_scatter(hidden, values)
     means = (log_probability * is_word).sum(1) / is_word.sum(1)
     best = means.view(len(images), len(lengths)).argmax(1).tolist()
     rows = [number * len(lengths) + choice for number, choice in enumerate(best)]
-    return [batch.text[row, 1 : lengths[choice] + 1].tolist() for row, choice in zip(rows, best, strict=True)]
+    return [plan.text[row, 1 : lengths[choice] + 1].tolist() for row, choice in zip(rows, best, strict=True)]
 
 
 def _check(objective: nn.Module, lengths: Sequence[int], iterations: int) -> None:
@@ -80,15 +80,14 @@ def _check(objective: nn.Module, lengths: Sequence[int], iterations: int) -> Non
 
 def _hidden_captions(images: Tensor, lengths: Sequence[int], vocabulary: Vocabulary) -> Batch:
     """For each image a row `<s> <mask> .. </s>` of each length, all states computed, on the images' device."""
-    num_positions, lists, rows = padded_length(max(lengths) + 2), Lists(()), []
+    builder, rows = PlanBuilder(round_up(max(lengths) + 2), {}), []
     for image in range(len(images)):
         for length in lengths:
             ids = [vocabulary.bos_id, *[vocabulary.mask_id] * length, vocabulary.eos_id]
-            states = lists.compute("l2r", len(rows) * num_positions + np.arange(len(ids)))
-            lists.read(len(rows), states[:1])
+            builder.add_states("l2r", len(rows), np.arange(len(ids)))
             rows.append(Row(ids, image, seed=0, role="read"))
     prefix = [len(row.token_ids) for row in rows]
-    return assemble(images, rows, num_positions, vocabulary, lists, prefix).to(images.device)
+    return builder.build(images, rows, vocabulary, prefix).to(images.device)
 
 
 def _least_probable(log_probability: Tensor, is_word: Tensor, count: Tensor) -> Tensor:

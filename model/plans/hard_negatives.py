@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from model.batch import Batch, Planner, Row
-from model.plans.flm import row_generator
+from model.plans.builder import row_generator
 
 DRAWS = 1  # stream of a row's random numbers, apart from those for spans and masks
 DIGITS = 6  # resemblances that differ by less are equal, whatever order a machine sums in

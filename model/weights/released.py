@@ -18,7 +18,7 @@ from model.config import (
     VisionConfig,
     Vocabulary,
 )
-from model.objectives.pretraining import OBJECTIVES
+from model.objectives.table import OBJECTIVES
 from model.weights.towers import (
     CLIP_RULES,
     ROBERTA_RULES,

@@ -8,13 +8,12 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import Batch, Term
+from model.batch import Batch
 
 
 class Slots:
@@ -92,11 +91,7 @@ class Parcel:
         self._slot, self._shape = slot, tuple(batch.images.shape)
         self._images = batch.images if slot is None else None
         self._place = (slots.descriptor, 0 if slot is None else slots.place(slot))
-        self._arrays = {
-            f.name: getattr(batch, f.name).numpy() for f in fields(batch) if _is_small_tensor(batch, f.name)
-        }
-        self._terms = {name: (term.position.numpy(), term.label.numpy()) for name, term in batch.terms.items()}
-        self._lists = (batch.keys, batch.problems)
+        self._rest = batch.with_images(None, Tensor.numpy)
         self._pinned = False
 
     def unpack(self, slots: Slots) -> Batch:
@@ -107,13 +102,7 @@ class Parcel:
             images = self._images
             if self._slot is not None:
                 slots.give_back(self._slot)
-        batch = Batch(
-            images=images,
-            **{name: torch.from_numpy(array) for name, array in self._arrays.items()},
-            terms={name: Term(*map(torch.from_numpy, arrays)) for name, arrays in self._terms.items()},
-            keys=self._lists[0],
-            problems=self._lists[1],
-        )
+        batch = self._rest.with_images(images, torch.from_numpy)
         return batch.pin_memory() if self._pinned else batch
 
     def pin_memory(self) -> Parcel:
@@ -134,7 +123,3 @@ def _read_fully(place: tuple[int, int], images: Tensor) -> None:
         count = os.preadv(descriptor, [buffer], offset)
         assert count > 0, "slots are as long as they were made"
         buffer, offset = buffer[count:], offset + count
-
-
-def _is_small_tensor(batch: Batch, name: str) -> bool:
-    return name != "images" and isinstance(getattr(batch, name), Tensor)

@@ -19,7 +19,7 @@ def test_released_layout_computes_the_released_loss():
     text = torch.full((4, MAX_TEXT_LENGTH), 1)
     for number, row in enumerate(rows):
         text[number, : len(row.token_ids)] = torch.tensor(row.token_ids)
-    reference = ReleasedLayout(objective)(pictures[:, 0], text, batch.lengths)
+    reference = ReleasedLayout(objective)(pictures[:, 0], text, batch.plan.lengths)
     reference.backward()
     expected = {
         name: parameter.grad.clone() for name, parameter in objective.named_parameters() if parameter.grad is not None

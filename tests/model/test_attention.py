@@ -17,7 +17,7 @@ from model.build import build_objective
 from model.config import ObjectiveConfig
 from model.cpu import row_attention
 from model.objectives.pretraining import Pretraining
-from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm
+from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm, with_text
 
 HEADS, WIDTH = 2, 6
 ROW_LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any)
@@ -179,13 +179,13 @@ def test_no_target_leaks_where_weights_are_dropped():
             output = objective.net(batch)
         return {"flm": output.queries, "l2r": output.l2r, "r2l": output.r2l}
 
-    before, num_positions = features(batch), batch.text.shape[1]
-    index = {"flm": batch.query_index, "l2r": batch.l2r_index, "r2l": batch.r2l_index}
+    before, num_positions = features(batch), batch.plan.text.shape[1]
+    index = {"flm": batch.plan.query_index, "l2r": batch.plan.l2r_index, "r2l": batch.plan.r2l_index}
     step = {"flm": 0, "l2r": 1, "r2l": -1}  # from a feature's cell to that of the word it predicts
     for row, position in [(0, 2), (1, 5), (1, 1), (2, 1)]:
-        text = batch.text.clone()
+        text = batch.plan.text.clone()
         text[row, position] = 3 + (text[row, position] + 17) % 50
-        after = features(dataclasses.replace(batch, text=text))
+        after = features(with_text(batch, text))
         for name in step:
             moved = (after[name] - before[name]).abs().amax(1) > 1e-11
             targets = batch.terms[name].position

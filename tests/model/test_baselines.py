@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig, Vocabulary
-from model.plans.baselines import MLMPlanner
-from model.plans.flm import Lists, assemble
+from model.plans.builder import PlanBuilder
+from model.plans.mlm import MLMPlanner
 from model.weights.released import RULES_OF, import_released
 from model.weights.towers import foreign_names
 from tests.oracle import load_oracle
-from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm
+from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm, with_text
 
 ROUNDING = 1e-11  # float64
 
@@ -45,12 +45,12 @@ def dumped_batch(objective: torch.nn.Module, name: str, dump: dict) -> Batch:
     if name == "ar":
         batch = objective.planner(pictures, rows)
     else:
-        lists = Lists(("mlm",))
+        builder = PlanBuilder(16, {"mlm": ("l2r", "token")})
         for number, n in enumerate(lengths):
-            states = lists.compute("l2r", number * 16 + np.arange(n))
+            states = builder.add_states("l2r", number, np.arange(n))
             targets = np.flatnonzero(drawn["mlm_labels"][number].numpy() != -100)
-            lists.predict("mlm", states[targets], drawn["mlm_labels"][number].numpy()[targets])
-        batch = assemble(pictures, rows, 16, objective.net.vocabulary, lists, lengths)
+            builder.add_targets("mlm", states[targets], drawn["mlm_labels"][number].numpy()[targets])
+        batch = builder.build(pictures, rows, objective.net.vocabulary, lengths)
     batch.images = inputs["image"][:, None]  # the dump holds normalised pixels
     return batch
 
@@ -69,7 +69,7 @@ def test_the_release_is_reproduced(name: str) -> None:
         for number, layer in enumerate(getattr(objective.net, half)):
             layer.register_forward_hook(lambda _, __, output, key=f"{half}{number}": outputs.update({key: output}))
     states = objective.net(batch).l2r
-    cells = [divmod(cell, batch.text.shape[1]) for cell in batch.l2r_index.tolist()]
+    cells = [divmod(cell, batch.plan.text.shape[1]) for cell in batch.plan.l2r_index.tolist()]
     for key, ours in outputs.items():
         theirs = torch.stack([dump["layers"][key][row, column] for row, column in cells])
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -122,7 +122,7 @@ def test_prefixlm_without_a_prefix_is_ar() -> None:
 
 def known_before(batch: Batch, row: int, state: int) -> range:
     """Positions that the prediction made from a state may know: the prefix, and everything up to the state."""
-    return range(max(state + 1, int(batch.prefix[row])))
+    return range(max(state + 1, int(batch.plan.prefix[row])))
 
 
 @pytest.mark.parametrize("num_words", [1, 2, 3, 7, 15])
@@ -132,19 +132,19 @@ def test_a_prediction_depends_on_what_precedes_it_and_on_nothing_else(num_words:
     objective = tiny_flm(**options).double()
     rows = pair_rows([caption(num_words, 1), caption(num_words + 3, 2), caption(1, 3)])
     batch = objective.planner(images(3), rows)
-    term, width = batch.terms[options["name"]], batch.text.shape[1]
+    term, width = batch.terms[options["name"]], batch.plan.text.shape[1]
     with torch.no_grad():
         base = objective.net(batch).l2r
         for position in range(1, num_words + 1):
-            text = batch.text.clone()
+            text = batch.plan.text.clone()
             text[0, position] = 3 + (text[0, position] + 17) % 50
-            shift = (objective.net(dataclasses.replace(batch, text=text)).l2r - base).abs().amax(1)
+            shift = (objective.net(with_text(batch, text)).l2r - base).abs().amax(1)
             for feature in term.position.tolist():
-                row, state = divmod(int(batch.l2r_index[feature]), width)
+                row, state = divmod(int(batch.plan.l2r_index[feature]), width)
                 known = row == 0 and position in known_before(batch, row, state)
                 assert (shift[feature] > ROUNDING).item() == known, (row, state, position)
-    for feature, label in zip(term.position.tolist(), term.label.tolist(), strict=True):
-        row, state = divmod(int(batch.l2r_index[feature]), width)
+    for feature, label in zip(term.position.tolist(), term.target.tolist(), strict=True):
+        row, state = divmod(int(batch.plan.l2r_index[feature]), width)
         assert label == rows[row].token_ids[state + 1] and state + 1 not in known_before(batch, row, state)
 
 
@@ -155,17 +155,17 @@ def test_mlm_knows_nothing_of_what_it_hides(num_words: int) -> None:
     row = Row(caption(num_words, 1), 0, seed=4)
     other = dataclasses.replace(row, token_ids=[0, *((token + 11) % 50 + 3 for token in row.token_ids[1:-1]), 2])
     batch, changed = (objective.planner(images(1), [each]) for each in (row, other))
-    masked = batch.text[0] == VOCABULARY.mask_id
-    assert torch.equal(masked, changed.text[0] == VOCABULARY.mask_id)
+    masked = batch.plan.text[0] == VOCABULARY.mask_id
+    assert torch.equal(masked, changed.plan.text[0] == VOCABULARY.mask_id)
     with torch.no_grad():
         base = objective.net(batch).l2r
-        kept = torch.where(masked, changed.text[0], batch.text[0])
-        hidden_words_changed = dataclasses.replace(batch, text=kept[None])
+        kept = torch.where(masked, changed.plan.text[0], batch.plan.text[0])
+        hidden_words_changed = with_text(batch, kept[None])
         assert torch.equal(objective.net(hidden_words_changed).l2r, base)
         for position in range(num_words + 2):
-            text = batch.text.clone()
+            text = batch.plan.text.clone()
             text[0, position] = 3 + (text[0, position] + 17) % 50
-            moved = (objective.net(dataclasses.replace(batch, text=text)).l2r - base).abs().amax(1)
+            moved = (objective.net(with_text(batch, text)).l2r - base).abs().amax(1)
             assert (moved > ROUNDING).all()
 
 
@@ -175,12 +175,12 @@ def test_every_caption_has_an_exact_number_of_targets(num_words: int, rate: floa
     planner = MLMPlanner(VOCABULARY, rate, None, False, 0.0)
     ids = caption(num_words)
     batch = planner(images(1), [Row(ids, 0, seed)])
-    targets = batch.l2r_index[batch.terms["mlm"].position].tolist()
+    targets = batch.plan.l2r_index[batch.terms["mlm"].position].tolist()
     assert max(1, math.floor(rate * num_words)) <= len(targets) <= max(1, math.ceil(rate * num_words))
     assert len(set(targets)) == len(targets) and all(1 <= target <= num_words for target in targets)
-    assert [ids[target] for target in targets] == batch.terms["mlm"].label.tolist()
+    assert [ids[target] for target in targets] == batch.terms["mlm"].target.tolist()
     untouched = [position for position in range(num_words + 2) if position not in targets]
-    assert [int(batch.text[0, position]) for position in untouched] == [ids[position] for position in untouched]
+    assert [int(batch.plan.text[0, position]) for position in untouched] == [ids[position] for position in untouched]
 
 
 def test_mask_rates_and_replacements_are_nominal() -> None:
@@ -190,8 +190,8 @@ def test_mask_rates_and_replacements_are_nominal() -> None:
     hidden, kinds = Counter(), Counter()
     for seed in range(draws):
         batch = planner(images(1), [Row(ids, 0, seed * 7919)])
-        for target in batch.l2r_index[batch.terms["mlm"].position].tolist():
-            found = int(batch.text[0, target])
+        for target in batch.plan.l2r_index[batch.terms["mlm"].position].tolist():
+            found = int(batch.plan.text[0, target])
             hidden[target] += 1
             kinds["mask" if found == VOCABULARY.mask_id else "kept" if found == ids[target] else "random"] += 1
     for position in range(1, num_words + 1):
@@ -209,18 +209,18 @@ def test_prediction_rate_varies_at_fixed_corruption(mask_rate: float, prediction
     num_words = 12
     ids = caption(num_words)
     batch = planner(images(2), [Row(ids, 0, 3), Row(caption(4, 5), 1, 4)])
-    width = batch.text.shape[1]
-    cells = batch.l2r_index[batch.terms["mlm"].position]
-    own = [divmod(cell, width) for cell in cells.tolist() if batch.image_of_row[cell // width] == 0]
+    width = batch.plan.text.shape[1]
+    cells = batch.plan.l2r_index[batch.terms["mlm"].position]
+    own = [divmod(cell, width) for cell in cells.tolist() if batch.plan.image_of_row[cell // width] == 0]
     positions = [position for _, position in own]
     assert len(positions) == len(set(positions)) == pytest.approx(prediction_rate * num_words, abs=1)
-    assert batch.terms["mlm"].label[: len(own)].tolist() or own == []
+    assert batch.terms["mlm"].target[: len(own)].tolist() or own == []
     rows = sorted({row for row, _ in own})
     assert len(rows) == math.ceil(round(prediction_rate / mask_rate, 6))
     for row in rows:
-        changed = sum(int(batch.text[row, position]) != ids[position] for position in range(1, num_words + 1))
+        changed = sum(int(batch.plan.text[row, position]) != ids[position] for position in range(1, num_words + 1))
         assert changed <= math.ceil(mask_rate * num_words)
-        assert batch.image_of_row[row] == 0 and batch.prefix[row] == num_words + 2
+        assert batch.plan.image_of_row[row] == 0 and batch.plan.prefix[row] == num_words + 2
 
 
 def test_whole_words_are_hidden_together() -> None:
@@ -232,7 +232,7 @@ def test_whole_words_are_hidden_together() -> None:
     sizes = []
     for seed in range(200):
         batch = planner(images(1), [Row(ids, 0, seed)])
-        targets = set(batch.l2r_index[batch.terms["mlm"].position].tolist())
+        targets = set(batch.plan.l2r_index[batch.terms["mlm"].position].tolist())
         assert all(word <= targets or not word & targets for word in words)
         sizes.append(len(targets))
     assert np.mean(sizes) == pytest.approx(4, abs=0.5)
@@ -263,14 +263,14 @@ def test_the_cls_feature_reads_the_whole_caption_and_the_image(name: str) -> Non
     objective = tiny_flm(name=name).double()
     rows = [*pair_rows([caption(5, 1)]), Row(caption(6, 9), 0, seed=5, role="negative")]
     batch = objective.planner(images(1), rows)
-    assert batch.terms["itm"].label.tolist() == [1, 0]
+    assert batch.terms["itm"].target.tolist() == [1, 0]
     cls = batch.terms["itm"].position
     with torch.no_grad():
         base = objective.net(batch).l2r[cls]
         for position in range(1, 6):
-            text = batch.text.clone()
+            text = batch.plan.text.clone()
             text[0, position] = 3 + (text[0, position] + 17) % 50
-            assert ((objective.net(dataclasses.replace(batch, text=text)).l2r[cls] - base).abs().amax(1) > 0)[0]
+            assert ((objective.net(with_text(batch, text)).l2r[cls] - base).abs().amax(1) > 0)[0]
         other = dataclasses.replace(batch, images=images(1, seed=8))
         assert ((objective.net(other).l2r[cls] - base).abs().amax(1) > ROUNDING).all()
 
@@ -293,7 +293,7 @@ def test_captions_of_one_token_are_learnt_from(name: str, targets: int, rate: fl
     for rows in (pair_rows([[0, 9, 2]]), pair_rows([[0, 9, 2], [0, 11, 2]])):
         batch = objective.planner(images(len(rows)), rows)
         assert batch.counts[name] == targets * len(rows)
-        assert {*batch.terms[name].label.tolist()} - {2} == {row.token_ids[1] for row in rows}
+        assert {*batch.terms[name].target.tolist()} - {2} == {row.token_ids[1] for row in rows}
         loss = sum(objective(batch).values())
         gradients = torch.autograd.grad(loss, [objective.lm_head.weight, objective.net.embedding.word.weight])
         assert torch.isfinite(loss) and all(torch.isfinite(one).all() and one.any() for one in gradients)
@@ -322,5 +322,5 @@ def test_prefixlm_has_no_released_behaviour() -> None:
 def test_a_longer_prefix_than_the_caption_leaves_one_word_to_predict() -> None:
     objective = tiny_flm(name="prefixlm", prefix_share=0.99)
     batch = objective.planner(images(3), pair_rows([caption(1), caption(2), caption(10)]))
-    assert batch.prefix.tolist() == [0, 2, 10]
+    assert batch.plan.prefix.tolist() == [0, 2, 10]
     assert batch.counts["prefixlm"] == 2 + 2 + 2  # the last word and </s>

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.batch import Batch, Row
-from tests.tiny_flm import MAX_TEXT_LENGTH, caption, images, pair_rows, tiny_flm
+from tests.tiny_flm import MAX_TEXT_LENGTH, caption, images, pair_rows, tiny_flm, with_text
 
 ROUNDING = 1e-11  # float64, outputs of order 1 after the last LayerNorm; an honest dependence moves them far more
 
@@ -21,9 +21,9 @@ def features(objective, batch: Batch) -> dict[str, torch.Tensor]:
 
 def moved(objective, batch: Batch, row: int, position: int, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """How far each feature moves when one token of the text is replaced by another word, the plan kept as it is."""
-    text = batch.text.clone()
+    text = batch.plan.text.clone()
     text[row, position] = 3 + (text[row, position] + 17) % 50
-    changed = features(objective, dataclasses.replace(batch, text=text))
+    changed = features(objective, with_text(batch, text))
     return {name: (changed[name] - base[name]).abs().amax(1) for name in base}
 
 
@@ -39,9 +39,15 @@ def test_default_behaviour_never_leaks(num_words: int, rate: float):
     rows = pair_rows([caption(num_words, 1), caption(num_words + 3, 2), caption(1, 3)])
     batch = objective.planner(images(3), rows)
     base = features(objective, batch)
-    length = batch.text.shape[1]
-    span_of_query = {int(cell): span.tolist() for cell, span in zip(batch.query_index, batch.query_span, strict=True)}
-    cells = {"flm": batch.query_index.tolist(), "l2r": batch.l2r_index.tolist(), "r2l": batch.r2l_index.tolist()}
+    length = batch.plan.text.shape[1]
+    span_of_query = {
+        int(cell): span.tolist() for cell, span in zip(batch.plan.query_index, batch.plan.query_span, strict=True)
+    }
+    cells = {
+        "flm": batch.plan.query_index.tolist(),
+        "l2r": batch.plan.l2r_index.tolist(),
+        "r2l": batch.plan.r2l_index.tolist(),
+    }
     for position in range(1, num_words + 1):
         shift = moved(objective, batch, 0, position, base)
         for name, term in batch.terms.items():
@@ -61,20 +67,22 @@ def test_released_behaviour_leaks_only_where_parity_needs_it(num_words: int, rat
     rows = pair_rows([caption(num_words, 1), caption(3, 2)])
     batch = objective.planner(images(2), rows)
     base = features(objective, batch)
-    length = batch.text.shape[1]
-    span_of_query = {int(cell): span.tolist() for cell, span in zip(batch.query_index, batch.query_span, strict=True)}
+    length = batch.plan.text.shape[1]
+    span_of_query = {
+        int(cell): span.tolist() for cell, span in zip(batch.plan.query_index, batch.plan.query_span, strict=True)
+    }
     for position in range(1, num_words + 1):
         shift = moved(objective, batch, 0, position, base)
         for feature in batch.terms["flm"].position.tolist():
-            cell = int(batch.query_index[feature])
+            cell = int(batch.plan.query_index[feature])
             lo, hi = span_of_query[cell]
             known = cell < length and not lo <= position <= hi
             assert (shift["flm"][feature] > ROUNDING).item() == known
         for feature in batch.terms["l2r"].position.tolist():
-            cell = int(batch.l2r_index[feature])
+            cell = int(batch.plan.l2r_index[feature])
             assert (shift["l2r"][feature] > ROUNDING).item() == (cell < length and position <= cell)
         for feature in batch.terms["r2l"].position.tolist():
-            cell = int(batch.r2l_index[feature])
+            cell = int(batch.plan.r2l_index[feature])
             if cell != num_words + 2:  # the first pad of row 0 sees the whole sentence
                 assert (shift["r2l"][feature] > ROUNDING).item() == (cell < length and position >= cell)
 
@@ -84,10 +92,15 @@ def losses_by_row(objective, rows: list[Row], pictures: torch.Tensor) -> dict[tu
     batch = objective.planner(pictures, rows)
     with torch.no_grad():
         losses = objective._losses(batch)
-    cells = {"flm": batch.query_index, "itm": batch.query_index, "l2r": batch.l2r_index, "r2l": batch.r2l_index}
+    cells = {
+        "flm": batch.plan.query_index,
+        "itm": batch.plan.query_index,
+        "l2r": batch.plan.l2r_index,
+        "r2l": batch.plan.r2l_index,
+    }
     sums: dict[tuple[str, int], float] = {}
     for name, term in batch.terms.items():
-        row = cells[name][term.position] // batch.text.shape[1]
+        row = cells[name][term.position] // batch.plan.text.shape[1]
         for number in range(len(rows)):
             sums[name, number] = losses[name][0][row == number].double().sum().item()
     return sums

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.batch import Row
-from model.plans.flm import FLMPlanner, ReleasedPlanner, centred_spans, row_generator, uniform_spans
+from model.plans.builder import row_generator
+from model.plans.flm import FLMPlanner, ReleasedPlanner
+from model.plans.spans import centred_spans, uniform_spans
 from tests.tiny_flm import VOCABULARY, caption, images, pair_rows
 
 
@@ -80,13 +82,13 @@ def test_targets_of_the_default_behaviour():
     rows = pair_rows([caption(5, 1), caption(1, 2), caption(3, 3)])
     batch = planner()(images(3), rows)
     assert batch.counts == {"flm": 9, "l2r": 12, "r2l": 9, "itm": 0}
-    text = batch.text.flatten()
-    length = batch.text.shape[1]
-    cells = {"flm": batch.query_index, "l2r": batch.l2r_index, "r2l": batch.r2l_index}
+    text = batch.plan.text.flatten()
+    length = batch.plan.text.shape[1]
+    cells = {"flm": batch.plan.query_index, "l2r": batch.plan.l2r_index, "r2l": batch.plan.r2l_index}
     offset = {"flm": 0, "l2r": 1, "r2l": -1}
     for name, term in batch.terms.items():
         if name != "itm":
-            assert torch.equal(text[cells[name][term.position] + offset[name]], term.label)
+            assert torch.equal(text[cells[name][term.position] + offset[name]], term.target)
     targets = {name: sorted((cells[name][batch.terms[name].position] + offset[name]).tolist()) for name in cells}
     words = [row * length + i for row, ids in enumerate(rows) for i in range(1, len(ids.token_ids) - 1)]
     ends = [row * length + len(ids.token_ids) - 1 for row, ids in enumerate(rows)]
@@ -97,8 +99,8 @@ def test_negatives_and_placeholders_carry_no_language_targets():
     rows = [*pair_rows([caption(4, 1), caption(6, 2)]), Row(caption(5, 3), 1, seed=7, role="negative")]
     batch = planner()(images(2), rows)
     assert batch.counts["flm"] == 10 and batch.counts["itm"] == 2
-    row_of_query = batch.query_index[batch.terms["itm"].position] // batch.text.shape[1]
-    assert dict(zip(row_of_query.tolist(), batch.terms["itm"].label.tolist(), strict=True)) == {1: 1, 2: 0}
+    row_of_query = batch.plan.query_index[batch.terms["itm"].position] // batch.plan.text.shape[1]
+    assert dict(zip(row_of_query.tolist(), batch.terms["itm"].target.tolist(), strict=True)) == {1: 1, 2: 0}
 
     empty = planner()(images(2), [Row([0, 2], 0, 0, "placeholder"), Row([0, 2], 1, 0, "placeholder")])
     assert set(empty.counts.values()) == {0}
@@ -113,8 +115,8 @@ def test_a_rows_plan_does_not_depend_on_its_neighbours(lengths: list[int], rate:
     spans = []
     for row in rows:
         alone = planner(rate)(images(1), [Row(row.token_ids, 0, row.seed)])
-        spans.append(alone.query_span)
-    assert torch.equal(together.query_span, torch.cat(spans))
+        spans.append(alone.plan.query_span)
+    assert torch.equal(together.plan.query_span, torch.cat(spans))
 
 
 def test_released_counts_include_the_quirks():

@@ -84,10 +84,12 @@ def test_the_choice_is_the_same_again_and_in_another_process() -> None:
     planner = tiny_flm(negatives="in_batch_hard", negative_share=1.0).planner
     rows, pictures = pair_rows([caption(k, k) for k in (4, 6, 5, 9)]), images(4)
     first, *others = (one(pictures, rows) for one in (planner, planner, pickle.loads(pickle.dumps(planner))))
-    assert len(first.text) == 8
+    assert len(first.plan.text) == 8
     for other in others:
         assert all(
-            torch.equal(getattr(other, name), value) for name, value in vars(first).items() if torch.is_tensor(value)
+            torch.equal(getattr(other.plan, name), value)
+            for name, value in vars(first.plan).items()
+            if torch.is_tensor(value)
         )
 
 
@@ -101,15 +103,15 @@ def test_every_objective_matches_its_hard_negatives(name: str) -> None:
     rows, pictures = [*pair_rows(captions), Row([0, 2], 4, 0, "placeholder")], images(5)
     batch = hard.planner(pictures, rows)
     assert hard.planner.negative_share == 0 and hard.planner.full_stop is False
-    assert batch.counts["itm"] == 8 and sorted(batch.terms["itm"].label.tolist()) == [0] * 4 + [1] * 4
-    assert batch.image_of_row.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert batch.lengths[5:].tolist() == [len(captions[number]) for number in nearest]
+    assert batch.counts["itm"] == 8 and sorted(batch.terms["itm"].target.tolist()) == [0] * 4 + [1] * 4
+    assert batch.plan.image_of_row.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert batch.plan.lengths[5:].tolist() == [len(captions[number]) for number in nearest]
     for row, number in enumerate(nearest, start=5):
-        shown = batch.text[row, : batch.lengths[row]].tolist()
+        shown = batch.plan.text[row, : batch.plan.lengths[row]].tolist()
         same = [ours == theirs for ours, theirs in zip(shown, captions[number], strict=True)]
         assert all(same) or name == "mlm" and sum(same) > 1  # mlm hides some of its words
     alone = plain.planner(pictures, rows)
-    assert alone.counts[name] == batch.counts[name] and torch.equal(alone.terms[name].label, batch.terms[name].label)
+    assert alone.counts[name] == batch.counts[name] and torch.equal(alone.terms[name].target, batch.terms[name].target)
     hard.load_state_dict(plain.state_dict())
     losses = hard(batch)
     assert losses["itm"] > 0 and losses[name].item() == pytest.approx(plain(alone)[name].item(), rel=1e-5)
@@ -130,7 +132,7 @@ def test_a_batch_without_a_usable_negative_has_none(name: str) -> None:
     ]
     for rows in batches:
         batch = objective.planner(images(2), rows)
-        assert batch.counts["itm"] == 0 and len(batch.text) >= 2
+        assert batch.counts["itm"] == 0 and len(batch.plan.text) >= 2
         assert torch.isfinite(objective(batch)["itm"])
     assert objective.planner(images(2), [Row(ids, 0, 1), Row(other, 1, 2)]).counts["itm"] == 4
 
@@ -138,7 +140,7 @@ def test_a_batch_without_a_usable_negative_has_none(name: str) -> None:
 def test_a_sample_that_has_a_negative_gets_no_other() -> None:
     objective = tiny_flm(negatives="in_batch_hard", negative_share=1.0)
     rows = [*pair_rows([caption(4, 1), caption(5, 2)]), Row(caption(3, 9), 1, 5, "negative")]
-    assert objective.planner(images(2), rows).image_of_row.tolist() == [0, 1, 1, 0]
+    assert objective.planner(images(2), rows).plan.image_of_row.tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ def fixture() -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
 def released_layers(objective, batch: Batch) -> dict[str, Tensor]:
     """Outputs of every block under the dump's names, on the dump's [B, L, D] grid (zero where nothing is computed)."""
     net, outputs, handles = objective.net, {}, []
-    num_rows, width = batch.text.shape
-    stream_cells = torch.cat([batch.l2r_index, batch.r2l_index + num_rows * width])
+    num_rows, width = batch.plan.text.shape
+    stream_cells = torch.cat([batch.plan.l2r_index, batch.plan.r2l_index + num_rows * width])
     stream_cells = stream_cells[(stream_cells // width % num_rows).argsort(stable=True)]  # caption by caption
 
     def watch(module, name, cells, streams):
@@ -81,7 +81,7 @@ def released_layers(objective, batch: Batch) -> dict[str, Tensor]:
         for number, layer in enumerate(text_layers):
             watch(layer, f"{half}{number}", stream_cells, (".fwd", ".rev"))
         for number, layer in enumerate(getattr(net, f"reconstructor_{half}")):
-            watch(layer, f"recon_{half}{number}", batch.query_index, ("",))
+            watch(layer, f"recon_{half}{number}", batch.plan.query_index, ("",))
     handles.append(net.vision.register_forward_hook(lambda _, __, output: outputs.update(vit_tokens=output.detach())))
     net(batch)
     for handle in handles:
@@ -140,8 +140,8 @@ def test_logits_equal_the_release():
     batch = dumped_batch(objective, tensors["image"], tensors["text_ids"], tensors["lengths"])
     with torch.no_grad():
         logits = objective.lm_head.logits(objective.net(batch).l2r)
-    width = batch.text.shape[1]
-    at = {divmod(cell, width): value for cell, value in zip(batch.l2r_index.tolist(), logits, strict=True)}
+    width = batch.plan.text.shape[1]
+    at = {divmod(cell, width): value for cell, value in zip(batch.plan.l2r_index.tolist(), logits, strict=True)}
     for row, n in enumerate(tensors["lengths"].tolist()[1:], start=1):
         for i in range(1, n - 1):
             theirs = tensors["logits_l2r_rows_1_to_3"][row - 1, i - 1]
@@ -157,11 +157,11 @@ def test_full_dump_of_the_release():
     batch = dumped_batch(objective, dump["inputs"]["image"], dump["inputs"]["text_ids"], lengths)
     assert_layers_equal(released_layers(objective, batch), dump["layers"], lengths)
     features = objective.net(batch)
-    width = batch.text.shape[1]
+    width = batch.plan.text.shape[1]
     for name, states, cells, first in (
-        ("recon", features.queries, batch.query_index, 1),
-        ("l2r", features.l2r, batch.l2r_index, 1),
-        ("r2l", features.r2l, batch.r2l_index, 2),
+        ("recon", features.queries, batch.plan.query_index, 1),
+        ("l2r", features.l2r, batch.plan.l2r_index, 1),
+        ("r2l", features.r2l, batch.plan.r2l_index, 2),
     ):
         position = batch.terms["flm" if name == "recon" else name].position
         logits = objective.lm_head.logits(states[position]).detach()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.batch import Batch, Row, Term
+from model.batch import Batch, Row, Term, TextPlan
 from model.config import Vocabulary
 from model.plans.flm import FLMPlanner
 from pipeline.loading.collate import Item, clean_caption, collate
@@ -29,16 +29,15 @@ class RecordingPlanner:
         text = torch.tensor([row.token_ids + [1] * (longest - len(row.token_ids)) for row in rows])
         nothing = torch.zeros(0, dtype=torch.int64)
         labels = torch.tensor([number for row in rows if row.role == "pair" for number in row.token_ids[1:-1]])
-        return Batch(
-            images=images,
+        plan = TextPlan(
             text=text,
             lengths=torch.tensor([len(row.token_ids) for row in rows]),
             image_of_row=torch.tensor([row.image for row in rows]),
-            **{f.name: nothing for f in fields(Batch) if f.name.endswith("_index")},
+            **{f.name: nothing for f in fields(TextPlan) if f.name.endswith("_index")},
             query_span=nothing.view(0, 2),
             prefix=torch.zeros(len(rows), dtype=torch.int64),
-            terms={"l2r": Term(torch.arange(len(labels)), labels)},
         )
+        return Batch(images, {"l2r": Term("l2r", torch.arange(len(labels)), labels)}, plan=plan)
 
 
 ITEMS = [
@@ -63,7 +62,7 @@ def test_own_captions_first_then_negatives():
     ]
     assert [row.seed for row in planner.rows[:4]] == [11, 12, 13, 14]
     assert len({row.seed for row in planner.rows}) == 6
-    assert batch.keys == ["a", "b", "c", "d"] and batch.text.shape == (6, 5)
+    assert batch.keys == ["a", "b", "c", "d"] and batch.plan.text.shape == (6, 5)
     assert batch.images.is_set_to(IMAGES)
 
 
@@ -71,7 +70,7 @@ def test_unusable_sample_keeps_its_slot():
     """Invariant 8."""
     batch = collate(ITEMS, IMAGES, RecordingPlanner())
     assert batch.problems == [("c", "truncated image")]
-    assert batch.lengths[2] == 2 and batch.counts == {"l2r": 4}
+    assert batch.plan.lengths[2] == 2 and batch.counts == {"l2r": 4}
 
 
 def test_a_batch_of_nothing_but_problems_has_its_shape():

@@ -68,8 +68,8 @@ def rows_by_sample(batches: list[Batch]) -> list[tuple]:
     samples = []
     for batch in batches:
         for number, key in enumerate(batch.keys):
-            mine = (batch.image_of_row == number).nonzero().flatten().tolist()
-            rows = tuple(tuple(batch.text[row, : batch.lengths[row]].tolist()) for row in mine)
+            mine = (batch.plan.image_of_row == number).nonzero().flatten().tolist()
+            rows = tuple(tuple(batch.plan.text[row, : batch.plan.lengths[row]].tolist()) for row in mine)
             samples.append((key, int(batch.images[number].sum()), rows))
     return samples
 
@@ -227,8 +227,12 @@ def test_unusable_samples_keep_their_slot_and_are_named(tmp_path, data):
         expected = {("k0001", "not an image"), ("k0003", "truncated image"), ("k0004", "empty caption")}
         assert set(batch.problems) == expected and len(batch.keys) == 6 and batch.images.shape == (6, 1, 3, SIZE, SIZE)
         bad_rows = [batch.keys.index(key) for key, _ in expected]
-        assert batch.lengths[bad_rows].tolist() == [2, 2, 2] and batch.images[bad_rows].sum() == 0
-        negatives = sum(len(batch.text[r]) for r in range(6, len(batch.text)) if int(batch.image_of_row[r]) in bad_rows)
+        assert batch.plan.lengths[bad_rows].tolist() == [2, 2, 2] and batch.images[bad_rows].sum() == 0
+        negatives = sum(
+            len(batch.plan.text[r])
+            for r in range(6, len(batch.plan.text))
+            if int(batch.plan.image_of_row[r]) in bad_rows
+        )
         assert negatives == 0
 
 

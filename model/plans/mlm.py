@@ -1,6 +1,6 @@
-"""Planning for the one-stream baselines: which tokens are masked, which are predicted (specification section 4).
+"""Plans of masked language modelling: which tokens are hidden, which of them are predicted (specification section 4).
 
-Pure functions of the rows, like model/plans/flm.py. Legend: n a row's length, k = n-2 its words.
+Legend: n a row's length, k = n-2 its words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.batch import Batch, Row
 from model.config import Vocabulary
-from model.plans.flm import Lists, assemble, padded_length, refuse_read_rows, row_generator
+from model.plans.builder import PlanBuilder, matched_rows, padded_length, refuse_read_rows, row_generator
 
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stays as it is (BERT, arXiv 1810.04805)
 
@@ -38,39 +38,32 @@ class MLMPlanner:
     full_stop: bool = False
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """images uint8 [B, I, 3, H, W]; rows 0..B-1 read images 0..B-1, further rows are negatives.
-
-        Where a row has the role "read", all rows may read any image.
-        """
-        num_positions = padded_length(max(len(row.token_ids) for row in rows))
-        contrasted = {row.image for row in rows if row.role == "negative"}
-        lists = Lists(("mlm", "itm"))
+        """images uint8 [B, I, 3, H, W]; any row may read any image."""
+        builder = PlanBuilder(padded_length(rows), {"mlm": ("l2r", "token"), "itm": ("l2r", "class")})
+        matched = matched_rows(rows)
         planned: list[Row] = []
         again: list[tuple[Row, np.ndarray, np.ndarray]] = []
         for number, row in enumerate(rows):
             masked, *more = self._maskings(row)
             again += more
-            states = self._add(lists, planned, masked, num_positions)
+            states = self._add(builder, planned, masked)
             if row.role == "read":
-                lists.read(number, states[:1])
-            if row.role == "negative" or (row.role == "pair" and row.image in contrasted):
-                lists.predict("itm", states[:1], np.array([int(row.role == "pair")]))
+                builder.add_feature("l2r", number, states[:1])
+            if number in matched:
+                builder.add_targets("itm", states[:1], [matched[number]])
         for masked in again:
-            self._add(lists, planned, masked, num_positions)
-        prefix = [len(row.token_ids) for row in planned]
-        return assemble(images, planned, num_positions, self.vocabulary, lists, prefix)
+            self._add(builder, planned, masked)
+        return builder.build(images, planned, self.vocabulary, prefix=[len(row.token_ids) for row in planned])
 
-    def _add(
-        self, lists: Lists, planned: list[Row], masked: tuple[Row, np.ndarray, np.ndarray], num_positions: int
-    ) -> np.ndarray:
-        """Has all states of a masked row computed and its targets predicted; returns the positions of the states."""
+    def _add(self, builder: PlanBuilder, planned: list[Row], masked: tuple[Row, np.ndarray, np.ndarray]) -> np.ndarray:
+        """Adds a masked row with all its states and its targets; returns the packed positions of the states."""
         row, targets, labels = masked
         if row.role == "placeholder":
             planned.append(row)
             return np.zeros(0, dtype=np.int64)
-        states = lists.compute("l2r", len(planned) * num_positions + np.arange(len(row.token_ids)))
+        states = builder.add_states("l2r", len(planned), np.arange(len(row.token_ids)))
         planned.append(row)
-        lists.predict("mlm", states[targets], labels)
+        builder.add_targets("mlm", states[targets], labels)
         return states
 
     def _maskings(self, row: Row) -> list[tuple[Row, np.ndarray, np.ndarray]]:
@@ -137,80 +130,6 @@ class ReleasedMLMPlanner(MLMPlanner):
         chosen = generator.permutation(self.max_text_length)[: max(1, round(self.max_text_length * self.mask_rate))]
         positions = np.sort(chosen[(chosen >= 1) & (chosen < len(row.token_ids) - 1)])
         return [(self._corrupted(row, positions, generator), positions, np.array(row.token_ids)[positions])]
-
-
-@dataclass(frozen=True)
-class PrefixPlanner:
-    """AR and PrefixLM: every token after the prefix is predicted from the state before it.
-
-    ``term`` names the loss. ``prefix_share`` of the words (rounded down, at most all but one) and `<s>` see each other;
-    0 is AR; null draws the number of words uniformly from 0..k-1 for every row. ``itm`` reads the state of `</s>`.
-    In read rows nothing is predicted, so where the number is drawn all words see each other.
-    """
-
-    term: str
-    vocabulary: Vocabulary
-    prefix_share: float | None
-    negative_share: float
-    full_stop: bool = False
-
-    def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`MLMPlanner`."""
-        num_positions = padded_length(max(len(row.token_ids) for row in rows))
-        contrasted = {row.image for row in rows if row.role == "negative"}
-        lists = Lists((self.term, "itm"))
-        prefixes = []
-        for number, row in enumerate(rows):
-            ids = np.array(row.token_ids)
-            prefixes.append(self._prefix(row))
-            if row.role == "placeholder":
-                continue
-            matched = row.role == "negative" or (row.role == "pair" and row.image in contrasted)
-            read_whole = matched or row.role == "read"  # else nobody reads the state of </s>
-            cells = number * num_positions + np.arange(len(ids) if read_whole else len(ids) - 1)
-            states = lists.compute("l2r", cells)
-            if row.role == "pair":
-                targets = np.arange(max(prefixes[-1], 1), len(ids))
-                lists.predict(self.term, states[targets - 1], ids[targets])
-            if matched:
-                lists.predict("itm", states[-1:], np.array([int(row.role == "pair")]))
-            if row.role == "read":
-                lists.read(number, states[-1:])
-        return assemble(images, rows, num_positions, self.vocabulary, lists, prefixes)
-
-    def _prefix(self, row: Row) -> int:
-        """Number of states that see each other, `<s>` included; 0 where no word is among them."""
-        num_words = len(row.token_ids) - 2
-        if num_words < 1 or self.prefix_share == 0:
-            return 0
-        if self.prefix_share is None and row.role == "read":
-            share = num_words
-        elif self.prefix_share is None:
-            share = int(row_generator(row.seed).integers(0, num_words))
-        else:
-            share = min(int(self.prefix_share * num_words), num_words - 1)
-        return share + 1 if share else 0
-
-
-@dataclass(frozen=True)
-class ReleasedARPlanner:
-    """AR as released: `<s>` sees all and is seen by none, so the first word is never predicted."""
-
-    vocabulary: Vocabulary
-    negative_share: float = 0.0
-    full_stop: bool = True
-
-    def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`MLMPlanner`; there are no negatives. Raises ValueError for read rows."""
-        refuse_read_rows(rows)
-        num_positions = padded_length(max(len(row.token_ids) for row in rows))
-        lists = Lists(("ar",))
-        for number, row in enumerate(rows):
-            if row.role == "pair":
-                ids = np.array(row.token_ids)
-                states = lists.compute("l2r", number * num_positions + np.arange(len(ids)))
-                lists.predict("ar", states[1:-1], ids[2:])
-        return assemble(images, rows, num_positions, self.vocabulary, lists)
 
 
 def rounded(value: float, generator: np.random.Generator) -> int:

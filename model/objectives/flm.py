@@ -1,0 +1,27 @@
+"""The objective FLM: reconstruction of every word, beside the two language-model losses."""
+
+from __future__ import annotations
+
+from model.batch import Planner
+from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.flm import FLM
+from model.objectives.pretraining import Pretraining
+from model.plans.flm import FLMPlanner, ReleasedPlanner
+
+
+def flm(
+    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+) -> Pretraining:
+    """Reconstruction of all words and the two language-model losses (specification section 5).
+
+    Total = (flm + a l2r + b r2l) / (1 + a + b) + c itm, each a mean over its targets.
+    """
+    planner: Planner
+    if model.behaviour == "released":
+        planner = ReleasedPlanner(vocabulary, objective.corruption_rate, max_text_length)
+    else:
+        centred = objective.span_placement == "centred"
+        planner = FLMPlanner(vocabulary, objective.corruption_rate, share, centred=centred)
+    total = 1 + objective.l2r_weight + objective.r2l_weight
+    weights = {"flm": 1 / total, "l2r": objective.l2r_weight / total, "r2l": objective.r2l_weight / total}
+    return Pretraining(model, objective, FLM(model, vocabulary), planner, weights)

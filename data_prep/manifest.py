@@ -237,10 +237,10 @@ def _check_files(split_dir: Path, shard: Shard) -> None:
             )
 
 
-def find_splits(path: Path, split: str, num_images: int = 1) -> list[Path]:
+def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path]:
     """Folders of ``split`` at ``path``: a split folder, a corpus (SPLIT/) or a root of corpora (CORPUS/SPLIT/).
 
-    Corpora of another number of images per sample are passed over in a root and refused when named. Raises
+    Corpora of another number of images per sample (None: any) are passed over in a root and refused when named. Raises
     ManifestError, naming the command to run, when nothing is there or something is half-written.
     """
     path = Path(path)
@@ -248,7 +248,7 @@ def find_splits(path: Path, split: str, num_images: int = 1) -> list[Path]:
         raise ManifestError(f"{path}: no such folder; run `python -m data_prep synth` or name one by --data DIR")
     if is_split(path):
         found = _manifest_identity(path)
-        if found != (split, num_images):
+        if found != (split, found[1] if num_images is None else num_images):
             expected = f"expected split {split!r} with {num_images} image(s)"
             raise ManifestError(f"{path}: holds split {found[0]!r} with {found[1]} image(s) per sample, {expected}")
         return [path]
@@ -263,7 +263,7 @@ def find_splits(path: Path, split: str, num_images: int = 1) -> list[Path]:
                 "remove it or prepare it again (`python -m data_prep --help`)"
             )
     splits = [candidate for candidate in candidates if is_split(candidate)]
-    matching = [candidate for candidate in splits if _manifest_identity(candidate)[1] == num_images]
+    matching = [candidate for candidate in splits if num_images in (None, _manifest_identity(candidate)[1])]
     if not matching:
         reason = f"none has {num_images} image(s) per sample" if splits else _what_is_there(path)
         raise ManifestError(

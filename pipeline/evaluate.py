@@ -19,6 +19,7 @@ from pipeline.config.command_line import load_config
 from pipeline.config.options import fail
 from pipeline.distributed.preempt import EXIT_PREEMPTED, StopRequest
 from pipeline.tasks.evaluation import evaluate_run
+from pipeline.tasks.table import task_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         config.data.paths = arguments.data or config.data.paths
         config.data.eval_split = arguments.split or config.data.eval_split
         config.train.eval_samples = arguments.samples
-        values = evaluate_run(arguments.run, config, device, StopRequest().listen())
+        values = evaluate_run(arguments.run, config, task_of(config), device, StopRequest().listen())
     except ValueError as error:
         return fail(error)
     if values is None:

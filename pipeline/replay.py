@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from pipeline.config.options import fail
+from pipeline.tasks.table import task_of
 from pipeline.training.replay import load_replay, print_comparison, run_sample, run_step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     try:
-        replay = load_replay(options.incident, torch.device(options.device), options.data)
+        replay = load_replay(options.incident, torch.device(options.device), task_of, options.data)
         if options.sample is not None:
             return run_sample(replay, options.sample)
         run_step(replay)

@@ -10,6 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: not pipel
 
 import os  # noqa: E402
 import traceback  # noqa: E402
+from typing import Any  # noqa: E402
 
 from data_prep.manifest import ManifestError, find_splits  # noqa: E402
 from pipeline.config.command_line import Launch, describe, parse_command_line  # noqa: E402
@@ -33,7 +34,7 @@ def check_prepared(launch: Launch) -> None:
     """Raise ConfigError naming the command to run first, when the training data is not there."""
     for path, _ in weighted_paths(launch.config.data):
         try:
-            find_splits(path, launch.config.data.train_split)
+            find_splits(path, launch.config.data.train_split, num_images=None)
         except ManifestError as error:
             if path.is_dir():
                 raise
@@ -44,17 +45,22 @@ def check_prepared(launch: Launch) -> None:
     tokenizer_source(launch.config.data)
 
 
-def run(launch: Launch) -> int:
-    """Connect the ranks, set up, train; never returns where a rank must leave by itself."""
+def run(launch: Launch, task: Any = None) -> int:
+    """Connect the ranks, set up, train; never returns where a rank must leave by itself.
+
+    ``task`` (a ``tasks.task.Task``) is the one that the configuration names, if not given.
+    """
 
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         keep_freed_memory()
+    from pipeline.distributed.preempt import StopRequest
     from pipeline.distributed.ranks import Agreement, connect, discover, leave, lost_rank
+    from pipeline.tasks.table import task_of
     from pipeline.training.loop import train
-    from pipeline.training.session import choose_device, resolve_ds_config, set_up
+    from pipeline.training.session import Ranks, choose_device, resolve_ds_config, set_up
 
     try:
         place, device = choose_device(discover(os.environ))
@@ -66,7 +72,8 @@ def run(launch: Launch) -> int:
     try:
         if place.is_main:
             print(describe(launch), flush=True)
-        session = set_up(launch, ds_config, place, device, agreement)
+        task = task or task_of(launch.config)
+        session = set_up(launch, ds_config, task, Ranks(place, device, agreement, StopRequest().listen()))
     except ValueError as error:
         leave(fail(error, place.is_main))
     except BaseException:  # said, and the process ended: the other ranks would wait for this one for ever

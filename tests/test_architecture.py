@@ -42,6 +42,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "tasks": ("config", "distributed", "data", "checkpoint", "weights", "loading"),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
+            "tasks.task",
             "tasks.evaluation",
         ),
         "programs": (
@@ -54,7 +55,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
         "core": (
             *("batch", "config", "masks", "attention", "layers", "dropout", "heads", "text", "reconstructor"),
-            *("torchvision_shim", "flops"),
+            *("torchvision_shim", "flops", "census"),
         ),
         "networks": ("towers", "flm", "one_stream"),
         "programs": ("build",),
@@ -65,7 +66,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             *("record", "scenes", "shard_writer", "sources", "synth", "tables", "tokenizer", "verbs", "verify"),
         )
     },
-    "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert")},
+    "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census")},
 }
 LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
     "data_prep/all": "its wings come with the corpora (docs/architecture.md)",

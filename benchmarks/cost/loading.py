@@ -28,11 +28,12 @@ from model.config import ObjectiveConfig
 from model.plans.flm import FLMPlanner
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus, open_corpora
-from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, decode_image, draft_size
-from pipeline.loading.collate import clean_caption, collate
-from pipeline.loading.datasets import SampleReader, TrainDataset
+from pipeline.loading.collate import collate
+from pipeline.loading.datasets import Preparation, SampleReader, TrainDataset
 from pipeline.loading.loader import LoaderOptions, build_train_loader
+from pipeline.tasks.caption_rows import CaptionRows
 
 SEED = 0
 MODES = {"exact": False, "fast": True}  # name -> data.fast_decode
@@ -100,15 +101,15 @@ def measure(corpora: list[Corpus], arguments: argparse.Namespace) -> dict[str, A
     }
     for workers in arguments.workers:
         runs = {"bare": partial(bare_rate, encoded, arguments.image_size, workers, arguments.micro_batch)}
+        preparation = Preparation(
+            CaptionRows(tokenizer, MAX_TEXT_LENGTH, OBJECTIVE.negative_share), planner, arguments.image_size
+        )
         for name, fast in MODES.items():
             loader = partial(
                 build_train_loader,
                 corpora,
                 order,
-                planner,
-                tokenizer,
-                image_size=arguments.image_size,
-                max_text_length=MAX_TEXT_LENGTH,
+                preparation,
                 micro_batch=arguments.micro_batch,
                 accumulation=1,
                 rank=0,
@@ -177,9 +178,8 @@ def stages(
 ) -> dict[str, float]:
     """Milliseconds per sample of each stage in this process, median over parts of one micro-batch."""
     draft, transform = draft_size(arguments.image_size, fast), clip_transform(arguments.image_size, fast)
-    reader = SampleReader(
-        corpora, tokenizer, transform, MAX_TEXT_LENGTH, OBJECTIVE.negative_share, False, DEFAULT_MAX_PIXELS, draft
-    )
+    maker = CaptionRows(tokenizer, MAX_TEXT_LENGTH, OBJECTIVE.negative_share)
+    reader = SampleReader(corpora, maker, transform, DEFAULT_MAX_PIXELS, draft)
     dataset, batch = TrainDataset(reader, order, SEED), arguments.micro_batch
     out = torch.zeros((batch, *reader.image_shape), dtype=torch.uint8)
     times: dict[str, list[float]] = {}

@@ -116,7 +116,9 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
     from model.plans.flm import FLMPlanner
     from pipeline.config.options import Config
     from pipeline.distributed.ranks import Place
-    from pipeline.loading.open_data import open_training_data, train_loader
+    from pipeline.loading.datasets import Preparation
+    from pipeline.loading.open_data import TrainingBatches, open_training_data
+    from pipeline.tasks.caption_rows import CaptionRows
 
     torch.set_num_threads(1)
     imported, memory_before, before_s = time.perf_counter(), rss_mib(os.getpid()), cpu_seconds(os.getpid())
@@ -125,8 +127,10 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
     data = open_training_data(config)
     opened = time.perf_counter()
     planner = FLMPlanner(data.tokenizer.vocabulary, 0.4, negative_share=config.objective.negative_share)
-    loader = train_loader(config, data, planner, Place(0, 1, 0, "single"), 64, step, False)
-    batches = iter(loader)
+    maker = CaptionRows(data.tokenizer, config.data.max_text_length, config.objective.negative_share)
+    preparation = Preparation(maker, planner, config.model.vision.image_size)
+    loader = TrainingBatches(config, data, preparation, Place(0, 1, 0, "single"), 64, pin=False)
+    batches = loader.start(step)
     batch = next(batches)
     ready, ready_at = time.perf_counter(), time.time()
     assert len(batch.keys) == 64 and not batch.problems

@@ -29,14 +29,16 @@ import webdataset
 
 from benchmarks.cost.loading import machine, rate, train_tokenizer
 from benchmarks.cost.opening import data_prep
-from model.batch import Batch
+from model.batch import Batch, Row
 from model.plans.flm import FLMPlanner
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus, open_corpora
-from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import clip_transform, decode_image, draft_size
-from pipeline.loading.collate import Item, clean_caption, collate
+from pipeline.loading.collate import Item, collate
+from pipeline.loading.datasets import Preparation
 from pipeline.loading.loader import LoaderOptions, build_train_loader
+from pipeline.tasks.caption_rows import CaptionRows
 
 MICRO_BATCH, MAX_TEXT_LENGTH, PREFETCH = 64, 50, 4
 JUMP_ROWS, JUMP_SHARDS, JUMP_PROCESSES, JUMP_SAMPLES = 10_000_000, 1000, 8, 65_536
@@ -130,9 +132,11 @@ def our_batches(
 ) -> Iterable[Batch]:
     """One epoch through our loader."""
     options = LoaderOptions(num_workers=arguments.workers, prefetch=PREFETCH, fast_decode=True)
-    shape = dict(image_size=arguments.image_size, max_text_length=MAX_TEXT_LENGTH, micro_batch=MICRO_BATCH)
-    place = dict(accumulation=1, rank=0, world=1, start_step=0, num_steps=steps, seed=0, options=options)
-    return build_train_loader(corpora, order, planner, tokenizer, **shape, **place)
+    preparation = Preparation(CaptionRows(tokenizer, MAX_TEXT_LENGTH), planner, arguments.image_size)
+    place = dict(
+        micro_batch=MICRO_BATCH, accumulation=1, rank=0, world=1, start_step=0, num_steps=steps, seed=0, options=options
+    )
+    return build_train_loader(corpora, order, preparation, **place)
 
 
 class Work:
@@ -150,7 +154,7 @@ class Work:
             self._transform(decode_image(sample["jpg"], draft_size=self._draft), images[len(items), 0])
             caption = json.loads(sample["json"])["captions"][0]
             words = self._tokenizer.encode(clean_caption(caption, False), MAX_TEXT_LENGTH)
-            items.append(Item(sample["__key__"], seed=len(items), token_ids=words))
+            items.append(Item(sample["__key__"], [Row(words, 0, seed=len(items))]))
             if len(items) == MICRO_BATCH:
                 yield collate(items, images, self._planner)
                 items = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.data.shard_reader import Corpus
-from pipeline.loading.collate import clean_caption
+from pipeline.data.tokenizer import clean_caption
 from pipeline.tasks.captioning import Captioner, Item, items_of_corpora
 
 UNKNOWN = -1  # label of an answer that no training question has

@@ -73,8 +73,3 @@ def write_best(run: Path, best: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
     os.replace(temporary, folder / BEST_NAME)
     sync_directory(folder)
-
-
-def is_better(metric: str, value: float, than: float) -> bool:
-    """Lower is better, but for accuracies."""
-    return value > than if metric.endswith("accuracy") else value < than

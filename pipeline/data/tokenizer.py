@@ -132,3 +132,15 @@ def _special_ids(tokenizer: Any, source: str) -> dict[str, int]:
             f"tokenizer {source}: special tokens share ids ({found}), FLM needs them apart; {_HOW_TO_GET_ONE}"
         )
     return found
+
+
+def clean_caption(text: str, full_stop: bool) -> str:
+    """``text`` with every run of white space as one blank and none at the ends; "" if no word is left.
+
+    With ``full_stop`` trailing full stops are replaced by exactly one (specification 6.1, the released behaviour).
+    """
+    text = " ".join(text.split())
+    if not full_stop:
+        return text
+    text = text.rstrip(". ")
+    return f"{text}." if text else ""

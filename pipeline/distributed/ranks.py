@@ -100,6 +100,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.is_main = self.alone or dist.get_rank() == 0
         self._group = None if self.alone else dist.new_group(backend="gloo", timeout=_SILENCE)
 
     def total(self, numbers: Sequence[int] | Sequence[float]) -> list[float]:

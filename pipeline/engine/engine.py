@@ -53,14 +53,14 @@ class StepResult:
 
 
 class _Pass(nn.Module):
-    """Sends training and scoring through one forward, because ZeRO-3 gathers parameters around forward only."""
+    """Sends everything through one forward, because ZeRO-3 gathers parameters around forward only."""
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         self.objective = objective
 
-    def forward(self, batch: Batch, score: bool = False) -> dict[str, Any]:
-        return self.objective.score(batch) if score else self.objective(batch)
+    def forward(self, batch: Batch, function: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
+        return self.objective(batch) if function is None else function(self.objective, batch)
 
 
 class TrainEngine:
@@ -212,12 +212,15 @@ class TrainEngine:
             yield name, gradient if gradient is None else gradient / scale, self._full_state.master(parameter)
 
     @contextmanager
-    def scoring(self) -> Iterator[Callable[[Batch], dict[str, tuple[Tensor, Tensor]]]]:
-        """A function batch -> {term: (loss sum, number correct)} in evaluation mode, training mode restored after."""
+    def scoring(self) -> Iterator[Callable[[Callable[[nn.Module, Batch], Any], Batch], Any]]:
+        """Runs functions of (objective, batch) in evaluation mode and without gradients; training mode restored after.
+
+        Every rank must run as many: at ZeRO-3 parameters are gathered on the way.
+        """
         self._deepspeed.eval()
         try:
             with torch.no_grad():
-                yield lambda batch: self._deepspeed(batch.to(self.device), score=True)
+                yield lambda function, batch: self._deepspeed(batch.to(self.device), function)
         finally:
             self._deepspeed.train()
 

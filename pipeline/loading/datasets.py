@@ -4,30 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from pipeline.data.order import SampleOrder, mix_words, sample_seed
-from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import TextTokenizer
+from model.batch import Planner, Row
+from pipeline.data.order import SampleOrder, sample_seed
+from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.transforms import ClipTransform, UnusableSample, decode_image
-from pipeline.loading.collate import Item, clean_caption
+from pipeline.loading.collate import Item
 
 Started = Callable[[int, int], None]  # is told corpus and row of the sample that is read next
-_NEGATIVE_TRIES = 8
+
+
+@dataclass(frozen=True)
+class OtherRows:
+    """The texts of a corpus that a sample may be contrasted with: all of it, or the rows that are read together."""
+
+    corpus: Corpus
+    own: int  # row of the sample itself
+    numbers: range
+
+    def text(self, choice: int) -> str | None:
+        """The text of one of them, ``choice`` modulo their number; None for the own row and for what cannot be read."""
+        number = self.numbers[choice % len(self.numbers)]
+        if number == self.own:
+            return None
+        try:
+            return self.corpus.read_text(number)
+        except UnusableSample:
+            return None  # counted when its own turn comes
+
+
+class RowMaker(Protocol):
+    """What a task makes of one sample; runs in the loader's processes."""
+
+    def rows(self, sample: RawSample, seed: int, others: OtherRows) -> list[Row]:
+        """Rows of a sample, images counted from 0; everything random comes from ``seed``. Raises UnusableSample."""
+
+    def placeholder(self, key: str) -> list[Row]:
+        """Rows without targets that keep the slot of an unusable sample."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How samples of a task become a batch: rows of a sample, plan of a batch, images of ``image_size`` pixels."""
+
+    maker: RowMaker
+    planner: Planner
+    image_size: int
 
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads, decodes, resizes and tokenises one sample; everything random comes from the seed it is given."""
+    """Reads, decodes and resizes one sample and has its rows made."""
 
     corpora: Sequence[Corpus]
-    tokenizer: TextTokenizer
+    maker: RowMaker
     transform: ClipTransform
-    max_text_length: int
-    negative_share: float
-    full_stop: bool
     max_pixels: int
     draft_size: int | None
 
@@ -51,42 +86,20 @@ class SampleReader:
         """Row ``index`` of a corpus; its images, or those of row ``image_index``, are written into ``out``.
 
         ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder. Where ``near`` names
-        rows that are read together, a negative caption is one of theirs.
+        rows that are read together, other texts are theirs.
         """
+        read = self.corpora[corpus]
+        numbers = near if near is not None and len(near) > 1 else range(len(read))
         try:
-            sample = self.corpora[corpus].read(index)
-            encoded = sample.images if image_index is None else self.corpora[corpus].read(image_index).images
-            text = clean_caption(sample.text, self.full_stop)
-            if not text:
-                raise UnusableSample(sample.key, "empty caption")
+            sample = read.read(index)
+            encoded = sample.images if image_index is None else read.read(image_index).images
+            rows = self.maker.rows(sample, seed, OtherRows(read, index, numbers))
             for slot, data in enumerate(encoded):
                 self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size), out[slot])
         except UnusableSample as error:
             out.zero_()
-            vocabulary = self.tokenizer.vocabulary
-            return Item(error.key, seed, [vocabulary.bos_id, vocabulary.eos_id], None, error.reason)
-        own = [text, *(clean_caption(c, self.full_stop) for c in sample.meta.get("captions", ()) if isinstance(c, str))]
-        return Item(sample.key, seed, self._encode(text), self._negative(corpus, index, seed, own, near))
-
-    def _negative(self, corpus: int, index: int, seed: int, own: list[str], near: range | None) -> list[int] | None:
-        """For a share of samples the caption of another row of the corpus, unlike every caption of this sample."""
-        rows = near if near is not None and len(near) > 1 else range(len(self.corpora[corpus]))
-        if mix_words(seed, "has negative") >= self.negative_share * 2**64:
-            return None
-        for attempt in range(_NEGATIVE_TRIES):
-            other = rows[mix_words(seed, "negative", attempt) % len(rows)]
-            if other == index:
-                continue
-            try:
-                text = clean_caption(self.corpora[corpus].read_text(other), self.full_stop)
-            except UnusableSample:
-                continue  # counted when its own turn comes
-            if text and text not in own:
-                return self._encode(text)
-        return None  # all captions drawn are this sample's own
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, self.max_text_length)
+            return Item(error.key, self.maker.placeholder(error.key), error.reason)
+        return Item(sample.key, rows)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from model.batch import Batch, Planner
 from pipeline.data.order import SampleOrder, micro_batch_positions
 from pipeline.data.shard_files import LostCorpus
 from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 from pipeline.loading.collate import collate
-from pipeline.loading.datasets import EvalDataset, SampleReader, TrainDataset
+from pipeline.loading.datasets import EvalDataset, Preparation, SampleReader, TrainDataset
 from pipeline.loading.desks import Desks
 from pipeline.loading.shared_batches import Numbered, Parcel, Slots
 
@@ -220,11 +219,8 @@ class BatchLoader:
 def build_train_loader(
     corpora: Sequence[Corpus],
     order: SampleOrder,
-    planner: Planner,
-    tokenizer: TextTokenizer,
+    preparation: Preparation,
     *,
-    image_size: int,
-    max_text_length: int,
     micro_batch: int,
     accumulation: int,
     rank: int,
@@ -240,18 +236,16 @@ def build_train_loader(
 
     Whatever the topology, step s holds the samples at positions [s*G, (s+1)*G) of ``order``, G the global batch.
     """
-    reader = _reader(corpora, planner, tokenizer, image_size, max_text_length, options)
+    reader = _reader(corpora, preparation, options)
     batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(passed_by))
-    return BatchLoader(TrainDataset(reader, order, seed), batches, len(batches), planner, options, accumulation)
+    dataset = TrainDataset(reader, order, seed)
+    return BatchLoader(dataset, batches, len(batches), preparation.planner, options, accumulation)
 
 
 def build_eval_loader(
     corpora: Sequence[Corpus],
-    planner: Planner,
-    tokenizer: TextTokenizer,
+    preparation: Preparation,
     *,
-    image_size: int,
-    max_text_length: int,
     batch_size: int,
     rank: int,
     world: int,
@@ -264,30 +258,20 @@ def build_eval_loader(
 
     Ranks may get different numbers of batches, also none: see ``BatchLoader.most_batches``.
     """
-    reader = _reader(corpora, planner, tokenizer, image_size, max_text_length, options)
+    reader = _reader(corpora, preparation, options)
     dataset = EvalDataset(reader, seed, max_samples, shuffle_images)
     all_batches = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
     most = -(-len(all_batches) // world)
-    return BatchLoader(dataset, all_batches[rank::world], most, planner, options, persistent=True)
+    return BatchLoader(dataset, all_batches[rank::world], most, preparation.planner, options, persistent=True)
 
 
-def _reader(
-    corpora: Sequence[Corpus],
-    planner: Planner,
-    tokenizer: TextTokenizer,
-    image_size: int,
-    max_text_length: int,
-    options: LoaderOptions,
-) -> SampleReader:
+def _reader(corpora: Sequence[Corpus], preparation: Preparation, options: LoaderOptions) -> SampleReader:
     return SampleReader(
         corpora=corpora,
-        tokenizer=tokenizer,
-        transform=clip_transform(image_size, options.fast_decode),
-        max_text_length=max_text_length,
-        negative_share=planner.negative_share,
-        full_stop=planner.full_stop,
+        maker=preparation.maker,
+        transform=clip_transform(preparation.image_size, options.fast_decode),
         max_pixels=options.max_pixels,
-        draft_size=draft_size(image_size, options.fast_decode),
+        draft_size=draft_size(preparation.image_size, options.fast_decode),
     )
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from data_prep.manifest import ManifestError, find_splits
-from model.batch import Batch, Planner, Row
+from model.batch import Batch
 from pipeline.config.options import Config, ConfigError, tokenizer_source, weighted_paths
 from pipeline.data.order import ORDER_VERSION, SampleOrder
 from pipeline.data.shard_reader import Corpus, open_corpora
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.data.transforms import TRANSFORM_VERSION
 from pipeline.distributed.ranks import Place
+from pipeline.loading.datasets import Preparation
 from pipeline.loading.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
 
 MAX_EVAL_WORKERS = 2
@@ -32,14 +33,14 @@ class TrainingData:
     tokenizer: TextTokenizer
 
 
-def open_training_data(config: Config) -> TrainingData:
-    """Open everything once, checking sizes; raises ValueError in one line for what is missing or does not fit."""
+def open_training_data(config: Config, num_images: int = 1) -> TrainingData:
+    """Open everything once, corpora of ``num_images`` a sample; raises ValueError in one line for what does not fit."""
     tokenizer = load_tokenizer(tokenizer_source(config.data))
     corpora: list[Corpus] = []
     weights: list[float] = []
     weighted = weighted_paths(config.data)
     for path, weight in weighted:
-        found = open_corpora([path], config.data.train_split)
+        found = open_corpora([path], config.data.train_split, num_images)
         total = sum(len(corpus) for corpus in found)
         corpora += found
         weights += [(1.0 if weight is None else weight) * len(corpus) / total for corpus in found]
@@ -54,10 +55,10 @@ def open_training_data(config: Config) -> TrainingData:
             f"{config.optim.batch_size}; use a smaller batch or prepare more data"
         )
     explicit = any(weight is not None for _, weight in weighted)
-    return TrainingData(corpora, weights if explicit else None, open_held_out(config), tokenizer)
+    return TrainingData(corpora, weights if explicit else None, open_held_out(config, num_images), tokenizer)
 
 
-def open_held_out(config: Config) -> list[Corpus]:
+def open_held_out(config: Config, num_images: int = 1) -> list[Corpus]:
     """The corpora of ``data.eval_split``; paths without that split are passed over, half-written ones refused."""
     split = config.data.eval_split
     if split is None:
@@ -65,12 +66,12 @@ def open_held_out(config: Config) -> list[Corpus]:
     found: list[Corpus] = []
     for path, _ in weighted_paths(config.data):
         try:
-            find_splits(path, split)
+            find_splits(path, split, num_images)
         except ManifestError:
             if (path / split).exists() or any(path.glob(f"*/{split}")):
                 raise
             continue
-        found += open_corpora([path], split)
+        found += open_corpora([path], split, num_images)
     return found
 
 
@@ -114,54 +115,60 @@ def data_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def train_loader(
-    config: Config,
-    data: TrainingData,
-    planner: Planner,
-    place: Place,
-    accumulation: int,
-    start_step: int,
-    pin: bool,
-    passed_by: Collection[int] = (),
-) -> BatchLoader:
-    """This rank's micro-batches from step ``start_step`` to the last, ``accumulation`` per step, none for the steps
-    ``passed_by``. To go on from another step: ``close`` the loader and make another."""
-    return build_train_loader(
-        data.corpora,
-        sample_order(config, data),
-        planner,
-        data.tokenizer,
-        image_size=config.model.vision.image_size,
-        max_text_length=config.data.max_text_length,
-        micro_batch=config.optim.micro_batch_size,
-        accumulation=accumulation,
-        rank=place.rank,
-        world=place.world_size,
-        start_step=start_step,
-        num_steps=config.train.steps,
-        seed=config.train.seed,
-        options=_options(config, pin),
-        passed_by=passed_by,
-    )
+class TrainingBatches:
+    """This rank's micro-batches of a run, from any step on; the steps that the run skips are not read."""
+
+    def __init__(
+        self, config: Config, data: TrainingData, preparation: Preparation, place: Place, accumulation: int, pin: bool
+    ) -> None:
+        self._config, self._data, self._preparation, self._place = config, data, preparation, place
+        self._accumulation, self._pin = accumulation, pin
+        self._loader: BatchLoader | None = None
+
+    def start(self, step: int, skipped: Collection[int] = ()) -> Iterator[Batch]:
+        """Micro-batches from step ``step`` to the last, ``accumulation`` per step, none for the ``skipped`` steps."""
+        self.close()
+        config = self._config
+        self._loader = build_train_loader(
+            self._data.corpora,
+            sample_order(config, self._data),
+            self._preparation,
+            micro_batch=config.optim.micro_batch_size,
+            accumulation=self._accumulation,
+            rank=self._place.rank,
+            world=self._place.world_size,
+            start_step=step,
+            num_steps=config.train.steps,
+            seed=config.train.seed,
+            options=loader_options(config, self._pin),
+            passed_by=skipped,
+        )
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """End the loader's processes, also in the middle of a batch."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def failure(self, error: BaseException) -> Exception | None:
+        """What went wrong in loading, if ``error`` comes from there."""
+        return None if self._loader is None else self._loader.failure(error)
 
 
 def eval_loader(
     config: Config,
     corpora: list[Corpus],
-    tokenizer: TextTokenizer,
-    planner: Planner,
+    preparation: Preparation,
     place: Place,
     pin: bool,
-    shuffle_images: bool,
+    shuffle_images: bool = False,
 ) -> BatchLoader:
     """Each held-out sample once over all ranks, with its own image or with another sample's."""
-    options = _options(config, pin)
+    options = loader_options(config, pin)
     return build_eval_loader(
         corpora,
-        planner,
-        tokenizer,
-        image_size=config.model.vision.image_size,
-        max_text_length=config.data.max_text_length,
+        preparation,
         batch_size=config.optim.micro_batch_size,
         rank=place.rank,
         world=place.world_size,
@@ -172,14 +179,14 @@ def eval_loader(
     )
 
 
-def placeholder_batch(config: Config, tokenizer: TextTokenizer, planner: Planner) -> Batch:
+def placeholder_batch(preparation: Preparation, num_images: int = 1) -> Batch:
     """A batch without targets, for a rank that has run dry while others still compute together."""
-    size = config.model.vision.image_size
-    row = Row([tokenizer.vocabulary.bos_id, tokenizer.vocabulary.eos_id], image=0, seed=0, role="placeholder")
-    return planner(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [row])
+    size = preparation.image_size
+    images = torch.zeros((1, num_images, 3, size, size), dtype=torch.uint8)
+    return preparation.planner(images, preparation.maker.placeholder(""))
 
 
-def _options(config: Config, pin: bool) -> LoaderOptions:
+def loader_options(config: Config, pin: bool) -> LoaderOptions:
     data = config.data
     return LoaderOptions(
         num_workers=min(data.num_workers, os.cpu_count() or 1),  # changes no batch; more than cores only contend

@@ -26,6 +26,7 @@ SHUFFLED = "shuffled/"  # before the names of held-out numbers that were measure
 TERM_COLOURS = {"flm": 0, "mlm": 0, "ar": 0, "prefixlm": 0, "l2r": 1, "r2l": 2, "itm": 3, "loss": 5}  # in every figure
 EVENTS_SHOWN = 100  # the latest; log.jsonl has all
 _BOOKKEEPING = {"kind", "step", "time"}
+_NOT_SCORES = {"seconds", "bad_samples"}  # of the records of evaluations
 
 
 class ReportError(ValueError):
@@ -89,7 +90,7 @@ def write_report(run_dir: Path) -> Path:
         evaluated=[run.held_out[0]["step"], run.held_out[-1]["step"]] if run.held_out else [],
         figures=[figure for figure in figures(run) if figure is not None],
         events=[event(record) for record in run.events[-EVENTS_SHOWN:]],
-        environment=list(leaves(run.environment)),
+        environment=[pair for pair in leaves(run.environment) if not pair[0].startswith("better.")],
         config=yaml.safe_dump(run.config, sort_keys=False) if run.config else "",
         deepspeed=json.dumps(run.deepspeed, indent=2) if run.deepspeed else "",
     )
@@ -200,7 +201,7 @@ def held_out_rows(records: list[dict[str, Any]]) -> list[Row]:
     """One row per held-out number, in the order in which they were logged."""
     rows = []
     for name in _names(records):
-        if name.startswith(SHUFFLED) or not ("loss" in name or "accuracy" in name):
+        if name.startswith(SHUFFLED) or name in _NOT_SCORES:
             continue
         values = [record[name] for record in records if isinstance(record.get(name), (int, float))]
         others = [record[SHUFFLED + name] for record in records if SHUFFLED + name in record]
@@ -226,11 +227,7 @@ def figures(run: Run) -> Iterable[Figure | None]:
     losses = [name for name in _names(run.train) if _is_loss(name)]
     yield _figure("Training loss", "mean over the targets of all ranks; the thick line is smoothed",
                   run.train, losses, smooth=True)  # fmt: skip
-    for quantity, better in (("loss", "lower"), ("accuracy", "higher")):
-        names = [name for name in _names(run.held_out) if quantity in name]
-        has_shuffled = any(name.startswith(SHUFFLED) for name in names)
-        note = f"{better} is better" + ("; dashed: with another sample's image" if has_shuffled else "")
-        yield _figure(f"Held-out {quantity}", note, run.held_out, names)
+    yield from _held_out_figures(run)
     for title, note, accept in (
         (
             "Learning rate",
@@ -246,6 +243,29 @@ def figures(run: Run) -> Iterable[Figure | None]:
         ("Trouble", "unusable samples and skipped steps so far", lambda n: n in ("bad_samples", "skipped_steps")),
     ):
         yield _figure(title, note, run.train, [name for name in _names(run.train) if accept(name)], from_zero=True)
+
+
+def _held_out_figures(run: Run) -> Iterable[Figure | None]:
+    """Losses together, accuracies together, every other held-out number by itself; each says which way is better."""
+    names = [name for name in _names(run.held_out) if name.removeprefix(SHUFFLED) not in _NOT_SCORES]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        quantity = next((word for word in ("loss", "accuracy") if word in name), name.removeprefix(SHUFFLED))
+        groups.setdefault(quantity, []).append(name)
+    for quantity, members in groups.items():
+        better = {better_way(run, name) for name in members} - {None}
+        note = f"{better.pop()} is better" if len(better) == 1 else ""
+        if any(name.startswith(SHUFFLED) for name in members):
+            note += "; dashed: with another sample's image"
+        yield _figure(f"Held-out {quantity.replace('_', ' ')}", note, run.held_out, members)
+
+
+def better_way(run: Run, name: str) -> str | None:
+    """Which way is better, "lower" or "higher", as the run's task says; older runs have losses and accuracies only."""
+    said = run.environment.get("better")
+    if isinstance(said, dict):
+        return said.get(name.removeprefix(SHUFFLED))
+    return "higher" if name.endswith("accuracy") else "lower" if "loss" in name else None
 
 
 def _is_loss(name: str) -> bool:

@@ -23,10 +23,9 @@ from pipeline.checkpoint.restore import load_into, resolve
 from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, tokenizer_source
 from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer, clean_caption, load_tokenizer
 from pipeline.data.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
-from pipeline.loading.caption_lengths import training_lengths
-from pipeline.loading.collate import clean_caption
+from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import summarise
 
 SAMPLES_NAME = "samples.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def record(s: Session, result: StepResult, micro_batches: Sequence[Batch], save:
     step, bad = s.state.step - 1, result.bad
     if bad is None:  # DeepSpeed's own doing
         values = {"reason": "DeepSpeed left the step out: a gradient is not finite", "precision": s.engine.precision}
-        s.writer.log(s.state.step, values, kind="incident")
+        s.records.writer.log(s.state.step, values, kind="incident")
         if s.engine.precision != "fp16":
             _say(s, f"step {step} skipped: {values['reason']} (guard.enabled is false)")
         return
@@ -41,32 +40,33 @@ def record(s: Session, result: StepResult, micro_batches: Sequence[Batch], save:
     since = s.guard.untouched_since
     name = None if since is None else f"step_{since:08d}"
     mine = {"keys": [batch.keys for batch in micro_batches], "losses": bad.micro_sums, "seeds": bad.dropout_seeds}
-    ranks = s.agreement.gather(mine)
-    if s.place.is_main:
+    ranks = s.ranks.agreement.gather(mine)
+    if s.ranks.place.is_main:
         try:
-            write_incident(s.output, step, _content(s, step, result, ranks, name))
+            write_incident(s.records.output, step, _content(s, step, result, ranks, name))
         except OSError as error:  # a full disk costs the record, not the run
             _say(s, f"ALARM: the incident of step {step} was not written: {error}")
     values = {"reason": bad.verdict.reason, "loss": bad.loss, "grad_norm": bad.grad_norm, "checkpoint": name}
-    s.writer.log(s.state.step, values, kind="incident")
-    _say(s, f"step {step} skipped: {bad.verdict.reason}; python -m pipeline.replay {incident_folder(s.output, step)}")
+    s.records.writer.log(s.state.step, values, kind="incident")
+    folder = incident_folder(s.records.output, step)
+    _say(s, f"step {step} skipped: {bad.verdict.reason}; python -m pipeline.replay {folder}")
     if wanted and not save():
         s.guard.untouched_since = None
-        if s.place.is_main:
-            name_checkpoint(s.output, name, None)
+        if s.ranks.place.is_main:
+            name_checkpoint(s.records.output, name, None)
 
 
 def go_on(s: Session) -> bool:
     """Past the quota: go back to a checkpoint from before the bad steps, as configured; False when the run must stop.
 
-    After True the session stands at that checkpoint, with other ``batches``, on every rank.
+    After True the session stands at that checkpoint on every rank, its ``batches`` have to be started again.
     """
     settings, recent = s.config.guard, list(s.guard.recent)
     many = f"{len(recent)} bad steps within {settings.window_steps} (guard.max_skips {settings.max_skips})"
     if settings.action == "stop":
         return _stop(s, f"{many}, and guard.action is stop")
-    s.saver.wait()
-    decided = s.agreement.gather(_decide(s, recent) if s.place.is_main else None)[0]
+    s.records.saver.wait()
+    decided = s.ranks.agreement.gather(_decide(s, recent) if s.ranks.place.is_main else None)[0]
     if isinstance(decided, str):
         return _stop(s, f"{many}, and {decided}")
     path, remembered, aside = decided
@@ -75,7 +75,7 @@ def go_on(s: Session) -> bool:
     _stand_at(s, path, remembered.steps)
     around = [step for step in remembered.steps if step >= s.state.step]
     values = {"from_step": now, "checkpoint": path.name, "bad_steps": str(recent), "passed_by": str(around)}
-    s.writer.log(s.state.step, values | {"set_aside": ", ".join(aside)}, kind="rewind")
+    s.records.writer.log(s.state.step, values | {"set_aside": ", ".join(aside)}, kind="rewind")
     left = f"; checkpoints set aside: {', '.join(aside)}" if aside else ""
     _say(
         s,
@@ -89,36 +89,35 @@ def _decide(s: Session, recent: list[int]) -> tuple[Path, PassedBy, list[str]] |
     """On rank 0: the checkpoint to go back to, what is gone around, what was set aside; or why the run must stop."""
     settings = s.config.guard
     try:
-        rewinds = len(PassedBy.read(s.output).rewinds)
+        rewinds = len(PassedBy.read(s.records.output).rewinds)
         if rewinds >= settings.max_rewinds:
             return f"the run has gone back {rewinds} times (guard.max_rewinds {settings.max_rewinds})"
-        path = choose_checkpoint(s.output, recent[0], settings.go_around_before)
+        path = choose_checkpoint(s.records.output, recent[0], settings.go_around_before)
         if path is None:
             return f"there is no valid checkpoint from before step {recent[0]} to go back to"
-        remembered = decide_rewind(s.output, path, recent, settings.go_around_before, s.state.step)
-        return path, remembered, finish_setting_aside(s.output)
+        remembered = decide_rewind(s.records.output, path, recent, settings.go_around_before, s.state.step)
+        return path, remembered, finish_setting_aside(s.records.output)
     except (OSError, ValueError) as error:
         return f"it cannot go back: {error}"
 
 
 def _stand_at(s: Session, path: Path, passed_by: list[int]) -> None:
     """Set engine, state, records and loader to a checkpoint, in the middle of the process."""
-    loaded = restore.load(path, s.engine)
+    loaded, records = restore.load(path, s.engine), s.records
     kept = {name: getattr(s.state, name) for name in ("topology", "settings", "fingerprint", "data_changes")}
     vars(s.state).update(vars(loaded) | kept)
     s.state.passed_by = passed_by
     s.guard = Guard(s.config.guard, s.state.guard)
-    s.saver.rewound(s.state.step)
-    s.state.best = s.saver.best_of(s.state)
-    s.writer.resume_from(s.state.step)
-    s.sample_keys.close()
-    s.agreement.wait()
-    if s.place.is_main:
-        cut_back_sample_keys(s.output, s.state.step)
-    s.agreement.wait()
-    s.sample_keys = SampleKeys(s.output, s.place.rank, s.config.tracking.sample_keys)
-    s.unusable.return_to(s.state.step, s.state.unusable, s.state.unusable_shards)
-    s.batches = s.batches_from(s.state.step, s.state.passed_by)
+    s.records.saver.rewound(s.state.step)
+    s.state.best = s.records.saver.best_of(s.state)
+    s.records.writer.resume_from(s.state.step)
+    records.sample_keys.close()
+    s.ranks.agreement.wait()
+    if s.ranks.place.is_main:
+        cut_back_sample_keys(s.records.output, s.state.step)
+    s.ranks.agreement.wait()
+    records.sample_keys = SampleKeys(s.records.output, s.ranks.place.rank, s.config.tracking.sample_keys)
+    records.unusable.return_to(s.state.step, s.state.unusable, s.state.unusable_shards)
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -129,7 +128,7 @@ def _content(
     s: Session, step: int, result: StepResult, ranks: list[dict[str, Any]], checkpoint_name: str | None
 ) -> dict[str, Any]:
     bad: BadStep = result.bad
-    world, accumulation = s.place.world_size, s.engine.accumulation
+    world, accumulation = s.ranks.place.world_size, s.engine.accumulation
     micro_batches = [
         {
             "slot": index * world + rank,
@@ -176,12 +175,10 @@ def _content(
 
 def _stop(s: Session, why: str) -> bool:
     """Say why the run ends, with its incidents; False."""
-    if s.place.is_main:
-        names = ", ".join(path.name for path in list_incidents(s.output)[-20:])
-        print(f"error: {why}; the run stops. {s.output / FOLDER} holds {names}", file=sys.stderr, flush=True)
+    names = ", ".join(path.name for path in list_incidents(s.records.output)[-20:])
+    s.ranks.say(f"error: {why}; the run stops. {s.records.output / FOLDER} holds {names}", error=True)
     return False
 
 
 def _say(s: Session, line: str) -> None:
-    if s.place.is_main:
-        print(f"guard: {line}", file=sys.stderr, flush=True)
+    s.ranks.say(f"guard: {line}", error=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from model.batch import Batch
-from pipeline.checkpoint.retention import is_better
 from pipeline.distributed.preempt import EXIT_PREEMPTED
 from pipeline.reporting.metrics import Progress
 from pipeline.reporting.page import write_report
@@ -25,7 +23,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_MEND = 0, 1, 2
 def train(s: Session) -> int:
     """Train to the last step; returns the exit code. Every rank runs the same beats."""
     total = s.config.train.steps
-    progress = s.writer.progress(total, s.state.step)
+    records = s.records
+    progress = records.writer.progress(total, s.state.step)
     try:
         code = _steps(s, progress) if _evaluate_what_is_due(s) else EXIT_PREEMPTED
         progress.close()
@@ -33,47 +32,47 @@ def train(s: Session) -> int:
             code = EXIT_PREEMPTED
         if code in (EXIT_DONE, EXIT_PREEMPTED):
             _save(s, reason="end")
-        if not s.saver.wait() and code in (EXIT_DONE, EXIT_PREEMPTED):
+        if not records.saver.wait() and code in (EXIT_DONE, EXIT_PREEMPTED):
             code = EXIT_FAILED
     finally:
         progress.close()
-        s.writer.close()
-        s.sample_keys.close()
-    if s.config.tracking.report and s.place.is_main:
-        print(f"report: {write_report(s.output)}", flush=True)
+        records.writer.close()
+        records.sample_keys.close()
+    if s.config.tracking.report and s.ranks.place.is_main:
+        print(f"report: {write_report(records.output)}", flush=True)
     return code
 
 
 def _steps(s: Session, progress: Progress) -> int:
     """All steps from the state's on, up to the last or to a reason to stop."""
-    settings, state = s.config.train, s.state
-    meter = StepMeter(s.engine.term_weights, s.agreement, s.engine.device, s.engine.precision)
-    batches = iter(s.batches)
+    settings, state, records = s.config.train, s.state, s.records
+    meter = StepMeter(s.engine.term_weights, s.ranks.agreement, s.engine.device, s.engine.precision)
+    batches = s.batches.start(state.step, state.passed_by)
     while state.step < settings.steps:
         if state.step in state.passed_by:  # no batch, no step: position and schedule go on
             _advance(s)
             continue
         micro_batches, waited = _collect(batches, s.engine.accumulation)
-        s.sample_keys.write(state.step + 1, micro_batches)
+        records.sample_keys.write(state.step + 1, micro_batches)
         result = s.engine.step(state.step, micro_batches, s.guard, partial(_votes, s, micro_batches))
         told_to_stop, unusable, saving_ranks, minutes_over = result.votes
         _advance(s)
-        meter.add(result, micro_batches, waited, sum(s.flops(batch) for batch in micro_batches))
-        s.unusable.add_total(int(unusable))
-        s.saver.advance(saving_ranks)
+        meter.add(result, micro_batches, waited, sum(s.engine.objective.flops(batch) for batch in micro_batches))
+        records.unusable.add_total(int(unusable))
+        records.saver.advance(saving_ranks)
         if not result.taken:
             bad_steps.record(s, result, micro_batches, partial(_save, s, reason="incident"))
         if result.bad is not None and s.guard.over_quota:
             if not bad_steps.go_on(s):
                 return EXIT_FAILED
-            batches = iter(s.batches)
+            batches = s.batches.start(state.step, state.passed_by)
             meter.restart()
             continue
 
         last = state.step == settings.steps
         saving = _on_beat(state.step, settings.save_every) or minutes_over or last or told_to_stop
         evaluating = _on_beat(state.step, settings.eval_every) and not last
-        too_many = s.unusable.too_many(state.samples_seen)
+        too_many = records.unusable.too_many(state.samples_seen)
         logging = _on_beat(state.step, settings.log_every) or saving or evaluating or too_many
         if logging:
             finite = s.guard is not None or meter.is_finite()
@@ -84,7 +83,7 @@ def _steps(s: Session, progress: Progress) -> int:
             progress.update(state.step)
         if too_many:
             _save(s, reason="unusable")
-            return _explain(s, s.unusable.verdict(), EXIT_MEND)
+            return _explain(s, records.unusable.verdict(), EXIT_MEND)
         if told_to_stop:
             return EXIT_PREEMPTED
         if saving and not last:
@@ -112,16 +111,17 @@ def _collect(batches: Iterator[Batch], accumulation: int) -> tuple[list[Batch], 
 def _votes(s: Session, micro_batches: list[Batch]) -> list[float]:
     """What this rank adds to the sums that all ranks learn of once a step."""
     problems = [problem for batch in micro_batches for problem in batch.problems]
-    return [s.stop.requested, s.unusable.note(s.state.step + 1, problems), *s.saver.votes()]
+    return [s.ranks.stop.requested, s.records.unusable.note(s.state.step + 1, problems), *s.records.saver.votes()]
 
 
 def _log(s: Session, meter: StepMeter, progress: Progress) -> None:
     _name_unusable(s)
     values = meter.read(s.engine)
     values["samples_seen"] = s.state.samples_seen
-    values["bad_samples"], values["bad_shards"] = sum(s.unusable.counts.values()), len(s.unusable.shards)
-    values |= {f"bad_samples/{reason}": number for reason, number in s.unusable.counts.items()}
-    s.writer.log(s.state.step, values)
+    unusable = s.records.unusable
+    values["bad_samples"], values["bad_shards"] = sum(unusable.counts.values()), len(unusable.shards)
+    values |= {f"bad_samples/{reason}": number for reason, number in unusable.counts.items()}
+    s.records.writer.log(s.state.step, values)
     shown = {"loss": values["loss"], "samples/s": values["samples_per_second"]}
     progress.update(s.state.step, shown | {"data wait": f"{values['data_wait_share']:.0%}"})
 
@@ -135,26 +135,25 @@ def _evaluate_what_is_due(s: Session) -> bool:
 
 def _evaluate(s: Session) -> bool:
     """Evaluate and log, once a step; False when told to stop meanwhile. Nothing held out counts as done."""
-    if s.eval_loaders is None or s.agreement.gather(s.writer.has(s.state.step, "eval"))[0]:
+    passes, agreement = s.evaluation.passes, s.ranks.agreement
+    if not passes or agreement.gather(s.records.writer.has(s.state.step, "eval"))[0]:
         return True
-    own, shuffled = s.eval_loaders
     limit = s.config.train.save_before_eval_seconds
     if s.state.step and 0 < limit < s.state.eval_seconds:
         _save(s, reason="before evaluation")
-        s.saver.wait()
+        s.records.saver.wait()
     began = time.perf_counter()
-    with s.engine.scoring() as score:
-        values = evaluate(score, own, shuffled, s.engine.term_weights, s.placeholder, s.agreement, s.stop)
+    with s.engine.scoring() as run:
+        values = evaluate(run, passes, agreement, s.ranks.stop)
     if values is None:
         return False
-    s.state.eval_seconds = s.agreement.largest(time.perf_counter() - began)
+    s.state.eval_seconds = agreement.largest(time.perf_counter() - began)
     _note_best(s, values)
-    s.writer.log(s.state.step, values | {"seconds": s.state.eval_seconds}, kind="eval")
-    if s.place.is_main:
-        name = f"{next(iter(s.engine.term_weights))}_loss"
-        shown = [f"loss {values['loss']:.4f}"]
-        shown += [f"{key} {values[key]:.4f}" for key in (name, f"shuffled/{name}") if key in values]
-        print(f"held out after step {s.state.step}: {', '.join(shown)}", flush=True)
+    s.records.writer.log(s.state.step, values | {"seconds": s.state.eval_seconds}, kind="eval")
+    headline = [score.name for score in s.evaluation.scores[:2]]
+    names = [*headline, *(f"{one.name}{name}" for one in passes if one.name for name in headline)]
+    shown = [f"{name} {values[name]:.4f}" for name in names if name in values]
+    s.ranks.say(f"held out after step {s.state.step}: {', '.join(shown)}")
     return True
 
 
@@ -163,27 +162,29 @@ def _note_best(s: Session, values: dict[str, Any]) -> None:
     metric = s.config.train.keep_best
     if metric is None or metric not in values or not s.state.step:
         return
+    score = next(score for score in s.evaluation.scores if score.name == metric)
     best = s.state.best
-    if best is None or best["metric"] != metric or is_better(metric, values[metric], best["value"]):
+    if score.improves(values[metric], best["value"] if best and best["metric"] == metric else None):
         s.state.best = {"metric": metric, "value": values[metric], "step": s.state.step}
         _save(s, reason="best")
-        s.saver.note_best(s.state.best)
+        s.records.saver.note_best(s.state.best)
 
 
 def _name_unusable(s: Session) -> None:
-    s.unusable.name()
-    s.state.unusable, s.state.unusable_shards = dict(s.unusable.counts), copy.deepcopy(s.unusable.shards)
+    unusable = s.records.unusable
+    unusable.name()
+    s.state.unusable, s.state.unusable_shards = dict(unusable.counts), copy.deepcopy(unusable.shards)
 
 
 def _save(s: Session, reason: str) -> bool:
     """Begin to save the run, unless this step is saved already; False, with an alarm, when that is impossible.
 
-    ``s.saver.wait()`` completes it; otherwise it completes behind the next steps.
+    ``Saver.wait`` completes it; otherwise it completes behind the next steps.
     """
     _name_unusable(s)
     s.state.skipped_steps = s.engine.skipped_steps
     s.state.guard = s.guard.state() if s.guard is not None else s.state.guard
-    return s.saver.save(s.state)
+    return s.records.saver.save(s.state)
 
 
 def _on_beat(step: int, every: int) -> bool:
@@ -191,6 +192,5 @@ def _on_beat(step: int, every: int) -> bool:
 
 
 def _explain(s: Session, reason: str, code: int = EXIT_FAILED) -> int:
-    if s.place.is_main:
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+    s.ranks.say(f"error: {reason}", error=True)
     return code

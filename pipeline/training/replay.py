@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch
-from model.build import build_objective
 from pipeline.checkpoint.files import defect
 from pipeline.checkpoint.restore import load_into
 from pipeline.config.command_line import config_of, load_config
@@ -22,7 +21,8 @@ from pipeline.config.options import Config, flatten
 from pipeline.distributed.ranks import Place
 from pipeline.incidents.module_statistics import module_statistics
 from pipeline.incidents.records import IncidentError, read_incident
-from pipeline.loading.open_data import TrainingData, open_training_data, train_loader
+from pipeline.loading.open_data import TrainingBatches, TrainingData, open_training_data
+from pipeline.tasks.task import Task
 
 EXIT_REPRODUCED, EXIT_DIFFERENT = 0, 1
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}  # relative, of a loss; gradient norms get ten times that
@@ -48,6 +48,7 @@ class Replay:
     incident: dict[str, Any]
     config: Config
     data: TrainingData
+    task: Task
     objective: nn.Module
     device: torch.device
     slots: list[Slot] = field(default_factory=list)
@@ -57,7 +58,12 @@ class Replay:
         return self.incident["topology"]["precision"]
 
 
-def load_replay(path: Path, device: torch.device, data_paths: Sequence[str] | None = None) -> Replay:
+def load_replay(
+    path: Path,
+    device: torch.device,
+    task_of: Callable[[Config], Task],
+    data_paths: Sequence[str] | None = None,
+) -> Replay:
     """Read the incident and open everything that it names.
 
     Raises:
@@ -72,14 +78,13 @@ def load_replay(path: Path, device: torch.device, data_paths: Sequence[str] | No
         config.data.tokenizer = str(run / "tokenizer")
     config.data.paths = list(data_paths or config.data.paths)
     config.data.eval_split, config.data.num_workers = None, 0
-    config.train.steps = incident["step"] + 1
-    data = open_training_data(config)
-    length = config.data.max_text_length
-    objective = build_objective(config.model, config.objective, data.tokenizer.vocabulary, length, pretrained=False)
+    config.train.steps, task = incident["step"] + 1, task_of(config)
+    data = open_training_data(config, task.num_images)
+    objective = task.build(config, data.tokenizer.vocabulary)
     load_into(objective, weights_of)
     dtype = DTYPES[incident["topology"]["precision"]]
     objective = objective.to(device=device, dtype=dtype).train()
-    return Replay(incident, config, data, objective, device)
+    return Replay(incident, config, data, task, objective, device)
 
 
 def run_step(replay: Replay) -> None:
@@ -104,7 +109,7 @@ def _micro_batches(replay: Replay) -> Iterator[Batch]:
     topology, step = replay.incident["topology"], replay.incident["step"]
     world, accumulation = topology["world_size"], topology["accumulation"]
     ranks = [
-        iter(_loader(replay, Place(rank, world, rank, "single"), topology["micro_batch_size"], accumulation, step))
+        _batches(replay, Place(rank, world, rank, "single"), topology["micro_batch_size"], accumulation, step)
         for rank in range(world)
     ]
     for _ in range(accumulation):
@@ -112,10 +117,11 @@ def _micro_batches(replay: Replay) -> Iterator[Batch]:
             yield next(batches)
 
 
-def _loader(replay: Replay, place: Place, micro_batch_size: int, accumulation: int, step: int) -> Any:
+def _batches(replay: Replay, place: Place, micro_batch_size: int, accumulation: int, step: int) -> Iterator[Batch]:
     optim = dataclasses.replace(replay.config.optim, micro_batch_size=micro_batch_size)
     config = dataclasses.replace(replay.config, optim=optim)
-    return train_loader(config, replay.data, replay.objective.planner, place, accumulation, step, pin=False)
+    preparation = replay.task.preparation(config, replay.objective, replay.data.tokenizer)
+    return TrainingBatches(config, replay.data, preparation, place, accumulation, pin=False).start(step)
 
 
 class _FirstBroken:
@@ -161,7 +167,7 @@ def run_sample(replay: Replay, key: str) -> int:
     if key not in places:
         raise IncidentError(f"--sample {key}: no such sample in this step; its keys stand in incident.json")
     total = size * len(incident["micro_batches"])
-    batch = next(iter(_loader(replay, Place(places[key], total, 0, "single"), 1, 1, step)))
+    batch = next(_batches(replay, Place(places[key], total, 0, "single"), 1, 1, step))
     torch.manual_seed(0)
     with _FirstBroken(replay.objective) as broken:
         sums = replay.objective(batch.to(replay.device))

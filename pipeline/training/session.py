@@ -7,18 +7,18 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.batch import Batch, Planner
-from model.build import build_objective
-from pipeline.checkpoint import fingerprint, restore
+from model.census import Census, parameter_census
+from pipeline.checkpoint import restore
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
 from pipeline.checkpoint.files import CheckpointError
+from pipeline.checkpoint.fingerprint import accept, run_fingerprint
 from pipeline.checkpoint.run_lock import lock_run
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
@@ -30,20 +30,47 @@ from pipeline.distributed.ranks import Agreement, Place
 from pipeline.engine.engine import TrainEngine, prepare_deepspeed
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.rewind import PassedBy, finish_setting_aside
-from pipeline.loading.loader import BatchLoader
-from pipeline.loading.open_data import (
-    TrainingData,
-    data_fingerprint,
-    eval_loader,
-    open_training_data,
-    placeholder_batch,
-    train_loader,
-)
+from pipeline.loading.open_data import TrainingBatches, TrainingData, data_fingerprint, open_training_data
 from pipeline.loading.unusable import UnusableSamples
 from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
+from pipeline.tasks.task import EvaluationPass, Score, Task
 from pipeline.weights.starting import describe_start, load_starting_weights
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among the others, and what they agree by."""
+
+    place: Place
+    device: torch.device
+    agreement: Agreement
+    stop: StopRequest
+
+    def say(self, line: str, error: bool = False) -> None:
+        """Print a line once, on the main rank."""
+        if self.place.is_main:
+            print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+@dataclass
+class Records:
+    """What a run writes into its folder while it trains."""
+
+    output: Path
+    writer: MetricsWriter
+    sample_keys: SampleKeys
+    unusable: UnusableSamples
+    saver: Saver
+
+
+@dataclass
+class Evaluation:
+    """How a run is judged on held-out data; no passes where nothing is held out."""
+
+    passes: list[EvaluationPass]
+    scores: tuple[Score, ...]
 
 
 @dataclass
@@ -51,23 +78,27 @@ class Session:
     """What the training loop works with."""
 
     config: Config
-    output: Path
-    place: Place
-    agreement: Agreement
-    stop: StopRequest
+    ranks: Ranks
     engine: TrainEngine
     state: RunState
     guard: Guard | None
-    batches: Any  # BatchLoader of this rank's micro-batches from state.step on
-    batches_from: Callable[[int, list[int]], Any]  # another one: from a step on, around the steps passed by
-    eval_loaders: tuple[Any, Any] | None  # own images, shuffled images
-    placeholder: Batch
-    writer: MetricsWriter
-    sample_keys: SampleKeys
-    unusable: UnusableSamples
-    flops: Callable[[Batch], float]
-    saver: Saver
-    lock: int | None  # held while the process lives
+    batches: TrainingBatches
+    evaluation: Evaluation
+    records: Records
+    lock: int | None  # of the run folder, held while the process lives
+
+
+@dataclass
+class Opened:
+    """A run folder and its data before anything is built: what is asked for, and the checkpoint to go on from."""
+
+    launch: Launch
+    data: TrainingData
+    fingerprint: dict[str, Any]
+    saved: Path | None
+    data_changes: dict[str, str]
+    passed_by: list[int]
+    lock: int | None
 
 
 def choose_device(place: Place) -> tuple[Place, torch.device]:
@@ -90,106 +121,117 @@ def resolve_ds_config(launch: Launch, place: Place, device: torch.device) -> dic
     return resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
 
 
-def set_up(
-    launch: Launch, ds_config: dict[str, Any], place: Place, device: torch.device, agreement: Agreement
-) -> Session:
+def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) -> Session:
     """Open data, build the model and the engine, continue from the run's newest checkpoint if it has one.
 
     Raises:
         ValueError: anything a user can mend, in one line.
     """
-    config, output = launch.config, launch.output
-    data = open_training_data(config)
-    lock = _lock(output, place, agreement) if agreement.gather(output.is_dir())[0] else None
-    torch.manual_seed(config.train.seed)
-    length = config.data.max_text_length
-    wanted, data_changes = fingerprint.run_fingerprint(config, data_fingerprint(config, data)), {}
-    passed_by = PassedBy.read(output).steps  # on every rank, so that a damaged file ends all alike
-    for name in finish_setting_aside(output) if place.is_main else ():
-        print(f"guard: finished a rewind that was cut off: set aside {name}", file=sys.stderr, flush=True)
-    saved = restore.find(output, agreement, place.is_main)
-    if saved is not None:
-        before = restore.read_state(saved)
-        data_changes = fingerprint.accept(output, before.fingerprint, wanted, config.data.allow_change)
-        refuse_fewer_steps(output, before.step, config.train.steps)
-    objective = build_objective(config.model, config.objective, data.tokenizer.vocabulary, length, pretrained=False)
-    _refuse_unknown_metric(config, objective.term_weights)
+    config, place, agreement = launch.config, ranks.place, ranks.agreement
+    opened = open_run(launch, task.num_images, ranks)
+    objective = task.build(config, opened.data.tokenizer.vocabulary)
+    scores = task.scores(objective)
+    refuse_unknown_score(config, scores)
     starting = None
-    if saved is None:
-        starting = load_starting_weights(objective, config.model, data.tokenizer, place, agreement)
-    num_parameters = sum(parameter.numel() for parameter in objective.parameters())
-    planner = objective.planner
-    lock = _lock(output, place, agreement, lock)  # of a new run only now: a mistake before this leaves no folder
-    prepare_deepspeed(device)
+    if opened.saved is None:
+        starting = load_starting_weights(objective, config.model, opened.data.tokenizer, place, agreement)
+    lock = _lock(launch.output, ranks, opened.lock)  # of a new run only now: a mistake before this leaves no folder
+    census = parameter_census(objective)
+    prepare_deepspeed(ranks.device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
-    state = restore.load(saved, engine) if saved else RunState()
-    _refuse_other_position(config, state)
-    state.fingerprint = wanted
-    state.data_changes += [{"after_step": state.step, **data_changes}] if data_changes else []
-    changes = _take_note_of_changes(state, config, place, engine)
-    changes += [f"another {name}: {change}" for name, change in data_changes.items()]
+    state, changes = continue_run(opened, engine, ranks)
     if place.is_main:
-        _announce(config, data, state, num_parameters, engine, changes, starting)
-        _write_run_files(launch, ds_config, device, place, num_parameters, engine.precision, starting)
-        cut_back_sample_keys(output, state.step)
-    unusable = UnusableSamples(output, config.data, agreement, place.is_main)
-    unusable.return_to(state.step, state.unusable, state.unusable_shards)
-    agreement.wait()
-    tracking = config.tracking
-    writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
-    writer.resume_from(state.step if saved else -1)
-    if data_changes:
-        writer.log(state.step, data_changes, kind="data_change")
-    saver = Saver(output, engine, config.train, place, agreement, state.step if saved else None, writer.log)
-    state.best = saver.best_of(state)
-    state.passed_by = sorted({*state.passed_by, *passed_by})
-    pin = device.type == "cuda"
-    batches_from = lambda step, passed_by: train_loader(  # noqa: E731
-        config, data, planner, place, engine.accumulation, step, pin, passed_by
-    )
+        _announce(opened, state, census, engine, changes, starting)
+        _write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
+        cut_back_sample_keys(launch.output, state.step)
+    records = open_records(opened, engine, state, ranks)
+    preparation = task.preparation(config, objective, opened.data.tokenizer)
+    pin = ranks.device.type == "cuda"
+    held_out = opened.data.held_out
+    passes = task.passes(config, objective, preparation, held_out, place, pin) if held_out else []
     return Session(
         config=config,
-        output=output,
-        place=place,
-        agreement=agreement,
-        stop=StopRequest().listen(),
+        ranks=ranks,
         engine=engine,
         state=state,
         guard=Guard(config.guard, state.guard) if config.guard.enabled else None,
-        batches=batches_from(state.step, state.passed_by),
-        batches_from=batches_from,
-        eval_loaders=_eval_loaders(config, data, planner, place, pin),
-        placeholder=placeholder_batch(config, data.tokenizer, planner),
-        writer=writer,
-        sample_keys=SampleKeys(output, place.rank, tracking.sample_keys),
-        unusable=unusable,
-        flops=objective.flops,
+        batches=TrainingBatches(config, opened.data, preparation, place, engine.accumulation, pin),
+        evaluation=Evaluation(passes, scores),
+        records=records,
         lock=lock,
-        saver=saver,
     )
 
 
-def _eval_loaders(
-    config: Config, data: TrainingData, planner: Planner, place: Place, pin: bool
-) -> tuple[BatchLoader, BatchLoader] | None:
-    """Held-out samples with their own images and with shuffled ones; None where nothing is held out."""
-    if not data.held_out:
-        return None
-    own, shuffled = (
-        eval_loader(config, data.held_out, data.tokenizer, planner, place, pin, shuffle) for shuffle in (False, True)
-    )
-    return own, shuffled
+def open_run(launch: Launch, num_images: int, ranks: Ranks) -> Opened:
+    """Open the data and find the checkpoint to go on from; every rank must call it.
+
+    Raises:
+        ValueError: data that is missing, a run of other settings, one that another process holds, one that is done.
+    """
+    config, output, is_main = launch.config, launch.output, ranks.place.is_main
+    data = open_training_data(config, num_images)
+    lock = _lock(output, ranks) if ranks.agreement.gather(output.is_dir())[0] else None
+    torch.manual_seed(config.train.seed)
+    wanted, data_changes = run_fingerprint(config, data_fingerprint(config, data)), {}
+    passed_by = PassedBy.read(output).steps  # on every rank, so that a damaged file ends all alike
+    for name in finish_setting_aside(output) if is_main else ():
+        ranks.say(f"guard: finished a rewind that was cut off: set aside {name}", error=True)
+    saved = restore.find(output, ranks.agreement, is_main)
+    if saved is not None:
+        before = restore.read_state(saved)
+        data_changes = accept(output, before.fingerprint, wanted, config.data.allow_change)
+        refuse_fewer_steps(output, before.step, config.train.steps)
+    return Opened(launch, data, wanted, saved, data_changes, passed_by, lock)
 
 
-def _lock(output: Path, place: Place, agreement: Agreement, held: int | None = None) -> int | None:
+def continue_run(opened: Opened, engine: TrainEngine, ranks: Ranks) -> tuple[RunState, list[str]]:
+    """The state that the run goes on from, the engine set to it; and what differs from the part before, in words."""
+    config = opened.launch.config
+    state = restore.load(opened.saved, engine) if opened.saved else RunState()
+    _refuse_other_position(config, state)
+    state.fingerprint = opened.fingerprint
+    state.data_changes += [{"after_step": state.step, **opened.data_changes}] if opened.data_changes else []
+    changes = _take_note_of_changes(state, config, ranks.place, engine)
+    changes += [f"another {name}: {change}" for name, change in opened.data_changes.items()]
+    state.passed_by = sorted({*state.passed_by, *opened.passed_by})
+    return state, changes
+
+
+def open_records(opened: Opened, engine: TrainEngine, state: RunState, ranks: Ranks) -> Records:
+    """What the run writes, cut back to ``state``; every rank must call it."""
+    config, output, place = opened.launch.config, opened.launch.output, ranks.place
+    unusable = UnusableSamples(output, config.data, ranks.agreement, place.is_main)
+    unusable.return_to(state.step, state.unusable, state.unusable_shards)
+    ranks.agreement.wait()
+    tracking = config.tracking
+    writer = MetricsWriter(output, to_plain(config), place.is_main, tracking.tensorboard, tracking.wandb)
+    saved_step = state.step if opened.saved else None
+    writer.resume_from(-1 if saved_step is None else saved_step)
+    if opened.data_changes:
+        writer.log(state.step, opened.data_changes, kind="data_change")
+    saver = Saver(output, engine, config.train, place, ranks.agreement, saved_step, writer.log)
+    state.best = saver.best_of(state)
+    return Records(output, writer, SampleKeys(output, place.rank, tracking.sample_keys), unusable, saver)
+
+
+def refuse_unknown_score(config: Config, scores: Sequence[Score]) -> None:
+    """Raise ConfigError for a train.keep_best that no evaluation of the task gives."""
+    names = [score.name for score in scores]
+    if config.train.keep_best is not None and config.train.keep_best not in names:
+        raise ConfigError(
+            f"train.keep_best: found {config.train.keep_best!r}, expected one of {', '.join(names)}, or null"
+        )
+
+
+def _lock(output: Path, ranks: Ranks, held: int | None = None) -> int | None:
     """Rank 0 holds the lock of the run folder; every rank raises when it cannot have it."""
     error = None
-    if place.is_main and held is None:
+    if ranks.place.is_main and held is None:
         try:
             held = lock_run(output)
         except ValueError as refused:
             error = str(refused)
-    error = agreement.gather(error)[0]
+    error = ranks.agreement.gather(error)[0]
     if error is not None:
         raise ConfigError(error)
     return held
@@ -209,15 +251,6 @@ def _take_note_of_changes(state: RunState, config: Config, place: Place, engine:
     return changes
 
 
-def _refuse_unknown_metric(config: Config, terms: Iterable[str]) -> None:
-    """Raise ConfigError for a train.keep_best that no evaluation gives."""
-    metrics = ["loss", *(f"{term}_{kind}" for term in terms for kind in ("loss", "accuracy"))]
-    if config.train.keep_best is not None and config.train.keep_best not in metrics:
-        raise ConfigError(
-            f"train.keep_best: found {config.train.keep_best!r}, expected one of {', '.join(metrics)}, or null"
-        )
-
-
 def _refuse_other_position(config: Config, state: RunState) -> None:
     """Raise CheckpointError when the position in the sample order is not the one that the steps lead to."""
     expected = state.step * config.optim.batch_size
@@ -229,14 +262,14 @@ def _refuse_other_position(config: Config, state: RunState) -> None:
 
 
 def _announce(
-    config: Config,
-    data: TrainingData,
+    opened: Opened,
     state: RunState,
-    num_parameters: int,
+    census: Census,
     engine: TrainEngine,
     changes: list[str],
     starting: dict[str, Any] | None,
 ) -> None:
+    config, data = opened.launch.config, opened.data
     if starting is not None:
         line, warnings = describe_start(starting)
         print(line, flush=True)
@@ -244,8 +277,8 @@ def _announce(
             print(warning, file=sys.stderr, flush=True)
     sizes = ", ".join(f"{corpus.name} {len(corpus)}" for corpus in data.corpora)
     held_out = sum(len(corpus) for corpus in data.held_out)
-    print(f"model: {num_parameters / 1e6:.1f} M parameters, {engine.precision}, ZeRO {engine.stage}, {engine.device}")
-    print(f"data: {sizes} training pairs, {held_out} held out")
+    print(f"model: {census.line()}; {engine.precision}, ZeRO {engine.stage}, {engine.device}")
+    print(f"data: {sizes} training samples, {held_out} held out")
     if config.objective.negatives == "in_batch_hard":
         size = config.optim.micro_batch_size
         print(f"negatives: out of {size} captions, those of a micro-batch; with another micro-batch it is another run")
@@ -258,13 +291,13 @@ def _announce(
 def _write_run_files(
     launch: Launch,
     ds_config: dict[str, Any],
-    device: torch.device,
-    place: Place,
+    ranks: Ranks,
     num_parameters: int,
     precision: str,
     starting: dict[str, Any] | None,
+    scores: Sequence[Score],
 ) -> None:
-    output = launch.output
+    output, place = launch.output, ranks.place
     output.mkdir(parents=True, exist_ok=True)
     save_config(launch.config, output / "config.yaml")
     (output / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
@@ -275,8 +308,9 @@ def _write_run_files(
         "precision": precision,
         "num_parameters": num_parameters,
         "starting_weights": starting or _recorded_start(output / "environment.json"),
+        "better": {score.name: "higher" if score.higher_is_better else "lower" for score in scores},
         "sources": launch.sources,
-        **describe_environment(device),
+        **describe_environment(ranks.device),
     }
     (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(tokenizer_source(launch.config.data), output)

@@ -84,7 +84,7 @@ def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer,
     if config.weights:
         load_imported(objective, Path(config.weights))
         return {"model": Start(config.weights, config.weights)}
-    net = objective.net
+    net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
     return {"vision": _load_vision(net, config, hub), "text": _load_text(net, config, tokenizer, hub)}
 
 

@@ -27,14 +27,16 @@ from pipeline.checkpoint.files import (
 from pipeline.checkpoint.restore import load_weights, read_state
 from pipeline.config.command_line import parse_command_line
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.incidents.records import read_incident
 from pipeline.incidents.rewind import PassedBy
 from pipeline.replay import main as replay_main
 from pipeline.reporting.metrics import read_log
+from pipeline.tasks.table import task_of
 from pipeline.training import bad_steps
 from pipeline.training.loop import train as loop
-from pipeline.training.session import resolve_ds_config, set_up
+from pipeline.training.session import Ranks, resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
@@ -72,7 +74,8 @@ def train(place, arguments: list[str], break_at: str | None = None) -> int:
         setattr(bad_steps, break_at, lambda *_: os._exit(9))
     launch = parse_command_line(arguments)
     device = torch.device("cpu")
-    session = set_up(launch, resolve_ds_config(launch, place, device), place, device, Agreement())
+    ranks = Ranks(place, device, Agreement(), StopRequest().listen())
+    session = set_up(launch, resolve_ds_config(launch, place, device), task_of(launch.config), ranks)
     return loop(session)
 
 

@@ -16,6 +16,7 @@ from pipeline.distributed.ranks import Agreement
 from pipeline.engine.engine import StepResult
 from pipeline.loading.unusable import UnusableSamples
 from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.pretraining import held_out_pass
 from pipeline.training.meter import StepMeter
 from tests.forked_ranks import run_ranks
 from tests.tiny_objective import TinyObjective, tiny_batch
@@ -37,10 +38,11 @@ BATCHES = [[0, 1, 2], [3, 4], [5, 6, 7], [8], [9, 10]]
 def held_out(place, shuffled: bool = False) -> dict[str, float] | None:
     torch.manual_seed(3)
     model = TinyObjective().eval()
-    loader = FakeLoader(BATCHES, place.rank, place.world_size)
-    other = FakeLoader(BATCHES[::-1], place.rank, place.world_size) if shuffled else None
-    placeholder = tiny_batch([99])
-    return evaluate(model.score, loader, other, model.term_weights, placeholder, Agreement(), StopRequest())
+    passes = [held_out_pass(FakeLoader(BATCHES, place.rank, place.world_size), tiny_batch([99]), model.term_weights)]
+    if shuffled:
+        other = FakeLoader(BATCHES[::-1], place.rank, place.world_size)
+        passes.append(held_out_pass(other, tiny_batch([99]), model.term_weights, "shuffled/"))
+    return evaluate(lambda function, batch: function(model, batch), passes, Agreement(), StopRequest())
 
 
 def test_evaluation_counts_every_sample_once_on_any_number_of_ranks() -> None:
@@ -68,8 +70,8 @@ def test_evaluation_stops_when_told() -> None:
     model = TinyObjective().eval()
     stop = StopRequest()
     stop.signal_name = "SIGTERM"
-    loader = FakeLoader(BATCHES, 0, 1)
-    assert evaluate(model.score, loader, None, model.term_weights, tiny_batch([99]), Agreement(), stop) is None
+    passes = [held_out_pass(FakeLoader(BATCHES, 0, 1), tiny_batch([99]), model.term_weights)]
+    assert evaluate(lambda function, batch: function(model, batch), passes, Agreement(), stop) is None
 
 
 def test_meter_gives_means_over_all_targets() -> None:

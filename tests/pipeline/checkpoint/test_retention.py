@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.checkpoint.retention import (
     cited_steps,
-    is_better,
     read_best,
     remove_newer,
     retain,
@@ -68,8 +67,3 @@ def test_a_best_without_a_checkpoint_counts_for_nothing(run: Path) -> None:
 def test_the_way_not_taken_is_removed(run: Path) -> None:
     remove_newer(run, 450)
     assert kept(run) == [100, 200, 300, 400]
-
-
-def test_lower_is_better_but_for_accuracies() -> None:
-    assert is_better("flm_loss", 1.0, 2.0) and not is_better("flm_loss", 2.0, 2.0)
-    assert is_better("flm_accuracy", 0.5, 0.4) and not is_better("flm_accuracy", 0.4, 0.5)

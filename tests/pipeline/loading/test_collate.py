@@ -12,15 +12,14 @@ from torch import Tensor
 from model.batch import Batch, Row, Term, TextPlan
 from model.config import Vocabulary
 from model.plans.flm import FLMPlanner
-from pipeline.loading.collate import Item, clean_caption, collate
+from pipeline.data.tokenizer import clean_caption
+from pipeline.loading.collate import Item, collate
 
 
 @dataclass
 class RecordingPlanner:
     """A planner that keeps its rows and makes the plainest batch: every word is an l2r target."""
 
-    negative_share: float = 0.0
-    full_stop: bool = False
     rows: list[Row] = field(default_factory=list)
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
@@ -40,11 +39,16 @@ class RecordingPlanner:
         return Batch(images, {"l2r": Term("l2r", torch.arange(len(labels)), labels)}, plan=plan)
 
 
+def item(key: str, seed: int, ids: list[int], negative: list[int] | None = None, problem: str | None = None) -> Item:
+    rows = [Row(ids, 0, seed, "placeholder" if problem else "pair", key)]
+    return Item(key, rows + ([Row(negative, 0, -seed, "negative")] if negative else []), problem)
+
+
 ITEMS = [
-    Item("a", 11, [0, 5, 6, 2]),
-    Item("b", 12, [0, 7, 2], [0, 8, 9, 10, 2]),
-    Item("c", 13, [0, 2], None, "truncated image"),
-    Item("d", 14, [0, 5, 2], [0, 6, 2]),
+    item("a", 11, [0, 5, 6, 2]),
+    item("b", 12, [0, 7, 2], [0, 8, 9, 10, 2]),
+    item("c", 13, [0, 2], None, "truncated image"),
+    item("d", 14, [0, 5, 2], [0, 6, 2]),
 ]
 IMAGES = torch.zeros((4, 1, 3, 4, 4), dtype=torch.uint8)
 
@@ -66,6 +70,13 @@ def test_own_captions_first_then_negatives():
     assert batch.images.is_set_to(IMAGES)
 
 
+def test_two_images_a_sample():
+    """Rows of a sample count its images from 0, those of a batch over all of them."""
+    planner, pair = RecordingPlanner(), [Row([0, 5, 2], 0, 1), Row([0, 6, 2], 1, 2), Row([0, 7, 2], 1, 3, "negative")]
+    collate([Item("a", pair), Item("b", pair[:2])], torch.zeros((2, 2, 3, 4, 4), dtype=torch.uint8), planner)
+    assert [(row.image, row.token_ids[1]) for row in planner.rows] == [(0, 5), (1, 6), (2, 5), (3, 6), (1, 7)]
+
+
 def test_unusable_sample_keeps_its_slot():
     """Invariant 8."""
     batch = collate(ITEMS, IMAGES, RecordingPlanner())
@@ -75,7 +86,7 @@ def test_unusable_sample_keeps_its_slot():
 
 def test_a_batch_of_nothing_but_problems_has_its_shape():
     """Invariant 8, with the real planner: no targets, same shapes."""
-    items = [Item("x", 1, [0, 2], None, "empty image"), Item("y", 2, [0, 2], None, "missing image")]
+    items = [item("x", 1, [0, 2], None, "empty image"), item("y", 2, [0, 2], None, "missing image")]
     planner = FLMPlanner(Vocabulary(size=20, bos_id=0, pad_id=1, eos_id=2, mask_id=19), 0.0, 0.5)
     batch = collate(items, IMAGES[:2], planner)
     assert batch.images.shape == (2, 1, 3, 4, 4) and set(batch.counts.values()) == {0}
@@ -86,8 +97,8 @@ def test_rows_do_not_depend_on_neighbours():
     """Invariant 5: seeds and tokens of a row are the same alone and in company."""
     together, alone = RecordingPlanner(), RecordingPlanner()
     collate(ITEMS, IMAGES, together)
-    for number, item in enumerate(ITEMS):
-        collate([item], IMAGES[:1], alone)
+    for number, one in enumerate(ITEMS):
+        collate([one], IMAGES[:1], alone)
         mine = [row for row in together.rows if row.image == number]
         assert [(r.token_ids, r.seed, r.role) for r in alone.rows] == [(r.token_ids, r.seed, r.role) for r in mine]
 

@@ -21,9 +21,10 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement, Place
 from pipeline.loading.loader import LoaderOptions, TrainBatches
-from pipeline.loading.open_data import eval_loader, open_held_out, placeholder_batch
+from pipeline.loading.open_data import open_held_out
 from pipeline.loading.shared_batches import Numbered
 from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.pretraining import Pretraining
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
@@ -219,10 +220,10 @@ def score(place: Place, folder: Path) -> dict[str, float]:
     torch.manual_seed(3)
     objective = build_objective(config.model, config.objective, tokenizer.vocabulary, 12).eval()
     corpora = open_held_out(config)
-    loaders = [eval_loader(config, corpora, tokenizer, objective.planner, place, False, flag) for flag in (False, True)]
-    placeholder = placeholder_batch(config, tokenizer, objective.planner)
-    arguments = (*loaders, objective.term_weights, placeholder, Agreement(), StopRequest())
-    return evaluate(objective.score, *arguments)
+    task = Pretraining()
+    preparation = task.preparation(config, objective, tokenizer)
+    passes = task.passes(config, objective, preparation, corpora, place, pin=False)
+    return evaluate(lambda function, batch: function(objective, batch), passes, Agreement(), StopRequest())
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ from pipeline.data.shard_files import LostCorpus
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.data.transforms import clip_transform, decode_image
+from pipeline.loading.datasets import Preparation
 from pipeline.loading.loader import BatchLoader, LoaderError, LoaderOptions, build_eval_loader, build_train_loader
+from pipeline.tasks.caption_rows import CaptionRows
 from tests.pipeline.data.test_reader import jpeg, records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
 
@@ -41,15 +43,18 @@ class Data:
         self, world=1, rank=0, accumulation=1, micro_batch=4, start=0, stop=3, options=HERE, **changes
     ) -> BatchLoader:
         order = changes.pop("order", SampleOrder([len(corpus) for corpus in self.corpora], seed=5))
-        arguments = dict(image_size=SIZE, max_text_length=12, micro_batch=micro_batch, accumulation=accumulation)
+        arguments = dict(micro_batch=micro_batch, accumulation=accumulation)
         arguments |= dict(rank=rank, world=world, start_step=start, num_steps=stop, seed=7, options=options)
         arguments |= dict(passed_by=changes.pop("passed_by", ()))
-        planner = changes.pop("planner", self.planner)
-        return build_train_loader(self.corpora, order, planner, self.tokenizer, **arguments)
+        return build_train_loader(self.corpora, order, self.preparation(**changes), **arguments)
 
     def evaluate(self, world=1, rank=0, batch_size=4, options=HERE, **changes) -> BatchLoader:
-        arguments = dict(image_size=SIZE, max_text_length=12, batch_size=batch_size, rank=rank, world=world, seed=7)
-        return build_eval_loader(self.corpora, self.planner, self.tokenizer, **arguments, options=options, **changes)
+        arguments = dict(batch_size=batch_size, rank=rank, world=world, seed=7)
+        return build_eval_loader(self.corpora, self.preparation(), **arguments, options=options, **changes)
+
+    def preparation(self, planner=None) -> Preparation:
+        planner = planner or self.planner
+        return Preparation(CaptionRows(self.tokenizer, 12, planner.negative_share, planner.full_stop), planner, SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +80,15 @@ def rows_by_sample(batches: list[Batch]) -> list[tuple]:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    tensors_equal = all(torch.equal(v, getattr(b, k)) for k, v in vars(a).items() if isinstance(v, torch.Tensor))
-    terms_equal = all(torch.equal(x, y) for name in a.terms for x, y in zip(a.terms[name], b.terms[name]))
-    return (
-        tensors_equal
-        and terms_equal
-        and (a.keys, a.problems) == (b.keys, b.problems)
-        and a.terms.keys() == b.terms.keys()
-    )
+    """Equal in every tensor, name and word."""
+    terms = [(one.terms[name].position, one.terms[name].target) for one in (a, b) for name in a.terms]
+    pairs = [*zip(terms[: len(a.terms)], terms[len(a.terms) :], strict=True)]
+    tensors = [(a.images, b.images), *((x, y) for one, other in pairs for x, y in zip(one, other, strict=True))]
+    tensors += [(v, getattr(b.plan, k)) for k, v in vars(a.plan).items() if isinstance(v, torch.Tensor)]
+    assert len(tensors) > 10
+    kinds = [{name: (term.source, term.kind) for name, term in one.terms.items()} for one in (a, b)]
+    words_equal = (a.keys, a.problems, a.plan.num_paired) == (b.keys, b.problems, b.plan.num_paired)
+    return kinds[0] == kinds[1] and words_equal and all(torch.equal(x, y) for x, y in tensors)
 
 
 def test_a_batch_holds_what_the_shards_hold(data):

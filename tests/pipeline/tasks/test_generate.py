@@ -20,10 +20,11 @@ from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.preempt import StopRequest
 from pipeline.generate import main
-from pipeline.loading.caption_lengths import QUANTILES
 from pipeline.reporting.page import write_report
+from pipeline.tasks.caption_lengths import QUANTILES
 from pipeline.tasks.captioning import load_captioner
 from pipeline.tasks.evaluation import evaluate_run
+from pipeline.tasks.pretraining import Pretraining
 from tests.tiny_corpus import make_corpus
 
 CONFIG = """
@@ -155,7 +156,7 @@ def test_a_checkpoint_of_another_width_resolution_or_vocabulary_is_refused(
         train_tokenizer([run.parent / "data" / "synth" / "train"], moved / "tokenizer", 290)
     for load in (
         lambda: load_captioner(moved, torch.device("cpu")),
-        lambda: evaluate_run(moved, load_config(moved), torch.device("cpu"), StopRequest()),
+        lambda: evaluate_run(moved, load_config(moved), Pretraining(), torch.device("cpu"), StopRequest()),
     ):
         with pytest.raises(ValueError, match="restore the config.yaml and tokenizer it was trained with") as refused:
             load()

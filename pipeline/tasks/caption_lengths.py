@@ -6,9 +6,8 @@ import numpy as np
 
 from pipeline.config.options import Config, weighted_paths
 from pipeline.data.shard_reader import Corpus, open_corpora
-from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
-from pipeline.loading.collate import clean_caption
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_CAPTIONS = 2000

@@ -1,0 +1,44 @@
+"""Counts the parameters of a recipe's model, part by part: python -m pipeline.census --recipe flm_base_4m
+
+Takes every option of training (``--model.vision.image_size 384``), reads no data and needs no memory for the weights.
+
+Exit codes: 0 done, 2 a wrong command line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from model.census import parameter_census
+from model.config import Vocabulary
+from pipeline.config.command_line import parse_command_line
+from pipeline.config.options import ConfigError, fail, tokenizer_source
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.tasks.table import task_of
+
+ROBERTA_TOKENS = 50_265  # roberta-base's vocabulary, the paper's
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    try:
+        config = parse_command_line(sys.argv[1:] if argv is None else argv).config
+        try:
+            vocabulary = load_tokenizer(tokenizer_source(config.data)).vocabulary
+            words = f"the tokenizer's {vocabulary.size:,} tokens"
+        except ConfigError:  # nothing prepared yet
+            vocabulary = Vocabulary(ROBERTA_TOKENS, bos_id=0, pad_id=1, eos_id=2, mask_id=ROBERTA_TOKENS - 1)
+            words = f"roberta-base's {vocabulary.size:,} tokens, as there is no tokenizer yet"
+        with torch.device("meta"):
+            objective = task_of(config).build(config, vocabulary)
+    except ValueError as error:
+        return fail(error)
+    print(f"objective {config.objective.name}, {words}")
+    print(parameter_census(objective).table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

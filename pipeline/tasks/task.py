@@ -1,0 +1,95 @@
+"""What a task is: rows and targets of a sample, an objective, scores with a direction, and passes of evaluation.
+
+The training loop, the engine, the loader and the checkpoints know tasks by this file alone. A new task is one file that
+defines these functions, and a line in ``tasks/table.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from model.batch import Batch
+from model.config import Vocabulary
+from pipeline.config.options import Config
+from pipeline.data.shard_reader import Corpus
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.distributed.ranks import Place
+from pipeline.loading.datasets import Preparation
+from pipeline.loading.loader import BatchLoader
+
+
+class Score(NamedTuple):
+    """A held-out number by its name in log.jsonl, and which way is better."""
+
+    name: str
+    higher_is_better: bool
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` is better than ``best`` (None: nothing yet); what is not finite never is."""
+        if not math.isfinite(value):
+            return False
+        if best is None or not math.isfinite(best):
+            return True
+        return value > best if self.higher_is_better else value < best
+
+
+class Measurement(NamedTuple):
+    """What one batch adds to an evaluation.
+
+    ``sums`` are added up over batches and ranks (scalars on the device, or host numbers); ``predictions``, picklable
+    and one for each item that was judged, are gathered from all ranks.
+    """
+
+    sums: Mapping[str, Tensor | float]
+    predictions: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationPass:
+    """One sweep over held-out samples, each exactly once on any number of ranks.
+
+    ``measure`` runs inside the engine's forward, in evaluation mode and without gradients, as often on every rank;
+    ``placeholder`` is for ranks that have run dry. ``summarise`` turns the sums of ``quantities`` and the predictions
+    of all ranks into values by name, and runs on every rank alike. ``write``, if given, gets the predictions on rank 0.
+    """
+
+    batches: BatchLoader
+    placeholder: Batch
+    measure: Callable[[nn.Module, Batch], Measurement]
+    quantities: tuple[str, ...]
+    summarise: Callable[[Mapping[str, float], list[Any]], dict[str, float]]
+    name: str = ""  # stands before the names of its values, like "shuffled/"
+    write: Callable[[list[Any]], None] | None = None
+
+
+class Task(Protocol):
+    """What is trained and how it is scored. Nothing here touches a device."""
+
+    num_images: int  # of one sample
+
+    def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
+        """The objective, with random weights: ``forward(batch)`` gives the sum of losses of each term, and it has
+        ``term_weights``, ``parameter_group``, ``decays`` and ``flops``. Raises ValueError for options that do not fit.
+        """
+
+    def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
+        """How samples become batches of the objective."""
+
+    def scores(self, objective: nn.Module) -> tuple[Score, ...]:
+        """Held-out numbers that compare checkpoints (``train.keep_best``); the first two are the headline."""
+
+    def passes(
+        self,
+        config: Config,
+        objective: nn.Module,
+        preparation: Preparation,
+        held_out: Sequence[Corpus],
+        place: Place,
+        pin: bool,
+    ) -> list[EvaluationPass]:
+        """The passes of an evaluation over the ``held_out`` corpora (at least one)."""

@@ -37,7 +37,8 @@ def train(place, folder: Path, pairs: Path, steps: int) -> int:
     words = ["--recipe", "flm_tiny", "--data", str(pairs / "synth_pairs"), "--output", "run"]
     words += ["--data.tokenizer", str(pairs / "tokenizer"), "--train.steps", str(steps), "--train.eval_every", "2"]
     words += ["--train.log_every", "1", "--train.save_every", "4", "--train.keep_best", "distance"]
-    words += ["--train.keep_last", "1", "--optim.learning_rate", "0.05", "--optim.schedule", "constant"]
+    words += ["--train.keep_last", "1", "--optim.learning_rate", "0.05", "--optim.warmup_fraction", "0"]
+    words += ["--optim.schedule", "constant"]
     launch = parse_command_line([*words, "--train.eval_samples", "13", "--tracking.tensorboard", "false"])
     device = torch.device("cpu")
     ranks = Ranks(place, device, Agreement(), StopRequest().listen())

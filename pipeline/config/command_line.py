@@ -16,10 +16,11 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from pipeline.config.options import Config, ConfigError, flatten, leaves, validate
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ROOT / "pipeline" / "recipes"
+PIPELINE = Path(__file__).resolve().parents[1]
+RECIPES = PIPELINE / "recipes"
 DEFAULT_RECIPE = "flm_base_4m"
-DEFAULT_DEEPSPEED = ROOT / "ds_configs" / "zero1.json"
+DS_CONFIGS = PIPELINE / "ds_configs"  # in a checkout a link to the folder that users name
+DEFAULT_DEEPSPEED = DS_CONFIGS / "zero1.json"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def parse_command_line(argv: list[str]) -> Launch:
         sources=sources,
         recipe=recipe_path.stem,
         output=Path(output or f"runs/{recipe_path.stem}"),
-        deepspeed=_existing(Path(deepspeed or DEFAULT_DEEPSPEED), "--deepspeed", "see ds_configs/"),
+        deepspeed=_existing(Path(deepspeed or DEFAULT_DEEPSPEED), "--deepspeed", f"see {DS_CONFIGS}"),
     )
 
 

@@ -55,6 +55,9 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    """What git says of the checkout; None for an installed wheel, which may lie inside somebody else's."""
+    if not (ROOT / ".git").exists():
+        return None
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

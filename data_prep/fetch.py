@@ -22,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
+from data_prep.manifest import write_atomically
 from data_prep.record import LowYieldError, PrepError, Record, Rejection
 from data_prep.shard_writer import describe_counts
 
@@ -86,9 +87,7 @@ def plan_download(work: Path, request: dict[str, Any], rows: Iterable[UrlRow | R
         raise
     # A few parts for each process, but bounded: a part is what a killed run has to repeat.
     rows_per_part = max(100, min(_MAX_ROWS_PER_PART, -(-count // (4 * processes))))
-    temporary = request_file.with_suffix(".part")
-    temporary.write_text(json.dumps({"request": request, "urls": count, "rows_per_part": rows_per_part}))
-    os.replace(temporary, request_file)
+    write_atomically(request_file, json.dumps({"request": request, "urls": count, "rows_per_part": rows_per_part}))
     return Plan(work, count, rows_per_part)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -124,17 +125,27 @@ def row_text(text: str | None, meta: dict[str, Any] | None, caption_number: int)
 
 
 def write_manifest(split_dir: Path, manifest: Manifest) -> None:
-    """Write the manifest beside, flush it to disk, and put it in place in one step; call it last."""
-    split_dir = Path(split_dir)
-    temporary = split_dir / f".{MANIFEST_NAME}.{os.getpid()}"
+    """Write the manifest, whole or not at all; call it last."""
     content = {**asdict(manifest), "rows": manifest.rows, "samples": manifest.samples}
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, split_dir / MANIFEST_NAME)
-    sync_directory(split_dir)
+    write_atomically(Path(split_dir) / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file at ``path`` in one step: after a kill or an error it is the old file or the whole new one.
+
+    Text is written as UTF-8. The content goes into a hidden file beside it, which is flushed to disk and renamed.
+    Raises OSError, and then leaves nothing beside.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def file_sha256(path: Path) -> str:
@@ -144,10 +155,13 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_directory(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut; some file systems cannot."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.speedrun.rows import Row
+from data_prep.manifest import write_atomically
 from pipeline.config.options import ConfigError, flatten
 
 ROUNDS = 3  # of calibration, where time is what is measured
@@ -145,9 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """In one move: a kill leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def costs_from(stored: Mapping[str, Any]) -> dict[str, Cost]:

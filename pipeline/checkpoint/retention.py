@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import sync_directory
+from data_prep.manifest import write_atomically
 from pipeline.checkpoint.files import checkpoint_path, published, remove, step_of
 
 BEST_NAME = "best.json"
@@ -65,11 +64,4 @@ def read_best(run: Path) -> dict[str, Any] | None:
 
 def write_best(run: Path, best: dict[str, Any]) -> None:
     """Remember the best checkpoint beside the checkpoints, in one step; raises OSError."""
-    folder = run / "checkpoints"
-    temporary = folder / f"{BEST_NAME}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(best, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, folder / BEST_NAME)
-    sync_directory(folder)
+    write_atomically(run / "checkpoints" / BEST_NAME, json.dumps(best))

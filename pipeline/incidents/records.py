@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import sync_directory
+from data_prep.manifest import sync_directory, write_atomically
 
 FOLDER, FILE_NAME = "incidents", "incident.json"
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ def write_incident(run: Path, step: int, content: Mapping[str, Any]) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     text = json.dumps({"format_version": FORMAT_VERSION, **to_json(content)}, indent=1)
-    _write_synced(beside / FILE_NAME, text)
+    write_atomically(beside / FILE_NAME, text)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)
     sync_directory(folder.parent)
@@ -73,9 +73,7 @@ def name_checkpoint(run: Path, old: str, new: str | None) -> None:
         except (OSError, ValueError):
             continue  # a damaged incident stays as it is; replay says so
         if content.get("checkpoint") == old:
-            beside = folder / (FILE_NAME + ".tmp")
-            _write_synced(beside, json.dumps(content | {"checkpoint": new}, indent=1))
-            os.replace(beside, folder / FILE_NAME)
+            write_atomically(folder / FILE_NAME, json.dumps(content | {"checkpoint": new}, indent=1))
 
 
 def to_json(value: Any) -> Any:
@@ -95,10 +93,3 @@ def from_json(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return value if key == "keys" else [from_json(item) for item in value]
     return _WORDS.get(value, value) if isinstance(value, str) else value
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_prep.manifest import sync_directory
+from data_prep.manifest import write_atomically
 from pipeline.checkpoint.files import defect, published, step_of
 from pipeline.incidents.records import name_checkpoint
 
@@ -45,14 +45,7 @@ class PassedBy:
         return content
 
     def write(self, run: Path) -> None:
-        path = run / FILE_NAME
-        beside = path.with_suffix(".tmp")
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync_directory(run)
+        write_atomically(run / FILE_NAME, json.dumps(asdict(self)) + "\n")
 
 
 def choose_checkpoint(run: Path, first_bad: int, before: int) -> Path | None:

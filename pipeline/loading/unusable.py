@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.manifest import write_atomically
 from pipeline.config.options import DataConfig
 from pipeline.data.shard_files import SHARD_REASONS
 from pipeline.distributed.ranks import Agreement
@@ -106,6 +106,4 @@ class UnusableSamples:
         self.shards[shard]["samples"] += 1
 
     def _write_shards(self) -> None:
-        temporary = self._run / f"{SHARDS_NAME}.tmp"
-        temporary.write_text(json.dumps(self.shards, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self._run / SHARDS_NAME)
+        write_atomically(self._run / SHARDS_NAME, json.dumps(self.shards, indent=1) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from data_prep.manifest import write_atomically
 from pipeline.config.options import leaves
 from pipeline.incidents.records import incident_folder
 from pipeline.reporting.figures import NUM_COLOURS, Series, draw
@@ -95,9 +95,7 @@ def write_report(run_dir: Path) -> Path:
         deepspeed=json.dumps(run.deepspeed, indent=2) if run.deepspeed else "",
     )
     path = run_dir / REPORT_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, page)
     return path
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.manifest import write_atomically
+
 
 class StepLines:
     """Appends records to one file; each is out of the process at once, so a kill tears the last line at most.
@@ -64,9 +66,7 @@ def cut_back(path: Path, step: int) -> list[str]:
         else:
             (kept if found <= step else overtaken).append(line)
     if overtaken or torn:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(kept))
     return overtaken
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from data_prep.manifest import write_atomically
 from model.build import build_objective
 from model.decode.mask_predict import ITERATIONS, mask_predict
 from model.decode.search import beam, greedy
@@ -217,7 +217,5 @@ def write_samples(path: Path, captioned: list[tuple[Item, str]], shown: int, pro
         }
         for item, caption in captioned[:shown]
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"protocol": protocol, "summary": summary, "samples": samples}), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps({"protocol": protocol, "summary": summary, "samples": samples}))
     return summary

@@ -1,4 +1,4 @@
-"""What may change between two parts of one run: said in words, or refused."""
+"""Describes in words the settings that a resumed run changes, and refuses fewer steps than it has done."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 from pipeline.config.options import Config, ConfigError, flatten
 
-SPEED_ONLY = {"optim.batch_size", "optim.micro_batch_size"}  # the first cannot change, the second changes nothing
+# Not compared here: another batch size is refused (fingerprint.py), another micro-batch size is part of the topology.
+NOT_COMPARED = {"optim.batch_size", "optim.micro_batch_size"}
 
 
 def schedule_settings(config: Config) -> dict[str, Any]:
-    """Settings that shape the steps to come and that a run may change on its way, by option."""
+    """Settings that a resumed run may change and that then act on all further steps, by option name."""
     chosen = {f"optim.{name}": value for name, value in flatten(config.optim)}
     chosen |= {"train.steps": config.train.steps, "train.compile": config.train.compile}
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in chosen.items()
-        if name not in SPEED_ONLY
+        if name not in NOT_COMPARED
     }
 
 
@@ -37,9 +38,9 @@ def describe_changes(
     old_settings: Mapping[str, Any],
     new_settings: Mapping[str, Any],
 ) -> list[str]:
-    """One line for each way in which the part of a run that starts now differs from the part before it.
+    """One line per difference between the settings of a resumed run and those it was trained with before.
 
-    Topology keeps the run the same run up to rounding; precision and settings do not, from here on.
+    Another topology changes results by rounding only; another precision or setting changes the run from here on.
     """
     lines = []
     before, now = _in_words(old_topology), _in_words(new_topology)

@@ -1,9 +1,9 @@
-"""What a checkpoint is on disk: its files, the manifest that proves them whole, and reading them without pickles.
+"""The format of a checkpoint on disk: its files, the manifest with their hashes, and reading them without pickles.
 
 ``step_00001000/`` holds ``KIND-RANK-NUMBER.safetensors`` (KIND: weight, exp_avg, exp_avg_sq; each rank writes what it
-holds: whole tensors, or a stretch of the flat tensor where ZeRO has divided it), ``state.json``, and ``manifest.json``
+holds: whole tensors, or a range of the flattened tensor where ZeRO divides it), ``state.json``, and ``manifest.json``
 with the size and SHA-256 of each of them and of itself. It is written in ``step_00001000.tmp``, synced, listed in the
-manifest last and renamed: it is whole or not there.
+manifest last and renamed: a checkpoint is complete or absent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_FILE_BYTES = 1 << 30
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by their names in torch
 KINDS = ("weight", *MOMENTS)
 MANIFEST, STATE = "manifest.json", "state.json"
-DIVIDED = "divided"  # entry of a file's metadata: name -> where its stretch begins, and the shape of the whole
+DIVIDED = "divided"  # entry of a file's metadata: name -> first element of this part, and the shape of the whole
 _FOLDER = re.compile(r"step_(\d{8,})")
 _FILE = re.compile(rf"state\.json|({'|'.join(KINDS)})-\d{{5}}-\d{{5}}\.safetensors")
 _MAX_JSON_BYTES = 1 << 28
@@ -54,7 +54,7 @@ def step_of(path: Path) -> int | None:
 
 
 def published(run: Path) -> list[Path]:
-    """Checkpoint folders of a run by step, oldest first; whether they are whole is not looked at."""
+    """Checkpoint folders of a run by step, oldest first, not verified."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
@@ -63,7 +63,7 @@ def published(run: Path) -> list[Path]:
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that proves whole, and what was skipped, with the reason."""
+    """The newest checkpoint of a run that passes verification, and the newer ones skipped, with the reason."""
     skipped = []
     for path in reversed(published(run)):
         reason = defect(path)
@@ -74,7 +74,7 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def defect(path: Path, hashes: bool = True) -> str | None:
-    """Why a checkpoint cannot be trusted; None if every file has the size (and hash) that the manifest says."""
+    """Why a checkpoint is invalid; None if every file has the size (and hash) in its manifest."""
     try:
         if path.is_symlink():
             return "is a symbolic link; move the folder itself here"
@@ -135,10 +135,10 @@ def _regular_size(path: Path) -> int:
 
 
 class Piece(NamedTuple):
-    """What one rank holds of one name: a stretch of each kind's flat tensor, all alike, on the host."""
+    """One rank's part of one parameter: the same range of elements of each kind's flattened tensor, on the host."""
 
     name: str
-    begin: int  # of the stretch, in numbers
+    begin: int  # first element of the range
     shape: tuple[int, ...]  # of the whole tensor
     tensors: dict[str, Tensor]  # by kind
 
@@ -158,7 +158,7 @@ class PartWriter:
         self._files: dict[str, dict[str, Any]] = {}
 
     def add(self, piece: Piece) -> None:
-        """Take what this rank holds of one name; files are written as they fill."""
+        """Add this rank's part of one parameter; a file is written when it is full."""
         if not piece.is_whole:
             self._divided[piece.name] = {"begin": piece.begin, "shape": piece.shape}
         for kind, tensor in piece.tensors.items():
@@ -168,7 +168,7 @@ class PartWriter:
                 self._flush(kind)
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Write what is left; the manifest's entry of every file written."""
+        """Write what is pending; returns the manifest's entry of every file written."""
         for kind in KINDS:
             self._flush(kind)
         sync_directory(self._folder)
@@ -188,7 +188,7 @@ class PartWriter:
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """Flush a file to disk; its entry in the manifest, the hash taken from what was written."""
+    """Flush a file to disk; returns its entry in the manifest, the hash computed by reading it back."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -210,7 +210,7 @@ def publish(folder: Path, final: Path, state: dict[str, Any], files: dict[str, d
 
 
 def remove(path: Path) -> None:
-    """Take a checkpoint out of sight in one move, then delete it."""
+    """Rename a checkpoint, so that nobody takes it for one any more, then delete it."""
     aside = path.with_name(path.name + ".removed")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
@@ -220,7 +220,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted."""
+    """Delete half-written and half-deleted folders of killed processes."""
     for path in (run / "checkpoints").glob("step_*.*"):
         if path.suffix in (".tmp", ".removed") and _FOLDER.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
@@ -265,7 +265,7 @@ class Reader:
         return {name: shape for (found, name), shape in self._shapes.items() if found == kind}
 
     def read(self, kind: str, name: str) -> Tensor:
-        """One whole tensor, put together where several ranks held it."""
+        """One whole tensor, concatenated where several ranks held a part."""
         pieces = [self._handles[file].get_tensor(name) for _, _, file in self._pieces[kind, name]]
         joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
         return joined.view(self._shapes[kind, name])

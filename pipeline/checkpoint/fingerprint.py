@@ -1,4 +1,4 @@
-"""What two parts of one run must share, and what is said or allowed when they do not."""
+"""The fingerprint of a run: the settings and data that a resume must share, and the check that it does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Continuing from a checkpoint: finding the newest whole one, proving that it fits, setting an engine to it.
+"""Restores a run from its newest valid checkpoint, after checking that it belongs to the run.
 
-Its files know no topology (see ``checkpoint_files.py``): any number of ranks at any ZeRO stage reads what any other
-wrote. Saving is in ``saver.py``.
+A checkpoint does not depend on the topology (``files.py``): any number of ranks at any ZeRO stage can read it.
 """
 
 from __future__ import annotations
@@ -68,9 +67,9 @@ def resume(
 
 
 def load(path: Path, engine: TrainingState) -> RunState:
-    """Set the engine to a (verified) checkpoint and return its run state; every rank must call it.
+    """Load a (verified) checkpoint into the engine and return its run state; every rank must call it.
 
-    The engine may have stepped before: weights, moments and counters are overwritten.
+    Weights, moments and counters of the engine are overwritten.
 
     Raises:
         CheckpointError: the checkpoint is of another model, or was trained with other frozen weights.
@@ -162,7 +161,7 @@ def load_into(model: nn.Module, path: Path) -> None:
 
 
 def _refuse_other_frozen(path: Path, saved: dict[str, Any] | None, found: dict[str, Any] | None) -> None:
-    """Raise CheckpointError unless the frozen weights at hand are those that the checkpoint was trained with."""
+    """Raise CheckpointError unless the frozen weights ``found`` are those that the checkpoint was trained with."""
     names_saved, names_found = (set(one["names"]) if one else set() for one in (saved, found))
     if difference := _difference(names_saved, names_found):
         raise CheckpointError(f"{path}: frozen weights: {difference}; use the same model or another --output")
@@ -192,7 +191,7 @@ def _refuse_other_names(
 
 
 def _difference(expected: Iterable[str], found: Iterable[str]) -> str:
-    """The names that miss or were not expected, in words; empty when there are none."""
+    """Missing and unexpected names in words; empty when there are none."""
     parts = []
     for word, names in (("missing", set(expected) - set(found)), ("unexpected", set(found) - set(expected))):
         if names:

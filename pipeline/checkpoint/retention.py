@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the newest, every n-th, the best, and those that an incident refers to."""
+"""Which checkpoints of a run are kept: the newest, every n-th, the best, and those that an incident names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def steps_to_keep(
 
 
 def retain(run: Path, keep_last: int, keep_every: int) -> None:
-    """Remove the checkpoints of a run that no rule keeps; call it when the newest one is proven."""
+    """Remove the checkpoints of a run that no rule keeps; call it once the newest one is verified."""
     paths = {step_of(path): path for path in published(run)}
     best = read_best(run)
     kept = steps_to_keep(paths, keep_last, keep_every, best["step"] if best else None, cited_steps(run))
@@ -33,7 +33,7 @@ def retain(run: Path, keep_last: int, keep_every: int) -> None:
 
 
 def remove_newer(run: Path, step: int) -> None:
-    """Remove the checkpoints after ``step``: the run has gone back to it and goes on another way."""
+    """Remove the checkpoints after ``step``, to which the run has gone back."""
     for path in published(run):
         if step_of(path) > step:
             remove(path)
@@ -63,5 +63,5 @@ def read_best(run: Path) -> dict[str, Any] | None:
 
 
 def write_best(run: Path, best: dict[str, Any]) -> None:
-    """Remember the best checkpoint beside the checkpoints, in one step; raises OSError."""
+    """Record the best checkpoint in RUN/checkpoints/best.json; raises OSError."""
     write_atomically(run / "checkpoints" / BEST_NAME, json.dumps(best))

@@ -1,4 +1,4 @@
-"""One training at a time in a run folder: a lock that the kernel lets go of when its process ends, however it ends."""
+"""Locks a run folder against a second training; the kernel releases the lock when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def lock_run(run: Path, wait_seconds: float = WAIT_SECONDS) -> int | None:
     """Take the lock of a run folder; the returned file descriptor holds it until it is closed or the process ends.
 
-    Ranks whose launcher was killed may train on for a while; a second run in their folder would lose steps of both.
-    Where the file system has no locks: None, and a warning.
+    It guards against ranks that train on for a while after their launcher was killed. Returns None, with a warning,
+    where the file system has no locks.
 
     Raises:
-        ValueError: another process holds it still after ``wait_seconds``.
+        ValueError: another process still holds it after ``wait_seconds``.
     """
     run.mkdir(parents=True, exist_ok=True)
     file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -1,8 +1,9 @@
-"""Saving while training goes on: a copy at the step boundary, written behind it by every rank, published by rank 0.
+"""Saves checkpoints while training continues: each rank copies its part, a thread writes it, rank 0 publishes.
 
-A save has two phases. *writing*: a thread of each rank writes, syncs and hashes what that rank holds. When the ranks
-see at a step boundary that all threads are done, they put their parts together; *publishing*: a thread of rank 0
-writes the manifest, renames the folder and lets old checkpoints go. At most one save is in flight.
+A save copies tensors at a step boundary and then has two phases. *writing*: a thread of each rank writes, syncs and
+hashes what that rank holds. When all threads are done, at a later step boundary, the ranks gather their lists of files.
+*publishing*: a thread of rank 0 writes the manifest, renames the folder and removes old checkpoints. At most one save
+is in flight.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.checkpoint import files as checkpoint_files
 from pipeline.checkpoint import retention
@@ -31,6 +32,14 @@ MEMORY_MARGIN = 1.2  # free memory per byte of the copy
 HEADER_BYTES = 1 << 20  # headers, manifest and state, beyond the tensors
 STREAMED_FILE_BYTES = 1 << 28  # size of files when there is no memory for a copy
 VISIBLE_SECONDS = 10.0  # how long another rank's file may take to be seen
+
+
+class OpenedFolder(NamedTuple):
+    """What rank 0 found when it opened the folder of a save; every rank gets it."""
+
+    already_saved: bool = False
+    token: str = ""  # content of the file "token" in the folder: a rank that reads it sees the same folder
+    error: str | None = None
 
 
 class Saver:
@@ -59,8 +68,8 @@ class Saver:
         self._cleaning: Future | None = None
         self._phase: str | None = None
         self._state = RunState()
-        self._stood = True  # whether the last save ended well
-        self._told_of_memory = False
+        self._succeeded = True  # the last save
+        self._warned_of_memory = False
         self._best: dict[str, Any] | None = None
         self._began = time.monotonic()
         self._stall_seconds = 0.0
@@ -69,9 +78,9 @@ class Saver:
             checkpoint_files.remove_leftovers(run)
 
     def save(self, state: RunState) -> bool:
-        """Begin to save the engine and ``state``; False, with an alarm, when it cannot be begun.
+        """Start saving the engine and ``state``; False, with an alarm, when it cannot be started.
 
-        What is saved already, or being saved, is not saved again. Waits for a save in flight.
+        A step that is saved, or being saved, is not saved again. Waits for a save in flight.
         """
         if self._phase is not None and self._state.step == state.step:
             return True
@@ -85,38 +94,38 @@ class Saver:
             frozen=engine.frozen,
         )
         sizes = _sizes(engine)
-        found = self._agreement.gather(self._open(sum(sizes.values())) if self._place.is_main else None)[0]
-        if found == "there":
-            self._stood = True
+        opened = self._agreement.gather(self._open_folder(sum(sizes.values())) if self._place.is_main else None)[0]
+        if opened.already_saved:
+            self._succeeded = True
             return True
         owners = owners_of(sizes, self._place.world_size)
         own = {name for name, owner in owners.items() if owner == self._place.rank}
         share = sum(sizes.values()) // self._place.world_size  # of what ZeRO divides
-        report = self._look(found, max(share, sum(sizes[name] for name in own)))
-        if not self._stands([error for error, *_ in report]):
+        report = self._ask_ranks(opened, max(share, sum(sizes[name] for name in own)))
+        if self._abandon_after([error for error, *_ in report]):
             return False
         if not self._settings.async_save or self._short_of_memory([room for _, room in report]):
             self._write_now(own)
         else:
             self._task = self._pool.submit(_write_part, self._tmp, self._place.rank, list(engine.pieces(own)))
-        self._phase, self._stood = "writing", False
+        self._phase, self._succeeded = "writing", False
         self._stall_seconds = time.monotonic() - self._began
         if not self._settings.async_save:
             return self.wait()
         return True
 
     def votes(self) -> tuple[bool, bool]:
-        """What this rank adds to the sums of a step: its thread still writes; the minutes until a save are over."""
+        """What this rank adds to a step's sums: its thread is still writing; train.save_minutes have passed."""
         minutes = self._settings.save_minutes
         due = self._place.is_main and minutes > 0 and self._phase is None
         return self._busy, due and time.monotonic() - self._began >= 60 * minutes
 
     def advance(self, num_busy: float) -> None:
-        """Go on with the save in flight if no rank is busy with it; ``num_busy`` is the sum of the first vote."""
+        """Start the next phase of the save in flight if no rank is busy; ``num_busy`` is the sum of the first vote."""
         if self._phase is None or num_busy:
             return
         outcomes = self._agreement.gather(self._outcome())
-        if not self._stands([error for _, error in outcomes]):
+        if self._abandon_after([error for _, error in outcomes]):
             self._phase = None
         elif self._phase == "writing":
             self._phase = "publishing"
@@ -124,18 +133,18 @@ class Saver:
                 files = {name: entry for part, _ in outcomes for name, entry in part.items()}
                 self._task = self._pool.submit(self._publish, files)
         else:
-            self._phase, self._stood, self._saved_step = None, True, self._state.step
+            self._phase, self._succeeded, self._saved_step = None, True, self._state.step
             if self._place.is_main:
                 self._report(*outcomes[0][0])
 
     def wait(self) -> bool:
-        """Wait for a save in flight; whether the last save ended well."""
+        """Wait for a save in flight; whether the last save succeeded."""
         while self._phase is not None:
             if self._task is not None:
                 self._task.exception()  # waits
             self.advance(self._agreement.total([self._busy])[0])
-        self._pool.submit(int).result()  # what the thread does besides: cleaning up, the best
-        return self._stood
+        self._pool.submit(int).result()  # wait for clean-up and retention too
+        return self._succeeded
 
     def best_of(self, state: RunState) -> dict[str, Any] | None:
         """The best held-out value up to ``state``, which may have been measured after its checkpoint was written."""
@@ -149,7 +158,7 @@ class Saver:
             self._pool.submit(self._retain)
 
     def rewound(self, step: int) -> None:
-        """The run has gone back to ``step``: later checkpoints are of a way not taken, and are removed."""
+        """Remove the checkpoints after ``step``, to which the run has gone back."""
         self.wait()
         if self._place.is_main:
             retention.remove_newer(self._run, step)
@@ -168,10 +177,10 @@ class Saver:
     def _tmp(self) -> Path:
         return self._final.with_name(self._final.name + ".tmp")
 
-    def _open(self, num_bytes: int) -> str:
-        """On rank 0: make the folder to write in; "there", a token that stands in it, or what is wrong."""
+    def _open_folder(self, num_bytes: int) -> OpenedFolder:
+        """On rank 0: create the folder to write ``num_bytes`` of tensors into, with a token in it."""
         if self._saved_step == self._state.step and checkpoint_files.defect(self._final, hashes=False) is None:
-            return "there"
+            return OpenedFolder(already_saved=True)
         needed = num_bytes + HEADER_BYTES
         if self._cleaning is not None:
             self._cleaning.exception()  # waits
@@ -180,34 +189,34 @@ class Saver:
             self._tmp.mkdir(parents=True)
             free = shutil.disk_usage(self._tmp).free
             if free < needed:
-                return (
-                    f"error: it needs {_gib(needed)}, {_gib(free)} are free in {self._tmp.parent}; free some space "
-                    "or lower train.keep_last"
+                return OpenedFolder(
+                    error=f"it needs {_gib(needed)}, {_gib(free)} are free in {self._tmp.parent}; free some space or "
+                    "lower train.keep_last"
                 )
             token = secrets.token_hex(8)
             (self._tmp / "token").write_text(token)
-            return f"token {token}"
+            return OpenedFolder(token=token)
         except OSError as error:
-            return f"error: {error}"
+            return OpenedFolder(error=str(error))
 
-    def _look(self, found: str, own_bytes: int) -> list[tuple[str | None, tuple[str, int, int | None]]]:
-        """Of each rank: what keeps it from writing, and (host, bytes it copies, bytes free there)."""
-        error = found.removeprefix("error: ") if found.startswith("error: ") else None
-        if error is None and not _sees(self._tmp / "token", found.removeprefix("token ")):
+    def _ask_ranks(self, opened: OpenedFolder, own_bytes: int) -> list[tuple[str | None, tuple[str, int, int | None]]]:
+        """Of each rank: an error that keeps it from writing, and (host, bytes to copy, bytes of free memory)."""
+        error = opened.error
+        if error is None and not _sees(self._tmp / "token", opened.token):
             error = f"rank {self._place.rank} on {socket.gethostname()} does not see {self._tmp}"
         return self._agreement.gather((error, (socket.gethostname(), own_bytes, available_bytes())))
 
-    def _stands(self, errors: list[str | None]) -> bool:
-        """False, with an alarm and no half-written folder left, when one of the ranks has met an error."""
+    def _abandon_after(self, errors: list[str | None]) -> bool:
+        """Give the save up if any rank has an error: raise the alarm, delete the half-written folder, return True."""
         errors = list(dict.fromkeys(error for error in errors if error))
         if not errors:
-            return True
-        self._stood, self._task = False, None
+            return False
+        self._succeeded, self._task = False, None
         if self._place.is_main:
             self._cleaning = self._pool.submit(shutil.rmtree, self._tmp, True)
             message = f"checkpoint {self._final.name} was not written: {'; '.join(errors)}"
             self._alarm(f"{message}; the run goes on, older checkpoints stand, the next save tries again")
-        return False
+        return True
 
     def _report(self, num_bytes: int, left_behind: str | None) -> None:
         seconds = time.monotonic() - self._began
@@ -227,8 +236,8 @@ class Saver:
         for host, num_bytes, _ in rooms:
             needed[host] = needed.get(host, 0) + num_bytes
         short = [host for host, _, free in rooms if free is not None and free < MEMORY_MARGIN * needed[host]]
-        if short and self._place.is_main and not self._told_of_memory:
-            self._told_of_memory = True
+        if short and self._place.is_main and not self._warned_of_memory:
+            self._warned_of_memory = True
             print(
                 f"checkpoints are written while training waits: {short[0]} has less than {MEMORY_MARGIN} x "
                 f"{_gib(needed[short[0]])} of memory free for a copy",
@@ -249,7 +258,7 @@ class Saver:
             task.set_exception(error)
 
     def _outcome(self) -> tuple[Any, str | None]:
-        """What this rank's thread gave, or its error; (None, None) when it had nothing to do."""
+        """(result, error) of this rank's thread; (None, None) when it had nothing to do."""
         task, self._task = self._task, None
         if task is None:
             return None, None
@@ -260,9 +269,9 @@ class Saver:
         return None, f"rank {self._place.rank}: {kind}{error}"
 
     def _publish(self, files: Mapping[str, Mapping[str, Any]]) -> tuple[int, str | None]:
-        """On rank 0, in its thread: make the checkpoint whole and visible, prove it, then let old ones go.
+        """On rank 0, in its thread: publish the checkpoint, check its file sizes, then remove old ones.
 
-        Returns its bytes, and what could not be done about the older ones.
+        Returns its bytes, and an error met in removing old ones.
         """
         (self._tmp / "token").unlink()
         checkpoint_files.publish(self._tmp, self._final, dataclasses.asdict(self._state), dict(files))
@@ -273,7 +282,7 @@ class Saver:
         return num_bytes, self._retain()
 
     def _retain(self) -> str | None:
-        """On rank 0, in its thread: note the best if its checkpoint stands, let old ones go; what went wrong."""
+        """On rank 0, in its thread: record the best if it has a checkpoint, remove old ones; returns an error."""
         try:
             if self._best is not None and checkpoint_path(self._run, self._best["step"]).is_dir():
                 retention.write_best(self._run, self._best)
@@ -292,10 +301,10 @@ class Saver:
                 folder.mkdir(parents=True, exist_ok=True)
                 probe.write_text(token)
             except OSError as found:
-                error = f"{folder}: cannot be written ({found.strerror}); mend it or use another --output"
+                error = f"{folder}: cannot be written ({found.strerror}); make it writable or use another --output"
         probe, token, error = self._agreement.gather((probe, token, error))[0]
         seen = error is not None or _sees(probe, token)
-        blind = [
+        without = [
             place
             for place, ok in self._agreement.gather((f"rank {self._place.rank} on {socket.gethostname()}", seen))
             if not ok
@@ -304,9 +313,9 @@ class Saver:
             raise CheckpointError(error)
         if self._place.is_main:
             probe.unlink(missing_ok=True)
-        if blind:
+        if without:
             raise CheckpointError(
-                f"{folder} is not the same folder everywhere: {blind[0]} does not see what rank 0 wrote there; "
+                f"{folder} is not the same folder everywhere: {without[0]} does not see what rank 0 wrote there; "
                 "use an --output on a file system that all nodes share"
             )
 
@@ -335,7 +344,7 @@ def _sizes(engine: TrainingState) -> dict[str, int]:
 
 
 def _write_part(folder: Path, rank: int, pieces: list[Piece]) -> dict[str, dict[str, Any]]:
-    """In a rank's thread: write the copy, which is let go on the way; the manifest's entries of its files."""
+    """In a rank's thread: write the pieces, freeing each once written; returns the manifest's entries of the files."""
     writer = PartWriter(folder, rank)
     pieces.reverse()
     while pieces:
@@ -344,7 +353,7 @@ def _write_part(folder: Path, rank: int, pieces: list[Piece]) -> dict[str, dict[
 
 
 def _sees(path: Path, content: str) -> bool:
-    """Whether a file that another rank wrote is here, within the time that network file systems take."""
+    """Whether this rank sees a file of another rank, with time for a network file system to show it."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         try:

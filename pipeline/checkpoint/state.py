@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run: its state besides tensors, and the tensors that an engine gives and takes."""
+"""The run state that a checkpoint holds besides tensors, and the protocol of an engine that gives and takes tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.checkpoint.files import Piece
 
 @dataclass
 class RunState:
-    """Everything besides tensors that a run needs to go on; random streams are functions of seed and position."""
+    """Everything besides tensors that a resume needs; random draws are functions of seed and position."""
 
     step: int = 0  # optimizer steps done
     samples_seen: int = 0  # position in the global sample order
@@ -22,15 +22,15 @@ class RunState:
     loss_scale: dict[str, float] | None = None
     unusable: dict[str, int] = field(default_factory=dict)  # samples by reason
     unusable_shards: dict[str, dict[str, Any]] = field(default_factory=dict)  # name: reason, samples, since_step
-    topology: dict[str, Any] = field(default_factory=dict)  # ranks, ZeRO stage and precision that wrote it, for people
-    settings: dict[str, Any] = field(default_factory=dict)  # what may change between two parts of a run, by option
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # what must not change between two parts of a run
-    data_changes: list[dict[str, Any]] = field(default_factory=list)  # what of it was allowed to, after which step
+    topology: dict[str, Any] = field(default_factory=dict)  # ranks, ZeRO stage and precision that wrote it
+    settings: dict[str, Any] = field(default_factory=dict)  # settings that a resume may change, by option
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # settings and data that a resume must share
+    data_changes: list[dict[str, Any]] = field(default_factory=list)  # allowed changes of data, each with its step
     frozen: dict[str, Any] | None = None  # weights that are not in the files: their source, names and SHA-256
     best: dict[str, Any] | None = None  # best held-out value so far: metric, value, step
-    guard: dict[str, Any] = field(default_factory=dict)  # what its decisions hang on
-    passed_by: list[int] = field(default_factory=list)  # steps whose batch is gone around
-    eval_seconds: float = 0.0  # what the last evaluation took
+    guard: dict[str, Any] = field(default_factory=dict)  # Guard.state()
+    passed_by: list[int] = field(default_factory=list)  # steps whose batch is skipped
+    eval_seconds: float = 0.0  # duration of the last evaluation
 
 
 class TrainingState(Protocol):

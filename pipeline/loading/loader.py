@@ -22,8 +22,8 @@ from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 from pipeline.loading.collate import collate
 from pipeline.loading.datasets import EvalDataset, Preparation, SampleReader, TrainDataset
-from pipeline.loading.desks import Desks
-from pipeline.loading.shared_batches import Numbered, Parcel, Slots
+from pipeline.loading.shared_batches import ImagePool, SharedBatch, SlotSampler
+from pipeline.loading.worker_positions import WorkerPositions
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _KILL_SECONDS = 5.0
@@ -105,20 +105,20 @@ class BatchLoader:
         self._num_workers = options.num_workers if len(batches) else 0
         self._held_batches, self._persistent = held_batches, persistent and self._num_workers > 0
         self._image_shape = dataset.reader.image_shape
-        self._kept: tuple[DataLoader, Slots | None] | None = None
+        self._kept: tuple[DataLoader, ImagePool | None] | None = None
         self._workers: set[multiprocessing.process.BaseProcess] = set()
-        self._desks = Desks(max(self._num_workers, 1))
+        self._worker_positions = WorkerPositions(max(self._num_workers, 1))
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            iterator, slots = self._started()
+            iterator, pool = self._started()
             for batch in iterator if self._num_workers else self._watched(iterator):
                 if isinstance(batch, Failure):
                     raise LoaderError(batch.reason)
-                yield batch.unpack(slots) if isinstance(batch, Parcel) else batch
+                yield batch.unpack(pool) if isinstance(batch, SharedBatch) else batch
             del iterator
             self._workers = {worker for worker in self._workers if worker.is_alive()}
         except GeneratorExit:  # left early: workers that nobody keeps end at once, whatever they are doing
@@ -147,41 +147,41 @@ class BatchLoader:
         self._workers.clear()
         self._kept = None
 
-    def _started(self) -> tuple[Iterator[Batch | Parcel | Failure], Slots | None]:
+    def _started(self) -> tuple[Iterator[Batch | SharedBatch | Failure], ImagePool | None]:
         """A running iterator of the DataLoader; takes note of the processes that it starts."""
         if self._kept is not None:
-            loader, slots = self._kept
-            slots.reclaim()  # an iteration that was left early keeps none; the workers finish it before they go on
+            loader, pool = self._kept
+            pool.reclaim()  # an iteration that was left early keeps none; the workers finish it before they go on
         else:
-            loader, slots = self._data_loader()
+            loader, pool = self._data_loader()
         if self._persistent:
-            self._kept = loader, slots
+            self._kept = loader, pool
         before = set(multiprocessing.active_children())
         iterator = iter(loader)
         self._workers |= set(multiprocessing.active_children()) - before
-        return iterator, slots
+        return iterator, pool
 
-    def _data_loader(self) -> tuple[DataLoader, Slots | None]:
-        options, workers, slots = self._options, self._num_workers, None
+    def _data_loader(self) -> tuple[DataLoader, ImagePool | None]:
+        options, workers, pool = self._options, self._num_workers, None
         if workers:
             largest = len(next(iter(self._batches)))  # the first batch; only the last can be smaller
             per_worker = options.prefetch + 1 + -(-self._held_batches // workers)
-            slots = Slots(workers, per_worker, (largest, *self._image_shape))
+            pool = ImagePool(workers, per_worker, (largest, *self._image_shape))
         loader = DataLoader(
-            _BatchMaker(self._dataset, self._planner, self._image_shape, slots, self._desks),
+            _BatchMaker(self._dataset, self._planner, self._image_shape, pool, self._worker_positions),
             batch_size=None,  # the workers make whole batches
-            sampler=Numbered(self._batches, slots),
+            sampler=SlotSampler(self._batches, pool),
             collate_fn=_unchanged,
             num_workers=workers,
             prefetch_factor=options.prefetch if workers else None,
             persistent_workers=self._persistent,
             pin_memory=options.pin_memory and torch.cuda.is_available(),
             timeout=options.timeout_seconds if workers else 0,
-            multiprocessing_context="fork" if workers else None,  # the workers inherit the slots
+            multiprocessing_context="fork" if workers else None,  # the workers inherit the pool
             worker_init_fn=_start_worker if workers else None,
             generator=torch.Generator().manual_seed(0),  # else starting a loader would move the global generator
         )
-        return loader, slots
+        return loader, pool
 
     def _watched(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
         """Batches made in this process, which is ended when one takes too long: nothing else can end a hung read."""
@@ -202,7 +202,7 @@ class BatchLoader:
         os._exit(_EXIT_HANGS)
 
     def _explain(self, found: str) -> str:
-        at_work = self._desks.at_work(self._dataset.reader.corpora)
+        at_work = self._worker_positions.active(self._dataset.reader.corpora)
         if "timed out" in found:
             places = ", ".join(sorted({place for _, place in at_work}))
             return (
@@ -283,27 +283,27 @@ class _BatchMaker:
         dataset: TrainDataset | EvalDataset,
         planner: Planner,
         image_shape: tuple[int, ...],
-        slots: Slots | None,
-        desks: Desks,
+        pool: ImagePool | None,
+        worker_positions: WorkerPositions,
     ) -> None:
-        self._dataset, self._planner, self._image_shape, self._slots = dataset, planner, image_shape, slots
-        self._desks = desks
+        self._dataset, self._planner, self._image_shape, self._pool = dataset, planner, image_shape, pool
+        self._worker_positions = worker_positions
 
-    def __getitem__(self, task: tuple[int | None, range]) -> Batch | Parcel | Failure:
+    def __getitem__(self, task: tuple[int | None, range]) -> Batch | SharedBatch | Failure:
         slot, positions = task
         if slot is None:
             images = torch.empty((len(positions), *self._image_shape), dtype=torch.uint8)
         else:
-            images = self._slots.images(slot, len(positions))
+            images = self._pool.images(slot, len(positions))
         worker = get_worker_info()
         try:
-            with self._desks.take(0 if worker is None else worker.id) as started:
+            with self._worker_positions.track(0 if worker is None else worker.id) as started:
                 items = self._dataset.items(positions, images, started)
         except LostCorpus as error:
             return Failure(str(error))
         batch = collate(items, images, self._planner)
         assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"
-        return batch if self._slots is None else Parcel(batch, slot, self._slots)
+        return batch if self._pool is None else SharedBatch(batch, slot, self._pool)
 
 
 def _start_worker(_: int) -> None:
@@ -317,7 +317,7 @@ def _start_worker(_: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _unchanged(batch: Batch | Parcel | Failure) -> Batch | Parcel | Failure:
+def _unchanged(batch: Batch | SharedBatch | Failure) -> Batch | SharedBatch | Failure:
     return batch
 
 

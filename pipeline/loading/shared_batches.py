@@ -1,4 +1,4 @@
-"""How batches travel from loader processes: images in reused shared memory, the small rest through the pipe."""
+"""Sends batches from loader processes to the training process: images in shared memory, the rest through a pipe."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from torch import Tensor
 from model.batch import Batch
 
 
-class Slots:
-    """Shared memory for the images of batches in flight, made before the workers are forked, without a name that could
-    outlive the run.
+class ImagePool:
+    """Anonymous shared memory for the images of batches in flight, one slot per batch; create it before workers fork.
 
-    A slot is taken when a batch is asked for, and free again when the last tensor that shows it is dropped. Reused
-    pages cost no page faults, and unlike a tensor sent through a queue a batch costs no copy and no descriptor. Each
-    worker has slots of its own, so that it maps few pages. When none is free a batch takes torch's slower way.
+    A slot is allocated when a batch is requested and freed when the last tensor over it is garbage collected. Reused
+    pages cost no page faults, and unlike a tensor sent through a queue a batch costs no copy and no file descriptor.
+    Each worker has its own slots, so that it maps few pages. A batch without a free slot is sent by torch's queue.
     """
 
     def __init__(self, num_workers: int, slots_per_worker: int, shape: tuple[int, ...]) -> None:
@@ -37,7 +36,7 @@ class Slots:
         self.reclaim()
 
     def reclaim(self) -> None:
-        """Call when nothing is in flight: every slot is free that nobody looks at."""
+        """Free every slot without a living tensor; call it only when no batch is in flight."""
         slots = [slot for slot in range(len(self._images)) if slot not in self._lent]
         self._free = [deque(slots[worker :: self._num_workers]) for worker in range(self._num_workers)]
 
@@ -51,17 +50,17 @@ class Slots:
         self._free[slot % self._num_workers].append(slot)
 
     def images(self, slot: int, batch_size: int) -> Tensor:
-        """The slot, for a worker to write into: uint8 [batch_size, I, 3, S, S]."""
+        """The slot as a tensor for a worker to fill: uint8 [batch_size, I, 3, S, S]."""
         return torch.from_numpy(self._images[slot, :batch_size])
 
     def lend(self, slot: int, batch_size: int) -> Tensor:
-        """The slot, for the main process to read; it is given back when the tensor and all its views are gone."""
+        """The slot as a tensor for the training process; it is freed with the last of the tensor and its views."""
         view = self._images[slot, :batch_size]
         self._lent.add(slot)
         weakref.finalize(view, self.give_back, slot).atexit = False
         return torch.from_numpy(view)
 
-    def place(self, slot: int) -> int:
+    def offset(self, slot: int) -> int:
         """Byte offset of the slot in ``descriptor``."""
         return slot * self._slot_bytes
 
@@ -70,43 +69,43 @@ class Slots:
             os.close(self.descriptor)
 
 
-class Numbered:
-    """A sampler: the batches, each with the slot it shall use; runs in the main process as batches are asked for."""
+class SlotSampler:
+    """A DataLoader's sampler: yields (slot, positions) of each batch; it runs in the training process."""
 
-    def __init__(self, batches: Sequence[range], slots: Slots | None) -> None:
-        self._batches, self._slots = batches, slots
+    def __init__(self, batches: Sequence[range], pool: ImagePool | None) -> None:
+        self._batches, self._pool = batches, pool
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[int | None, range]]:
         for number, positions in enumerate(self._batches):
-            yield (None if self._slots is None else self._slots.take(number)), positions
+            yield (None if self._pool is None else self._pool.take(number)), positions
 
 
-class Parcel:
-    """A batch on its way: its images stay in their slot (or travel by torch's way), small tensors go as arrays."""
+class SharedBatch:
+    """A batch to be pickled: its images stay in their slot (without one torch sends them), small tensors are arrays."""
 
-    def __init__(self, batch: Batch, slot: int | None, slots: Slots) -> None:
+    def __init__(self, batch: Batch, slot: int | None, pool: ImagePool) -> None:
         self._slot, self._shape = slot, tuple(batch.images.shape)
         self._images = batch.images if slot is None else None
-        self._place = (slots.descriptor, 0 if slot is None else slots.place(slot))
+        self._place = (pool.descriptor, 0 if slot is None else pool.offset(slot))
         self._rest = batch.with_images(None, Tensor.numpy)
         self._pinned = False
 
-    def unpack(self, slots: Slots) -> Batch:
-        """The batch, in the process that owns ``slots``."""
+    def unpack(self, pool: ImagePool) -> Batch:
+        """The batch, in the process that owns ``pool``."""
         if self._images is None:
-            images = slots.lend(self._slot, self._shape[0])
+            images = pool.lend(self._slot, self._shape[0])
         else:
             images = self._images
             if self._slot is not None:
-                slots.give_back(self._slot)
+                pool.give_back(self._slot)
         batch = self._rest.with_images(images, torch.from_numpy)
         return batch.pin_memory() if self._pinned else batch
 
-    def pin_memory(self) -> Parcel:
-        """Called by the DataLoader's pinning thread: copies the images into page-locked memory."""
+    def pin_memory(self) -> SharedBatch:
+        """Copy the images into page-locked memory; the DataLoader's pinning thread calls it."""
         if self._images is None:
             images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=True)
             _read_fully(self._place, images)
@@ -121,5 +120,5 @@ def _read_fully(place: tuple[int, int], images: Tensor) -> None:
     buffer = memoryview(images.numpy()).cast("B")
     while buffer:
         count = os.preadv(descriptor, [buffer], offset)
-        assert count > 0, "slots are as long as they were made"
+        assert count > 0, "the pool is as long as it was made"
         buffer, offset = buffer[count:], offset + count

@@ -22,7 +22,7 @@ from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement, Place
 from pipeline.loading.loader import LoaderOptions, TrainBatches
 from pipeline.loading.open_data import open_held_out
-from pipeline.loading.shared_batches import Numbered
+from pipeline.loading.shared_batches import SlotSampler
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.pretraining import Pretraining
 from tests.forked_ranks import run_ranks
@@ -92,7 +92,7 @@ def runs(draw) -> Run:
 
 def dealt(part: Part, batches: Iterable[range], make: Callable[[range], list[Triple]]) -> list[list[Triple]]:
     """What the loader yields: batch k is made by worker k mod W, a copy that knows of no other, at any time."""
-    tasks = [positions for _, positions in Numbered(batches, None)]
+    tasks = [positions for _, positions in SlotSampler(batches, None)]
     if part.num_workers == 0:
         return [make(positions) for positions in tasks]
     made: dict[int, list[Triple]] = {}

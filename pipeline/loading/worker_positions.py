@@ -1,4 +1,4 @@
-"""Where each loader process is at work, so that a hang or a death can be told by its sample."""
+"""Which sample each loader process is reading, so that an error message can name it when one hangs or dies."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.loading.datasets import Started
 _IDLE = -1
 
 
-class Desks:
-    """One row per process in shared memory without a name: its id, corpus and row. Made before the workers fork."""
+class WorkerPositions:
+    """Process id, corpus and row of every loader process, in anonymous shared memory; create it before they fork."""
 
     def __init__(self, num_workers: int) -> None:
         memory = mmap.mmap(-1, num_workers * 24)
@@ -24,8 +24,8 @@ class Desks:
         self._rows[:, 1] = _IDLE
 
     @contextmanager
-    def take(self, worker: int) -> Iterator[Started]:
-        """Yields what is to be told of each sample before it is read."""
+    def track(self, worker: int) -> Iterator[Started]:
+        """Record what ``worker`` reads: yields a function to call with the corpus and row of each sample to come."""
         row = self._rows[worker]
         row[0] = os.getpid()
 
@@ -35,6 +35,6 @@ class Desks:
         yield started
         row[1] = _IDLE
 
-    def at_work(self, corpora: Sequence[Corpus]) -> list[tuple[int, str]]:
+    def active(self, corpora: Sequence[Corpus]) -> list[tuple[int, str]]:
         """(process id, "CORPUS/SPLIT/SHARD#ROW") of each process that is in the middle of a batch."""
         return [(pid, corpora[corpus].place(index)[2]) for pid, corpus, index in self._rows.tolist() if corpus != _IDLE]

@@ -1,4 +1,4 @@
-"""The order in which samples are seen: pure functions of seed, epoch and corpus sizes, in constant time."""
+"""The sample order: which sample stands at a position, as a pure function of seed, epoch and corpus sizes, in O(1)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ class SampleRef(NamedTuple):
 class SampleOrder:
     """An endless stream of samples over one or more corpora.
 
-    Without ``weights`` the corpora are one concatenated list and every sample comes exactly once an epoch; with them,
-    every block of 1024 positions holds each corpus by its share (largest remainder), and each corpus runs through its
-    own epochs one after the other, each without repeats. ``shuffle`` "full" permutes an epoch by a keyed Feistel
-    network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, a new key
-    per epoch. "blocks" is for disks and stores where every jump costs: blocks of ``block_rows`` consecutive rows are
-    permuted, ``window_blocks`` of them at a time are shuffled into each other (``permute_blocks`` says what randomness
-    that gives up). Raises ValueError for empty corpora and for weights that are not positive or too small to appear in
-    a block.
+    Without ``weights`` the corpora are concatenated and an epoch holds each sample exactly once. With them, every block
+    of 1024 positions holds each corpus in proportion to its weight (largest remainder), and each corpus has epochs of
+    its own, each without repeats.
+
+    ``shuffle`` "full" permutes an epoch by a keyed Feistel network with cycle walking (Black and Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002): no table, a new key per epoch. "blocks" is for storage where random reads are
+    expensive: blocks of ``block_rows`` consecutive rows are permuted, and the rows of ``window_blocks`` of them are
+    shuffled together (``permute_blocks`` says what randomness that gives up). "none" keeps the order of the corpora.
+
+    Raises ValueError for empty corpora, and for weights that are not positive or too small to appear in a block.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class SampleOrder:
         return int(self._ends[-1])
 
     def read_together(self, corpus: int, index: int) -> range | None:
-        """The rows of the corpus that share a block with row ``index``; None where the shuffle knows no blocks."""
+        """The rows of the corpus in the same block as row ``index``; None unless the shuffle is "blocks"."""
         if self._shuffle != "blocks":
             return None
         first_place = 0 if self._block_ends is not None else int(self._ends[corpus] - self._sizes[corpus])
@@ -97,7 +99,7 @@ class SampleOrder:
             keys = self._keys("block", np.repeat(blocks, BLOCK_SIZE))
             slots = permute(slots.ravel(), np.full(slots.size, BLOCK_SIZE), keys).reshape(slots.shape)
         corpora = np.searchsorted(self._block_ends, slots, side="right")
-        in_turn = np.argsort(corpora, axis=1, kind="stable")  # so that each corpus runs through its epochs in time
+        in_turn = np.argsort(corpora, axis=1, kind="stable")  # so that each corpus finishes an epoch before the next
         turns = np.empty_like(in_turn)
         np.put_along_axis(turns, in_turn, np.arange(BLOCK_SIZE)[None].repeat(len(blocks), 0), axis=1)
         within = positions % BLOCK_SIZE
@@ -139,10 +141,10 @@ def block_counts(weights: Sequence[float], num_corpora: int) -> np.ndarray:
 
 
 def permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Images of ``values`` under the permutation of 0..size-1 that each element's key chooses, int64.
+    """Each of ``values`` permuted within 0..size-1 by the permutation that its key selects, int64.
 
-    A Feistel network permutes the next power of two; values that fall outside are walked along their cycle until
-    they fall inside, which takes less than two walks on average.
+    A Feistel network permutes the next power of two; a result outside 0..size-1 is permuted again until it is inside
+    (cycle walking), less than two rounds on average.
     """
     sizes = sizes.astype(np.uint64)
     bits = np.ceil(np.log2(np.maximum(sizes, 1).astype(np.float64))).astype(np.uint64)
@@ -158,12 +160,12 @@ def permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarr
 def permute_blocks(
     values: np.ndarray, sizes: np.ndarray, keys: np.ndarray, block_rows: int, window_blocks: int
 ) -> np.ndarray:
-    """As ``permute``, but rows that stand together come near each other in time, int64.
+    """Like ``permute``, but neighbouring rows stay near each other in the order, int64.
 
-    The rows 0..size-1 fall into blocks of ``block_rows``; what is left at the end is one short block. Blocks take
-    places by a permutation, the short one by the key. The sequence so made is cut into windows of ``window_blocks``
-    blocks, the last may be shorter, and each is permuted in itself. So a window reads ``window_blocks`` stretches of
-    consecutive rows (one more where the short block shifts it) and nothing else.
+    The rows 0..size-1 are divided into blocks of ``block_rows``, the last block may be shorter. The blocks are permuted
+    (the key places the short one), the result is divided into windows of ``window_blocks`` blocks, and the rows of each
+    window are permuted. So a window reads ``window_blocks`` runs of consecutive rows (one more where the short block
+    shifts it) and nothing else.
 
     What that gives up: two samples of one block are always at most a window apart; samples of a window meet in a batch
     far more often than others do; a corpus whose neighbours are alike (five captions of an image, one web site) has
@@ -181,7 +183,7 @@ def permute_blocks(
     short_start = (_mix64(keys) % (num_whole + 1).astype(np.uint64)).astype(np.int64) * block_rows
     beyond = place - short_start
     in_short = (beyond >= 0) & (beyond < short_rows)
-    result = num_whole * block_rows + beyond  # right where the place is inside the short block
+    result = num_whole * block_rows + beyond  # correct where the place is inside the short block
     place = np.where(beyond >= short_rows, place - short_rows, place)[~in_short]
     block = permute(place // block_rows, num_whole[~in_short], keys[~in_short])
     result[~in_short] = block * block_rows + place % block_rows
@@ -217,7 +219,7 @@ def mix_words(*words: int | str) -> int:
 
 
 def sample_seed(seed: int, epoch: int, corpus: int, index: int) -> int:
-    """The 64-bit seed of everything random about one sample in one epoch; knows nothing of ranks and workers."""
+    """The 64-bit seed of all random draws for one sample in one epoch, independent of ranks and workers."""
     return mix_words(seed, epoch, corpus, index)
 
 

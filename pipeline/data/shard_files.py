@@ -1,4 +1,4 @@
-"""Opens the shards of a split as their rows are touched, and says within seconds when one or all of them are gone."""
+"""Opens the shards of a split on first use, with retries, and detects within seconds that one or all are gone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from data_prep.manifest import MANIFEST_NAME, Manifest, Shard, index_columns
 MISSING, UNREADABLE, TRUNCATED, BAD_INDEX = "missing shard", "unreadable shard", "truncated shard", "unreadable index"
 SHARD_REASONS = (MISSING, UNREADABLE, TRUNCATED, BAD_INDEX)  # reasons that cost a shard, not one sample
 
-# A file that cannot be opened is tried again for a moment, since stores hiccup; a process that has waited long enough
-# without anything coming back waits no more. The folder of a split gets longer before the run is ended.
-SHARD_SECONDS = 2.0
-PATIENCE_SECONDS = 20.0
-FOLDER_SECONDS = 8.0
+SHARD_SECONDS = 2.0  # retries of one file, since storage may fail for a moment
+PATIENCE_SECONDS = 20.0  # retries of all files of a process in vain; after that none is retried
+FOLDER_SECONDS = 8.0  # retries of the folder of a split, before the run ends
 MAX_LOST_IN_A_ROW = 16  # shards, none of them readable, before the whole split counts as lost
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 0.5
 _HEADER_BYTES = 4096  # of an index; its header takes 128
@@ -31,17 +29,17 @@ _HEADER_BYTES = 4096  # of an index; its header takes 128
 class ShardError(Exception):
     """A shard that cannot be used; ``reason`` is one of SHARD_REASONS."""
 
-    def __init__(self, reason: str, may_pass: bool = False) -> None:
+    def __init__(self, reason: str, transient: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.may_pass = reason, may_pass
+        self.reason, self.transient = reason, transient
 
 
 class LostCorpus(RuntimeError):
-    """No shard of a split can be read any more; one line that says so and what to do."""
+    """No shard of a split can be read any more; the message names the split and what to do."""
 
 
 class OpenShard(NamedTuple):
-    """Descriptors of a tar and its index; rows are read, not mapped: a file cut short under a map kills the process."""
+    """File descriptors of a tar and its index, read and not mapped: a map of a truncated file kills the process."""
 
     tar: int
     index: int
@@ -54,7 +52,7 @@ class OpenShard(NamedTuple):
         try:
             data = os.pread(self.index, size, self.first_row_at + number * size)
         except OSError:
-            raise ShardError(BAD_INDEX, may_pass=True) from None
+            raise ShardError(BAD_INDEX, transient=True) from None
         if len(data) < size:
             raise ShardError(BAD_INDEX)
         return np.frombuffer(data, dtype=np.int64)
@@ -69,7 +67,7 @@ class OpenShard(NamedTuple):
                     break
                 data += more
         except OSError:
-            raise ShardError(UNREADABLE, may_pass=True) from None
+            raise ShardError(UNREADABLE, transient=True) from None
         if len(data) < size:
             raise ShardError(TRUNCATED)
         return data
@@ -80,8 +78,10 @@ class OpenShard(NamedTuple):
 
 
 class ShardFiles:
-    """At most ``max_open`` shards of a split, the least recently used is closed first. What is open stays readable
-    when the folder is renamed, and so does not notice; what is not yet open is then a LostCorpus."""
+    """Keeps at most ``max_open`` shards of a split open and closes the least recently used first.
+
+    An open shard stays readable when its folder is renamed; opening another one then raises LostCorpus.
+    """
 
     def __init__(self, split_dir: Path, manifest: Manifest, max_open: int) -> None:
         self._split_dir, self._manifest, self._max_open = split_dir, manifest, max_open
@@ -90,7 +90,7 @@ class ShardFiles:
         self._lost: set[int] = set()  # shards missing or unreadable since one could last be read
 
     def get(self, number: int) -> OpenShard:
-        """Shard ``number``, open; raises ShardError, or LostCorpus when it is not the only one."""
+        """Open shard ``number``; raises ShardError, or LostCorpus when many or all shards are lost."""
         opened = self._open.get(number)
         if opened is not None:
             self._open.move_to_end(number)
@@ -99,7 +99,7 @@ class ShardFiles:
         try:
             opened = self._opened_in_time(shard)
         except ShardError as error:
-            self.failed(number, error)
+            self.note_failure(number, error)
             raise
         self._open[number] = opened
         if len(self._open) > self._max_open:
@@ -107,16 +107,16 @@ class ShardFiles:
         return opened
 
     def forget(self, number: int) -> None:
-        """Close a shard, so that the next touch opens it anew."""
+        """Close a shard, so that its next use opens it again."""
         if number in self._open:
             self._open.pop(number).close()
 
-    def worked(self) -> None:
-        """Something could be read."""
+    def note_success(self) -> None:
+        """Call it after a successful read: the count of lost shards starts again."""
         self._lost.clear()
 
-    def failed(self, number: int, error: ShardError) -> None:
-        """Shard ``number`` gave ``error``; raises LostCorpus when no shard can be read any more."""
+    def note_failure(self, number: int, error: ShardError) -> None:
+        """Call it when shard ``number`` raised ``error``; raises LostCorpus when no shard can be read any more."""
         if error.reason not in (MISSING, UNREADABLE):
             return
         self._lost.add(number)
@@ -146,19 +146,19 @@ class ShardFiles:
                 opened = self._open_now(shard)
             except ShardError as error:
                 waited = time.monotonic() - began
-                if not error.may_pass or waited >= min(SHARD_SECONDS, self._patience):
+                if not error.transient or waited >= min(SHARD_SECONDS, self._patience):
                     self._patience -= min(waited, self._patience)
                     raise
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             else:
                 if pause > _FIRST_PAUSE_SECONDS:
-                    self._patience = PATIENCE_SECONDS  # waiting was worth it
+                    self._patience = PATIENCE_SECONDS
                 return opened
 
     def _open_now(self, shard: Shard) -> OpenShard:
         width = index_columns(self._manifest.fields).width
-        with ExitStack() as opened:  # closed again unless all is well
+        with ExitStack() as opened:  # closes what it holds on an error
             tar, _ = _open_file(self._split_dir / shard.file)
             opened.callback(os.close, tar)
             index, num_bytes = _open_file(self._split_dir / shard.index_file)
@@ -181,9 +181,9 @@ def _open_file(path: Path) -> tuple[int, int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise ShardError(MISSING, may_pass=True) from None
+        raise ShardError(MISSING, transient=True) from None
     except OSError:
-        raise ShardError(UNREADABLE, may_pass=True) from None
+        raise ShardError(UNREADABLE, transient=True) from None
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
@@ -192,14 +192,14 @@ def _open_file(path: Path) -> tuple[int, int]:
 
 
 def _first_row(descriptor: int, num_bytes: int, expected: tuple[int, int]) -> int:
-    """Where the rows of an index begin; raises ShardError if it is not int64 of the expected shape."""
+    """Byte offset of the first row of an index; raises ShardError if it is not int64 of the expected shape."""
     try:
         head = io.BytesIO(os.pread(descriptor, _HEADER_BYTES, 0))
         version = np.lib.format.read_magic(head)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[version](head)
     except OSError:
-        raise ShardError(UNREADABLE, may_pass=True) from None
+        raise ShardError(UNREADABLE, transient=True) from None
     except (ValueError, KeyError):
         raise ShardError(BAD_INDEX) from None
     fits = shape == expected and dtype == np.dtype("<i8") and not by_columns

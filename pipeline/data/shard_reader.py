@@ -38,14 +38,14 @@ class RawSample(NamedTuple):
 
 
 class Corpus:
-    """Rows 0..len-1 of one split. Opening reads the manifest only; shards are opened on first touch, at most
-    ``max_open`` at a time. Copies by pickling or forking read on their own.
+    """Rows 0..len-1 of one split. Opening reads the manifest only; shards are opened on first use, at most
+    ``max_open`` at a time. A pickled or forked copy opens its own files.
 
-    Raises ManifestError when the split is missing, incomplete or altered. What is wrong with a single row is
+    Raises ManifestError when the split is missing, incomplete or altered. A single bad row raises
     UnusableSample with one of these reasons: "index does not fit shard", "wrong member", "not a regular file",
     "bad key", "member too large", "missing image", "missing caption", "empty caption", "invalid UTF-8",
     "invalid metadata"; or one of ``shard_files.SHARD_REASONS`` with the key "CORPUS/SPLIT/SHARD#ROW". A split of which
-    nothing can be read any more is LostCorpus.
+    nothing can be read any more raises LostCorpus.
     """
 
     def __init__(self, split_dir: Path, max_open: int = MAX_OPEN_SHARDS) -> None:
@@ -94,7 +94,7 @@ class Corpus:
 
     def _read(self, index: int, image_fields: tuple[str, ...]) -> RawSample:
         number, row, name = self.place(index)
-        for is_last in (False, True):  # a stale handle of a network file system is mended by a new one
+        for is_last in (False, True):  # a stale handle of a network file system: open it again
             try:
                 shard = self._files.get(number)
             except ShardError as error:
@@ -103,14 +103,14 @@ class Corpus:
                 sample = self._sample(shard, number, row, name, image_fields)
             except ShardError as error:
                 self._files.forget(number)
-                if is_last or not error.may_pass:
-                    self._files.failed(number, error)
+                if is_last or not error.transient:
+                    self._files.note_failure(number, error)
                     raise UnusableSample(name, error.reason) from None
             except UnusableSample:
-                self._files.worked()
+                self._files.note_success()
                 raise
             else:
-                self._files.worked()
+                self._files.note_success()
                 return sample
         raise AssertionError
 
@@ -136,8 +136,10 @@ class Corpus:
     def _member(
         self, shard: OpenShard, row: np.ndarray, field: str, name: str, key: str, shard_bytes: int
     ) -> tuple[bytes | None, str]:
-        """(content, key) of a field, its header verified; None where the row lacks it. ``key`` is ``name`` until a
-        header has told the sample's own, which all of its members must share."""
+        """(content, key) of a field after checking its tar header; content is None where the row lacks the field.
+
+        ``key`` is ``name`` until the first header is read; from then on all members must share that header's key.
+        """
         column = self._columns.offset.get(field)
         offset = -1 if column is None else int(row[column])
         if offset == -1:

@@ -1,4 +1,4 @@
-"""From encoded image bytes nobody vouches for to a uint8 tensor of the model's resolution."""
+"""Decodes untrusted image bytes safely and resizes them to a uint8 tensor of the model's resolution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what data_prep may write and users caption; no rare, risky decoders
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what data_prep writes and users caption; rare decoders are a risk
 TRANSFORM_VERSION = 1  # part of a run's fingerprint: raise it with any change that moves a pixel
 DEFAULT_MAX_PIXELS = 100_000_000
 MAX_SCANS = 10  # of a progressive JPEG of max_pixels, more of a smaller one: each scan is decoded on its own
@@ -61,7 +61,7 @@ def decode_image(
         raise UnusableSample(key, "empty image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a bomb is judged by max_pixels below, odd metadata does not matter
+            warnings.simplefilter("ignore")  # size is checked by max_pixels below, odd metadata is harmless
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.size, max_pixels, key)
             _check_scans(image, data, max_pixels, key)
@@ -166,8 +166,10 @@ def _check_size(size: tuple[int, int], max_pixels: int, key: str) -> None:
 
 
 def _check_scans(image: Image.Image, data: bytes, max_pixels: int, key: str) -> None:
-    """A few kilobytes of empty scans can keep the decoder busy for minutes; 0xFF 0xDA begins a scan and nothing else,
-    save in an embedded thumbnail."""
+    """Refuse progressive JPEGs with many scans: a few kilobytes of empty scans keep the decoder busy for minutes.
+
+    The bytes 0xFF 0xDA begin a scan and occur nowhere else but in embedded thumbnails.
+    """
     if image.format == "JPEG" and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANS * max_pixels:
         raise UnusableSample(key, "too many scans")
 

@@ -1,4 +1,4 @@
-"""How this process asks the system for memory, which training on a CPU feels."""
+"""Tunes the C library's allocator for training on a CPU, and measures how much memory is available."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ LARGEST_KEPT = 32 << 20  # bytes; glibc refuses a higher threshold
 
 
 def keep_freed_memory() -> bool:
-    """Keeps freed blocks in the process instead of giving them back: large activations are not faulted in anew.
+    """Make glibc keep freed blocks in the process, which saves the page faults of allocating them again in each step.
 
-    A step allocates and frees the same gigabytes again and again; by default glibc gives them back at the step's end,
-    and every page of the next step costs a fault. Blocks above ``LARGEST_KEPT`` are still mapped one by one: in the
-    heap, small neighbours that stay would carve what each leaves behind, and a ZeRO bucket of 800 MB would need new
-    room in every step, until the system refuses to fork. Returns False where the C library is not glibc, which then
-    keeps its own rules.
+    Blocks above ``LARGEST_KEPT`` are still mapped one by one: in the heap, small blocks beside a freed ZeRO bucket of
+    800 MB would fragment it, and the address space would grow with every step. Returns False, without effect, where the
+    C library is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -26,10 +24,7 @@ def keep_freed_memory() -> bool:
 
 
 def available_bytes() -> int | None:
-    """Memory that this process can still have: of the machine, and of the control group that limits it (v2).
-
-    None where the system does not say.
-    """
+    """Bytes that this process can still allocate, by the machine and by its control groups (v2); None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -49,7 +44,7 @@ def available_bytes() -> int | None:
 
 
 def _left_in_group(folder: Path) -> int | None:
-    """What a control group may still allocate; the page cache counts as free. None without a limit."""
+    """Bytes that a control group may still allocate, page cache counted as free; None without a limit."""
     try:
         limit = int((folder / "memory.max").read_text(encoding="ascii"))
         used = int((folder / "memory.current").read_text(encoding="ascii"))

@@ -1,4 +1,4 @@
-"""For those who launch ranks: a port where they can meet, and which processes they are."""
+"""Helps programs that launch ranks: finds a free port for the rendezvous, and the process ids of the ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ def free_port() -> int:
 
 
 def launched_ranks(group: int) -> list[int]:
-    """Training processes of a process group (Linux), without the loader processes that they started: these are told to
-    stop, as a launcher that is told so kills them."""
+    """Process ids of the ranks in a process group (Linux), loader workers left out.
+
+    Send signals to these: a launcher that gets a signal kills its ranks.
+    """
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -11,9 +11,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT ends the process at once.
+    """A request to stop, set by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT ends the process at once.
 
-    Loader workers inherit the handlers; in them the note has no effect, their rank decides.
+    Loader workers inherit the handlers but ignore the signals: their rank decides when to stop.
     """
 
     def __init__(self) -> None:

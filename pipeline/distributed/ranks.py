@@ -1,4 +1,4 @@
-"""Who am I among the ranks: discovery from any launcher's environment, and the small agreements ranks make."""
+"""Finds the rank of this process in any launcher's environment, connects the ranks, and lets them agree on numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
-_SILENCE = timedelta(minutes=30)  # a rank that is gone is noticed at once, one that hangs after this long
+_SILENCE = timedelta(minutes=30)  # until a hanging rank is noticed; with gloo a dead one is noticed at once
 _LOST_RANK_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands: one of ``world_size`` ranks, the ``local_rank``-th on its node."""
+    """The rank of this process among ``world_size`` ranks, and its number ``local_rank`` on its node."""
 
     rank: int
     world_size: int
@@ -34,10 +34,10 @@ class Place:
 
 
 def discover(environment: Mapping[str, str]) -> Place:
-    """The place of this process, from the environment made by deepspeed, torchrun, mpirun (Open MPI, MPICH) or srun.
+    """The place of this process in the environment of deepspeed, torchrun, mpirun (Open MPI, MPICH) or srun.
 
-    Explicit RANK and WORLD_SIZE win. Under Slurm a step of several tasks counts; mpirun inside an allocation starts
-    its daemons through Slurm, so PMI's own numbers win where they disagree with the step's.
+    RANK and WORLD_SIZE take precedence. Slurm's variables count in a step of several tasks, unless PMI_SIZE differs:
+    mpirun inside an allocation starts its daemons through Slurm, and then PMI's variables count.
 
     Raises:
         ValueError: the numbers are incomplete or contradict each other.
@@ -79,7 +79,7 @@ def rendezvous(place: Place, environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 def connect(place: Place, device: torch.device, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Form the process group (nccl on CUDA, gloo elsewhere) and tell libraries about it through the environment."""
+    """Create the process group (nccl on CUDA, gloo elsewhere) and set the environment variables that libraries read."""
     address, port = rendezvous(place, environment)
     environment.update(
         RANK=str(place.rank),
@@ -89,14 +89,14 @@ def connect(place: Place, device: torch.device, environment: MutableMapping[str,
         MASTER_PORT=str(port),
     )
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if place.world_size == 1:  # no port needed, so none can be taken
+    if place.world_size == 1:  # without a port, which another process could hold
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=_SILENCE)
 
 
 class Agreement:
-    """Collectives over host numbers, on a group of their own: they never wait for a device."""
+    """Collectives over numbers on the host, on a gloo group of their own, so that they never wait for a device."""
 
     def __init__(self) -> None:
         self.alone = not dist.is_initialized() or dist.get_world_size() == 1
@@ -127,23 +127,23 @@ class Agreement:
         return values
 
     def wait(self) -> None:
-        """Return when every rank is here."""
+        """A barrier over all ranks."""
         if not self.alone:
             dist.barrier(group=self._group)
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """One line when ``error`` says that another rank is gone or silent, None for every other error."""
+    """One line if ``error`` means that another rank is gone or silent, None for every other error."""
     found = next((words for words in _LOST_RANK_WORDS if words in str(error)), None)
     if not isinstance(error, RuntimeError) or found is None:
         return None
-    return f"another rank is gone or silent ({found.strip()}); what happened to it stands in its own last message"
+    return f"another rank is gone or silent ({found.strip()}); its own last message has the cause"
 
 
 def leave(code: int, agreement: Agreement | None = None) -> NoReturn:
-    """End this process with ``code`` once its output is out and, if all ranks leave together, every rank is ready.
+    """End this process with ``code`` after flushing its output and, given an ``agreement``, after a barrier.
 
-    Gloo's threads may abort a correct run while the interpreter shuts down, so the shutdown is skipped.
+    The interpreter's shutdown is skipped, because gloo's threads may abort a correct run in it.
     """
     if agreement is not None:
         agreement.wait()
@@ -181,7 +181,7 @@ def _mpi_rendezvous() -> tuple[str, int]:
 
 
 def _own_address() -> str:
-    """The address of this host that others reach, as the routing table knows it; nothing is sent."""
+    """The address of this host on the route to other hosts, by the routing table; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("10.255.255.255", 1))

@@ -1,7 +1,7 @@
-"""Decides whether a step is bad, from its loss and gradient norm and from what was usual before; pure host arithmetic.
+"""Decides whether a step is bad, by comparing its loss and gradient norm with running statistics; plain arithmetic.
 
-Every rank calls it with the same numbers, so every rank decides alike; its state is part of RunState, so a resumed run
-decides as the uninterrupted one.
+Every rank passes the same numbers and gets the same verdict. The state is part of RunState, so that a resumed run
+decides as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 from pipeline.config.options import GuardConfig
 
-LEAST_LOSS_DEVIATION = 0.05  # of the mean: below this, losses are the same for our purpose
-LEAST_LOG_NORM_DEVIATION = 0.25  # 8 deviations are then at least a factor of 7 in the norm
+LEAST_LOSS_DEVIATION = 0.05  # floor of the standard deviation, as a share of the mean loss
+LEAST_LOG_NORM_DEVIATION = 0.25  # floor for the logarithm of the norm: 8 deviations are at least a factor of 7
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the guard says of one step; ``reason`` is None for a good one. ``thresholds`` are null while warming up."""
+    """The guard's decision on one step: ``reason`` is None for a good step, ``thresholds`` are None during warm-up."""
 
     reason: str | None
     thresholds: dict[str, float | None]
 
 
 class RunningStatistics:
-    """Mean and variance that forget over ``memory`` values; plain averages until there are that many."""
+    """Exponential moving mean and variance over ``memory`` values; plain averages until there are that many."""
 
     def __init__(self, memory: int, state: Mapping[str, Any] | None = None) -> None:
         self._memory = memory
@@ -61,7 +61,7 @@ class Guard:
         self.untouched_since: int | None = state.get("untouched_since")  # weights are those of this checkpoint's step
 
     def state(self) -> dict[str, Any]:
-        """A copy fit for JSON, from which a new guard goes on."""
+        """A copy fit for JSON, which ``Guard(settings, state)`` continues from."""
         return {
             "loss": self._loss.state(),
             "log_grad_norm": self._log_norm.state(),
@@ -75,7 +75,7 @@ class Guard:
         verdict = Verdict(self._reason(loss, grad_norm), self.thresholds())
         if verdict.reason is None:
             self._loss.add(loss)
-            if grad_norm:  # the logarithm of 0 says nothing
+            if grad_norm:  # 0 has no logarithm
                 self._log_norm.add(math.log(grad_norm))
             self.untouched_since = None
         else:
@@ -83,7 +83,7 @@ class Guard:
         return verdict
 
     def thresholds(self) -> dict[str, float | None]:
-        """The largest loss and gradient norm that pass now; None where spikes are not judged (yet)."""
+        """The largest loss and gradient norm of a good step; None while or where spikes are not judged."""
         settings, loss, norm = self._settings, self._loss, self._log_norm
         result: dict[str, float | None] = {"loss": None, "grad_norm": None}
         if settings.loss_sigmas and loss.count >= max(settings.warmup_steps, 2):
@@ -96,11 +96,11 @@ class Guard:
 
     @property
     def over_quota(self) -> bool:
-        """Whether the recent bad steps are more than tolerated."""
+        """Whether there are more recent bad steps than ``guard.max_skips``."""
         return len(self.recent) > self._settings.max_skips
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether the bad step ``step`` deserves a checkpoint of its own for replaying it."""
+        """Whether to save a checkpoint for the replay of the bad step ``step`` (``guard.save_incident_every``)."""
         every = self._settings.save_incident_every
         return every > 0 and (self.saved_for is None or step >= self.saved_for + every)
 

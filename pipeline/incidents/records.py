@@ -1,4 +1,4 @@
-"""The black box on disk: RUN/incidents/step_N/incident.json, one for each bad step, complete or not there."""
+"""Writes and reads incidents: RUN/incidents/step_N/incident.json, one per bad step, complete or absent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def incident_folder(run: Path, step: int) -> Path:
 
 
 def write_incident(run: Path, step: int, content: Mapping[str, Any]) -> Path:
-    """Write the incident of step ``step`` (0-based) beside and move it into place; an older one gives way."""
+    """Write the incident of step ``step`` (0-based) in one move, replacing an older one; returns its folder."""
     folder = incident_folder(run, step)
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -66,18 +66,18 @@ def list_incidents(run: Path) -> list[Path]:
 
 
 def name_checkpoint(run: Path, old: str, new: str | None) -> None:
-    """Let the incidents that refer to checkpoint ``old`` refer to ``new``, each in one move."""
+    """Make every incident that names checkpoint ``old`` name ``new``."""
     for folder in list_incidents(run):
         try:
             content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # a damaged incident stays as it is; replay says so
+            continue  # a damaged incident stays as it is; replay refuses it
         if content.get("checkpoint") == old:
             write_atomically(folder / FILE_NAME, json.dumps(content | {"checkpoint": new}, indent=1))
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON, with words for the numbers that JSON does not know."""
+    """Plain JSON values; NaN and infinities become the strings "nan", "inf" and "-inf"."""
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""Going back: which checkpoint, which steps are gone around from there, and RUN/passed_by.json, which remembers.
+"""Rewinds a run: chooses the checkpoint to return to and records the skipped batches in RUN/passed_by.json.
 
-The file is written before anything else changes. Until newer checkpoints are set aside it says so (``setting_aside``),
-and the next start of the run finishes that first: a kill at any moment neither loses the rewind nor repeats it.
+The file is written before anything else changes. Its entry ``setting_aside`` stands until the newer checkpoints are
+moved away, which the next start of the run finishes: a kill at any moment neither loses nor repeats a rewind.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ FILE_NAME = "passed_by.json"
 
 
 class RewindError(ValueError):
-    """RUN/passed_by.json cannot be used, with the reason and what to do."""
+    """RUN/passed_by.json is unusable; the message gives the reason and what to do."""
 
 
 @dataclass
 class PassedBy:
-    """What a run goes around. A person may write ``steps`` too, before a start of the run."""
+    """The skipped batches of a run, as RUN/passed_by.json; a person may add ``steps`` before a start of the run."""
 
-    steps: list[int] = field(default_factory=list)  # 0-based: step s covers positions [s*G, (s+1)*G)
-    rewinds: list[dict] = field(default_factory=list)  # from_step, to_step, bad_steps of each
-    setting_aside: int | None = None  # checkpoints after this step still have to be set aside
+    steps: list[int] = field(default_factory=list)  # steps whose batch is skipped, from 0: positions [s*G, (s+1)*G)
+    rewinds: list[dict] = field(default_factory=list)  # from_step, to_step and bad_steps of each
+    setting_aside: int | None = None  # checkpoints after this step still have to be moved away
 
     @classmethod
     def read(cls, run: Path) -> PassedBy:
@@ -39,9 +39,9 @@ class PassedBy:
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, TypeError) as error:
-            raise RewindError(f'{path}: cannot be read ({error}); expected {{"steps": [...]}}; mend it') from None
+            raise RewindError(f'{path}: cannot be read ({error}); expected {{"steps": [...]}}; fix it') from None
         if not isinstance(content.steps, list) or not all(isinstance(step, int) for step in content.steps):
-            raise RewindError(f"{path}: steps: expected a list of whole numbers; mend it")
+            raise RewindError(f"{path}: steps: expected a list of whole numbers; fix it")
         return content
 
     def write(self, run: Path) -> None:
@@ -49,7 +49,7 @@ class PassedBy:
 
 
 def choose_checkpoint(run: Path, first_bad: int, before: int) -> Path | None:
-    """The newest valid checkpoint from ``before`` steps before step ``first_bad`` or earlier; else from before it."""
+    """The newest valid checkpoint at least ``before`` steps before step ``first_bad``, else the newest before it."""
     for limit in (first_bad - before, first_bad):
         for path in reversed(published(run)):
             if step_of(path) <= limit and defect(path) is None:
@@ -58,31 +58,34 @@ def choose_checkpoint(run: Path, first_bad: int, before: int) -> Path | None:
 
 
 def decide_rewind(run: Path, path: Path, bad_steps: Sequence[int], before: int, now: int) -> PassedBy:
-    """Write down that the run goes back to ``path``, and around the batches of all steps that led to the bad ones."""
-    remembered = PassedBy.read(run)
+    """Record a rewind from step ``now`` to the checkpoint ``path``, with the batches to skip from there.
+
+    These are the batches of the bad steps, of all steps between them and of up to ``before`` steps before the first.
+    """
+    record = PassedBy.read(run)
     to_step = step_of(path)
-    around = range(max(bad_steps[0] - before, to_step), bad_steps[-1] + 1)
-    remembered.steps = sorted({*remembered.steps, *around})
-    remembered.rewinds.append({"from_step": now, "to_step": to_step, "bad_steps": list(bad_steps)})
-    remembered.setting_aside = to_step
-    remembered.write(run)
-    return remembered
+    skipped = range(max(bad_steps[0] - before, to_step), bad_steps[-1] + 1)
+    record.steps = sorted({*record.steps, *skipped})
+    record.rewinds.append({"from_step": now, "to_step": to_step, "bad_steps": list(bad_steps)})
+    record.setting_aside = to_step
+    record.write(run)
+    return record
 
 
 def finish_setting_aside(run: Path) -> list[str]:
-    """Move checkpoints that a rewind left behind out of sight of a resume; returns their new names."""
-    remembered = PassedBy.read(run)
-    if remembered.setting_aside is None:
+    """Move the checkpoints newer than a rewind's target where no resume finds them; returns their new names."""
+    record = PassedBy.read(run)
+    if record.setting_aside is None:
         return []
     moved = []
     for path in published(run):
-        if step_of(path) > remembered.setting_aside:
-            aside = f"before_rewind_{len(remembered.rewinds)}/{path.name}"
-            name_checkpoint(run, path.name, aside)  # first: what an incident names must never be other weights
+        if step_of(path) > record.setting_aside:
+            aside = f"before_rewind_{len(record.rewinds)}/{path.name}"
+            name_checkpoint(run, path.name, aside)  # first, so that no incident ever names other weights
             target = path.parent / aside
             target.parent.mkdir(exist_ok=True)
             os.rename(path, target)
             moved.append(aside)
-    remembered.setting_aside = None
-    remembered.write(run)
+    record.setting_aside = None
+    record.write(run)
     return moved

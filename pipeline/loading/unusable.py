@@ -1,4 +1,4 @@
-"""Counts unusable samples by reason, names them or their shard once, and says when they are too many."""
+"""Counts unusable samples by reason, names each of them or its shard once, and tells when the budget is spent."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class UnusableSamples:
         self._unnamed: list[tuple[int, str, str]] = []  # (step, key, reason) of this rank since the last naming
 
     def return_to(self, step: int, counts: Mapping[str, int], shards: Mapping[str, dict[str, Any]]) -> None:
-        """Forget what came after ``step``, whose state had these counts; every rank must call it."""
+        """Return to the counts of ``step``, to which the run has gone back; every rank must call it."""
         self._begin(counts, shards)
         if self._is_main:
             cut_back(self._run / FILE_NAME, step)
@@ -61,7 +61,7 @@ class UnusableSamples:
         return len(self._unnamed) - before
 
     def add_total(self, number: int) -> None:
-        """``number`` more over all ranks, as the ranks agreed on."""
+        """Add ``number`` unusable samples, already summed over all ranks."""
         self._total += number
 
     def too_many(self, samples_seen: int) -> bool:
@@ -69,7 +69,7 @@ class UnusableSamples:
         return self._total > self._data.bad_sample_budget + self._data.bad_sample_share * samples_seen
 
     def name(self) -> None:
-        """Gather, count and write down what was noted since; every rank must call it."""
+        """Gather, count and record the samples noted since the last call; every rank must call it."""
         if self._agreement.total([len(self._unnamed)])[0] == 0:
             return
         rows = sorted(row for rank in self._agreement.gather(self._unnamed) for row in rank)
@@ -87,15 +87,15 @@ class UnusableSamples:
                 self._write_shards()
 
     def verdict(self) -> str:
-        """The one line that ends a run whose budget is spent."""
+        """The error line of a run whose budget is spent."""
         reasons = ", ".join(f"{number} x {reason}" for reason, number in self.counts.most_common())
         worst = sorted(self.shards.items(), key=lambda item: -item[1]["samples"])[:NUM_SHOWN]
         named = [f"{name} ({found['reason']}, {found['samples']} samples)" for name, found in worst]
         parts = [f"shards {', '.join(named)}"] if named else []
         parts += [f"the last samples are {', '.join(self._recent[-5:])}"] if self._recent else []
         return (
-            f"too many unusable samples: {reasons}; {'; '.join(parts)}; all stand in {self._run / FILE_NAME} and "
-            f"{SHARDS_NAME}; mend them (python -m data_prep verify) or raise data.bad_sample_budget"
+            f"too many unusable samples: {reasons}; {'; '.join(parts)}; all are listed in {self._run / FILE_NAME} "
+            f"and {SHARDS_NAME}; repair them (python -m data_prep verify) or raise data.bad_sample_budget"
         )
 
     def _charge(self, shard: str, step: int, reason: str) -> None:

@@ -99,5 +99,5 @@ def test_a_file_written_by_hand_is_read_or_refused(tmp_path: Path, content: str)
     (tmp_path / "passed_by.json").write_text('{"steps": [3, 4]}')
     assert PassedBy.read(tmp_path).steps == [3, 4]
     (tmp_path / "passed_by.json").write_text(content)
-    with pytest.raises(RewindError, match=r"passed_by\.json.*mend it"):
+    with pytest.raises(RewindError, match=r"passed_by\.json.*fix it"):
         PassedBy.read(tmp_path)

@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows defaults other than None, False and an empty list."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return (

@@ -1,4 +1,4 @@
-"""Downloads a table of URLs through img2dataset: a thin adapter that bounds, watches, resumes and accounts for it."""
+"""Downloads a table of URLs by img2dataset, with limits, supervision, resuming and a count of every row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAX_ROWS_PER_PART = 5000
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """``timeout`` seconds for each read (three times that for a whole download), ``retries`` after a failure;
+    """``timeout`` seconds per read (three times that for a whole download), ``retries`` after a failure;
     ``min_yield`` the share of downloads that must succeed; ``stall_seconds`` without any progress end the run, as does
     ``deadline_seconds`` in all."""
 
@@ -50,7 +50,7 @@ class FetchOptions:
 
 @dataclass(frozen=True)
 class UrlRow:
-    """A row worth downloading; ``number`` counts the rows of the input from 0."""
+    """A row to download; ``number`` counts the rows of the input from 0."""
 
     number: int
     url: str
@@ -60,7 +60,7 @@ class UrlRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a working folder is to download: ``urls`` rows, in parts of ``rows_per_part``."""
+    """The download of a working folder: ``urls`` rows, in parts of ``rows_per_part``."""
 
     work: Path
     urls: int
@@ -68,7 +68,7 @@ class Plan:
 
 
 def plan_download(work: Path, request: dict[str, Any], rows: Iterable[UrlRow | Rejection], processes: int) -> Plan:
-    """Write what is to be downloaded into the working folder, or keep what a run with the same ``request`` wrote.
+    """Write the rows to download into the working folder, or keep those that a run with the same ``request`` wrote.
 
     Raises PrepError where the folder belongs to another request.
     """
@@ -114,7 +114,7 @@ def _write_plan(work: Path, rows: Iterable[UrlRow | Rejection]) -> int:
 
 
 def download(plan: Plan, options: FetchOptions) -> None:
-    """Download what is planned; parts that an earlier run finished are kept if their yield was sufficient.
+    """Download the planned rows; finished parts of an earlier run are kept if their yield was sufficient.
 
     Raises LowYieldError with the reasons when too few succeed, PrepError when the downloader stalls or fails.
     """
@@ -169,7 +169,7 @@ def _run_downloader(plan: Plan, parts: Path, options: FetchOptions) -> None:
             stdin=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,  # its processes form a group that can be ended as one
-            pass_fds=(lock.fileno(),),  # the lock outlives us as long as a downloader is alive
+            pass_fds=(lock.fileno(),),  # a downloader holds the lock even when this process has died
         )
         try:
             _watch(process, parts, plan.urls, options)
@@ -216,7 +216,7 @@ def _stats(parts: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         try:
             yield path, json.loads(path.read_text())
         except ValueError:
-            continue  # being written at this moment; the next look sees it
+            continue  # being written at this moment; the next poll reads it
 
 
 def _progress(parts: Path) -> tuple[int, int, Counter[str]]:
@@ -233,7 +233,7 @@ def _progress(parts: Path) -> tuple[int, int, Counter[str]]:
 
 
 def _drop_failed_parts(parts: Path, min_yield: float) -> None:
-    """Forget parts that are unfinished or yielded too little (no network at that time, say): they are tried again."""
+    """Delete parts that are unfinished or yielded too little (by a lost network, say), to download them again."""
     finished = {path.name.split("_")[0]: stats for path, stats in _stats(parts)}
     for path in parts.iterdir():
         stats = finished.get(re.split(r"[._]", path.name)[0])

@@ -1,4 +1,4 @@
-"""Which records are kept, and the reason for each that is not; pure but for the memory of duplicates."""
+"""Decides which records are kept, with a reason for each rejection; only the duplicate filter has a state."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Limits:
 
 
 def check_record(record: Record, limits: Limits) -> tuple[Record | None, list[Rejection]]:
-    """The record as it will be written, or None, with what was rejected of it (counted in rows)."""
+    """The record as it will be written, or None, and the rejections of it or of its captions (counted in rows)."""
     name = safe_key(record.key)
     captions, rejections = _check_captions(name, record.captions)
     if not captions:
@@ -107,10 +107,10 @@ def caption_problem(caption: str | None) -> str | None:
 
 
 def check_image(content: bytes, limits: Limits) -> tuple[bytes, str]:
-    """Decode an image completely; its bytes (as they came where possible) and extension.
+    """Decode an image completely; returns the bytes to store and their extension.
 
     JPEG, PNG and WebP bytes are kept, whatever their colour mode; other formats become a JPEG of their first frame.
-    Raises UnusableImage. The header is judged before any pixel is decoded.
+    Raises UnusableImage, by the header before any pixel is decoded.
     """
     if not content:
         raise UnusableImage("empty_image")

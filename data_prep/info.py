@@ -1,4 +1,4 @@
-"""Says what prepared data holds: counts, sizes, caption lengths, what was rejected, where it comes from."""
+"""Describes prepared data: counts, sizes, caption lengths, rejected records, provenance."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _image_sizes(split_dir: Path, manifest: Manifest) -> dict[str, int]:
 
 
 def format_table(descriptions: list[dict[str, Any]]) -> str:
-    """A table for people: one line for each split, then what was rejected."""
+    """A table as text: one line per split, then the rejected records by reason."""
     header = ("corpus/split", "rows", "samples", "shards", "MiB", "images", "pixels", "words min/median/p99/max")
     lines = [header]
     for split in descriptions:

@@ -1,4 +1,4 @@
-"""The border between data_prep and pipeline: what a prepared split consists of, read and written safely."""
+"""The format of a prepared split, on which data_prep and pipeline agree: manifest, index, safe reading and writing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KNOWN_FIELDS = ("image", "image1", "text", "meta")
 
 
 class ManifestError(ValueError):
-    """A split is missing, incomplete or not what its manifest says; the message is one line for the user."""
+    """A split is missing, incomplete or differs from its manifest; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def sync_directory(folder: Path) -> None:
 
 
 def read_manifest(split_dir: Path) -> Manifest:
-    """The manifest of a split whose files are all there with the sizes it says; raises ManifestError otherwise."""
+    """The manifest of a split; raises ManifestError unless all its files exist with the listed sizes."""
     split_dir = Path(split_dir)
     manifest = _read_content(split_dir)
     for shard in manifest.shards:
@@ -231,7 +231,7 @@ def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> No
 
 
 def _check_files(split_dir: Path, shard: Shard) -> None:
-    """One look at each file: a corpus has thousands, often on a network file system."""
+    """Check existence and size by one lstat per file: a corpus has thousands, often on a network file system."""
     for name in (shard.file, shard.index_file):
         path = split_dir / name
         try:
@@ -254,8 +254,8 @@ def _check_files(split_dir: Path, shard: Shard) -> None:
 def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path]:
     """Folders of ``split`` at ``path``: a split folder, a corpus (SPLIT/) or a root of corpora (CORPUS/SPLIT/).
 
-    Corpora of another number of images per sample (None: any) are passed over in a root and refused when named. Raises
-    ManifestError, naming the command to run, when nothing is there or something is half-written.
+    Corpora with another number of images per sample (None: any) are skipped in a root and refused when named. Raises
+    ManifestError, naming the command to run, when there is no split or a half-written one.
     """
     path = Path(path)
     if not path.is_dir():
@@ -298,7 +298,7 @@ def _what_is_there(path: Path) -> str:
 
 
 def is_split(folder: Path) -> bool:
-    """Whether a finished split stands in ``folder``."""
+    """Whether ``folder`` holds a finished split."""
     return (Path(folder) / MANIFEST_NAME).is_file()
 
 

@@ -53,5 +53,5 @@ def _run_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Re
 
 
 def _ignore_interrupt() -> None:
-    """Ctrl-C reaches the whole terminal group; the parent alone decides what it means."""
+    """Ignore Ctrl-C in a worker: the terminal sends it to the parent too, which ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What flows from a source to a split: records, and the names of those that were not kept."""
+"""The types between a source and a split: records, and rejections with their reasons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class PrepError(ValueError):
-    """What the user must hear, in one line; the command ends with ``exit_code``."""
+    """An error for the user, in one line; the command ends with ``exit_code``."""
 
     exit_code = 2
 
@@ -20,7 +20,7 @@ class LowYieldError(PrepError):
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: one image or an image pair, its captions (a row each), and whatever else is known about it.
+    """One sample: one image or an image pair, its captions (a row each), and its metadata.
 
     ``extensions`` names the image formats as tar members (jpg, png, webp); the filters fill it in.
     """

@@ -54,7 +54,7 @@ class Scene:
         return self.things[0]
 
     def identity(self) -> bytes:
-        """Equal for two scenes that would give the same picture but for the noise."""
+        """A digest of the scene without its noise: equal for scenes whose pictures differ in noise only."""
         description = {**asdict(self), "noise_seed": 0}
         return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).digest()
 

@@ -22,10 +22,10 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class SplitWriter:
-    """Context manager that builds a split in a hidden folder beside and puts it in place when it is complete.
+    """Context manager that writes a split into a hidden folder and renames it to ``split_dir`` when it is complete.
 
-    Leaving by an exception (Ctrl-C included) removes the hidden folder; what stood at ``split_dir`` stays.
-    Raises PrepError when a finished split stands there and ``overwrite`` is not given.
+    An exception (Ctrl-C included) removes the hidden folder and leaves ``split_dir`` as it was. Raises PrepError when
+    ``split_dir`` holds a finished split and ``overwrite`` is not given.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SplitWriter:
 
 
 def refuse_existing(split_dir: Path, overwrite: bool) -> None:
-    """Raises PrepError where writing to ``split_dir`` would destroy something without being told to."""
+    """Raises PrepError if ``split_dir`` holds a split, without ``overwrite``, or anything else."""
     if is_split(split_dir) and not overwrite:
         raise PrepError(f"{split_dir}: already prepared; give --overwrite to replace it, or another --output")
     if split_dir.exists() and not is_split(split_dir) and (not split_dir.is_dir() or any(split_dir.iterdir())):
@@ -130,7 +130,7 @@ def _put_in_place(folder: Path, split_dir: Path) -> None:
 
 
 class _ShardWriter:
-    """One tar with the index of its rows; hashes while it writes."""
+    """Writes one tar and the index of its rows, and hashes the tar on the way."""
 
     def __init__(self, folder: Path, number: int, fields: tuple[str, ...]) -> None:
         self._folder, self._fields = folder, fields

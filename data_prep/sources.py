@@ -1,4 +1,4 @@
-"""One generator per corpus: what is out there, as records, with a name and a reason for whatever is not."""
+"""Reads corpora, one generator each: yields a Record per sample and a Rejection per unusable row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def url_rows(
     columns: list[str] | None = None,
     table_format: str | None = None,
 ) -> Iterator[UrlRow | Rejection]:
-    """Rows of a URL table that are worth a download; the others by reason."""
+    """The rows of a URL table to download; unusable rows as Rejection."""
     wanted = list(dict.fromkeys([url_column, caption_column, *extra_columns, *json_columns]))
     for number, row in enumerate(read_table(path, wanted, columns, table_format)):
         if isinstance(row, Rejection):

@@ -18,14 +18,16 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in RoBERTa;
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 1
 MAX_LENGTH = 512
 
-# A word gets the same tokens wherever it stands, the first place included: with few captions to learn from, two
-# versions of each first word would cost rows of the vocabulary and blur the counts. Decoded text starts with a space.
+# A word has the same tokens at every position, the first included: with few captions, two versions of every first
+# word would waste vocabulary and split its counts. Decoded text therefore starts with a space.
 ADD_PREFIX_SPACE = True
 
 
 def train_tokenizer(split_dirs: list[Path], output: Path, vocab_size: int, overwrite: bool = False) -> int:
-    """Write a Hugging Face tokenizer folder; returns its number of tokens, which the captions may keep below
-    ``vocab_size``. Equal captions in equal order give equal files. Raises PrepError."""
+    """Train on the captions of ``split_dirs`` and write a Hugging Face tokenizer folder; returns its number of tokens.
+
+    Few captions may give fewer than ``vocab_size``. Equal captions in equal order give equal files. Raises PrepError.
+    """
     if vocab_size < MIN_VOCAB_SIZE:
         raise PrepError(f"--vocab-size {vocab_size}: bytes and special tokens alone need {MIN_VOCAB_SIZE}")
     if output.exists() and not overwrite:
@@ -64,7 +66,7 @@ def _build() -> Tokenizer:
 
 
 def _save(tokenizer: Tokenizer, output: Path, training: dict) -> None:
-    """Write the folder beside and put it in place in one step."""
+    """Write the tokenizer into a hidden folder and rename it, so that it is complete or absent."""
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     old = output.with_name(f".{output.name}.{os.getpid()}.old")
     part.mkdir(parents=True)

@@ -1,15 +1,16 @@
-"""The verbs of the command line: their options, and what each does with them."""
+"""The verbs of the command line: the options of each, and the function that runs it."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep import fetch, info, sources, synth, tokenizer
 from data_prep.filters import Limits
@@ -20,11 +21,12 @@ from data_prep.shard_writer import SplitWriter, describe_counts, refuse_existing
 from data_prep.tables import FORMATS
 from data_prep.verify import verify_split
 
+Options = TypeVar("Options")
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 
 
 class Folders(list[Path]):
-    """A default that ``--help`` shows as one would type it."""
+    """A list of folders that ``--help`` shows as a user would type it."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
@@ -34,16 +36,8 @@ DATA = Folders([Path("data")])
 
 
 def run_synth(args: argparse.Namespace) -> int:
-    options = synth.SynthOptions(
-        counts={"train": args.train, "dev": args.dev, "test": args.test},
-        seed=args.seed,
-        image_size=args.image_size,
-        captions_per_image=args.captions_per_image,
-        pair_share=args.pair_share,
-        samples_per_shard=args.samples_per_shard,
-        workers=args.workers,
-        overwrite=args.overwrite,
-    )
+    counts = {"train": args.train, "dev": args.dev, "test": args.test}
+    options = _from_arguments(synth.SynthOptions, args, counts=counts)
     if args.urls is not None:
         for table in synth.write_url_tables(args.urls, args.base_url, options):
             print(table)
@@ -90,18 +84,8 @@ def run_urls(args: argparse.Namespace) -> int:
         columns=args.columns,
         table_format=args.format,
     )
-    options = fetch.FetchOptions(
-        processes=args.processes,
-        threads=args.threads,
-        timeout=args.timeout,
-        retries=args.retries,
-        min_yield=args.min_yield,
-        max_image_bytes=args.max_image_bytes,
-        stall_seconds=args.stall_seconds,
-        deadline_seconds=args.deadline_seconds,
-    )
     plan = fetch.plan_download(work, request, rows, args.processes)
-    fetch.download(plan, options)
+    fetch.download(plan, _from_arguments(fetch.FetchOptions, args))
     writer = _writer(args, args.output, args.split, {**request, **_limits(args).__dict__}, ("img2dataset", "pillow"))
     manifest = fill_split(
         writer,
@@ -157,7 +141,7 @@ def run_flickr8k(args: argparse.Namespace) -> int:
         names = sources.read_names(path)
         writer = _writer(args, args.output, split, {"list": path.name, **_limits(args).__dict__}, ("pillow",))
         records = sources.flickr8k_records(images, captions, names)
-        # A line that cannot be read belongs to no split: it is counted where most captions are.
+        # An unreadable line belongs to no split; it is counted in the split with most captions.
         extra = problems if split == next(iter(found)) else []
         source = (item for part in (extra, records) for item in part)
         manifest = fill_split(
@@ -229,7 +213,7 @@ VERBS: dict[str, Verb] = {
     "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
     "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
-    "info": ("say what is there", add_info, run_info),
+    "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
 }
 
 
@@ -250,7 +234,13 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    return Limits(args.max_pixels, args.max_image_bytes, args.min_side, args.max_aspect, args.image_size)
+    return _from_arguments(Limits, args)
+
+
+def _from_arguments(options: type[Options], args: argparse.Namespace, **given: Any) -> Options:
+    """A dataclass of options, its fields ``given`` or taken from the arguments of the same name."""
+    named = {field.name: getattr(args, field.name) for field in dataclasses.fields(options) if field.name not in given}
+    return options(**named, **given)
 
 
 def _writer(

@@ -1,4 +1,4 @@
-"""Reopens a split and checks everything it promises: hashes, counts, offsets, names, texts, images."""
+"""Verifies a split against its manifest: hashes, counts, offsets, names, texts, images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from data_prep.prepare import progress
 
 @dataclass
 class Findings:
-    """What a verification saw; ``problems`` are lines ``FILE: what was found, what was expected``."""
+    """Results of a verification; ``problems`` are lines ``FILE: found, expected``."""
 
     rows: int = 0
     samples: int = 0
@@ -40,7 +40,7 @@ class Findings:
 
 
 def verify_split(split_dir: Path, limits: Limits, workers: int) -> Findings:
-    """Check one split completely; never raises for what is wrong with the split."""
+    """Check one split completely; a defect is a line in ``problems``, never an exception."""
     total = Findings()
     try:
         manifest = read_manifest(split_dir)

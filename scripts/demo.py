@@ -1,4 +1,4 @@
-"""The main job on an embedded corpus: images are made, served, downloaded, sharded, learnt, captioned and reported.
+"""The demo: draws images, serves and downloads them, prepares shards, trains, captions held-out images, reports.
 
 Run by `make demo`. Every stage prints the command that does it, so that each can be typed by hand; a stage whose result
 is already there is skipped, an interrupted training continues. Needs no network beyond 127.0.0.1.
@@ -30,11 +30,11 @@ from pipeline.reporting.metrics import LOG_NAME, read_log  # noqa: E402
 from pipeline.reporting.page import held_out_rows  # noqa: E402
 from pipeline.reporting.page import number as as_text  # noqa: E402
 
-PYTHON = "python"  # as shown; the interpreter that runs this file is what runs it
+PYTHON = "python"  # in printed commands; they are run by the interpreter of this file
 
 
 class StageFailed(Exception):
-    """A command of a stage ended with an error; it has said why itself."""
+    """A command of a stage ended with an error, whose message it has printed itself."""
 
     def __init__(self, command: list[str], code: int) -> None:
         super().__init__(f"`{shlex.join(command)}` ended with exit code {code}")
@@ -42,7 +42,7 @@ class StageFailed(Exception):
 
 
 class Demo:
-    """Where things are, and how long each stage took."""
+    """The folders of the demo, and the time of each stage."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.web: Path = options.work / "web"
@@ -55,7 +55,7 @@ class Demo:
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
-        """Prints the title, and how long what follows took."""
+        """Prints the title, and the time of the block it wraps."""
         print(f"\n== {title}", flush=True)
         began = time.monotonic()
         yield

@@ -31,7 +31,7 @@ lint: setup ## ruff: rules and format
 	@ruff check .
 	@ruff format --check --quiet .
 
-format: setup ## ruff: mend what it can
+format: setup ## ruff: fix what it can
 	@ruff check --fix .
 	@ruff format .
 

@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     budget.add_argument("--steps", type=count, metavar="N", help="optimizer steps of each: equal samples")
     add("--recipe", default="demo", help="settings all rows start from: a name or a YAML file (default: demo)")
     add("--deepspeed", metavar="FILE", help="DeepSpeed JSON of all trainings (default: that of pipeline/train.py)")
-    add("--rows", default="objectives", help="benchmarks/rows/NAME.yaml or a YAML file (default: objectives)")
+    add("--rows", default="objectives", help="benchmarks/speedrun/rows/NAME.yaml or a YAML file (default: objectives)")
     add("--only", nargs="+", metavar="ROW", help="only these rows of the file")
     add("--target", nargs="+", metavar="ROW", help="the best of these sets the target (default: full rows of MLM)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a training each; may be added later (default: 0 1 2)")

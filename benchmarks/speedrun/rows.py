@@ -54,7 +54,7 @@ class Row:
 
 
 def load_rows(name: str, base: Sequence[str], only: Sequence[str] | None = None) -> list[Row]:
-    """The rows of benchmarks/rows/NAME.yaml or of a YAML file, on top of the command line ``base``.
+    """The rows of benchmarks/speedrun/rows/NAME.yaml or of a YAML file, on top of the command line ``base``.
 
     Raises:
         ConfigError: no such file, no rows, an option that does not exist, may not be set here or has a wrong value.

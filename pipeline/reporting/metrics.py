@@ -88,7 +88,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """What befell a run, in file order: the records of ``EVENTS``, those that a run overtook later among them."""
+    """The events of a run in file order: the records of ``EVENTS``, those of steps that were done again included."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

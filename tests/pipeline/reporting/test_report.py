@@ -114,9 +114,9 @@ def test_report_of_one_point_and_of_numbers_that_are_not_finite(tmp_path: Path) 
     assert "not finite" in html and html.count("<svg") == 1
 
 
-def test_what_befell_a_run_is_listed_also_what_it_overtook(tmp_path: Path) -> None:
+def test_events_of_a_run_are_listed_also_those_of_repeated_steps(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "demo")
-    assert "What befell the run" not in Page(write_report(run).read_text()).text
+    assert "Events of the run" not in Page(write_report(run).read_text()).text
     log = MetricsWriter(run, {}, is_main=True, tensorboard=False)
     bad = {"reason": "the loss is not finite", "loss": math.nan, "grad_norm": 2.5, "checkpoint": None}
     log.log(301, bad, kind="incident")
@@ -125,7 +125,7 @@ def test_what_befell_a_run_is_listed_also_what_it_overtook(tmp_path: Path) -> No
     log.log(320, {"message": "<b>disk full</b>"}, kind="alarm")
     log.close()
     page = Page(write_report(run).read_text())
-    rows = page.text.split("What befell the run")[1].split("Captions of held-out")[0]
+    rows = page.text.split("Events of the run")[1].split("Captions of held-out")[0]
     assert rows.index("step skipped") < rows.index("went back") < rows.index("alarm") and "set aside" not in rows
     assert "the loss is not finite; loss not finite, grad norm 2.5" in rows
     assert rows.count("python -m pipeline.replay RUN/incidents/step_") == 1 and "step_00000300" in rows

@@ -145,8 +145,8 @@ class GuardConfig:
         warmup_steps: good steps before spikes are judged; what is not finite is always skipped.
         max_skips: bad steps tolerated within window_steps.
         window_steps: steps in which max_skips may happen.
-        action: past max_skips, rewind to a checkpoint from before them and go around their batches, or stop.
-        go_around_before: steps before the first bad one whose batches are gone around too, when rewinding.
+        action: past max_skips, rewind to a checkpoint from before them and skip their batches, or stop.
+        go_around_before: steps before the first bad one whose batches a rewind skips too.
         max_rewinds: rewinds before the run stops anyway.
         save_incident_every: steps between two checkpoints made for replaying incidents; 0 makes none.
     """

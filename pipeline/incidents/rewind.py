@@ -24,7 +24,7 @@ class RewindError(ValueError):
 
 
 @dataclass
-class PassedBy:
+class SkippedBatches:
     """The skipped batches of a run, as RUN/passed_by.json; a person may add ``steps`` before a start of the run."""
 
     steps: list[int] = field(default_factory=list)  # steps whose batch is skipped, from 0: positions [s*G, (s+1)*G)
@@ -32,7 +32,7 @@ class PassedBy:
     setting_aside: int | None = None  # checkpoints after this step still have to be moved away
 
     @classmethod
-    def read(cls, run: Path) -> PassedBy:
+    def read(cls, run: Path) -> SkippedBatches:
         path = run / FILE_NAME
         try:
             content = cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -57,12 +57,12 @@ def choose_checkpoint(run: Path, first_bad: int, before: int) -> Path | None:
     return None
 
 
-def decide_rewind(run: Path, path: Path, bad_steps: Sequence[int], before: int, now: int) -> PassedBy:
+def decide_rewind(run: Path, path: Path, bad_steps: Sequence[int], before: int, now: int) -> SkippedBatches:
     """Record a rewind from step ``now`` to the checkpoint ``path``, with the batches to skip from there.
 
     These are the batches of the bad steps, of all steps between them and of up to ``before`` steps before the first.
     """
-    record = PassedBy.read(run)
+    record = SkippedBatches.read(run)
     to_step = step_of(path)
     skipped = range(max(bad_steps[0] - before, to_step), bad_steps[-1] + 1)
     record.steps = sorted({*record.steps, *skipped})
@@ -74,7 +74,7 @@ def decide_rewind(run: Path, path: Path, bad_steps: Sequence[int], before: int, 
 
 def finish_setting_aside(run: Path) -> list[str]:
     """Move the checkpoints newer than a rewind's target where no resume finds them; returns their new names."""
-    record = PassedBy.read(run)
+    record = SkippedBatches.read(run)
     if record.setting_aside is None:
         return []
     moved = []

@@ -62,7 +62,7 @@ class LoaderOptions:
 @dataclass(frozen=True)
 class TrainBatches:
     """Positions of each micro-batch of one rank for steps ``start_step`` .. ``num_steps``-1, less those of the steps
-    ``passed_by``, which a run goes around: nothing of them is read."""
+    ``skipped``, of which nothing is read."""
 
     start_step: int
     num_steps: int
@@ -70,15 +70,15 @@ class TrainBatches:
     world: int
     micro_batch: int
     accumulation: int
-    passed_by: frozenset[int] = frozenset()
+    skipped: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
-        around = sum(self.start_step <= step < self.num_steps for step in self.passed_by)
-        return (max(self.num_steps - self.start_step, 0) - around) * self.accumulation
+        num_skipped = sum(self.start_step <= step < self.num_steps for step in self.skipped)
+        return (max(self.num_steps - self.start_step, 0) - num_skipped) * self.accumulation
 
     def __iter__(self) -> Iterator[range]:
         for step in range(self.start_step, self.num_steps):
-            if step in self.passed_by:
+            if step in self.skipped:
                 continue
             for micro in range(self.accumulation):
                 yield micro_batch_positions(step, micro, self.rank, self.world, self.micro_batch, self.accumulation)
@@ -229,15 +229,15 @@ def build_train_loader(
     num_steps: int,
     seed: int,
     options: LoaderOptions,
-    passed_by: Collection[int] = (),
+    skipped: Collection[int] = (),
 ) -> BatchLoader:
     """Micro-batches of ``rank`` for steps ``start_step`` .. ``num_steps``-1, ``accumulation`` per step, in order;
-    the steps ``passed_by`` are left out.
+    the ``skipped`` steps are left out.
 
     Whatever the topology, step s holds the samples at positions [s*G, (s+1)*G) of ``order``, G the global batch.
     """
     reader = _reader(corpora, preparation, options)
-    batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(passed_by))
+    batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(skipped))
     dataset = TrainDataset(reader, order, seed)
     return BatchLoader(dataset, batches, len(batches), preparation.planner, options, accumulation)
 

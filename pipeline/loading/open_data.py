@@ -141,7 +141,7 @@ class TrainingBatches:
             num_steps=config.train.steps,
             seed=config.train.seed,
             options=loader_options(config, self._pin),
-            passed_by=skipped,
+            skipped=skipped,
         )
         return iter(self._loader)
 

@@ -16,7 +16,7 @@ from pipeline.config.options import to_plain
 from pipeline.engine.engine import BadStep, StepResult
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.records import FOLDER, incident_folder, list_incidents, name_checkpoint, write_incident
-from pipeline.incidents.rewind import PassedBy, choose_checkpoint, decide_rewind, finish_setting_aside
+from pipeline.incidents.rewind import SkippedBatches, choose_checkpoint, decide_rewind, finish_setting_aside
 from pipeline.reporting.environment import device_name
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.training.session import Session
@@ -73,23 +73,23 @@ def go_on(s: Session) -> bool:
     now = s.state.step
     s.batches.close()
     _stand_at(s, path, remembered.steps)
-    around = [step for step in remembered.steps if step >= s.state.step]
-    values = {"from_step": now, "checkpoint": path.name, "bad_steps": str(recent), "passed_by": str(around)}
+    skipped = [step for step in remembered.steps if step >= s.state.step]
+    values = {"from_step": now, "checkpoint": path.name, "bad_steps": str(recent), "passed_by": str(skipped)}
     s.records.writer.log(s.state.step, values | {"set_aside": ", ".join(aside)}, kind="rewind")
     left = f"; checkpoints set aside: {', '.join(aside)}" if aside else ""
     _say(
         s,
         f"rewind {len(remembered.rewinds)} of {settings.max_rewinds}: {many}; back from step {now} to {path.name}, "
-        f"going around the batches of steps {around[0]} to {around[-1]} (RUN/passed_by.json){left}",
+        f"skipping the batches of steps {skipped[0]} to {skipped[-1]} (RUN/passed_by.json){left}",
     )
     return True
 
 
-def _decide(s: Session, recent: list[int]) -> tuple[Path, PassedBy, list[str]] | str:
-    """On rank 0: the checkpoint to go back to, what is gone around, what was set aside; or why the run must stop."""
+def _decide(s: Session, recent: list[int]) -> tuple[Path, SkippedBatches, list[str]] | str:
+    """On rank 0: the checkpoint to go back to, batches to skip, checkpoints moved away; or why the run must stop."""
     settings = s.config.guard
     try:
-        rewinds = len(PassedBy.read(s.records.output).rewinds)
+        rewinds = len(SkippedBatches.read(s.records.output).rewinds)
         if rewinds >= settings.max_rewinds:
             return f"the run has gone back {rewinds} times (guard.max_rewinds {settings.max_rewinds})"
         path = choose_checkpoint(s.records.output, recent[0], settings.go_around_before)

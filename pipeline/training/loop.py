@@ -49,7 +49,7 @@ def _steps(s: Session, progress: Progress) -> int:
     meter = StepMeter(s.engine.term_weights, s.ranks.agreement, s.engine.device, s.engine.precision)
     batches = s.batches.start(state.step, state.passed_by)
     while state.step < settings.steps:
-        if state.step in state.passed_by:  # no batch, no step: position and schedule go on
+        if state.step in state.passed_by:  # without a batch and a step, position and schedule advance
             _advance(s)
             continue
         micro_batches, waited = _collect(batches, s.engine.accumulation)

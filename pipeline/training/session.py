@@ -29,7 +29,7 @@ from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement, Place
 from pipeline.engine.engine import TrainEngine, prepare_deepspeed
 from pipeline.incidents.guard import Guard
-from pipeline.incidents.rewind import PassedBy, finish_setting_aside
+from pipeline.incidents.rewind import SkippedBatches, finish_setting_aside
 from pipeline.loading.open_data import TrainingBatches, TrainingData, data_fingerprint, open_training_data
 from pipeline.loading.unusable import UnusableSamples
 from pipeline.reporting.environment import describe_environment
@@ -173,7 +173,7 @@ def open_run(launch: Launch, num_images: int, ranks: Ranks) -> Opened:
     lock = _lock(output, ranks) if ranks.agreement.gather(output.is_dir())[0] else None
     torch.manual_seed(config.train.seed)
     wanted, data_changes = run_fingerprint(config, data_fingerprint(config, data)), {}
-    passed_by = PassedBy.read(output).steps  # on every rank, so that a damaged file ends all alike
+    passed_by = SkippedBatches.read(output).steps  # on every rank, so that a damaged file ends all alike
     for name in finish_setting_aside(output) if is_main else ():
         ranks.say(f"guard: finished a rewind that was cut off: set aside {name}", error=True)
     saved = restore.find(output, ranks.agreement, is_main)

@@ -1,4 +1,4 @@
-"""A bad step is skipped at every ZeRO stage: the run goes on, bit for bit, as one that goes around that batch."""
+"""A bad step is skipped at every ZeRO stage: the run goes on, bit for bit, as one that skips that batch on purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The black box end to end: a poisoned batch is skipped, named and replayed; past the quota the run goes around it."""
+"""Incidents end to end: a bad batch is skipped, recorded and replayed; past the quota the run rewinds and skips it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.incidents.records import read_incident
-from pipeline.incidents.rewind import PassedBy
+from pipeline.incidents.rewind import SkippedBatches
 from pipeline.replay import main as replay_main
 from pipeline.reporting.metrics import read_log
 from pipeline.tasks.table import task_of
@@ -115,7 +115,7 @@ def copy_run(work: Path, name: str, passed_by: list[int] | None = None) -> Path:
     run = work / name
     shutil.copytree(work / "run", run)
     if passed_by is not None:
-        PassedBy(steps=passed_by).write(run)
+        SkippedBatches(steps=passed_by).write(run)
     return run
 
 
@@ -217,7 +217,7 @@ def test_past_the_quota_the_run_goes_back_and_around(planted: Path, rewound: Pat
     assert run_ranks(2, train, options(around, *QUOTA)) == [0, 0]
     assert losses(rewound) == losses(around) and min(losses(rewound)) == 1
     assert final_hash(rewound) == final_hash(around)
-    remembered = PassedBy.read(rewound)
+    remembered = SkippedBatches.read(rewound)
     assert remembered.steps == list(range(BAD[0], BAD[1] + 1)) and remembered.setting_aside is None
     assert remembered.rewinds == [{"from_step": BAD[1] + 1, "to_step": 2, "bad_steps": BAD[:2]}]
     [record] = [record for record in read_log(rewound / "log.jsonl") if record["kind"] == "rewind"]
@@ -234,10 +234,10 @@ def test_a_kill_during_a_rewind_loses_nothing(planted: Path, rewound: Path, mome
     run = copy_run(planted, f"killed_at{moment}")
     with pytest.raises((EOFError, RuntimeError, ConnectionError)):
         run_ranks(2, train, options(run, *QUOTA), moment)
-    remembered = PassedBy.read(run)
+    remembered = SkippedBatches.read(run)
     assert len(remembered.rewinds) == 1 and (remembered.setting_aside is None) == (moment == "_stand_at")
     assert run_ranks(2, train, options(run, *QUOTA)) == [0, 0]
-    assert PassedBy.read(run) == PassedBy.read(rewound)
+    assert SkippedBatches.read(run) == SkippedBatches.read(rewound)
     assert losses(run) == losses(rewound) and final_hash(run) == final_hash(rewound)
     states = [read_state(checkpoint_path(one, STEPS)) for one in (run, rewound)]
     assert states[0].guard == states[1].guard and states[0].passed_by == states[1].passed_by != []

@@ -16,7 +16,13 @@ from pipeline.incidents.records import (
     read_incident,
     write_incident,
 )
-from pipeline.incidents.rewind import PassedBy, RewindError, choose_checkpoint, decide_rewind, finish_setting_aside
+from pipeline.incidents.rewind import (
+    RewindError,
+    SkippedBatches,
+    choose_checkpoint,
+    decide_rewind,
+    finish_setting_aside,
+)
 
 CONTENT = {
     "step": 7,
@@ -81,23 +87,23 @@ def test_a_rewind_is_remembered_before_anything_moves(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, 100, 200, 300)
     write_incident(tmp_path, 250, CONTENT | {"checkpoint": "step_00000300"})
     decide_rewind(tmp_path, tmp_path / "checkpoints" / "step_00000100", [250, 252], before=160, now=260)
-    assert PassedBy.read(tmp_path).setting_aside == 100
-    assert PassedBy.read(tmp_path).steps == list(range(100, 253))  # never steps from before the checkpoint
+    assert SkippedBatches.read(tmp_path).setting_aside == 100
+    assert SkippedBatches.read(tmp_path).steps == list(range(100, 253))  # never steps from before the checkpoint
     for _ in range(2):  # the second time, as after a kill, there is nothing left to do
         finish_setting_aside(tmp_path)
         names = sorted(path.relative_to(tmp_path / "checkpoints").as_posix() for path in tmp_path.rglob("step_*00"))
         assert names == ["before_rewind_1/step_00000200", "before_rewind_1/step_00000300", "step_00000100"]
-    assert PassedBy.read(tmp_path).setting_aside is None
+    assert SkippedBatches.read(tmp_path).setting_aside is None
     assert read_incident(tmp_path / "incidents" / "step_00000250")["checkpoint"] == "before_rewind_1/step_00000300"
     decide_rewind(tmp_path, tmp_path / "checkpoints" / "step_00000100", [400], before=0, now=401)
-    assert len(PassedBy.read(tmp_path).rewinds) == 2 and PassedBy.read(tmp_path).steps[-1] == 400
+    assert len(SkippedBatches.read(tmp_path).rewinds) == 2 and SkippedBatches.read(tmp_path).steps[-1] == 400
 
 
 @pytest.mark.parametrize("content", ["{", '{"step": [1]}', '{"steps": ["1"]}', '{"steps": 5}', "[1]"])
 def test_a_file_written_by_hand_is_read_or_refused(tmp_path: Path, content: str) -> None:
-    assert PassedBy.read(tmp_path) == PassedBy()
+    assert SkippedBatches.read(tmp_path) == SkippedBatches()
     (tmp_path / "passed_by.json").write_text('{"steps": [3, 4]}')
-    assert PassedBy.read(tmp_path).steps == [3, 4]
+    assert SkippedBatches.read(tmp_path).steps == [3, 4]
     (tmp_path / "passed_by.json").write_text(content)
     with pytest.raises(RewindError, match=r"passed_by\.json.*fix it"):
-        PassedBy.read(tmp_path)
+        SkippedBatches.read(tmp_path)

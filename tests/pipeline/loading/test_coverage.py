@@ -54,7 +54,7 @@ class Run:
     batch_size: int = 1
     num_steps: int = 1
     parts: list[Part] = field(default_factory=list)
-    passed_by: frozenset[int] = frozenset()
+    skipped: frozenset[int] = frozenset()
 
     def sample_order(self) -> SampleOrder:
         return SampleOrder(self.sizes, weights=self.weights, **self.order)
@@ -86,8 +86,8 @@ def runs(draw) -> Run:
         parts.append(
             Part(world, micro_batch, batch_size // world // micro_batch, workers, step, draw(st.permutations(range(8))))
         )
-    passed_by = draw(st.frozensets(st.integers(0, num_steps - 1), max_size=2))
-    return Run(sizes, weights, order, batch_size, num_steps, parts, passed_by)
+    skipped = draw(st.frozensets(st.integers(0, num_steps - 1), max_size=2))
+    return Run(sizes, weights, order, batch_size, num_steps, parts, skipped)
 
 
 def dealt(part: Part, batches: Iterable[range], make: Callable[[range], list[Triple]]) -> list[list[Triple]]:
@@ -118,11 +118,11 @@ def global_batches(run: Run) -> dict[int, list[Triple]]:
         streams = []
         for rank in range(part.world):
             shape = (part.micro_batch, part.accumulation)
-            batches = TrainBatches(part.first_step, run.num_steps, rank, part.world, *shape, run.passed_by)
+            batches = TrainBatches(part.first_step, run.num_steps, rank, part.world, *shape, run.skipped)
             streams.append(iter(dealt(part, batches, Look(run.sample_order()))))
             assert len(batches) == len(list(batches))
         for step in range(part.first_step, end):  # killed here: what was loaded ahead is lost, and loaded again
-            if step not in run.passed_by:
+            if step not in run.skipped:
                 result[step] = [
                     triple for _ in range(part.accumulation) for stream in streams for triple in next(stream)
                 ]
@@ -138,11 +138,11 @@ def test_global_batches_are_the_same_and_cover_every_sample_once(run: Run) -> No
     size, total = run.batch_size, run.num_steps * run.batch_size
     stream = Look(run.sample_order())(range(total))
     assert found == {
-        step: stream[step * size : (step + 1) * size] for step in range(run.num_steps) if step not in run.passed_by
+        step: stream[step * size : (step + 1) * size] for step in range(run.num_steps) if step not in run.skipped
     }
     assert_exactly_once(stream, run)
     seen = Counter(triple for batch in found.values() for triple in batch)
-    assert sum(seen.values()) == total - size * len(run.passed_by) and set(seen.values()) <= {1}
+    assert sum(seen.values()) == total - size * len(run.skipped) and set(seen.values()) <= {1}
 
 
 def assert_exactly_once(stream: list[Triple], run: Run) -> None:

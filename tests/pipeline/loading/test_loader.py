@@ -45,7 +45,7 @@ class Data:
         order = changes.pop("order", SampleOrder([len(corpus) for corpus in self.corpora], seed=5))
         arguments = dict(micro_batch=micro_batch, accumulation=accumulation)
         arguments |= dict(rank=rank, world=world, start_step=start, num_steps=stop, seed=7, options=options)
-        arguments |= dict(passed_by=changes.pop("passed_by", ()))
+        arguments |= dict(skipped=changes.pop("skipped", ()))
         return build_train_loader(self.corpora, order, self.preparation(**changes), **arguments)
 
     def evaluate(self, world=1, rank=0, batch_size=4, options=HERE, **changes) -> BatchLoader:
@@ -124,9 +124,9 @@ def test_restart_continues_and_workers_change_nothing(data):
     assert list(data.train(start=6, stop=6)) == []
 
 
-def test_steps_that_are_passed_by_are_not_loaded(data):
+def test_skipped_steps_are_not_loaded(data):
     straight = list(data.train(accumulation=2, stop=6))
-    loader = data.train(accumulation=2, start=1, stop=6, passed_by=[0, 2, 3, 9], options=LoaderOptions(num_workers=2))
+    loader = data.train(accumulation=2, start=1, stop=6, skipped=[0, 2, 3, 9], options=LoaderOptions(num_workers=2))
     kept = [straight[2 * step + micro] for step in (1, 4, 5) for micro in range(2)]
     assert len(loader) == len(kept) and all(same(a, b) for a, b in zip(loader, kept, strict=True))
 

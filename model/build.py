@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from model.config import AUTO, ModelConfig, ObjectiveConfig, Vocabulary
+from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.objectives.pretraining import Pretraining
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
@@ -16,7 +16,7 @@ from model.weights.towers import load_text, load_vision
 
 def build_objective(
     model: ModelConfig,
-    objective: ObjectiveConfig,
+    objective: ObjectiveOptions,
     vocabulary: Vocabulary,
     max_text_length: int = 50,
     pretrained: bool = True,
@@ -48,20 +48,17 @@ def build_objective(
     return built
 
 
-def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int) -> None:
-    _check_rates(objective)
+def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabulary, max_text_length: int) -> None:
+    objective.check()
     if objective.name == "prefixlm" and model.behaviour == "released":
         raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
-    if objective.whole_words and objective.name == "mlm" and not vocabulary.word_starts:
+    if objective.name == "mlm" and objective.whole_words and not vocabulary.word_starts:
         raise ValueError(
             "objective.whole_words needs a tokenizer whose tokens show where a word begins (byte-level BPE, WordPiece"
             " or SentencePiece); use another data.tokenizer or objective.whole_words false"
         )
     if objective.negatives == "in_batch_hard":
         _check_hard_negatives(model, objective)
-    for name in ("l2r_weight", "r2l_weight", "itm_weight"):
-        if not 0 <= getattr(objective, name) < float("inf"):
-            raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected a number, 0 or more")
     if not 0 <= model.text.dropout < 1:
         raise ValueError(f"model.text.dropout is {model.text.dropout}, expected 0 to below 1")
     if max_text_length < 3:
@@ -77,7 +74,7 @@ def _check(model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabular
             raise ValueError(f"tokenizer's {name} {value} lies outside its vocabulary of {vocabulary.size}")
 
 
-def _check_hard_negatives(model: ModelConfig, objective: ObjectiveConfig) -> None:
+def _check_hard_negatives(model: ModelConfig, objective: ObjectiveOptions) -> None:
     """Raises ValueError where nothing would be matched, so that nobody believes in negatives that are not there."""
     reason = next((name for name in ("itm_weight", "negative_share") if not getattr(objective, name)), None)
     if model.behaviour == "released":
@@ -87,19 +84,4 @@ def _check_hard_negatives(model: ModelConfig, objective: ObjectiveConfig) -> Non
     if reason is not None:
         raise ValueError(
             f"objective.negatives in_batch_hard has no effect with {reason}; change that, or use negatives corpus"
-        )
-
-
-def _check_rates(objective: ObjectiveConfig) -> None:
-    """Raises ValueError for a rate outside its range; a rate of 0 is refused where nothing would be predicted."""
-    for name in ("corruption_rate", "negative_share"):
-        if not 0 <= getattr(objective, name) <= 1:
-            raise ValueError(f"objective.{name} is {getattr(objective, name)}, expected 0 to 1")
-    for name in ("mask_rate", "prediction_rate"):
-        value = getattr(objective, name)
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"objective.{name} is {value}, expected above 0 and at most 1")
-    if objective.prefix_share is not None and not 0 <= objective.prefix_share < 1:
-        raise ValueError(
-            f"objective.prefix_share is {objective.prefix_share}, expected 0 to below 1: at least one word is predicted"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 AUTO = "auto"  # of model.vision.pretrained and model.text.pretrained
 
@@ -99,21 +99,13 @@ class ModelConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    """The pretraining objective: flm, or one of the baselines mlm, ar, prefixlm on the same towers.
+class ObjectiveOptions:
+    """What is trained: flm, or one of the baselines mlm, ar, prefixlm on the same towers.
 
-    Total = language loss + itm_weight*itm; FLM's is (flm + l2r_weight*l2r + r2l_weight*r2l)/(1 + both weights).
+    Total = language loss + itm_weight*itm.
 
     Args:
-        name: objective.
-        corruption_rate: flm; share of a caption's words hidden from each target, itself included; 0 hides it only.
-        span_placement: flm; uniform places the hidden span anywhere around its target, centred around it.
-        l2r_weight: flm; weight of the forward language-model loss.
-        r2l_weight: flm; weight of the reverse language-model loss.
-        mask_rate: mlm; share of a caption's words that are hidden, at least one of them.
-        prediction_rate: mlm; share of a caption's words that are predicted; null predicts those that are hidden.
-        whole_words: mlm; hide all tokens of a word or none.
-        prefix_share: prefixlm; share of a caption's words in the prefix; null draws it anew for every caption.
+        name: objective; it decides which of the options below there are.
         itm_weight: weight of image-text matching, which trains the CLS feature; ignored by released behaviour.
         negative_share: share of samples that get one negative caption for image-text matching.
         negatives: corpus draws that caption from the whole corpus, so no number depends on who shares a micro-batch;
@@ -122,17 +114,101 @@ class ObjectiveConfig:
     """
 
     name: Literal["flm", "mlm", "ar", "prefixlm"] = "flm"
+    itm_weight: float = 0.1
+    negative_share: float = 0.0625
+    negatives: Literal["corpus", "in_batch_hard"] = "corpus"
+
+    def check(self) -> None:
+        """Raises ValueError for a number out of its range."""
+        self._expect("itm_weight", 0 <= self.itm_weight < float("inf"), "a number, 0 or more")
+        self._expect("negative_share", 0 <= self.negative_share <= 1, "0 to 1")
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"objective.{name} is {getattr(self, name)}, expected {expected}")
+
+
+@dataclass
+class FLMOptions(ObjectiveOptions):
+    """Options of flm, whose language loss is (flm + l2r_weight*l2r + r2l_weight*r2l)/(1 + both weights).
+
+    Args:
+        corruption_rate: share of a caption's words hidden from each target, itself included; 0 hides it only.
+        span_placement: uniform places the hidden span anywhere around its target, centred around it.
+        l2r_weight: weight of the forward language-model loss.
+        r2l_weight: weight of the reverse language-model loss.
+    """
+
+    name: Literal["flm"] = "flm"
     corruption_rate: float = 0.0
     span_placement: Literal["uniform", "centred"] = "uniform"
     l2r_weight: float = 1.0
     r2l_weight: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        self._expect("corruption_rate", 0 <= self.corruption_rate <= 1, "0 to 1")
+        for name in ("l2r_weight", "r2l_weight"):
+            self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number, 0 or more")
+
+
+@dataclass
+class MLMOptions(ObjectiveOptions):
+    """Options of mlm.
+
+    Args:
+        mask_rate: share of a caption's words that are hidden, at least one of them.
+        prediction_rate: share of a caption's words that are predicted; null predicts those that are hidden.
+        whole_words: hide all tokens of a word or none.
+    """
+
+    name: Literal["mlm"] = "mlm"
     mask_rate: float = 0.4
     prediction_rate: float | None = None
     whole_words: bool = False
+
+    def check(self) -> None:
+        super().check()
+        for name in ("mask_rate", "prediction_rate"):
+            value = getattr(self, name)
+            self._expect(name, value is None or 0 < value <= 1, "above 0 and at most 1")
+
+
+@dataclass
+class AROptions(ObjectiveOptions):
+    """Options of ar: none of its own."""
+
+    name: Literal["ar"] = "ar"
+
+
+@dataclass
+class PrefixLMOptions(ObjectiveOptions):
+    """Options of prefixlm.
+
+    Args:
+        prefix_share: share of a caption's words in the prefix; null draws it anew for every caption.
+    """
+
+    name: Literal["prefixlm"] = "prefixlm"
     prefix_share: float | None = None
-    itm_weight: float = 0.1
-    negative_share: float = 0.0625
-    negatives: Literal["corpus", "in_batch_hard"] = "corpus"
+
+    def check(self) -> None:
+        super().check()
+        in_range = self.prefix_share is None or 0 <= self.prefix_share < 1
+        self._expect("prefix_share", in_range, "0 to below 1: at least one word is predicted")
+
+
+OPTIONS_OF: dict[str, type[ObjectiveOptions]] = {
+    "flm": FLMOptions,
+    "mlm": MLMOptions,
+    "ar": AROptions,
+    "prefixlm": PrefixLMOptions,
+}
+
+
+def objective_options(name: str = "flm", **options: Any) -> ObjectiveOptions:
+    """The options of the objective ``name``; raises TypeError for one that it does not have."""
+    return OPTIONS_OF[name](**options)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from model.batch import Batch, Row
 from model.build import build_objective
-from model.config import ModelConfig, ObjectiveConfig, ReconstructorConfig, TextConfig, VisionConfig, Vocabulary
+from model.config import ModelConfig, ReconstructorConfig, TextConfig, VisionConfig, Vocabulary, objective_options
 
 VOCABULARY = Vocabulary(size=61, bos_id=0, pad_id=1, eos_id=2, mask_id=60)
 MAX_TEXT_LENGTH = 24
@@ -28,7 +28,7 @@ def tiny_config(behaviour: str = "default", dropout: float = 0.0, **reconstructo
 def tiny_flm(behaviour: str = "default", seed: int = 0, spread: float = 1.6, **objective) -> torch.nn.Module:
     """An eval-mode objective whose weights are large enough that outputs depend visibly on their inputs."""
     torch.manual_seed(seed)
-    built = build_objective(tiny_config(behaviour), ObjectiveConfig(**objective), VOCABULARY, MAX_TEXT_LENGTH)
+    built = build_objective(tiny_config(behaviour), objective_options(**objective), VOCABULARY, MAX_TEXT_LENGTH)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if parameter.ndim > 1 and "vision" not in name:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
-from model.config import ObjectiveConfig
+from model.config import FLMOptions
 from model.plans.flm import FLMPlanner
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus, open_corpora
@@ -38,7 +38,7 @@ from pipeline.tasks.caption_rows import CaptionRows
 SEED = 0
 MODES = {"exact": False, "fast": True}  # name -> data.fast_decode
 MAX_TEXT_LENGTH = 50
-OBJECTIVE = ObjectiveConfig()  # the defaults of pretraining
+OBJECTIVE = FLMOptions()  # the defaults of pretraining
 WORDS = "a the two red blue small large dog cat man woman boat street tree runs stands holds near under on with".split()
 
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cost.released_layout import ReleasedLayout
 from model.batch import Batch, Row
 from model.build import build_objective
-from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.config import FLMOptions, ModelConfig, Vocabulary, objective_options
 from model.heads import LanguageModelHead
 from pipeline.distributed.host_memory import keep_freed_memory
 from pipeline.reporting.environment import device_name
@@ -44,7 +44,7 @@ def main() -> None:
     torch.manual_seed(0)
     lengths = caption_lengths(arguments.captions)
     generator = np.random.default_rng(0)
-    share = ObjectiveConfig().negative_share
+    share = FLMOptions().negative_share
     samples = []  # enough micro-batches for one negative caption at the objectives' share
     for number in range(max(1, round(1 / (arguments.batch * share)))):
         rows = draw_rows(lengths, arguments.batch, generator)
@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def objective(name: str, behaviour: str, device: str) -> torch.nn.Module:
-    built = build_objective(ModelConfig(behaviour=behaviour), ObjectiveConfig(name=name), VOCABULARY, FULL_LENGTH)
+    built = build_objective(ModelConfig(behaviour=behaviour), objective_options(name), VOCABULARY, FULL_LENGTH)
     return (built.bfloat16() if device == "cuda" else built).to(device).train()
 
 

@@ -42,8 +42,8 @@ from benchmarks.speedrun.report import Findings, write_report
 from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows
 from pipeline.checkpoint.files import published, remove
 from pipeline.checkpoint.run_lock import lock_run
-from pipeline.config.command_line import find_recipe
 from pipeline.config.options import fail, tokenizer_source, weighted_paths
+from pipeline.config.recipes import find_recipe
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.launching import free_port

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from model.build import build_objective
 from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError, leaves
+from pipeline.config.recipes import read_yaml
 
 FOLDER = Path(__file__).resolve().parent / "rows"
 SHARE = "budget_share"
@@ -95,27 +95,13 @@ def _find(name: str) -> Path:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """{row: its settings by dotted option}."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content, tree = yaml.safe_load(text), yaml.compose(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict) or not all(isinstance(row, dict) and row for row in content.values()):
+    content = read_yaml(path)
+    if not content or not all(isinstance(row, dict) and row for row in content.values()):
         raise ConfigError(f"{path}: expected rows, each `NAME:` and under it `option: value` lines")
-    _refuse_repetition(path, tree)
     for name in content:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(f"{path}: row name {name!r}: expected letters, digits, `_`, `-` and `.`")
     return {name: dict(leaves(row)) for name, row in content.items()}
-
-
-def _refuse_repetition(path: Path, tree: yaml.MappingNode) -> None:
-    """YAML keeps the last of two equal keys in silence: half of a comparison would be gone."""
-    for node, where in [(tree, "row")] + [(row, "option") for _, row in tree.value]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"{path}: {where} {name} stands there twice; give it another name or remove it")
 
 
 def _row(path: Path, name: str, content: dict[str, Any], base: Sequence[str]) -> Row:

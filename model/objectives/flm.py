@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from model.batch import Planner
-from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.config import FLMOptions, ModelConfig, Vocabulary
 from model.flm import FLM
 from model.objectives.pretraining import Pretraining
 from model.plans.flm import FLMPlanner, ReleasedPlanner
 
 
 def flm(
-    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+    model: ModelConfig, objective: FLMOptions, vocabulary: Vocabulary, max_text_length: int, share: float
 ) -> Pretraining:
     """Reconstruction of all words and the two language-model losses (specification section 5).
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from model.batch import Planner
-from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.config import MLMOptions, ModelConfig, Vocabulary
 from model.objectives.pretraining import Pretraining
 from model.one_stream import OneStream
 from model.plans.mlm import MLMPlanner, ReleasedMLMPlanner
 
 
 def mlm(
-    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+    model: ModelConfig, objective: MLMOptions, vocabulary: Vocabulary, max_text_length: int, share: float
 ) -> Pretraining:
     """Masked language modelling (specification section 4)."""
     chosen = (vocabulary, objective.mask_rate, objective.prediction_rate, objective.whole_words, share)

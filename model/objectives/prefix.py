@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from model.batch import Planner
-from model.config import ModelConfig, ObjectiveConfig, Vocabulary
+from model.config import AROptions, ModelConfig, PrefixLMOptions, Vocabulary
 from model.objectives.pretraining import Pretraining
 from model.one_stream import OneStream
 from model.plans.prefix import PrefixPlanner, ReleasedARPlanner
 
 
 def ar(
-    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+    model: ModelConfig, objective: AROptions, vocabulary: Vocabulary, max_text_length: int, share: float
 ) -> Pretraining:
     """Autoregressive language modelling: each token from the ones before it."""
     planner: Planner = PrefixPlanner("ar", vocabulary, 0.0, share)
@@ -20,7 +20,7 @@ def ar(
 
 
 def prefixlm(
-    model: ModelConfig, objective: ObjectiveConfig, vocabulary: Vocabulary, max_text_length: int, share: float
+    model: ModelConfig, objective: PrefixLMOptions, vocabulary: Vocabulary, max_text_length: int, share: float
 ) -> Pretraining:
     """AR after a prefix whose tokens see each other and are not predicted."""
     planner = PrefixPlanner("prefixlm", vocabulary, objective.prefix_share, share)

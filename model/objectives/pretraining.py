@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.batch import Batch, Planner, Term, TextPlan
-from model.config import ModelConfig, ObjectiveConfig
+from model.config import ModelConfig, ObjectiveOptions
 from model.flops import training_flops
 from model.heads import LanguageModelHead
 from model.text import initial_std
@@ -27,7 +27,7 @@ class Pretraining(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        objective: ObjectiveConfig,
+        objective: ObjectiveOptions,
         net: nn.Module,
         planner: Planner,
         language_weights: dict[str, float],

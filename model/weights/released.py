@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from model.config import (
     ModelConfig,
-    ObjectiveConfig,
     ReconstructorConfig,
     TextConfig,
     VisionConfig,
     Vocabulary,
+    objective_options,
 )
 from model.objectives.table import OBJECTIVES
 from model.weights.towers import (
@@ -239,7 +239,7 @@ def load_imported(objective: nn.Module, folder: Path) -> list[str]:
 def _shapes(layout: Layout) -> dict[str, torch.Size]:
     """Names and shapes of the parameters of our network of that layout."""
     vocabulary = Vocabulary(layout.vocabulary_size, bos_id=0, pad_id=1, eos_id=2, mask_id=layout.vocabulary_size - 1)
-    objective = ObjectiveConfig(name=layout.objective)
+    objective = objective_options(layout.objective)
     with torch.device("meta"):
         built = OBJECTIVES[layout.objective](layout.model, objective, vocabulary, 50, 0.0)
     named = built.named_parameters()

@@ -23,12 +23,26 @@ class Device:
 
 def read_ds_config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except _RepeatedKey as key:
+        raise ConfigError(f"--deepspeed {path}: {key} stands there twice; remove one") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--deepspeed {path}: not a readable JSON file ({error}); see ds_configs/") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--deepspeed {path}: found a {type(content).__name__}, expected an object; see ds_configs/")
     return content
+
+
+class _RepeatedKey(Exception):
+    """A key that an object of the JSON has twice: the last would win without a word."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise _RepeatedKey(name)
+    return dict(pairs)
 
 
 def resolve(given: dict[str, Any], config: Config, world_size: int, device: Device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from model.config import ModelConfig, ObjectiveConfig
+from model.config import FLMOptions, ModelConfig, ObjectiveOptions
 
 
 class ConfigError(ValueError):
@@ -186,7 +186,7 @@ class Config:
     """Everything that decides what a run computes."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveOptions = field(default_factory=FLMOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -201,6 +201,10 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"optim.betas: found {list(config.optim.betas)}, expected two numbers below 1, like [0.9, 0.98]"
         )
+    try:
+        config.objective.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if config.objective.negatives == "in_batch_hard" and config.optim.micro_batch_size < 2:
         raise ConfigError(
             "objective.negatives in_batch_hard finds no other caption in an optim.micro_batch_size of 1; use 2 or "

@@ -87,13 +87,15 @@ def test_the_rows_that_come_along_are_lawful(path: Path) -> None:
     [
         ("flm: {objective.nmae: flm}", "row flm: unknown option --objective.nmae; did you mean --objective.name"),
         ("flm: {objective.name: flan}", "row flm: objective.name: found 'flan', expected one of flm, mlm"),
+        ("r: {objective.name: mlm, objective.mask_rate: 1.5}", "row r: objective.mask_rate is 1.5, expected above 0"),
+        ("r: {objective.name: ar, objective.mask_rate: 0.3}", "objective ar has no mask_rate (an option of mlm)"),
         ("flm: {train.steps: 7}", "row flm: train.steps is set by the budget"),
         ("flm: {data: {paths: [x]}}", "data.paths is set by --data"),
         ("flm: {budget_share: 1.5}", "budget_share: found 1.5, expected a number above 0, at most 1"),
-        ("a: {objective.name: ar}\na: {objective.name: mlm}", "row a stands there twice"),
-        ("a:\n  objective.name: ar\n  objective.name: mlm", "option objective.name stands there twice"),
+        ("a: {objective.name: ar}\na: {objective.name: mlm}", "a stands there twice (again in line 2)"),
+        ("a:\n  objective.name: ar\n  objective.name: mlm", "a.objective.name stands there twice (again in line 3)"),
         ("a/b: {objective.name: ar}", "row name 'a/b'"),
-        ("- flm", "expected rows"),
+        ("- flm", "found a list"),
         ("flm: 3", "expected rows"),
         ("flm: {", "not a YAML file"),
     ],
@@ -107,10 +109,10 @@ def test_rows_that_cannot_be_trained_are_refused(tmp_path: Path, text: str, expe
     assert expected in str(error.value)
 
 
-def test_rates_that_the_model_refuses_name_the_row(tmp_path: Path) -> None:
+def test_sizes_that_the_model_refuses_name_the_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.yaml"
-    path.write_text("fine: {objective.name: ar}\nbad: {objective.name: mlm, objective.mask_rate: 1.5}")
-    with pytest.raises(ConfigError, match=r"row bad: objective.mask_rate is 1.5, expected above 0"):
+    path.write_text("fine: {objective.name: ar}\nbad: {objective.name: mlm, model.text.heads: 5}")
+    with pytest.raises(ConfigError, match=r"row bad: model.text.width 64 is not a multiple of model.text.heads 5"):
         check_models(load_rows(str(path), DEMO), Vocabulary(400, 0, 1, 2, 3))
     assert [one.name for one in load_rows(str(path), DEMO, only=["bad"])] == ["bad"]
     with pytest.raises(ConfigError, match="--only: found 'worse', expected rows of rows.yaml: fine, bad"):

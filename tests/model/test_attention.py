@@ -14,7 +14,7 @@ from torch import Tensor
 from model.attention import Packing, image_reading, reads_by_rows, text_reading
 from model.batch import Batch
 from model.build import build_objective
-from model.config import ObjectiveConfig
+from model.config import objective_options
 from model.cpu import row_attention
 from model.objectives.pretraining import Pretraining
 from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm, with_text
@@ -145,7 +145,7 @@ def test_rows_are_read_only_on_a_cpu_that_drops_weights():
 
 def training_objective(name: str, rate: float) -> Pretraining:
     torch.manual_seed(0)
-    config = ObjectiveConfig(name=name, corruption_rate=0.4)
+    config = objective_options(name, **({"corruption_rate": 0.4} if name == "flm" else {}))
     return build_objective(tiny_config(dropout=rate), config, VOCABULARY, MAX_TEXT_LENGTH).double().train()
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.batch import Batch, Row
 from model.build import build_objective
-from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig, Vocabulary
+from model.config import ModelConfig, TextConfig, VisionConfig, Vocabulary, objective_options
 from model.plans.builder import PlanBuilder
 from model.plans.mlm import MLMPlanner
 from model.weights.released import RULES_OF, import_released
@@ -32,7 +32,7 @@ def released(name: str) -> torch.nn.Module:
         text=TextConfig(width=64, heads=4, ffn_width=256, bottom_layers=3, top_layers=3, max_positions=66),
     )
     vocabulary = Vocabulary(size=292, bos_id=0, pad_id=1, eos_id=2, mask_id=291)
-    return build_objective(config, ObjectiveConfig(name=name), vocabulary, 16).eval()
+    return build_objective(config, objective_options(name), vocabulary, 16).eval()
 
 
 def dumped_batch(objective: torch.nn.Module, name: str, dump: dict) -> Batch:
@@ -237,13 +237,13 @@ def test_whole_words_are_hidden_together() -> None:
         sizes.append(len(targets))
     assert np.mean(sizes) == pytest.approx(4, abs=0.5)
     with pytest.raises(ValueError, match="objective.whole_words needs a tokenizer"):
-        build_objective(tiny_config(), ObjectiveConfig(name="mlm", whole_words=True), VOCABULARY, MAX_TEXT_LENGTH)
+        build_objective(tiny_config(), objective_options("mlm", whole_words=True), VOCABULARY, MAX_TEXT_LENGTH)
 
 
 @pytest.mark.parametrize("name", ["mlm", "ar", "prefixlm"])
 def test_padding_and_batch_composition_change_nothing(name: str) -> None:
     """Invariant 5, negatives included."""
-    objective = tiny_flm(name=name, mask_rate=0.4)
+    objective = tiny_flm(name=name)
     captions, pictures = [caption(4, 1), caption(15, 2), caption(1, 3)], images(3)
     rows = [*pair_rows(captions), Row(caption(6, 9), 2, seed=5, role="negative")]
     together = objective(objective.planner(pictures, rows))
@@ -288,8 +288,8 @@ def test_unusable_samples_and_empty_captions_have_no_targets(name: str) -> None:
 @pytest.mark.parametrize(("name", "targets"), [("flm", 1), ("mlm", 1), ("ar", 2), ("prefixlm", 2)])
 def test_captions_of_one_token_are_learnt_from(name: str, targets: int, rate: float) -> None:
     """Alone and beside each other as pair and negative: the word is a target, losses and gradients are finite."""
-    options = dict(corruption_rate=rate, mask_rate=rate, prefix_share=rate - 0.01, negatives="in_batch_hard")
-    objective = tiny_flm(name=name, negative_share=1.0, **options)
+    options = {"flm": {"corruption_rate": rate}, "mlm": {"mask_rate": rate}, "prefixlm": {"prefix_share": rate - 0.01}}
+    objective = tiny_flm(name=name, negative_share=1.0, negatives="in_batch_hard", **options.get(name, {}))
     for rows in (pair_rows([[0, 9, 2]]), pair_rows([[0, 9, 2], [0, 11, 2]])):
         batch = objective.planner(images(len(rows)), rows)
         assert batch.counts[name] == targets * len(rows)
@@ -311,7 +311,7 @@ def test_captions_of_one_token_are_learnt_from(name: str, targets: int, rate: fl
 )
 def test_rates_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_objective(tiny_config(), ObjectiveConfig(**options), VOCABULARY, MAX_TEXT_LENGTH)
+        build_objective(tiny_config(), objective_options(**options), VOCABULARY, MAX_TEXT_LENGTH)
 
 
 def test_prefixlm_has_no_released_behaviour() -> None:

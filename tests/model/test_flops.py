@@ -23,7 +23,7 @@ def plain_attention(query, key, value, attn_mask=None, dropout_p=0.0):
 def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch, name: str, streams: int):
     """Within 1 %; FlopCounterMode counts two operations per multiply-accumulate."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
-    objective = tiny_flm(name=name, corruption_rate=0.3)
+    objective = tiny_flm(name=name, **({"corruption_rate": 0.3} if name == "flm" else {}))
     batch = objective.planner(images(3), pair_rows([caption(5), caption(9), caption(2)]))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         objective(batch)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.build import build_objective
-from model.config import ObjectiveConfig, TextConfig, Vocabulary
+from model.config import FLMOptions, TextConfig, Vocabulary
 from model.dropout import dropout
 from model.text import initial_std
 from tests.tiny_flm import tiny_config
@@ -46,7 +46,7 @@ def test_random_weights_keep_the_variance_at_every_width(width: int) -> None:
     assert width * initial_std(width) ** 2 == pytest.approx(768 * 0.02**2)
     text = TextConfig(width=width, heads=2, ffn_width=64, bottom_layers=1, top_layers=1, max_positions=40)
     vocabulary = Vocabulary(size=61, bos_id=0, pad_id=1, eos_id=2, mask_id=60)
-    built = build_objective(replace(tiny_config(), text=text), ObjectiveConfig(), vocabulary, 24)
+    built = build_objective(replace(tiny_config(), text=text), FLMOptions(), vocabulary, 24)
     matrices = {
         name: parameter
         for name, parameter in built.named_parameters()

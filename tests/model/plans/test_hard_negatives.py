@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from model.batch import Row
 from model.build import build_objective
-from model.config import ObjectiveConfig
+from model.config import FLMOptions
 from model.plans.hard_negatives import HardNegatives, hard_negatives, resemblance
 from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm
 
@@ -96,7 +96,7 @@ def test_the_choice_is_the_same_again_and_in_another_process() -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_matches_its_hard_negatives(name: str) -> None:
     """Each pair and its negative have a target on the same image; the language targets stay what they were."""
-    options = dict(name=name, corruption_rate=0.4, mask_rate=0.4)
+    options = dict(name=name, **({"corruption_rate": 0.4} if name == "flm" else {}))
     hard, plain = tiny_flm(negatives="in_batch_hard", negative_share=1.0, **options), tiny_flm(**options)
     captions = [[0, 10, 11, 12, 2], [0, 10, 11, 12, 13, 2], [0, 20, 21, 2], [0, 20, 21, 22, 23, 24, 2]]
     nearest = [1, 0, 3, 2]
@@ -152,7 +152,7 @@ def test_a_sample_that_has_a_negative_gets_no_other() -> None:
     ],
 )
 def test_hard_negatives_that_would_do_nothing_are_refused(behaviour: str, options: dict, message: str) -> None:
-    objective = ObjectiveConfig(negatives="in_batch_hard", **options)
+    objective = FLMOptions(negatives="in_batch_hard", **options)
     with pytest.raises(ValueError, match=message):
         build_objective(tiny_config(behaviour), objective, VOCABULARY, MAX_TEXT_LENGTH)
     built = build_objective(tiny_config(behaviour), dataclasses.replace(objective, negatives="corpus"), VOCABULARY, 24)

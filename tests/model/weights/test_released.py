@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.batch import Batch, Row
 from model.build import build_objective
-from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig, Vocabulary
+from model.config import FLMOptions, ModelConfig, TextConfig, VisionConfig, Vocabulary
 from model.vision.clip import resize_positions
 from model.weights.released import RELEASED_RULES, import_released
 from model.weights.towers import foreign_names
@@ -33,7 +33,7 @@ def released_objective() -> torch.nn.Module:
         text=TextConfig(width=64, heads=4, ffn_width=256, bottom_layers=3, top_layers=3, max_positions=66),
     )
     vocabulary = Vocabulary(size=292, bos_id=0, pad_id=1, eos_id=2, mask_id=291)
-    return build_objective(config, ObjectiveConfig(corruption_rate=0), vocabulary, LENGTH).eval()
+    return build_objective(config, FLMOptions(corruption_rate=0), vocabulary, LENGTH).eval()
 
 
 def dumped_batch(objective, image: Tensor, text_ids: Tensor, lengths: Tensor) -> Batch:

@@ -11,7 +11,7 @@ import torch
 
 from model.attention import Packing, text_reading
 from model.build import build_objective
-from model.config import ModelConfig, ObjectiveConfig, TextConfig, VisionConfig
+from model.config import FLMOptions, ModelConfig, TextConfig, VisionConfig, objective_options
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import IMAGE_MEAN, IMAGE_STD, VisionTower, resolve_sizes
 from model.weights.towers import load_text, load_vision
@@ -89,7 +89,7 @@ def test_bottom_layers_equal_those_of_transformers(tmp_path: Path, kind: str):
     foreign = save_text_model(tmp_path, kind)
     config = tiny_config()
     config.text.pretrained = str(tmp_path)
-    net = build_objective(config, ObjectiveConfig(), VOCABULARY, 24).eval().net
+    net = build_objective(config, FLMOptions(), VOCABULARY, 24).eval().net
 
     ids = torch.tensor([[0, 5, 6, 7, 2, 1], [0, 9, 8, 7, 6, 2]])
     lengths = torch.tensor([5, 6])
@@ -115,7 +115,7 @@ def test_bottom_layers_equal_those_of_transformers(tmp_path: Path, kind: str):
 def test_text_models_that_compute_something_else_are_refused(tmp_path: Path, kind: str, change: dict, message: str):
     save_text_model(tmp_path, kind, **change)
     config = tiny_config()
-    net = build_objective(config, ObjectiveConfig(), VOCABULARY, 24).net
+    net = build_objective(config, FLMOptions(), VOCABULARY, 24).net
     before = {name: value.clone() for name, value in net.named_parameters()}
     with pytest.raises(ValueError, match=f"model.text.pretrained .*{message}") as error:
         load_text(net, dataclasses.replace(config.text, pretrained=str(tmp_path)))
@@ -145,9 +145,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no visual"):
         load_vision(VisionTower(config), dataclasses.replace(config, pretrained=str(file)))
     with pytest.raises(ValueError, match=r"model\.text\.pretrained"):
-        build_objective(
-            ModelConfig(vision=config, text=TextConfig(pretrained=str(tmp_path))), ObjectiveConfig(), VOCABULARY
-        )
+        build_objective(ModelConfig(vision=config, text=TextConfig(pretrained=str(tmp_path))), FLMOptions(), VOCABULARY)
 
 
 def test_sizes_by_open_clip_name():
@@ -177,29 +175,29 @@ def test_sizes_that_do_not_fit_are_refused(section: str, change: dict, message: 
     config = tiny_config()
     setattr(config, section, dataclasses.replace(getattr(config, section), **change))
     with pytest.raises(ValueError, match=message):
-        build_objective(config, ObjectiveConfig(), VOCABULARY, 24)
+        build_objective(config, FLMOptions(), VOCABULARY, 24)
 
 
 @pytest.mark.parametrize(
-    ("option", "refused", "allowed"),
+    ("name", "option", "refused", "allowed"),
     [
-        ("corruption_rate", [-0.1, 1.01], [0.0, 1.0]),  # 0 hides the target only
-        ("negative_share", [-0.1, 1.01], [0.0, 1.0]),
-        ("mask_rate", [-0.1, 0.0, 1.01], [1.0]),
-        ("prediction_rate", [-0.1, 0.0, 1.01], [1.0, None]),
-        ("prefix_share", [-0.1, 1.0], [0.0, None]),
-        ("itm_weight", [-0.1, math.inf], [0.0]),
-        ("l2r_weight", [-0.1, math.inf], [0.0, 3.0]),
-        ("r2l_weight", [-0.1, math.inf], [0.0, 3.0]),
+        ("flm", "corruption_rate", [-0.1, 1.01], [0.0, 1.0]),  # 0 hides the target only
+        ("flm", "negative_share", [-0.1, 1.01], [0.0, 1.0]),
+        ("mlm", "mask_rate", [-0.1, 0.0, 1.01], [1.0]),
+        ("mlm", "prediction_rate", [-0.1, 0.0, 1.01], [1.0, None]),
+        ("prefixlm", "prefix_share", [-0.1, 1.0], [0.0, None]),
+        ("flm", "itm_weight", [-0.1, math.inf], [0.0]),
+        ("flm", "l2r_weight", [-0.1, math.inf], [0.0, 3.0]),
+        ("flm", "r2l_weight", [-0.1, math.inf], [0.0, 3.0]),
     ],
 )
-def test_rates_and_weights_out_of_range_are_refused(option: str, refused: list, allowed: list):
-    """Invariant 9, whichever objective is asked for."""
+def test_rates_and_weights_out_of_range_are_refused(name: str, option: str, refused: list, allowed: list):
+    """Invariant 9."""
     for value in [*refused, math.nan]:
         with pytest.raises(ValueError, match=rf"objective\.{option} is {value}, expected"):
-            build_objective(tiny_config(), ObjectiveConfig(**{option: value}), VOCABULARY, 24)
+            build_objective(tiny_config(), objective_options(name, **{option: value}), VOCABULARY, 24)
     for value in allowed:
-        build_objective(tiny_config(), ObjectiveConfig(**{option: value}), VOCABULARY, 24)
+        build_objective(tiny_config(), objective_options(name, **{option: value}), VOCABULARY, 24)
 
 
 @pytest.mark.parametrize("change", [{"width": 48}, {"patch_size": 8}])
@@ -225,14 +223,14 @@ def test_text_weights_of_another_width_or_vocabulary_are_refused(tmp_path: Path,
     config = tiny_config()
     config.text.pretrained = str(tmp_path)
     with pytest.raises(ValueError, match=f"model.text.pretrained .*has shape {named};"):
-        build_objective(config, ObjectiveConfig(), VOCABULARY, 24)
+        build_objective(config, FLMOptions(), VOCABULARY, 24)
 
 
 def test_real_size_parameter_counts():
     """Millions of parameters per part, as section 2.9 lists them (its RoBERTa part holds an unused pooler of 0.6 M)."""
     vocabulary = dataclasses.replace(VOCABULARY, size=50265)
     with torch.device("meta"):
-        objective = build_objective(ModelConfig(behaviour="released"), ObjectiveConfig(), vocabulary)
+        objective = build_objective(ModelConfig(behaviour="released"), FLMOptions(), vocabulary)
     millions: dict[str, float] = {}
     for name, parameter in objective.named_parameters():
         part = name.removeprefix("net.").split(".")[0]
@@ -246,5 +244,5 @@ def test_real_size_parameter_counts():
 
 def test_reconstructor_depth_keeps_the_last_layers():
     assert len(tiny_flm().net.reconstructor_top) == 2
-    shallow = build_objective(tiny_config(bottom_layers=0, top_layers=1), ObjectiveConfig(), VOCABULARY, 24)
+    shallow = build_objective(tiny_config(bottom_layers=0, top_layers=1), FLMOptions(), VOCABULARY, 24)
     assert len(shallow.net.reconstructor_bottom) == 0 and len(shallow.net.reconstructor_top) == 1

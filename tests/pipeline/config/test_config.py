@@ -9,18 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import command_line
-from pipeline.config.command_line import describe, load_config, load_recipe, parse_command_line, recipe_names
+from model.config import FLMOptions, MLMOptions, PrefixLMOptions
+from pipeline.config.command_line import DEFAULT_RECIPE, describe, load_config, parse_command_line
 from pipeline.config.ds_config import Device, choose_precision, read_ds_config, resolve
-from pipeline.config.options import (
-    Config,
-    ConfigError,
-    OptimConfig,
-    accumulation_steps,
-    flatten,
-    save_config,
-    to_plain,
-)
+from pipeline.config.mistakes import option_types
+from pipeline.config.options import Config, ConfigError, OptimConfig, accumulation_steps, save_config, to_plain
+from pipeline.config.recipes import RECIPES, recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CPU, GPU = Device("cpu", has_bf16=True), Device("cuda", has_bf16=True)
@@ -71,7 +65,8 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
         parse_command_line(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    options, undocumented = dict(flatten(Config())), []
+    options, undocumented = option_types(), []
+    assert {"objective.corruption_rate", "objective.mask_rate", "objective.prefix_share"} < set(options)
     flat = " ".join(text.split())
     for option in options:
         description = flat.split(f"--{option} ", 1)[1].split("(type:", 1)[0]
@@ -79,6 +74,12 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
             undocumented.append(option)
     assert not undocumented
     assert all(name in text for name in ["--deepspeed", "--recipe", "--data DIR", "--output", *recipe_names()])
+    assert flat.count("(default: ") == 3 and flat.count("(default: flm_base_4m)") == 1
+    pretrained = flat.split("--model.vision.pretrained PRETRAINED", 2)[2].split("--model", 1)[0]
+    assert "default: auto" in pretrained, "the default recipe's value, not that of the option"
+    for name, option in (("flm", "corruption_rate"), ("mlm", "mask_rate"), ("prefixlm", "prefix_share")):
+        group = flat.split(f"Options of objective.name {name}:", 1)[1].split("Options of", 1)[0]
+        assert f"--objective.{option} " in group and "--objective.itm_weight" not in group
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,14 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
         (["--deepspeed", "nowhere.json"], "--deepspeed: no file nowhere.json"),
         (["--data.max_text_length", "600"], "use --data.max_text_length 512"),
         (["--data.max_text_length", "2"], "expected at least 3"),
+        (["--objective.mask_rate", "1.5", "--objective.name=mlm"], "objective.mask_rate is 1.5, expected above 0"),
+        (["--objective.name", "flan"], "objective.name: found 'flan', expected one of flm, mlm, ar, prefixlm"),
+        (["--objective.mask_rate", "0.3"], "objective flm has no mask_rate (an option of mlm)"),
+        (
+            ["--objective.name", "mlm", "--objective.corruption_rate", "0.3", "--recipe", "demo"],
+            "command line: objective mlm has no corruption_rate (an option of flm); leave it out, or choose "
+            "objective.name flm",
+        ),
     ],
 )
 def test_command_line_mistakes(arguments: list[str], expected: str) -> None:
@@ -121,6 +130,12 @@ def test_command_line_mistakes(arguments: list[str], expected: str) -> None:
         ("base: nothing_like_it", "no recipe named 'nothing_like_it'"),
         ("a: [", "not a YAML file"),
         ("[1]", "found a list"),
+        ("objective: {mask_rate: 0.3}", "bad.yaml: objective flm has no mask_rate (an option of mlm)"),
+        ("objective: {name: ar, prefix_share: 0.3}", "objective ar has no prefix_share (an option of prefixlm)"),
+        ("base: demo\nobjective: {name: mlm, corruption_rate: 0.3}", "objective mlm has no corruption_rate"),
+        ("optim: {batch_size: 4}\ntrain: {steps: 3}\noptim: {eps: 1e-3}", "optim stands there twice (again in line 3)"),
+        ("optim:\n  eps: 1e-3\n  eps: 1e-3", "bad.yaml: optim.eps stands there twice (again in line 3)"),
+        ("optim.eps: 1e-3\noptim: {eps: 1e-4}", "optim.eps stands there twice (again in line 2)"),
     ],
 )
 def test_recipe_mistakes(tmp_path: Path, content: str, expected: str) -> None:
@@ -131,13 +146,42 @@ def test_recipe_mistakes(tmp_path: Path, content: str, expected: str) -> None:
     assert expected in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_options_of_an_objective_that_another_one_replaces_are_not_used_and_said(tmp_path: Path) -> None:
+    launch = parse_command_line(["--recipe", "demo", "--objective.name", "mlm", "--objective.mask_rate", "0.3"])
+    assert launch.config.objective == MLMOptions(mask_rate=0.3)
+    assert launch.config.model.vision.image_size == 64, "the rest of the recipe stays"
+    assert launch.idle == {"objective.corruption_rate": "demo"}
+    assert "objective.corruption_rate of recipe demo is not used: mlm has no such option" in describe(launch)
+    assert parse_command_line(["--recipe", "demo"]).config.objective == FLMOptions(corruption_rate=0.5)
+
+    (tmp_path / "mine.yaml").write_text("base: demo\nobjective: {name: prefixlm, itm_weight: 0.2, prefix_share: 0.5}")
+    launch = parse_command_line(["--recipe", str(tmp_path / "mine.yaml")])
+    assert launch.config.objective == PrefixLMOptions(itm_weight=0.2, prefix_share=0.5)
+    assert launch.idle == {"objective.corruption_rate": "demo"}
+    assert launch.sources["objective.name"] == "recipe mine"
+    back = ["--objective.name", "flm", "--objective.corruption_rate", "0.4"]
+    launch = parse_command_line(["--recipe", str(tmp_path / "mine.yaml"), *back])
+    assert launch.config.objective == FLMOptions(itm_weight=0.2, corruption_rate=0.4)
+    assert launch.idle == {"objective.prefix_share": "mine"}
+
+
+def test_the_settings_of_a_run_that_wrote_down_all_objectives_options(tmp_path: Path) -> None:
+    """Runs did before each objective had options of its own."""
+    text = "objective: {name: mlm, corruption_rate: 0.4, span_placement: centred, mask_rate: 0.2, prefix_share: null}"
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_config(tmp_path).objective == MLMOptions(mask_rate=0.2)
+    assert parse_command_line(["--recipe", str(tmp_path / "config.yaml")]).config.objective == MLMOptions(mask_rate=0.2)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="objective mlm has no corruption_rate"):
+        parse_command_line(["--recipe", str(tmp_path / "recipe.yaml")])
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_parse_and_say_how_to_run_them(name: str) -> None:
     parse_command_line(["--recipe", name])
-    text = (command_line.RECIPES / f"{name}.yaml").read_text()
-    assert text.startswith("# ") and f"--recipe {name}" in text or name == command_line.DEFAULT_RECIPE
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and f"--recipe {name}" in text or name == DEFAULT_RECIPE
     assert "pipeline/train.py" in text
-    load_recipe(command_line.RECIPES / f"{name}.yaml")
 
 
 def test_mistakes_are_found_before_torch_is_loaded() -> None:
@@ -234,6 +278,9 @@ def test_ds_config_that_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ConfigError, match="not a readable JSON file"):
         read_ds_config(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text('{"bf16": {"enabled": true, "enabled": false}}')
+    with pytest.raises(ConfigError, match=r"b.json: enabled stands there twice; remove one"):
+        read_ds_config(tmp_path / "b.json")
 
 
 def test_plain_values_only() -> None:

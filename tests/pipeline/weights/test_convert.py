@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.build import build_objective
-from model.config import ObjectiveConfig, Vocabulary
+from model.config import FLMOptions, Vocabulary
 from model.weights.released import from_released, import_released, load_imported, read_layout, to_released
 from pipeline.config.command_line import parse_command_line
 from pipeline.convert import main
@@ -92,14 +92,14 @@ def test_a_model_of_other_sizes_is_refused(checkpoint, tmp_path, change, message
     model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
     change(model)
     with pytest.raises(ValueError, match=message):
-        build_objective(model, ObjectiveConfig(), Vocabulary(292, 0, 1, 2, 291), 16)
+        build_objective(model, FLMOptions(), Vocabulary(292, 0, 1, 2, 291), 16)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, tmp_path) -> None:
     assert main(["import-flm", str(checkpoint), str(tmp_path / "imported")]) == 0
     model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
     with pytest.raises(ValueError, match=r"model.weights .*shape \(292, 64\).*\(300, 64\); width, vocabulary"):
-        build_objective(model, ObjectiveConfig(), Vocabulary(300, 0, 1, 2, 291), 16)
+        build_objective(model, FLMOptions(), Vocabulary(300, 0, 1, 2, 291), 16)
 
 
 def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path) -> None:

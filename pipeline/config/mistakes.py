@@ -1,0 +1,91 @@
+"""Which options there are and what each takes, for the one line that refuses a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from model.config import OPTIONS_OF
+from pipeline.config.options import Config, ConfigError
+
+OBJECTIVE = "objective."
+
+
+def option_types() -> dict[str, Any]:
+    """Type of every option by its dotted name, the options of all objectives among them."""
+    result: dict[str, Any] = {}
+    for section, hint in get_type_hints(Config).items():
+        for cls in [*OPTIONS_OF.values(), hint] if f"{section}." == OBJECTIVE else [hint]:
+            result |= _types(cls, f"{section}.")
+    return result
+
+
+def _types(cls: type, prefix: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        key = f"{prefix}{name}"
+        result |= _types(hint, f"{key}.") if dataclasses.is_dataclass(hint) else {key: hint}
+    return result
+
+
+def of_other_objectives(options: Iterable[str], objective: Any) -> list[str]:
+    """Those of ``options`` that the objective does not have; none where there is no such objective."""
+    if objective not in list(OPTIONS_OF):
+        return []
+    own = _types(OPTIONS_OF[objective], OBJECTIVE)
+    return [option for option in options if option.startswith(OBJECTIVE) and option not in own]
+
+
+def refuse_of_other_objectives(options: Iterable[str], objective: Any, where: str) -> None:
+    """Raises ConfigError that names an option of another objective than the chosen one."""
+    for option in of_other_objectives(options, objective):
+        owners = [name for name, cls in OPTIONS_OF.items() if option in _types(cls, OBJECTIVE)]
+        raise ConfigError(
+            f"{where}: objective {objective} has no {option.removeprefix(OBJECTIVE)} (an option of "
+            f"{', '.join(owners)}); leave it out, or choose objective.name {owners[0]}"
+        )
+
+
+def refuse_unknown(settings: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for an option that does not exist, or null for one that takes none."""
+    types = option_types()
+    for key, value in settings.items():
+        if key not in types:
+            raise ConfigError(f"{where}: unknown option {key}; {nearest(key, list(types))}")
+        if value is None and type(None) not in get_args(types[key]):
+            raise ConfigError(f"{where}: {key}: found null, expected {type_in_words(types[key])}")
+
+
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """The known name that a typo means, as a question."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not match and "." not in name:
+        match = [option for option in known if option.rsplit(".", 1)[-1] == name][:1]
+    return f"did you mean {prefix}{match[0]}?" if match else f"known: {', '.join(known[:12])} (see --help)"
+
+
+def type_in_words(hint: Any) -> str:
+    """What an option of this type takes."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))}, each {type_in_words(get_args(hint)[0])}"
+    if get_args(hint) and get_origin(hint) is not list:
+        return " or ".join("null" if part is type(None) else type_in_words(part) for part in get_args(hint))
+    words = {
+        bool: "true or false",
+        str: "a text",
+        int: "a whole number",
+        float: "a number",
+        list[str]: "a list of texts",
+    }
+    for restricted, name in ((PositiveInt, "above 0"), (NonNegativeInt, "of at least 0")):
+        words[restricted] = f"a whole number {name}"
+    for restricted, name in ((PositiveFloat, "above 0"), (NonNegativeFloat, "of at least 0")):
+        words[restricted] = f"a number {name}"
+    words[ClosedUnitInterval] = "a number from 0 to 1"
+    return words.get(hint, str(hint))

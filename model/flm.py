@@ -16,6 +16,7 @@ from model.attention import Packing, Reading, image_reading, reads_by_rows, text
 from model.batch import Batch, TextPlan
 from model.config import ModelConfig, Vocabulary
 from model.dropout import dropout
+from model.learning_rate_groups import declare_group
 from model.reconstructor import ReconstructorLayer
 from model.towers import add_towers, encode_images, reset_parameters
 
@@ -47,6 +48,8 @@ class FLM(nn.Module):
         self.stream_embedding = nn.Embedding(2, text.width)  # r2l text, reconstruction queries
         self.reconstructor_bottom = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_bottom))
         self.reconstructor_top = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_top))
+        declare_group("rest", self.stream_embedding)
+        declare_group("cross", self.reconstructor_bottom, self.reconstructor_top)
         # The released reconstructor keeps PyTorch's initialisation (specification section 2.8).
         reset_parameters(self, keep=("reconstructor",) if self.released else ())
 

@@ -16,6 +16,8 @@ from model.text import TOP_EPS, initial_std
 class LanguageModelHead(nn.Module):
     """Linear, GELU, LayerNorm, then a vocabulary projection with separate bias (specification section 2.7)."""
 
+    learning_rate_group = "head"
+
     def __init__(self, width: int, vocabulary_size: int, chunk_size: int = 8192) -> None:
         """``chunk_size``: vocabulary entries whose logits are held at once."""
         super().__init__()
@@ -154,6 +156,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, place: Tensor) -> Tens
     if hidden.dtype != torch.float32:
         return out.copy_(F.linear(hidden, weight)).add_(bias)
     return torch.mm(hidden, weight.T, out=out).add_(bias)  # addmm would spread the bias over all of ``out`` first
+
+
+class MatchingHead(nn.Linear):
+    """Two logits of the pooled CLS feature: a caption of another sample, its own."""
+
+    learning_rate_group = "head"
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2)
+        nn.init.normal_(self.weight, std=initial_std(width))
+        nn.init.zeros_(self.bias)
 
 
 class Pooler(nn.Module):

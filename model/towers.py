@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
+from model.learning_rate_groups import declare_group
 from model.text import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.vision.clip import VisionTower
 
@@ -29,6 +30,8 @@ def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> N
     net.type_embedding = nn.Embedding(2, text.width)  # l2r text, image
     net.top = nn.ModuleList(TopLayer(text) for _ in range(text.top_layers))
     net.pooler = Pooler(text.width)
+    declare_group("rest", net.vision, net.embedding, net.bottom, net.type_embedding)
+    declare_group("cross", net.text_projection, net.image_projection, net.top, net.pooler)
 
 
 def reset_parameters(net: nn.Module, keep: tuple[str, ...] = ()) -> None:

@@ -55,7 +55,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
         "core": (
             *("batch", "config", "masks", "attention", "layers", "dropout", "heads", "text", "reconstructor"),
-            *("torchvision_shim", "flops", "census"),
+            *("torchvision_shim", "flops", "census", "learning_rate_groups"),
         ),
         "networks": ("towers", "flm", "one_stream"),
         "programs": ("build",),

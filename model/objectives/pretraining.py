@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from model.batch import Batch, Planner, Term, TextPlan
 from model.config import ModelConfig, ObjectiveOptions
 from model.flops import training_flops
-from model.heads import LanguageModelHead
-from model.text import initial_std
+from model.heads import LanguageModelHead, MatchingHead
+from model.learning_rate_groups import declared_group
 
 
 class Pretraining(nn.Module):
@@ -39,9 +39,7 @@ class Pretraining(nn.Module):
         self.term_weights = dict(language_weights)
         if model.behaviour == "default":
             self.term_weights["itm"] = objective.itm_weight
-            self.itm_head = nn.Linear(model.text.width, 2)
-            nn.init.normal_(self.itm_head.weight, std=initial_std(model.text.width))
-            nn.init.zeros_(self.itm_head.bias)
+            self.itm_head = MatchingHead(model.text.width)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sum of losses of each term, fp32 scalars with gradient."""
@@ -95,11 +93,8 @@ class Pretraining(nn.Module):
         return training_flops(self.config, self.net.vocabulary.size, batch, streams=2 if self.name == "flm" else 1)
 
     def parameter_group(self, name: str) -> str:
-        """Learning-rate group of a parameter: head, cross or rest (specification section 7)."""
-        if name.startswith(("lm_head", "itm_head")):
-            return "head"
-        cross = ("net.text_projection", "net.image_projection", "net.top", "net.reconstructor", "net.pooler")
-        return "cross" if name.startswith(cross) else "rest"
+        """Learning-rate group of a parameter, as its module declares it (specification section 7)."""
+        return declared_group(self, name)
 
     def decays(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay applies: matrices and embedding tables.

@@ -8,6 +8,11 @@ from typing import Any, Literal
 AUTO = "auto"  # of model.vision.pretrained and model.text.pretrained
 
 
+def option(default: Any, before: Any) -> Any:
+    """A field of an option that came later: runs begun without it did what the value ``before`` means."""
+    return field(default=default, metadata={"before": before})
+
+
 @dataclass
 class VisionConfig:
     """Vision tower: a CLIP-style ViT.

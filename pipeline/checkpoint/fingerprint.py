@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.mistakes import of_other_objectives
 from pipeline.config.options import Config, ConfigError, leaves, to_plain
 
 MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batch size is another run
@@ -15,20 +17,18 @@ MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batc
 def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides what a step computes, besides the number of steps; nothing that is about speed.
 
-    ``data`` is what ``loading/open_data.py`` says of the data.
+    ``data`` is what ``loading/open_data.py`` says of the data; an entry added there later is null where nothing is
+    done that was not done before.
 
-    What is done to captions besides tokenising follows from ``model.behaviour``, negatives from ``objective``: where
-    they come from the micro-batch, its size counts; where they come from the corpus nothing is said, as before there
-    was a choice.
+    What is done to captions besides tokenising follows from ``model.behaviour``. Where negatives come from the
+    micro-batch, its size counts.
     """
     plain = to_plain(config)
     plain["model"]["vision"].pop("pretrained")
     plain["model"]["text"].pop("pretrained")
     plain["model"].pop("weights")
     optim = {"batch_size": config.optim.batch_size}
-    if config.objective.negatives == "corpus":
-        plain["objective"].pop("negatives")
-    else:
+    if config.objective.negatives == "in_batch_hard":
         optim["micro_batch_size"] = config.optim.micro_batch_size
     return json.loads(json.dumps({
         "model": plain["model"],
@@ -38,17 +38,23 @@ def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     }))  # fmt: skip
 
 
-def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], allow_change: bool) -> dict[str, str]:
-    """Differences between the run's fingerprint and the one asked for, name -> "was -> is", if they may be.
+def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], config: Config) -> dict[str, str]:
+    """Differences between the run's fingerprint and the one of ``config``, name -> "was -> is", if they may be.
+
+    An option that the run's fingerprint lacks, for it came later, has the value that means "as before": its default,
+    unless it names another one (``model.config.option``). The run's options of other objectives mean nothing.
 
     Raises:
         ConfigError: there are differences and they are not allowed; the message names them.
     """
     old, new = dict(leaves(saved)), dict(leaves(wanted))
+    before = json.loads(json.dumps(_before(config.model, "model.") | _before(config.objective, "objective.")))
+    foreign = of_other_objectives(old, config.objective.name)
+    old = {name: before[name] for name in new if name in before} | {n: old[n] for n in old if n not in foreign}
     names = [name for name in [*new, *(name for name in old if name not in new)] if old.get(name) != new.get(name)]
     found = {name: f"{_short(old.get(name))} -> {_short(new.get(name))}" for name in names}
     final = [name for name in names if not name.startswith(MAY_CHANGE)]
-    if final or (names and not allow_change):
+    if final or (names and not config.data.allow_change):
         listed = final or names
         shown = "; ".join(f"{name} {found[name]}" for name in listed[:5])
         more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
@@ -57,6 +63,18 @@ def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], allow_chang
             f"{run} holds a run with another {shown}{more}; continue with the same settings and data, start anew with "
             f"another --output{way}"
         )
+    return found
+
+
+def _before(section: Any, prefix: str) -> dict[str, Any]:
+    """For each option of a dataclass the value that means "as before there was this option", by dotted name."""
+    found, defaults = {}, type(section)()
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            found |= _before(value, f"{prefix}{item.name}.")
+        else:
+            found[f"{prefix}{item.name}"] = item.metadata.get("before", getattr(defaults, item.name))
     return found
 
 

@@ -33,11 +33,11 @@ def _types(cls: type, prefix: str) -> dict[str, Any]:
 
 
 def of_other_objectives(options: Iterable[str], objective: Any) -> list[str]:
-    """Those of ``options`` that the objective does not have; none where there is no such objective."""
+    """Those of ``options`` that other objectives have and this one has not; none where there is no such objective."""
     if objective not in list(OPTIONS_OF):
         return []
-    own = _types(OPTIONS_OF[objective], OBJECTIVE)
-    return [option for option in options if option.startswith(OBJECTIVE) and option not in own]
+    own, known = _types(OPTIONS_OF[objective], OBJECTIVE), option_types()
+    return [option for option in options if option.startswith(OBJECTIVE) and option in known and option not in own]
 
 
 def refuse_of_other_objectives(options: Iterable[str], objective: Any, where: str) -> None:

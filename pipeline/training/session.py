@@ -179,7 +179,7 @@ def open_run(launch: Launch, num_images: int, ranks: Ranks) -> Opened:
     saved = restore.find(output, ranks.agreement, is_main)
     if saved is not None:
         before = restore.read_state(saved)
-        data_changes = accept(output, before.fingerprint, wanted, config.data.allow_change)
+        data_changes = accept(output, before.fingerprint, wanted, config)
         refuse_fewer_steps(output, before.step, config.train.steps)
     return Opened(launch, data, wanted, saved, data_changes, passed_by, lock)
 

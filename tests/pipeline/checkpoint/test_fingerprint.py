@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from data_prep.record import Record
+from model.config import FLMOptions, option
 from pipeline.checkpoint.fingerprint import accept, run_fingerprint
 from pipeline.config.options import Config, ConfigError
 from pipeline.loading.open_data import data_fingerprint, open_training_data
@@ -17,12 +19,26 @@ from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
 from tests.program.test_program import SHORT, finish, losses, program, work  # noqa: F401 (a fixture)
 
+Change = Callable[[Config], None]
 
-def fingerprint_of(folder: Path, change: Callable[[Config], None] = lambda config: None) -> dict:
+
+def config_of(folder: Path, change: Change = lambda config: None) -> Config:
     config = Config()
     config.data.paths, config.optim.batch_size = [str(folder)], 4
     change(config)
+    return config
+
+
+def fingerprint_of(folder: Path, change: Change = lambda config: None) -> dict:
+    config = config_of(folder, change)
     return run_fingerprint(config, data_fingerprint(config, open_training_data(config)))
+
+
+def resume(saved: dict, folder: Path, change: Change = lambda config: None, allow_change: bool = False) -> dict:
+    """What ``accept`` says when a run with the fingerprint ``saved`` goes on with the changed configuration."""
+    config = config_of(folder, change)
+    config.data.allow_change = allow_change
+    return accept(Path("RUN"), saved, fingerprint_of(folder, change), config)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +66,13 @@ def setting(name: str, value: object) -> Callable[[Config], None]:
         ("model.vision.image_size", 160, "model.vision.image_size"),
         ("optim.batch_size", 8, "optim.batch_size 4 -> 8"),
         ("objective.negative_share", 0.125, "objective.negative_share"),
-        ("objective.negatives", "in_batch_hard", "objective.negatives None -> in_batch_hard"),
+        ("objective.negatives", "in_batch_hard", "objective.negatives corpus -> in_batch_hard"),
     ],
 )
 def test_another_model_or_batch_is_never_accepted(folder: Path, name: str, value: object, named: str) -> None:
     for allowed in (False, True):
         with pytest.raises(ConfigError, match=named) as caught:
-            accept(Path("RUN"), fingerprint_of(folder), fingerprint_of(folder, setting(name, value)), allowed)
+            resume(fingerprint_of(folder), folder, setting(name, value), allowed)
         assert "allow_change" not in str(caught.value) and "another --output" in str(caught.value)
 
 
@@ -71,33 +87,63 @@ def test_another_model_or_batch_is_never_accepted(folder: Path, name: str, value
     ],
 )
 def test_other_data_is_named_and_accepted_when_allowed(folder: Path, name: str, value: object, named: str) -> None:
-    saved, wanted = fingerprint_of(folder), fingerprint_of(folder, setting(name, value))
+    saved = fingerprint_of(folder)
     with pytest.raises(ConfigError, match=f"RUN holds a run with another {named}.*--data.allow_change true"):
-        accept(Path("RUN"), saved, wanted, allow_change=False)
-    (change,) = accept(Path("RUN"), saved, wanted, allow_change=True).items()
+        resume(saved, folder, setting(name, value))
+    (change,) = resume(saved, folder, setting(name, value), allow_change=True).items()
     assert " ".join(change).startswith(named)
 
 
 def test_what_is_about_speed_or_place_is_no_difference(folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     saved = json.loads(json.dumps(fingerprint_of(folder)))
-    assert accept(Path("RUN"), saved, fingerprint_of(moved), allow_change=False) == {}
+    assert resume(saved, moved) == {}
     for name, value in (("data.num_workers", 9), ("train.steps", 7), ("optim.micro_batch_size", 2)):
-        assert accept(Path("RUN"), saved, fingerprint_of(folder, setting(name, value)), allow_change=False) == {}
+        assert resume(saved, folder, setting(name, value)) == {}
 
 
 def test_the_micro_batch_counts_where_negatives_come_from_it(folder: Path) -> None:
-    """Invariant 2. Runs begun before there was a choice have nothing in their fingerprint, and go on."""
+    """Invariant 2."""
 
     def hard(config: Config, size: int = 64) -> None:
         config.objective.negatives, config.optim.micro_batch_size = "in_batch_hard", size
 
     saved = fingerprint_of(folder, hard)
-    assert accept(Path("RUN"), saved, fingerprint_of(folder, hard), allow_change=False) == {}
+    assert resume(saved, folder, hard) == {}
     with pytest.raises(ConfigError, match="another optim.micro_batch_size 64 -> 2"):
-        accept(Path("RUN"), saved, fingerprint_of(folder, lambda config: hard(config, 2)), allow_change=True)
-    assert "negatives" not in fingerprint_of(folder)["objective"]
+        resume(saved, folder, lambda config: hard(config, 2), allow_change=True)
     assert fingerprint_of(folder)["optim"] == {"batch_size": 4}
+
+
+def test_an_option_that_came_later_leaves_earlier_runs_resumable(folder: Path) -> None:
+    """Runs begun before there were negatives of the micro-batch, towers' GELU or two objectives' own options."""
+    saved = fingerprint_of(folder)
+    del saved["objective"]["negatives"], saved["model"]["vision"]["quick_gelu"], saved["model"]["reconstructor"]
+    assert resume(saved, folder) == {}
+    with pytest.raises(ConfigError, match="another objective.negatives corpus -> in_batch_hard"):
+        resume(saved, folder, setting("objective.negatives", "in_batch_hard"))
+    with pytest.raises(ConfigError, match="another model.vision.quick_gelu True -> False;"):
+        resume(saved, folder, setting("model.vision.quick_gelu", False))
+    saved["objective"] |= {"mask_rate": 0.3, "prefix_share": None}  # of all objectives, as it once was
+    assert resume(saved, folder) == {}
+    saved["objective"]["forgotten"] = 3
+    with pytest.raises(ConfigError, match="another objective.forgotten 3 -> None;"):
+        resume(saved, folder)
+
+
+def test_an_option_may_name_another_value_than_its_default_for_earlier_runs(folder: Path) -> None:
+    @dataclass
+    class Later(FLMOptions):
+        smoothing: float = option(0.1, before=0.0)
+        orders: tuple[int, ...] = (1, 2)
+
+    def later(smoothing: float) -> Change:
+        return setting("objective", Later(smoothing=smoothing))
+
+    assert Later().smoothing == 0.1
+    assert resume(fingerprint_of(folder), folder, later(0.0)) == {}
+    with pytest.raises(ConfigError, match=r"another objective.smoothing 0.0 -> 0.1;"):
+        resume(fingerprint_of(folder), folder, later(0.1))
 
 
 def test_other_manifests_weights_and_tokenizers_are_named(folder: Path, tmp_path: Path) -> None:
@@ -105,28 +151,26 @@ def test_other_manifests_weights_and_tokenizers_are_named(folder: Path, tmp_path
     shutil.rmtree(other / "a" / "train")
     changed = [*records(9)[:-1], Record("k0008", records(1)[0].images, ("another caption",), {}, ("jpg",))]
     write_split(other / "a" / "train", changed, corpus="a")
-    same_rows = accept(Path("RUN"), fingerprint_of(folder), fingerprint_of(other), allow_change=True)
+    same_rows = resume(fingerprint_of(folder), other, allow_change=True)
     assert list(same_rows) == ["data.corpora.0 a/train.content"]
 
     shutil.rmtree(other / "b")
-    gone = accept(Path("RUN"), fingerprint_of(folder), fingerprint_of(other), allow_change=True)
+    gone = resume(fingerprint_of(folder), other, allow_change=True)
     assert gone["data.corpora.1 b/train.rows"] == "7 -> None"
     with pytest.raises(ConfigError, match="another data.corpora.0 a/train.content"):
-        accept(Path("RUN"), fingerprint_of(folder), fingerprint_of(other), allow_change=False)
+        resume(fingerprint_of(folder), other)
 
     def weighted(config: Config) -> None:
         config.data.paths = [f"{folder}/a:3", f"{folder}/b:1"]
         config.data.tokenizer = str(folder / "tokenizer")
 
-    assert list(accept(Path("RUN"), fingerprint_of(folder), fingerprint_of(folder, weighted), True)) == ["data.weights"]
+    assert list(resume(fingerprint_of(folder), folder, weighted, allow_change=True)) == ["data.weights"]
 
     vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
     vocabulary["model"]["merges"] = vocabulary["model"]["merges"][:-1]
     retrained = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     (retrained / "tokenizer.json").write_text(json.dumps(vocabulary))
-    found = accept(
-        Path("RUN"), fingerprint_of(folder), fingerprint_of(folder, setting("data.tokenizer", str(retrained))), True
-    )
+    found = resume(fingerprint_of(folder), folder, setting("data.tokenizer", str(retrained)), allow_change=True)
     assert list(found) == ["data.tokenizer"] and ".. -> " in found["data.tokenizer"]
 
 

@@ -61,11 +61,13 @@ class Job:
         ]
 
 
-def start_program(world: int, arguments: list[str | Path], folder: Path) -> Job:
-    """``pipeline/train.py`` with these arguments on every rank, working in ``folder``."""
+def start_program(
+    world: int, arguments: list[str | Path], folder: Path, main: Callable[[list[str]], int] | None = None
+) -> Job:
+    """``pipeline/train.py``, or the program ``main``, with these arguments on every rank; output goes to ``folder``."""
     import deepspeed  # noqa: F401  imported once here, inherited by every fork
 
-    from pipeline.train import main
+    from pipeline.train import main as train
 
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -75,7 +77,7 @@ def start_program(world: int, arguments: list[str | Path], folder: Path) -> Job:
         if pid == 0:
             places = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             _become(folder / f"rank{rank}.txt", {name: str(value) for name, value in places.items()})
-            _run(main, [str(argument) for argument in arguments])
+            _run(main or train, [str(argument) for argument in arguments])
         pids.append(pid)
     return Job(pids, folder)
 

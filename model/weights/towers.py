@@ -223,7 +223,8 @@ def fill(
         if value.shape != parameter.shape:
             raise ValueError(
                 f"{source}: {names[0]} has shape {tuple(value.shape)}, the model's {name} {tuple(parameter.shape)};"
-                " width, vocabulary, patches or number of positions differ: set model. options to the weights' sizes"
+                " width, patches and number of positions are options of the model, set them to the weights' sizes; the"
+                " vocabulary is that of data.tokenizer, name the weights' own"
             )
         values.append((parameter, value))
         used[name] = names

@@ -74,7 +74,7 @@ def resolve(given: dict[str, Any], config: Config, world_size: int, device: Devi
     resolved.setdefault("steps_per_print", 10**9)  # our own log says more
     left = [key for key, value in leaves(resolved) if value == AUTO]
     if left:
-        raise ConfigError(f'--deepspeed: the recipe does not own {left[0]}; write a value instead of "auto"')
+        raise ConfigError(f'--deepspeed: the recipe does not own {", ".join(left)}; write values instead of "auto"')
     return resolved
 
 
@@ -101,14 +101,17 @@ def choose_precision(given: dict[str, Any], wanted: str, stage: int, device: Dev
             f"train.precision is {wanted} but the DeepSpeed JSON {found}; "
             f'write "auto" as enabled in the JSON or use --train.precision {forced or "auto"}'
         )
+    instead = "use --train.precision "
+    if forced == wanted:  # the JSON chose it, and would contradict another choice of ours
+        instead = f'write "auto" as {wanted}.enabled in the DeepSpeed JSON and {instead}'
     if wanted == "fp16" and device.kind == "cpu":
-        raise ConfigError("fp16 cannot train on a CPU; use --train.precision bf16 or fp32")
+        raise ConfigError(f"fp16 cannot train on a CPU; {instead}bf16 or fp32")
     if wanted != "fp32" and stage == 0:
         raise ConfigError(
-            f"{wanted} at ZeRO stage 0 trains wrongly in DeepSpeed; use ds_configs/zero1.json or --train.precision fp32"
+            f"{wanted} at ZeRO stage 0 trains wrongly in DeepSpeed; use ds_configs/zero1.json, or {instead}fp32"
         )
     if wanted == "bf16" and device.kind == "cuda" and not device.has_bf16:
-        raise ConfigError("this GPU has no bf16; use --train.precision fp16 or fp32")
+        raise ConfigError(f"this GPU has no bf16; {instead}fp16 or fp32")
     return wanted
 
 

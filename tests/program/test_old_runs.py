@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FIXTURE = REPOSITORY / "tests" / "fixtures" / "old_run.tar.xz"
 # Another processor sums in another order. n fp32 terms then differ by about sqrt(n) * 2^-24 of their size, 2e-6 for the
 # 768 values of a patch; ten layers in turn make that 2e-5, and six steps, each from weights that differ by it, 1e-4.
+# The captions are the same with every weight changed at random by 1e-5 of its size, a hundred times its rounding.
 TOLERANCE = 1e-4
 
 

@@ -251,6 +251,12 @@ def test_precision(given: dict, wanted: str, stage: int, device: Device, expecte
     ("change", "options", "expected"),
     [
         ({}, {"train.precision": "fp16"}, "fp16 cannot train on a CPU; use --train.precision bf16 or fp32"),
+        (
+            {"fp16": {"enabled": True}},
+            {},
+            'write "auto" as fp16.enabled in the DeepSpeed JSON and use --train.precision',
+        ),
+        ({"steps_per_print": "auto", "zero_force_ds_cpu_optimizer": "auto"}, {}, "print, zero_force_ds_cpu_optimizer;"),
         ({"zero_optimization": {"stage": 0}}, {"train.precision": "bf16"}, "use ds_configs/zero1.json"),
         ({"zero_optimization": {"stage": 4}}, {}, "stage: found 4, expected 0, 1, 2 or 3"),
         ({"bf16": {"enabled": True}}, {"train.precision": "fp32"}, "train.precision is fp32 but the DeepSpeed JSON"),

@@ -31,25 +31,27 @@ class LanguageModelHead(nn.Module):
             nn.init.normal_(weight, std=initial_std(width))
         nn.init.zeros_(self.transform.bias)
 
-    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy of each target.
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """Cross entropy of each target; without labels, logits.
 
         Args:
             features: [M, D].
             labels: int64 [M].
 
         Returns:
-            fp32 [M] losses with gradient, bool [M] whether the largest logit is the label's.
+            fp32 [M] losses with gradient, bool [M] whether the largest logit is the label's; or [M, V].
         """
         hidden = self.hidden(features)
+        if labels is None:
+            return F.linear(hidden, self.weight, self.bias)
         return ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, self.chunk_size, self._memory)
 
     def hidden(self, features: Tensor) -> Tensor:
         return self.norm(F.gelu(self.transform(features)))
 
     def logits(self, features: Tensor) -> Tensor:
-        """[M, D] -> [M, V], for decoding and parity tests."""
-        return F.linear(self.hidden(features), self.weight, self.bias)
+        """[M, D] -> [M, V], for decoding and parity tests; a call of the module, so that ZeRO-3 gathers its weights."""
+        return self(features)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -36,6 +36,14 @@ def tiny_flm(behaviour: str = "default", seed: int = 0, spread: float = 1.6, **o
     return built.eval()
 
 
+def captioner(behaviour: str = "default", name: str = "flm", spread: float = 1.2) -> torch.nn.Module:
+    """An objective whose captions have different lengths: how probable `</s>` is hangs on image and words."""
+    objective = tiny_flm(behaviour, seed=4, spread=spread, name=name)
+    with torch.no_grad():
+        objective.lm_head.weight[VOCABULARY.eos_id] *= 10
+    return objective
+
+
 def caption(num_words: int, seed: int = 0) -> list[int]:
     """Token ids `<s> w1 .. wk </s>` of random words."""
     generator = torch.Generator().manual_seed(seed)

@@ -34,6 +34,8 @@ def mask_predict(
 
     # NOTE paper: a length token predicts the lengths to try; here: the caller names them.
 
+    Ranks that share one network (ZeRO-3) must bring equally many images, lengths and iterations.
+
     Args:
         objective: a :class:`~model.objectives.pretraining.Pretraining` in eval mode, of the objective mlm.
         images: uint8 [B, 1, 3, S, S] on the model's device.
@@ -63,14 +65,15 @@ def mask_predict(
         plan.text = plan.text.masked_scatter(hidden, ids)  # states stand in the order of the grid
         log_probability = log_probability.masked_scatter(hidden, values)
     means = (log_probability * is_word).sum(1) / is_word.sum(1)
-    best = means.view(len(images), len(lengths)).argmax(1).tolist()
-    rows = [number * len(lengths) + choice for number, choice in enumerate(best)]
-    return [plan.text[row, 1 : lengths[choice] + 1].tolist() for row, choice in zip(rows, best, strict=True)]
+    best = means.view(len(images), len(lengths)).argmax(1)
+    words = plan.text.view(len(images), len(lengths), -1)[torch.arange(len(best), device=best.device), best]
+    found = zip(best.tolist(), words.tolist(), strict=True)
+    return [row[1 : lengths[choice] + 1] for choice, row in found]
 
 
 def _check(objective: nn.Module, lengths: Sequence[int], iterations: int) -> None:
     if objective.name != "mlm":
-        raise ValueError(f"mask_predict needs an mlm model, found {objective.name}; use model.decode")
+        raise ValueError(f"mask_predict needs an mlm model, found {objective.name}; use model.decode.search")
     limit = objective.net.embedding.position.num_embeddings - 4  # row 2 is the first token's; `<s>` and `</s>`
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= limit:
         raise ValueError(f"caption lengths are {list(lengths)}, expected at least one, each from 1 to {limit}")

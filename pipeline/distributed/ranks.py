@@ -111,6 +111,10 @@ class Agreement:
         dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
+    def all_agree(self, holds: bool) -> bool:
+        """Whether it holds on every rank."""
+        return self.total([not holds]) == [0.0]
+
     def largest(self, number: float) -> float:
         if self.alone:
             return float(number)

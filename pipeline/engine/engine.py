@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -24,6 +24,8 @@ from pipeline.engine.optim import build_adamw, learning_rate, parameter_groups, 
 from pipeline.engine.veto import StepVeto
 from pipeline.incidents.guard import Guard, Verdict
 from pipeline.incidents.module_statistics import module_statistics
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,14 +55,18 @@ class StepResult:
 
 
 class _Pass(nn.Module):
-    """Sends everything through one forward, because ZeRO-3 gathers parameters around forward only."""
+    """Sends everything that uses the weights through one forward, because ZeRO-3 gathers them around forward only."""
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         self.objective = objective
 
-    def forward(self, batch: Batch, function: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
-        return self.objective(batch) if function is None else function(self.objective, batch)
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.objective, *arguments)
+
+
+def _losses(objective: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    return objective(batch)
 
 
 class TrainEngine:
@@ -135,7 +141,7 @@ class TrainEngine:
         skipped_before = self._deepspeed.skipped_steps
         for index, batch in enumerate(micro_batches):
             torch.manual_seed(self._dropout_seed(step, index))
-            sums = self._deepspeed(batch.to(self.device))
+            sums = self._deepspeed(_losses, batch.to(self.device))
             loss = sum(factors[name] * value for name, value in sums.items())
             self._deepspeed.backward(loss)
             micro_sums.append({name: value.detach() for name, value in sums.items()})
@@ -217,10 +223,30 @@ class TrainEngine:
 
         Every rank must run as many: at ZeRO-3 parameters are gathered on the way.
         """
+        with self._evaluating():
+            yield lambda function, batch: self._deepspeed(function, batch.to(self.device))
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """``function(objective, *arguments)`` in evaluation mode without gradients, training mode restored after.
+
+        It runs inside the engine's forward, uncompiled: whatever the function computes by calling modules works at
+        every ZeRO stage. At ZeRO-3 every rank must run it, and call the same modules equally often in the same order.
+        """
+        found: list[T] = []  # carries the result past the hooks of ZeRO-3, which know few types
+
+        def call(objective: nn.Module) -> None:
+            found.append(function(objective, *arguments))
+
+        with self._evaluating(), torch.compiler.set_stance("force_eager"):
+            self._deepspeed(call)
+        return found[0]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         self._deepspeed.eval()
         try:
             with torch.no_grad():
-                yield lambda function, batch: self._deepspeed(batch.to(self.device), function)
+                yield
         finally:
             self._deepspeed.train()
 

@@ -19,6 +19,7 @@ from data_prep.manifest import write_atomically
 from model.build import build_objective
 from model.decode.mask_predict import ITERATIONS, mask_predict
 from model.decode.search import beam, greedy
+from model.decode.stream import decoder_of
 from pipeline.checkpoint.restore import load_into, resolve
 from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, tokenizer_source
@@ -63,10 +64,9 @@ class Captioner:
         images = torch.stack(list(pixels)).unsqueeze(1).to(self.device)
         if self.objective.name == "mlm":
             ids = mask_predict(self.objective, images, self.lengths)
-        elif self.beams > 1:
-            ids = beam(self.objective, images, self.max_tokens, self.beams, self.prompt)
         else:
-            ids = greedy(self.objective, images, self.max_tokens, self.prompt)
+            decoder = decoder_of(self.objective, images, self.prompt)
+            ids = beam(decoder, self.max_tokens, self.beams) if self.beams > 1 else greedy(decoder, self.max_tokens)
         return [clean_caption(self.tokenizer.decode(row), full_stop=False) for row in ids]
 
     @property

@@ -165,7 +165,7 @@ def scores_and_mode(place, config: Config, stage: int) -> tuple[dict, bool]:
     engine, _ = make_engine(place, config, stage, lambda: TinyObjective(0.5))
     batch = tiny_batch([0, 1, 2])
     with engine.scoring() as score:
-        first, second = score(batch), score(batch)
+        first, second = (score(TinyObjective.score, batch) for _ in range(2))
     assert all(torch.equal(first[name][0], second[name][0]) for name in first), "dropout is on while scoring"
     return {name: (float(s), float(c)) for name, (s, c) in first.items()}, engine.objective.training
 

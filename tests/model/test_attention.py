@@ -151,17 +151,27 @@ def training_objective(name: str, rate: float) -> Pretraining:
 
 @pytest.mark.parametrize("name", ["flm", "mlm", "ar", "prefixlm"])
 def test_training_with_hardly_any_dropout_equals_training_without(name: str):
-    """The whole network, negatives included: row by row, and (nothing dropped) through the grid."""
+    """The whole network in double, negatives included: row by row, and (nothing dropped) through the grid.
+
+    At this rate nothing is dropped and what is kept is multiplied by exactly 1. What is left is the rounding of the
+    heads, which turn logits into losses in fp32: each logit is rounded, shifted by a rounded maximum, its exponential
+    rounded and divided by a rounded sum, so that a gradient with respect to logits is off by 4 roundings of numbers as
+    large as the largest logit. Everything behind it is linear.
+    """
     rows = pair_rows([caption(4, 1), caption(9, 2), caption(1, 3)])
     rows.append(dataclasses.replace(pair_rows([caption(6, 4)])[0], image=1, role="negative"))
-    results = []
-    for rate in (1e-9, 0.0):
+    results, largest = [], 1.0
+    for rate in (1e-300, 0.0):
         objective = training_objective(name, rate)
         batch = objective.planner(images(3), rows)
         sums = objective(batch)
         gradients = torch.autograd.grad(sum(sums.values()), tuple(objective.parameters()), allow_unused=True)
         results.append([*sums.values(), *(each for each in gradients if each is not None)])
-    torch.testing.assert_close(*results)
+        logits = objective.lm_head.logits(torch.cat([*objective.net(batch)]))
+        largest = max(largest, logits.abs().max().item())
+    tolerance = 4 * largest * torch.finfo(torch.float32).eps
+    for by_rows, through_grid in zip(*results, strict=True):
+        assert (by_rows - through_grid).norm() <= tolerance * through_grid.norm()
 
 
 def test_no_target_leaks_where_weights_are_dropped():

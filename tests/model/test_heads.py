@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from model.cpu.kept_memory import KeptMemory
@@ -42,12 +45,18 @@ def test_no_targets_no_loss_no_nan():
 
 
 def test_bf16_losses_are_computed_in_fp32():
-    head = LanguageModelHead(16, 50, chunk_size=16)
-    features, labels = torch.randn(9, 16), torch.randint(0, 50, (9,))
-    exact, _ = head(features, labels)
-    low, _ = head.bfloat16()(features.bfloat16(), labels)
-    assert low.dtype == torch.float32
-    torch.testing.assert_close(low, exact, rtol=0.03, atol=0.03)
+    """Products as bf16 gives them, everything behind them exact to fp32: numbers whose products and sums are exact."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-4, 5, (9, 16), generator=generator).bfloat16()
+    weight = (torch.randint(-4, 5, (50, 16), generator=generator) / 8).bfloat16()
+    bias, labels = torch.randn(50, generator=generator).bfloat16(), torch.randint(0, 50, (9,), generator=generator)
+    losses, _ = ChunkedCrossEntropy.apply(hidden, weight, bias, labels, 16, KeptMemory())
+    logits = (hidden.double() @ weight.double().T).bfloat16().double() + bias.double()
+    exact = F.cross_entropy(logits, labels, reduction="none")
+    assert losses.dtype == torch.float32 and exact.max() > 4  # in bf16 it would be off by up to 2**-7
+    # A sum of V exponentials, each rounded with its exponent (of up to 32): V + 32 roundings, and the last difference.
+    tolerance = (50 + 32 + 2) * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(losses.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("width", [1, 4, 12, 64])
@@ -81,33 +90,38 @@ def test_a_frozen_vocabulary_gets_no_gradient():
     torch.testing.assert_close(features.grad, wanted)
 
 
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of the storages made within it: of the largest, of all that live now, and of those at most."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.largest = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage()._cdata not in self.given:
+            storage = result.untyped_storage()
+            self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.largest, self.peak = max(self.largest, storage.nbytes()), max(self.peak, self.held())
+        return result
+
+    def held(self) -> int:
+        return sum(size for storage, size in self.made.values() if not storage.expired())
+
+
 def test_memory_of_logits_is_one_chunk():
-    """No more than [targets x chunk] at once on the way; until backward that stays, and the gradient of the weight."""
+    """On the way one chunk of logits and the gradient of the weight, and so until backward."""
     head = LanguageModelHead(4, 5000, chunk_size=128)
     features, labels = torch.randn(200, 4, requires_grad=True), torch.randint(0, 5000, (200,))
-    given = {tensor.untyped_storage()._cdata for tensor in (features, labels, *head.parameters())}
-    largest, made = 0, {}
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                storage = result.untyped_storage()
-                largest = max(largest, storage.nbytes() if storage._cdata not in given else 0)
-                made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-            return result
-
-    def held() -> int:
-        return sum(size for key, (storage, size) in made.items() if key not in given and not storage.expired())
-
-    chunk, weight_grad, few = 4 * 200 * 128, 4 * 5000 * 4, 4 * 200 * 20
-    with Watch():
-        losses, correct = head(features, labels)
-        assert chunk + weight_grad <= held() < chunk + weight_grad + few
+    given = (features, labels, *head.parameters())
+    num_chunks = -(-5000 // 128)
+    chunk, weight_grad, few = 4 * 200 * 128, 4 * 5000 * 4, 4 * 200 * 30
+    indices = num_chunks * 200 * (8 + 1 + 4)  # of each chunk: labels within it, which they are, running maxima
+    with Watch(given) as watch:
+        losses, _ = head(features, labels)
+        assert chunk + weight_grad <= watch.held() < chunk + weight_grad + few
+        assert watch.peak < chunk + weight_grad + indices + few
         losses.sum().backward()
-    assert largest == chunk
-    with Watch(), torch.no_grad():
-        made.clear()
-        losses, correct = head(features, labels)
-        assert held() < few
+    assert watch.largest == chunk and watch.peak < chunk + weight_grad + indices + 4 * 5000 + few

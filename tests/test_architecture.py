@@ -54,8 +54,8 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
 FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
         "core": (
-            *("batch", "config", "masks", "attention", "layers", "dropout", "heads", "text", "reconstructor"),
-            *("torchvision_shim", "flops", "census"),
+            *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads", "text"),
+            *("reconstructor", "torchvision_shim", "flops", "census"),
         ),
         "networks": ("towers", "flm", "one_stream"),
         "programs": ("build",),

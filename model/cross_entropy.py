@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cpu.kept_memory import KeptMemory
+from model.cpu.door import KeptMemory
 
 
 def chunked_cross_entropy(

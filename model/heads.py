@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cpu.kept_memory import KeptMemory
+from model.cpu.door import KeptMemory
 from model.cross_entropy import chunked_cross_entropy
-from model.text import TOP_EPS, initial_std
+from model.layers import TOP_EPS, initial_std
 
 
 class LanguageModelHead(nn.Module):

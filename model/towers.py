@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
-from model.text import BottomLayer, TextEmbedding, TopLayer, initial_std
+from model.layers import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.vision.clip import VisionTower
 
 

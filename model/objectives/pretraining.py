@@ -15,7 +15,7 @@ from model.batch import Batch, Planner, Term, TextPlan
 from model.config import ModelConfig, ObjectiveConfig
 from model.flops import training_flops
 from model.heads import LanguageModelHead
-from model.text import initial_std
+from model.layers import initial_std
 
 
 class Pretraining(nn.Module):

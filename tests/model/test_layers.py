@@ -11,7 +11,7 @@ import torch
 from model.build import build_objective
 from model.config import ObjectiveConfig, TextConfig, Vocabulary
 from model.dropout import dropout, dropout_add
-from model.text import initial_std
+from model.layers import initial_std
 from tests.tiny_flm import tiny_config
 
 

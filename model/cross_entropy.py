@@ -1,6 +1,6 @@
 """Cross entropy of a linear layer over the vocabulary that never holds all [targets x vocabulary] logits.
 
-Legend: M targets, D width, V vocabulary, C vocabulary chunk.
+Legend (suffixes of names): M targets, D width, V vocabulary, C vocabulary chunk.
 """
 
 from __future__ import annotations
@@ -48,63 +48,65 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int, memory: KeptMemory | None
     ):
-        lowest = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
-        maximum = largest_other = lowest  # so far: of all logits, of all but the label's
-        total = torch.zeros_like(maximum)
-        label_logit = torch.zeros_like(maximum)
+        lowest_M = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+        maximum_M = largest_other_M = lowest_M  # so far: of all logits, of all but the label's
+        total_M = torch.zeros_like(maximum_M)
+        label_logit_M = torch.zeros_like(maximum_M)
         chunks = _chunks(weight, labels, chunk_size)
         buffer = _buffer(hidden, weight, chunk_size)
         keeps = memory is not None and any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        weight_grad = None
+        weight_grad_VD = None
         if keeps and ctx.needs_input_grad[1]:
-            weight_grad = memory.empty(weight.shape, weight.dtype, weight.device)
-        rooms = _rooms(weight_grad, hidden.shape[0], chunk_size, len(chunks))
+            weight_grad_VD = memory.empty(weight.shape, weight.dtype, weight.device)
+        rooms = _rooms(weight_grad_VD, hidden.shape[0], chunk_size, len(chunks))
         places = [buffer] * (len(chunks) - 1 - len(rooms)) + rooms + [buffer]
         kept: list[tuple[Tensor, Tensor]] = []  # a chunk's exponentials, and the maximum they refer to
-        for (start, stop, local, inside), place in zip(chunks, places, strict=True):
-            logits = _logits(hidden, weight[start:stop], bias[start:stop], place)
-            at_label = logits.gather(1, local)
-            label_logit = torch.where(inside, at_label[:, 0], label_logit)
-            logits.scatter_(1, local, torch.where(inside[:, None], lowest[:, None], at_label))
-            largest_other = torch.maximum(largest_other, logits.amax(1))
-            logits.scatter_(1, local, at_label)
-            new_maximum = torch.maximum(maximum, torch.maximum(largest_other, torch.where(inside, label_logit, lowest)))
-            exponentials = logits.sub_(new_maximum[:, None]).exp_()
-            total = total * (maximum - new_maximum).exp() + exponentials.sum(1)
-            maximum = new_maximum
-            kept.append((exponentials, maximum))
-        log_sum = maximum + total.log()
-        correct = label_logit > largest_other
-        ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
+        for (start, stop, local_M1, inside_M), place in zip(chunks, places, strict=True):
+            logits_MC = _logits(hidden, weight[start:stop], bias[start:stop], place)
+            at_label_M1 = logits_MC.gather(1, local_M1)
+            label_logit_M = torch.where(inside_M, at_label_M1[:, 0], label_logit_M)
+            logits_MC.scatter_(1, local_M1, torch.where(inside_M[:, None], lowest_M[:, None], at_label_M1))
+            largest_other_M = torch.maximum(largest_other_M, logits_MC.amax(1))
+            logits_MC.scatter_(1, local_M1, at_label_M1)
+            new_maximum_M = torch.maximum(
+                maximum_M, torch.maximum(largest_other_M, torch.where(inside_M, label_logit_M, lowest_M))
+            )
+            exponentials_MC = logits_MC.sub_(new_maximum_M[:, None]).exp_()
+            total_M = total_M * (maximum_M - new_maximum_M).exp() + exponentials_MC.sum(1)
+            maximum_M = new_maximum_M
+            kept.append((exponentials_MC, maximum_M))
+        log_sum_M = maximum_M + total_M.log()
+        correct = label_logit_M > largest_other_M
+        ctx.save_for_backward(hidden, weight, bias, labels, log_sum_M)
         ctx.chunk_size = chunk_size
-        ctx.kept = (weight_grad, buffer, kept[-1 - len(rooms) :]) if keeps else (None, None, [])
+        ctx.kept = (weight_grad_VD, buffer, kept[-1 - len(rooms) :]) if keeps else (None, None, [])
         ctx.mark_non_differentiable(correct)
-        return log_sum - label_logit, correct
+        return log_sum_M - label_logit_M, correct
 
     @staticmethod
-    def backward(ctx, loss_grad: Tensor, _):
-        hidden, weight, bias, labels, log_sum = ctx.saved_tensors
-        (weight_grad, buffer, kept), ctx.kept = ctx.kept, (None, None, [])  # read once: it is written over
+    def backward(ctx, loss_grad_M: Tensor, _):
+        hidden, weight, bias, labels, log_sum_M = ctx.saved_tensors
+        (weight_grad_VD, buffer, kept), ctx.kept = ctx.kept, (None, None, [])  # read once: it is written over
         if buffer is None:
             buffer = _buffer(hidden, weight, ctx.chunk_size)
-            weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        bias_grad, ones = torch.empty_like(bias), torch.ones_like(log_sum)
-        for start, stop, local, inside in reversed(_chunks(weight, labels, ctx.chunk_size)):
+            weight_grad_VD = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        hidden_grad_MD = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        bias_grad_V, ones = torch.empty_like(bias), torch.ones_like(log_sum_M)
+        for start, stop, local_M1, inside_M in reversed(_chunks(weight, labels, ctx.chunk_size)):
             if kept:
-                exponentials, maximum = kept.pop()
-                grad = buffer[: exponentials.numel()].view_as(exponentials)
-                torch.mul(exponentials, ((maximum - log_sum).exp() * loss_grad)[:, None], out=grad)
+                exponentials_MC, maximum_M = kept.pop()
+                grad_MC = buffer[: exponentials_MC.numel()].view_as(exponentials_MC)
+                torch.mul(exponentials_MC, ((maximum_M - log_sum_M).exp() * loss_grad_M)[:, None], out=grad_MC)
             else:
-                grad = _logits(hidden, weight[start:stop], bias[start:stop], buffer).sub_(log_sum[:, None]).exp_()
-                grad.mul_(loss_grad[:, None])
-            grad.scatter_add_(1, local, (inside * -loss_grad)[:, None])
-            bias_grad[start:stop] = ones @ grad
-            low = grad.to(hidden.dtype)
-            hidden_grad += low @ weight[start:stop]
-            if weight_grad is not None:
-                torch.mm(low.T, hidden, out=weight_grad[start:stop])
-        return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None, None
+                grad_MC = _logits(hidden, weight[start:stop], bias[start:stop], buffer).sub_(log_sum_M[:, None]).exp_()
+                grad_MC.mul_(loss_grad_M[:, None])
+            grad_MC.scatter_add_(1, local_M1, (inside_M * -loss_grad_M)[:, None])
+            bias_grad_V[start:stop] = ones @ grad_MC
+            low = grad_MC.to(hidden.dtype)
+            hidden_grad_MD += low @ weight[start:stop]
+            if weight_grad_VD is not None:
+                torch.mm(low.T, hidden, out=weight_grad_VD[start:stop])
+        return hidden_grad_MD.to(hidden.dtype), weight_grad_VD, bias_grad_V, None, None, None
 
 
 def _chunks(weight: Tensor, labels: Tensor, chunk_size: int) -> list[tuple[int, int, Tensor, Tensor]]:

@@ -33,7 +33,8 @@ def build_objective(
         if getattr(model, name).pretrained == AUTO:
             raise ValueError(f"model.{name}.pretrained auto is decided where a run starts; here name weights, or null")
     model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
-    share = objective.negative_share if objective.itm_weight else 0.0
+    matching = objective.itm_weight and model.behaviour == "default"  # the release has none
+    share = objective.negative_share if matching else 0.0
     in_batch = objective.negatives == "in_batch_hard"
     built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, 0.0 if in_batch else share)
     if in_batch:

@@ -1,4 +1,4 @@
-"""Dropout; on a CPU with cheaper random numbers than PyTorch's own."""
+"""Dropout of states; on a CPU with cheaper random numbers than PyTorch's own."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cpu.dropout import factors_on_cpu
+from model.cpu import door
 
 
 def dropout(states: Tensor, rate: float) -> Tensor:
-    """Dropout for training; on a CPU by ``factors_on_cpu``."""
-    if rate == 0 or states.device.type != "cpu":
+    """Dropout for training."""
+    if rate == 0 or not door.is_open(states.device):
         return F.dropout(states, rate)
-    return states * factors_on_cpu(states.shape, rate, states.dtype)
+    return states * door.dropout_factors(states.shape, rate, states.dtype)
 
 
 def dropout_add(update: Tensor, states: Tensor, rate: float) -> Tensor:
     """dropout(update) + states, in one operation on a CPU."""
-    if rate == 0 or states.device.type != "cpu":
+    if rate == 0 or not door.is_open(states.device):
         return F.dropout(update, rate) + states
-    return torch.addcmul(states, update, factors_on_cpu(update.shape, rate, update.dtype))
+    return torch.addcmul(states, update, door.dropout_factors(update.shape, rate, update.dtype))

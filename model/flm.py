@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from model import masks
-from model.attention import Packing, Reading, image_reading, reads_by_rows, text_reading
+from model.attention import Attention, Packing, image_attention, text_attention
 from model.batch import Batch, TextPlan
 from model.config import ModelConfig, Vocabulary
 from model.dropout import dropout
+from model.layers import ReconstructorLayer
 from model.learning_rate_groups import declare_group
-from model.reconstructor import ReconstructorLayer
 from model.towers import add_towers, encode_images, reset_parameters
 
 
@@ -60,41 +60,41 @@ class FLM(nn.Module):
     def fuse(self, plan: TextPlan, images: Tensor) -> Features:
         """The text side, given projected tokens [B*I, P, D] of all images."""
         streams = _Streams(plan)
-        among_states, of_states, of_images = self._readings(plan, streams, *images.shape[:2])
+        attend_text, attend_states, attend_images = self._attentions(plan, streams, *images.shape[:2])
         images = images.flatten(0, 1)
         states, queries = self._embed(plan, streams).split([len(streams.index), len(plan.query_index)])
         skip = len(self.bottom) - len(self.reconstructor_bottom)
         for number, layer in enumerate(self.bottom):
-            states = layer(states, among_states)
+            states = layer(states, attend_text)
             if number >= skip:
-                queries = self.reconstructor_bottom[number - skip](queries, states, of_states)
+                queries = self.reconstructor_bottom[number - skip](queries, states, attend_states)
 
         l2r_type, r2l_type = self.type_embedding.weight[0], self.stream_embedding.weight[0]
         states = self.text_projection(states) + torch.where(streams.is_r2l[:, None], r2l_type, l2r_type)
         queries = self.text_projection(queries) + self.stream_embedding.weight[1]
         skip = len(self.top) - len(self.reconstructor_top)
         for number, layer in enumerate(self.top):
-            states = layer(states, among_states, images, of_images)
+            states = layer(states, attend_text, images, attend_images)
             if number >= skip:
-                queries = self.reconstructor_top[number - skip](queries, states, of_states)
+                queries = self.reconstructor_top[number - skip](queries, states, attend_states)
         return Features(*streams.split(states), queries)
 
-    def _readings(self, plan: TextPlan, streams: _Streams, num_images: int, num_tokens: int) -> tuple[Reading, ...]:
-        """How states read states of their stream, how queries read the states, how states read the images."""
+    def _attentions(self, plan: TextPlan, streams: _Streams, num_images: int, num_tokens: int) -> tuple[Attention, ...]:
+        """From states to states of their stream, from queries to the states of both streams, from states to images."""
         num_rows, num_positions = plan.text.shape
-        by_rows = reads_by_rows(plan.text.device, self.dropout if self.training else 0.0)
+        rate = self.dropout if self.training else 0.0
         own_stream = Packing(streams.index + streams.is_r2l * (num_rows * num_positions), 2 * num_rows, num_positions)
         row_start = (streams.index // num_positions + streams.is_r2l) * num_positions
         side_by_side = Packing(streams.index + row_start, num_rows, 2 * num_positions)
         queries = Packing(plan.query_index, num_rows, num_positions)
         stream_masks = masks.released_streams if self.released else masks.causal_streams
         mask = stream_masks(plan.lengths, num_positions).flatten(0, 1)
-        spans = queries.spread(plan.query_span)
+        spans = queries.pad(plan.query_span)
         query_mask = masks.reconstructor(plan.lengths, spans, bos_visible=not self.released)
         return (
-            text_reading(own_stream, own_stream, mask, num_rows, by_rows),
-            text_reading(queries, side_by_side, query_mask, num_rows, by_rows),
-            image_reading(side_by_side, plan.image_of_row, plan.num_paired, num_images, num_tokens, by_rows),
+            text_attention(own_stream, own_stream, mask, num_rows, rate),
+            text_attention(queries, side_by_side, query_mask, num_rows, rate),
+            image_attention(side_by_side, plan.image_of_row, plan.num_paired, num_images, num_tokens, rate),
         )
 
     def _embed(self, plan: TextPlan, streams: _Streams) -> Tensor:

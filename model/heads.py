@@ -1,6 +1,6 @@
-"""Output heads; the vocabulary head never holds all of its [targets x vocabulary] logits.
+"""Output heads: the vocabulary head of language terms, and the pooler of the CLS feature.
 
-Legend: M targets, D width, V vocabulary, C vocabulary chunk.
+Legend: M targets, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cpu.kept_memory import KeptMemory
-from model.text import TOP_EPS, initial_std
+from model.cpu.door import KeptMemory
+from model.cross_entropy import chunked_cross_entropy
+from model.layers import TOP_EPS, initial_std
 
 
 class LanguageModelHead(nn.Module):
@@ -39,12 +40,12 @@ class LanguageModelHead(nn.Module):
             labels: int64 [M].
 
         Returns:
-            fp32 [M] losses with gradient, bool [M] whether the largest logit is the label's; or [M, V].
+            fp32 [M] losses with gradient, bool [M] whether the label's logit is larger than all others; or [M, V].
         """
         hidden = self.hidden(features)
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
-        return ChunkedCrossEntropy.apply(hidden, self.weight, self.bias, labels, self.chunk_size, self._memory)
+        return chunked_cross_entropy(hidden, self.weight, self.bias, labels, self.chunk_size, self._memory)
 
     def hidden(self, features: Tensor) -> Tensor:
         return self.norm(F.gelu(self.transform(features)))
@@ -52,112 +53,6 @@ class LanguageModelHead(nn.Module):
     def logits(self, features: Tensor) -> Tensor:
         """[M, D] -> [M, V], for decoding and parity tests; a call of the module, so that ZeRO-3 gathers its weights."""
         return self(features)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Linear layer and cross entropy in one, a chunk of the vocabulary at a time.
-
-    Forward keeps a running maximum and sum of exponentials (online log-sum-exp, Milakov & Gimelshein 2018,
-    arXiv 1805.02867), so that memory is [M, C] instead of [M, V]. Backward needs every exponential again. The last
-    chunk's are still in the buffer; those of as many chunks before it as fit wait in the memory that the gradient of
-    the weight takes in any case, and are read before it is written; all others are computed again. So they are under
-    torch.compile, whose graphs write to no memory twice. Products run in the input's dtype, everything else in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int, memory: KeptMemory):
-        maximum = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
-        total = torch.zeros_like(maximum)
-        label_logit = torch.zeros_like(maximum)
-        chunks = _chunks(weight, labels, chunk_size)
-        buffer = _buffer(hidden, weight, chunk_size)
-        keeps = any(ctx.needs_input_grad) and not torch.compiler.is_compiling()
-        weight_grad = None
-        if keeps and ctx.needs_input_grad[1]:
-            weight_grad = memory.empty(weight.shape, weight.dtype, weight.device)
-        rooms = _rooms(weight_grad, hidden.shape[0], chunk_size, len(chunks))
-        places = [buffer] * (len(chunks) - 1 - len(rooms)) + rooms + [buffer]
-        kept: list[tuple[Tensor, Tensor]] = []  # a chunk's exponentials, and the maximum they refer to
-        for (start, stop, local, inside), place in zip(chunks, places, strict=True):
-            logits = _logits(hidden, weight[start:stop], bias[start:stop], place)
-            new_maximum = torch.maximum(maximum, logits.amax(1))
-            label_logit = torch.where(inside, logits.gather(1, local)[:, 0], label_logit)
-            exponentials = logits.sub_(new_maximum[:, None]).exp_()
-            total = total * (maximum - new_maximum).exp() + exponentials.sum(1)
-            maximum = new_maximum
-            kept.append((exponentials, maximum))
-        log_sum = maximum + total.log()
-        correct = label_logit >= maximum
-        ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
-        ctx.chunk_size = chunk_size
-        ctx.kept = (weight_grad, buffer, kept[-1 - len(rooms) :]) if keeps else (None, None, [])
-        ctx.mark_non_differentiable(correct)
-        return log_sum - label_logit, correct
-
-    @staticmethod
-    def backward(ctx, loss_grad: Tensor, _):
-        hidden, weight, bias, labels, log_sum = ctx.saved_tensors
-        (weight_grad, buffer, kept), ctx.kept = ctx.kept, (None, None, [])  # read once: it is written over
-        if buffer is None:
-            buffer = _buffer(hidden, weight, ctx.chunk_size)
-            weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        bias_grad, ones = torch.empty_like(bias), torch.ones_like(log_sum)
-        for start, stop, local, inside in reversed(_chunks(weight, labels, ctx.chunk_size)):
-            if kept:
-                exponentials, maximum = kept.pop()
-                grad = buffer[: exponentials.numel()].view_as(exponentials)
-                torch.mul(exponentials, ((maximum - log_sum).exp() * loss_grad)[:, None], out=grad)
-            else:
-                grad = _logits(hidden, weight[start:stop], bias[start:stop], buffer).sub_(log_sum[:, None]).exp_()
-                grad.mul_(loss_grad[:, None])
-            grad.scatter_add_(1, local, (inside * -loss_grad)[:, None])
-            bias_grad[start:stop] = ones @ grad
-            low = grad.to(hidden.dtype)
-            hidden_grad += low @ weight[start:stop]
-            if weight_grad is not None:
-                torch.mm(low.T, hidden, out=weight_grad[start:stop])
-        return hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None, None
-
-
-def _chunks(weight: Tensor, labels: Tensor, chunk_size: int) -> list[tuple[int, int, Tensor, Tensor]]:
-    """For each chunk of the vocabulary: its first entry and its end, the labels within it int64 [M, 1] (clamped), and
-    which targets have their label in it, bool [M]."""
-    chunks = []
-    for start in range(0, weight.shape[0], chunk_size):
-        stop = min(start + chunk_size, weight.shape[0])
-        local = (labels - start).clamp(0, stop - start - 1)[:, None]
-        chunks.append((start, stop, local, (labels >= start) & (labels < stop)))
-    return chunks
-
-
-def _buffer(hidden: Tensor, weight: Tensor, chunk_size: int) -> Tensor:
-    """Room for the logits of one chunk, fp32 [M * C]."""
-    size = hidden.shape[0] * min(chunk_size, weight.shape[0])
-    return torch.empty(size, dtype=torch.float32, device=hidden.device)
-
-
-def _rooms(weight_grad: Tensor | None, num_targets: int, chunk_size: int, num_chunks: int) -> list[Tensor]:
-    """The front of ``weight_grad`` as rooms fp32 [M * C] for the chunks before the last one, as many as fit.
-
-    Backward goes from the last chunk to the first and writes the gradient of chunk k to k * C * D only when that chunk
-    has been read. With n chunks and K rooms of size E, s rooms are then still to be read where k = n - 1 - K + s, and
-    they end before it: s * E <= k * C * D, since K * E <= (n - 1) * C * D, and K = n - 1 where E < C * D.
-    """
-    if weight_grad is None or num_targets == 0:
-        return []
-    size = num_targets * chunk_size
-    front = weight_grad[: (num_chunks - 1) * chunk_size].view(-1).view(torch.uint8)
-    count = min(num_chunks - 1, front.numel() // (4 * size))
-    return list(front[: count * 4 * size].view(torch.float32).view(count, size))
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, place: Tensor) -> Tensor:
-    """fp32 logits [M, C] in the front of ``place``."""
-    out = place[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-    if hidden.dtype != torch.float32:
-        return out.copy_(F.linear(hidden, weight)).add_(bias)
-    return torch.mm(hidden, weight.T, out=out).add_(bias)  # addmm would spread the bias over all of ``out`` first
 
 
 class MatchingHead(nn.Linear):

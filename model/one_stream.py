@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model import masks
-from model.attention import Packing, image_reading, reads_by_rows, text_reading
+from model.attention import Packing, image_attention, text_attention
 from model.batch import Batch, TextPlan
 from model.config import ModelConfig, Vocabulary
 from model.dropout import dropout
@@ -48,15 +48,15 @@ class OneStream(nn.Module):
             mask = masks.released_streams(plan.lengths, num_positions)[0]
         else:
             mask = masks.prefix_stream(plan.lengths, plan.prefix, num_positions)
-        by_rows = reads_by_rows(images.device, self.dropout if self.training else 0.0)
-        among_states = text_reading(packing, packing, mask, num_rows, by_rows)
-        of_images = image_reading(packing, plan.image_of_row, plan.num_paired, num_images, num_tokens, by_rows)
+        rate = self.dropout if self.training else 0.0
+        attend_text = text_attention(packing, packing, mask, num_rows, rate)
+        attend_images = image_attention(packing, plan.image_of_row, plan.num_paired, num_images, num_tokens, rate)
         images = images.flatten(0, 1)
         states = self.embedding(plan.text.flatten()[plan.l2r_index], plan.l2r_index % num_positions)
         states = dropout(states, self.dropout) if self.training else states
         for layer in self.bottom:
-            states = layer(states, among_states)
+            states = layer(states, attend_text)
         states = self.text_projection(states) + self.type_embedding.weight[0]
         for layer in self.top:
-            states = layer(states, among_states, images, of_images)
+            states = layer(states, attend_text, images, attend_images)
         return StreamFeatures(states)

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
+from model.layers import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.learning_rate_groups import declare_group
-from model.text import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.vision.clip import VisionTower
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.text import PAD_POSITION
+from model.layers import PAD_POSITION
 
 HIDDEN = -10000.0
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def factors_on_cpu(shape: torch.Size, rate: float, dtype: torch.dtype) -> Tensor:
+def dropout_factors(shape: torch.Size, rate: float, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies by: 0 with probability ``rate``, else 1 / (1 - ``rate``).
 
     Drawing the numbers is what costs on a CPU, so four elements share a 64-bit draw; the rate is then met to the next

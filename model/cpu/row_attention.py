@@ -3,32 +3,34 @@
 PyTorch has no fused attention with dropout for CPUs. What it runs instead works on padded grids and copies queries,
 keys and values several times; here the products read them where they are, and padding is neither computed nor drawn.
 
-Legend: S packed queries, K packed keys, D width, H heads, E weights of one head (the sum over blocks of q * k).
+Legend (suffixes of names): S packed queries, K packed keys, D width, H heads, C channels of a head (D / H), q and k
+queries and keys of one block, W weights of all blocks and heads (the sum of H * q * k), flat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.cpu.dropout import factors_on_cpu
+from model.cpu.dropout import dropout_factors
 
 MERGED_FOR_NOTHING = 700  # weights of one head that cost as much as the dozen small operations of another block
 
 
 class Block(NamedTuple):
-    """Neighbouring queries that read from one range of keys."""
+    """Neighbouring queries that attend to one range of keys."""
 
     queries: slice
     keys: slice
-    hidden: Tensor | None  # fp32 [q, k], added to the scores: 0, or the lowest number where a query may not look
-    blind: Tensor | None  # bool [q, 1], which queries see nothing, if any does
+    bias_qk: Tensor | None  # fp32, added to the scores: 0, or the lowest number where a query may not look
+    sees_nothing_q1: Tensor | None  # bool, which queries have no key to look at; None if all have one
 
 
-class Rows:
+class Blocks:
     """The blocks of a batch, in the order of the queries.
 
     Short rows whose keys stand side by side share a block, masked from each other, where that costs less than a block
@@ -45,9 +47,9 @@ class Rows:
         """
         Args:
             lengths: packed queries of each row.
-            keys: range of packed keys that each row reads.
+            keys: range of packed keys that each row attends to.
             num_keys: K.
-            visible: for a range of queries and one of keys, bool [q, k], whether a query may read a key.
+            visible: for a range of queries and one of keys, bool [q, k], whether a query may attend to a key.
         """
         self.blocks = [_block(queries, keys, visible) for queries, keys in _merged(lengths, keys)]
         self.shapes = [(_length(block.queries), _length(block.keys)) for block in self.blocks]
@@ -55,89 +57,128 @@ class Rows:
         starts, stops = ([getattr(block.keys, end) for block in self.blocks] for end in ("start", "stop"))
         self.each_key_once = [*starts, num_keys] == [0, *stops]  # the gradients of keys are then written, not added
 
-    def weights(self, flat: Tensor, num_heads: int) -> list[Tensor]:
-        """Weights of all blocks [H * E] -> those of each block [H, q, k]."""
-        parts = flat.split([num_heads * q * k for q, k in self.shapes])
+    def weights(self, flat_W: Tensor, num_heads: int) -> list[Tensor]:
+        """Weights of all blocks -> those of each block [H, q, k]."""
+        parts = flat_W.split([num_heads * q * k for q, k in self.shapes])
         return [part.view(num_heads, q, k) for part, (q, k) in zip(parts, self.shapes, strict=True)]
 
-    def queries(self, by_head: Tensor) -> Sequence[Tensor]:
-        """[H, S, D/H] -> the queries of each block [H, q, D/H]."""
-        return by_head.split([q for q, _ in self.shapes], 1)
+    def queries(self, by_head_HSC: Tensor) -> Sequence[Tensor]:
+        """The queries of each block [H, q, C]."""
+        return by_head_HSC.split([q for q, _ in self.shapes], 1)
 
-    def keys(self, by_head: Tensor) -> Sequence[Tensor]:
-        """[H, K, D/H] -> the keys of each block [H, k, D/H]."""
+    def keys(self, by_head_HKC: Tensor) -> Sequence[Tensor]:
+        """The keys of each block [H, k, C]."""
         if self.each_key_once:
-            return by_head.split([k for _, k in self.shapes], 1)
-        return [by_head[:, block.keys] for block in self.blocks]
+            return by_head_HKC.split([k for _, k in self.shapes], 1)
+        return [by_head_HKC[:, block.keys] for block in self.blocks]
 
 
-def attend_rows(query: Tensor, key_value: Tensor | None, rows: Rows, num_heads: int, rate: float) -> Tensor:
-    """Softmax attention with dropout of the weights; a query that sees nothing gives 0.
+def text_blocks(
+    query_cells: tuple[Tensor, Tensor], key_cells: tuple[Tensor, Tensor], mask: Tensor, num_captions: int
+) -> Blocks:
+    """Text attends to text of its row; ``mask`` bool [R, T, U], cells are row and position in the grid, int64 [S]."""
+    (query_row, query_position), (key_row, key_position) = query_cells, key_cells
+    lengths, key_lengths = (_per_caption(row, num_captions) for row in (query_row, key_row))
 
-    Args:
-        query: [S, D], or [S, 3D] with keys and values beside it where ``key_value`` is None.
-        key_value: [K, 2D].
-        rows: who reads what.
-        num_heads: H.
-        rate: dropout probability of the weights.
+    def visible(query: slice, key: slice) -> Tensor:
+        row_q1, row_1k = query_row[query, None], key_row[None, key]
+        return (row_q1 == row_1k) & mask[row_q1, query_position[query, None], key_position[None, key]]
 
-    Returns:
-        [S, D].
-    """
-    return _AttendRows.apply(query, key_value, rows, num_heads, rate)
+    ends = list(accumulate(key_lengths))
+    ranges = [(end - length, end) for end, length in zip(ends, key_lengths, strict=True)]
+    return Blocks(lengths, ranges, len(key_row), visible)
+
+
+def image_blocks(query_row: Tensor, image_of_row: Tensor, num_images: int, num_tokens: int) -> Blocks:
+    """Text, in rows ``query_row`` int64 [S] of the grid, attends to all tokens of its row's image (int64 [R])."""
+    image_S = image_of_row[query_row]
+
+    def visible(query: slice, key: slice) -> Tensor:
+        return image_S[query, None] == torch.arange(key.start, key.stop)[None] // num_tokens
+
+    ranges = [(image * num_tokens, (image + 1) * num_tokens) for image in image_of_row.tolist()]
+    return Blocks(_per_caption(query_row, len(ranges)), ranges, num_images * num_tokens, visible)
+
+
+def _per_caption(row: Tensor, num_captions: int) -> list[int]:
+    """How many states, in the rows ``row`` int64 [S] of the grid, each caption has."""
+    return torch.bincount(row % num_captions, minlength=num_captions).tolist()
+
+
+class RowAttention:
+    """An ``Attention`` of :mod:`model.attention` that computes the blocks one after another."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+
+    def __call__(self, query: Tensor, key_value: Tensor | None, num_heads: int, rate: float) -> Tensor:
+        """query [S, D], key_value [K, 2D] -> [S, D]; or query [S, 3D] with its own keys and values beside it."""
+        return _AttendRows.apply(query, key_value, self.blocks, num_heads, rate)
 
 
 class _AttendRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, packed: Tensor, key_value: Tensor | None, rows: Rows, num_heads: int, rate: float) -> Tensor:
-        query, key, value = _by_head(packed, key_value, num_heads)
-        weights = packed.new_empty(num_heads * rows.num_weights)
-        parts = rows.weights(weights, num_heads), rows.queries(query), rows.keys(key)
-        for block, scores, own, keys in zip(rows.blocks, *parts, strict=True):
-            torch.baddbmm(scores, own, keys.mT, beta=0, alpha=query.shape[2] ** -0.5, out=scores)
-            if block.hidden is not None:
-                scores.add_(block.hidden)
-            torch.softmax(scores, -1, out=scores)
-            if block.blind is not None:
-                scores.masked_fill_(block.blind, 0)
-        factors = factors_on_cpu(weights.shape, rate, weights.dtype)
-        mixed = packed.new_empty(packed.shape[0], num_heads, query.shape[2])
-        left = weights * factors
-        parts = rows.queries(mixed.transpose(0, 1)), rows.weights(left, num_heads), rows.keys(value)
-        for place, dropped, values in zip(*parts, strict=True):
-            place.copy_(torch.bmm(dropped, values))
-        ctx.save_for_backward(packed, key_value, weights, factors, left)
-        ctx.rows, ctx.num_heads = rows, num_heads
-        return mixed.flatten(1)
+    def forward(ctx, packed: Tensor, key_value: Tensor | None, blocks: Blocks, num_heads: int, rate: float) -> Tensor:
+        query_HSC, key_HKC, value_HKC = _by_head(packed, key_value, num_heads)
+        softmax_W = packed.new_empty(num_heads * blocks.num_weights)
+        parts = blocks.weights(softmax_W, num_heads), blocks.queries(query_HSC), blocks.keys(key_HKC)
+        for block, scores_Hqk, query_HqC, key_HkC in zip(blocks.blocks, *parts, strict=True):
+            scale = query_HSC.shape[2] ** -0.5
+            torch.baddbmm(scores_Hqk, query_HqC, key_HkC.mT, beta=0, alpha=scale, out=scores_Hqk)
+            if block.bias_qk is not None:
+                scores_Hqk.add_(block.bias_qk)
+            torch.softmax(scores_Hqk, -1, out=scores_Hqk)
+            if block.sees_nothing_q1 is not None:
+                scores_Hqk.masked_fill_(block.sees_nothing_q1, 0)
+        factors_W = dropout_factors(softmax_W.shape, rate, softmax_W.dtype)
+        mixed_SHC = packed.new_empty(packed.shape[0], num_heads, query_HSC.shape[2])
+        dropped_W = softmax_W * factors_W
+        parts = blocks.queries(mixed_SHC.transpose(0, 1)), blocks.weights(dropped_W, num_heads), blocks.keys(value_HKC)
+        for mixed_HqC, dropped_Hqk, value_HkC in zip(*parts, strict=True):
+            mixed_HqC.copy_(torch.bmm(dropped_Hqk, value_HkC))
+        ctx.save_for_backward(packed, key_value, softmax_W, factors_W, dropped_W)
+        ctx.blocks, ctx.num_heads = blocks, num_heads
+        return mixed_SHC.flatten(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        packed, key_value, weights, factors, left = ctx.saved_tensors
-        rows, num_heads = ctx.rows, ctx.num_heads
-        new, put = (torch.empty_like, Tensor.copy_) if rows.each_key_once else (torch.zeros_like, Tensor.add_)
+    def backward(ctx, grad_SD: Tensor):
+        packed, key_value, softmax_W, factors_W, dropped_W = ctx.saved_tensors
+        blocks, num_heads = ctx.blocks, ctx.num_heads
+        new, write = (torch.empty_like, Tensor.copy_) if blocks.each_key_once else (torch.zeros_like, Tensor.add_)
         packed_grad, key_value_grad = new(packed), None if key_value is None else new(key_value)
-        query, key, value = _by_head(packed, key_value, num_heads)
-        query_grad, key_grad, value_grad = _by_head(packed_grad, key_value_grad, num_heads)
-        grads = rows.queries(grad.unflatten(1, (num_heads, -1)).transpose(0, 1))
-        weights_grad = torch.empty_like(weights)
-        weights_grads = rows.weights(weights_grad, num_heads)
-        parts = rows.weights(left, num_heads), rows.keys(value), rows.keys(value_grad)
-        for own, part, dropped, values, place in zip(grads, weights_grads, *parts, strict=True):
-            torch.baddbmm(part, own, values.mT, beta=0, alpha=query.shape[2] ** -0.5, out=part)
-            put(place, torch.bmm(dropped.mT, own))
-        weights_grad.mul_(factors)
-        parts = rows.queries(query), rows.keys(key), rows.queries(query_grad), rows.keys(key_grad)
-        softmaxes = rows.weights(weights, num_heads)
-        for part, softmax, own, keys, place, key_place in zip(weights_grads, softmaxes, *parts, strict=True):
-            scores_grad = torch.ops.aten._softmax_backward_data(part, softmax, -1, softmax.dtype)
-            place.copy_(torch.bmm(scores_grad, keys))
-            put(key_place, torch.bmm(scores_grad.mT, own))
+        query_HSC, key_HKC, value_HKC = _by_head(packed, key_value, num_heads)
+        query_grad_HSC, key_grad_HKC, value_grad_HKC = _by_head(packed_grad, key_value_grad, num_heads)
+        scale = query_HSC.shape[2] ** -0.5
+
+        # through the values: gradients of the values and of the dropped weights, then of the softmax
+        weights_grad_W = torch.empty_like(softmax_W)
+        weights_grads = blocks.weights(weights_grad_W, num_heads)
+        grads = blocks.queries(grad_SD.unflatten(1, (num_heads, -1)).transpose(0, 1))
+        parts = blocks.weights(dropped_W, num_heads), blocks.keys(value_HKC), blocks.keys(value_grad_HKC)
+        for grad_HqC, weights_grad_Hqk, dropped_Hqk, value_HkC, value_grad_HkC in zip(
+            grads, weights_grads, *parts, strict=True
+        ):
+            torch.baddbmm(weights_grad_Hqk, grad_HqC, value_HkC.mT, beta=0, alpha=scale, out=weights_grad_Hqk)
+            write(value_grad_HkC, torch.bmm(dropped_Hqk.mT, grad_HqC))
+        weights_grad_W.mul_(factors_W)
+
+        # through the scores: gradients of queries and keys
+        parts = blocks.queries(query_HSC), blocks.keys(key_HKC), blocks.queries(query_grad_HSC)
+        softmaxes = blocks.weights(softmax_W, num_heads)
+        for weights_grad_Hqk, softmax_Hqk, query_HqC, key_HkC, query_grad_HqC, key_grad_HkC in zip(
+            weights_grads, softmaxes, *parts, blocks.keys(key_grad_HKC), strict=True
+        ):
+            scores_grad_Hqk = torch.ops.aten._softmax_backward_data(
+                weights_grad_Hqk, softmax_Hqk, -1, softmax_Hqk.dtype
+            )
+            query_grad_HqC.copy_(torch.bmm(scores_grad_Hqk, key_HkC))
+            write(key_grad_HkC, torch.bmm(scores_grad_Hqk.mT, query_HqC))
         return packed_grad, key_value_grad, None, None, None
 
 
 def _by_head(packed: Tensor, key_value: Tensor | None, num_heads: int) -> tuple[Tensor, ...]:
-    """Query [H, S, D/H], key and value [H, K, D/H], all views."""
+    """Query [H, S, C], key and value [H, K, C], all views; ``packed`` is [S, D], or [S, 3D] without ``key_value``."""
     if key_value is None:
         return packed.unflatten(1, (3 * num_heads, -1)).transpose(0, 1).split(num_heads)
     both = key_value.unflatten(1, (2 * num_heads, -1)).transpose(0, 1)
@@ -166,12 +207,12 @@ def _merged(lengths: Sequence[int], keys: Sequence[tuple[int, int]]) -> list[tup
 
 
 def _block(queries: slice, keys: slice, visible: Callable[[slice, slice], Tensor]) -> Block:
-    may_look = visible(queries, keys)
-    if may_look.all():
+    visible_qk = visible(queries, keys)
+    if visible_qk.all():
         return Block(queries, keys, None, None)
-    hidden = torch.zeros(may_look.shape).masked_fill_(~may_look, torch.finfo(torch.float32).min)
-    blind = ~may_look.any(-1, keepdim=True)
-    return Block(queries, keys, hidden, blind if blind.any() else None)
+    bias_qk = torch.zeros(visible_qk.shape).masked_fill_(~visible_qk, torch.finfo(torch.float32).min)
+    sees_nothing_q1 = ~visible_qk.any(-1, keepdim=True)
+    return Block(queries, keys, bias_qk, sees_nothing_q1 if sees_nothing_q1.any() else None)
 
 
 def _length(part: slice) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from model.batch import Batch, Row
+from model.batch import Batch, Kind, Row
 from model.config import Vocabulary
 from model.plans.builder import PlanBuilder, matched_rows, padded_length, refuse_read_rows, row_generator
 
@@ -39,7 +39,7 @@ class MLMPlanner:
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """images uint8 [B, I, 3, H, W]; any row may read any image."""
-        builder = PlanBuilder(padded_length(rows), {"mlm": ("l2r", "token"), "itm": ("l2r", "class")})
+        builder = PlanBuilder(padded_length(rows), self._terms())
         matched = matched_rows(rows)
         planned: list[Row] = []
         again: list[tuple[Row, np.ndarray, np.ndarray]] = []
@@ -54,6 +54,9 @@ class MLMPlanner:
         for masked in again:
             self._add(builder, planned, masked)
         return builder.build(images, planned, self.vocabulary, prefix=[len(row.token_ids) for row in planned])
+
+    def _terms(self) -> dict[str, tuple[str, Kind]]:
+        return {"mlm": ("l2r", "token"), "itm": ("l2r", "class")}
 
     def _add(self, builder: PlanBuilder, planned: list[Row], masked: tuple[Row, np.ndarray, np.ndarray]) -> np.ndarray:
         """Adds a masked row with all its states and its targets; returns the packed positions of the states."""
@@ -121,9 +124,12 @@ class ReleasedMLMPlanner(MLMPlanner):
     max_text_length: int = 50
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`MLMPlanner`; raises ValueError for read rows."""
+        """As :class:`MLMPlanner`, without image-text matching; raises ValueError for read rows."""
         refuse_read_rows(rows)
-        return super().__call__(images, rows)
+        return super().__call__(images, [row for row in rows if row.role != "negative"])
+
+    def _terms(self) -> dict[str, tuple[str, Kind]]:
+        return {"mlm": ("l2r", "token")}
 
     def _maskings(self, row: Row) -> list[tuple[Row, np.ndarray, np.ndarray]]:
         generator = row_generator(row.seed)

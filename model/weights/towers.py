@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model.config import TextConfig, VisionConfig
-from model.text import PAD_POSITION
+from model.layers import PAD_POSITION
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import resize_positions
 

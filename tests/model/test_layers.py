@@ -10,8 +10,8 @@ import torch
 
 from model.build import build_objective
 from model.config import FLMOptions, TextConfig, Vocabulary
-from model.dropout import dropout
-from model.text import initial_std
+from model.dropout import dropout, dropout_add
+from model.layers import initial_std
 from tests.tiny_flm import tiny_config
 
 
@@ -36,7 +36,12 @@ def test_dropout_follows_the_seed() -> None:
         torch.manual_seed(seed)
         draws.append(dropout(states, 0.5))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert dropout(states, 0.0) is not None and torch.equal(dropout(states, 0.0), states)
+
+
+def test_a_rate_of_0_changes_and_draws_nothing() -> None:
+    states, before = torch.randn(5, 7), torch.get_rng_state()
+    assert torch.equal(dropout(states, 0.0), states) and torch.equal(dropout_add(states, states, 0.0), states + states)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("width", [32, 768])

@@ -12,7 +12,7 @@ from torch import nn
 
 from model.cpu.kept_memory import SMALLEST, KeptMemory
 from model.heads import LanguageModelHead
-from model.text import WordEmbedding
+from model.layers import WordEmbedding
 
 CPU = torch.device("cpu")
 LARGE = torch.Size([SMALLEST // 4 // 64 + 3, 64])  # fp32 entries, just above the smallest size that is kept

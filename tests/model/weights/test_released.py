@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-import zlib
 from collections.abc import Mapping
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from model.batch import Batch, Row
@@ -19,8 +14,8 @@ from model.config import FLMOptions, ModelConfig, TextConfig, VisionConfig, Voca
 from model.vision.clip import resize_positions
 from model.weights.released import RELEASED_RULES, import_released
 from model.weights.towers import foreign_names
-from tests.make_released_fixture import FIXTURE
 from tests.oracle import load_oracle
+from tests.released_fixture import released_fixture
 
 LENGTH = 16
 TERMS = {"flm": "recon", "l2r": "l2r", "r2l": "r2l"}
@@ -43,22 +38,6 @@ def dumped_batch(objective, image: Tensor, text_ids: Tensor, lengths: Tensor) ->
     batch = objective.planner(torch.zeros(len(rows), 1, 3, 96, 96, dtype=torch.uint8), rows)
     batch.images = image[:, None]  # the dump holds normalised pixels
     return batch
-
-
-def fixture() -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Dumped tensors, the state dict made again by the dump's rule, names of the gradient norms."""
-    with safe_open(FIXTURE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        layout, names = json.loads(file.metadata()["layout"]), json.loads(file.metadata()["grad_norm_names"])
-    state = {}
-    for name, shape, first_name in layout:
-        random = np.random.RandomState(zlib.crc32(first_name.encode()) & 0x7FFFFFFF).standard_normal(shape)
-        if re.search(r"(LayerNorm|ln_\w+)\.weight$", name):
-            random = 1 + 0.1 * random
-        else:
-            random = random * (0.08 if len(shape) > 1 else 0.05)
-        state[name] = torch.tensor(random).float()
-    return tensors, state, names
 
 
 def released_layers(objective, batch: Batch) -> dict[str, Tensor]:
@@ -110,7 +89,7 @@ def total_loss(objective, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def test_layers_losses_and_gradient_norms_equal_the_release():
-    tensors, state, names = fixture()
+    tensors, state, norms = released_fixture("flm")
     objective = released_objective()
     report = import_released(objective, state)
     assert len(report.aliased) + len(report.dead) + len({n for v in report.used.values() for n in v}) == len(state)
@@ -124,7 +103,6 @@ def test_layers_losses_and_gradient_norms_equal_the_release():
     assert total.item() == pytest.approx(tensors["losses.total"].item(), abs=1e-5)
 
     total.backward()
-    norms = dict(zip(names, tensors["grad_norms"].tolist(), strict=True))
     for name, parameter in objective.named_parameters():
         parts = foreign_names(name, RELEASED_RULES)
         if parts[0] in norms:
@@ -134,7 +112,7 @@ def test_layers_losses_and_gradient_norms_equal_the_release():
 
 
 def test_logits_equal_the_release():
-    tensors, state, _ = fixture()
+    tensors, state, _ = released_fixture("flm")
     objective = released_objective()
     import_released(objective, state)
     batch = dumped_batch(objective, tensors["image"], tensors["text_ids"], tensors["lengths"])
@@ -183,7 +161,7 @@ def test_full_dump_of_the_release():
 
 
 def test_an_unknown_missing_or_disagreeing_key_is_refused():
-    _, state, _ = fixture()
+    _, state, _ = released_fixture("flm")
     with pytest.raises(ValueError, match="surprise"):
         import_released(released_objective(), {**state, "surprise.weight": torch.zeros(1)})
     alias = "text_transformer2.encoder.layer.0.output.dense.bias"

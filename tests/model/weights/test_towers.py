@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.attention import Packing, text_reading
+from model.attention import Packing, text_attention
 from model.build import build_objective
 from model.config import FLMOptions, ModelConfig, TextConfig, VisionConfig, objective_options
 from model.torchvision_shim import ensure_torchvision
@@ -99,7 +99,7 @@ def test_bottom_layers_equal_those_of_transformers(tmp_path: Path, kind: str):
         states = net.embedding(ids.flatten()[cells], cells % 6)
         packing, mask = Packing(cells, 2, 6), (torch.arange(6) < lengths[:, None])[:, None].expand(2, 6, 6)
         for layer in net.bottom:
-            states = layer(states, text_reading(packing, packing, mask, num_captions=2, by_rows=False))
+            states = layer(states, text_attention(packing, packing, mask, num_captions=2, rate=0.0))
     torch.testing.assert_close(states, theirs.flatten(0, 1)[cells], rtol=1e-4, atol=1e-5)
 
 

@@ -16,8 +16,9 @@ from model.config import FLMOptions, Vocabulary
 from model.weights.released import from_released, import_released, load_imported, read_layout, to_released
 from pipeline.config.command_line import parse_command_line
 from pipeline.convert import main
-from tests.model.weights.test_released import fixture, released_objective
+from tests.model.weights.test_released import released_objective
 from tests.oracle import oracle_file
+from tests.released_fixture import released_fixture
 
 
 class Callback:
@@ -34,7 +35,7 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def released_state() -> dict[str, torch.Tensor]:
-    return fixture()[1]
+    return released_fixture("flm")[1]
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.objectives.pretraining import Pretraining
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
-from model.vision.clip import resolve_sizes
 from model.weights.released import load_imported
 from model.weights.towers import load_text, load_vision
 
@@ -32,7 +30,6 @@ def build_objective(
     for name in ("vision", "text") if pretrained and not model.weights else ():
         if getattr(model, name).pretrained == AUTO:
             raise ValueError(f"model.{name}.pretrained auto is decided where a run starts; here name weights, or null")
-    model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
     share = objective.negative_share if objective.itm_weight else 0.0
     in_batch = objective.negatives == "in_batch_hard"
     built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, 0.0 if in_batch else share)

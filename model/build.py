@@ -8,8 +8,9 @@ from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.objectives.pretraining import Pretraining
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
+from model.weights.external import load_tower
 from model.weights.released import load_imported
-from model.weights.towers import load_text, load_vision
+from model.weights.towers import load_text
 
 
 def build_objective(
@@ -39,7 +40,7 @@ def build_objective(
         load_imported(built, Path(model.weights))
         return built
     if pretrained and model.vision.pretrained:
-        load_vision(built.net.vision, model.vision)
+        load_tower(built.net.vision, model.vision)
     if pretrained and model.text.pretrained:
         load_text(built.net, model.text)
     return built

@@ -127,7 +127,7 @@ def hf_backbone(name: str, config: VisionConfig) -> Backbone:
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        settings = transformers.AutoConfig.from_pretrained(name)
+        settings = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         processing, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -80,7 +80,7 @@ def _read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
     try:
         model, info = transformers.AutoModel.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"transformers can't read it ({str(error).splitlines()[0]})") from error

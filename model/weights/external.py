@@ -17,7 +17,7 @@ from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower, near, resize_positions
 from model.vision.external import ExternalTower
 from model.vision.libraries import timm_settings
-from model.weights.towers import load_vision, read_state_dict
+from model.weights.towers import load_vision, read_state_dict, refuse_other_activation
 
 # Names that older files have and newer models do not, or the other way round: made anew, not learned.
 RECOMPUTED = r"(.+\.)?(position_ids|relative_position_index|attn_mask|num_batches_tracked)"
@@ -64,10 +64,10 @@ def load_external(tower: ExternalTower, config: VisionConfig) -> LoadedTower:
 
 def _read(config: VisionConfig) -> tuple[Mapping[str, Tensor], list[str]]:
     """Tensors by name of the file, folder or tag that ``config`` names, and names that were left out already."""
-    path = Path(config.pretrained)
-    if not path.exists():
+    path, is_hf = Path(config.pretrained), config.name.startswith("hf/")
+    if not path.is_file() and not (is_hf and path.is_dir()):
         path = _fetched(*published_files(config))
-    if not config.name.startswith("hf/"):
+    if not is_hf:
         return read_state_dict(path), []
     folder = path if path.is_dir() else path.parent
     return _read_hf_folder(folder) if (folder / "config.json").is_file() else (read_state_dict(path), [])
@@ -117,6 +117,9 @@ def published_files(config: VisionConfig) -> tuple[str, ...]:
     if not known.get("hf_hub"):
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ValueError(f"neither a file nor a tag of open_clip's {name} on the hub ({', '.join(tags) or 'none'})")
+    architecture = open_clip.get_model_config(name)
+    if isinstance(architecture["vision_cfg"].get("layers"), int):  # its ViT; its ResNet and timm's know one activation
+        refuse_other_activation(f"open_clip/{name}", architecture.get("quick_gelu", False), tag, known)
     repository, _, file = known["hf_hub"].rpartition("/")
     return repository, file or "open_clip_model.safetensors"
 

@@ -131,13 +131,19 @@ def refuse_other_network(config: VisionConfig, tag: str, known: Mapping[str, Any
 
     Their names and shapes fit, so nothing else would notice.
     """
-    name = config.name
-    if known and known.get("quick_gelu", False) != config.quick_gelu:
-        plain = name.removesuffix("-quickgelu")
-        other, wanted = (plain, "GELU") if config.quick_gelu else (f"{plain}-quickgelu", "QuickGELU")
-        raise ValueError(f"{tag}'s weights want {wanted}, which {name} has not; use model.vision.name {other}")
+    refuse_other_activation(config.name, config.quick_gelu, tag, known)
     if tuple(known.get("mean", IMAGE_MEAN)) != IMAGE_MEAN:
-        raise ValueError(f"{tag}'s weights want other pixels than CLIP's; use model.vision.name open_clip/{name}")
+        raise ValueError(
+            f"{tag}'s weights want other pixels than CLIP's; use model.vision.name open_clip/{config.name}"
+        )
+
+
+def refuse_other_activation(name: str, quick_gelu: bool, tag: str, known: Mapping[str, Any]) -> None:
+    """The first half of :func:`refuse_other_network`; ``quick_gelu`` is what the model named has."""
+    if known and known.get("quick_gelu", False) != quick_gelu:
+        plain = name.removesuffix("-quickgelu")
+        other, wanted = (plain, "GELU") if quick_gelu else (f"{plain}-quickgelu", "QuickGELU")
+        raise ValueError(f"{tag}'s weights want {wanted}, which {name} has not; use model.vision.name {other}")
 
 
 def load_text(net: nn.Module, config: TextConfig) -> list[str]:

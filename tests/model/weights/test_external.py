@@ -235,6 +235,7 @@ def test_a_tag_is_fetched_from_the_hub(tmp_path: Path, monkeypatch) -> None:
     ("name", "tag", "message"),
     [
         ("ViT-B-32", "openai", "openai's weights want QuickGELU, .* use model.vision.name ViT-B-32-quickgelu"),
+        ("open_clip/ViT-B-32", "openai", "use model.vision.name open_clip/ViT-B-32-quickgelu"),
         ("ViT-L-14", "laion2b_s32b_b82k", "want other pixels than CLIP's; use model.vision.name open_clip/ViT-L-14"),
     ],
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.objectives.pretraining import Pretraining
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
-from model.vision.clip import resolve_sizes
+from model.weights.external import load_tower
 from model.weights.released import load_imported
-from model.weights.towers import load_text, load_vision
+from model.weights.towers import load_text
 
 
 def build_objective(
@@ -32,7 +31,6 @@ def build_objective(
     for name in ("vision", "text") if pretrained and not model.weights else ():
         if getattr(model, name).pretrained == AUTO:
             raise ValueError(f"model.{name}.pretrained auto is decided where a run starts; here name weights, or null")
-    model = dataclasses.replace(model, vision=resolve_sizes(model.vision))
     matching = objective.itm_weight and model.behaviour == "default"  # the release has none
     share = objective.negative_share if matching else 0.0
     in_batch = objective.negatives == "in_batch_hard"
@@ -43,7 +41,7 @@ def build_objective(
         load_imported(built, Path(model.weights))
         return built
     if pretrained and model.vision.pretrained:
-        load_vision(built.net.vision, model.vision)
+        load_tower(built.net.vision, model.vision)
     if pretrained and model.text.pretrained:
         load_text(built.net, model.text)
     return built

@@ -15,20 +15,23 @@ def option(default: Any, before: Any) -> Any:
 
 @dataclass
 class VisionConfig:
-    """Vision tower: a CLIP-style ViT.
+    """Vision tower: a CLIP-style ViT, or a model of another library.
 
     Args:
-        name: open_clip architecture whose sizes are used (for example ViT-B-32-quickgelu); null uses the sizes below.
-        pretrained: open_clip tag (openai), local weights file, or null for random initialisation. auto takes openai's
-            where the local cache or the hub has them and they fit, else random ones, with a warning.
-        image_size: input resolution in pixels; the position table is resized bicubically to it.
+        name: open_clip ViT whose sizes are used (for example ViT-B-32-quickgelu); null uses the sizes below;
+            open_clip/NAME, timm/NAME or hf/NAME_OR_FOLDER takes any image model of that library, its feature map or
+            tokens (for example timm/tf_efficientnet_lite0).
+        pretrained: local weights file (safetensors or PyTorch), a tag of the library's (openai; timm: in1k; hf: a name
+            or folder with model.safetensors), or null for random initialisation. auto takes openai's, or the library's
+            default, where the local cache or the hub has them and they fit, else random ones, with a warning.
+        image_size: input resolution in pixels; position tables are resized bicubically to it.
         patch_size: pixels per patch side (when name is null).
         width: hidden width (when name is null).
         layers: transformer blocks before dropping the last (when name is null).
         head_width: width of one attention head (when name is null).
         mlp_ratio: MLP width over hidden width (when name is null).
         quick_gelu: x*sigmoid(1.702x) instead of GELU (when name is null).
-        drop_last_block: leave out the last block, as FLM does.
+        drop_last_block: leave out the last block, as FLM does (not of LIBRARY/NAME).
     """
 
     name: str | None = "ViT-B-32-quickgelu"

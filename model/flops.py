@@ -10,23 +10,17 @@ from __future__ import annotations
 
 from model.batch import Batch
 from model.config import ModelConfig
+from model.vision.tower import Tower
 
 
-def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch, streams: int) -> dict[str, int]:
-    """Multiply-accumulates of one forward pass (vision sizes resolved), by part of the model; FLM has 2 ``streams``."""
-    text, vision = config.text, config.vision
+def forward_macs(config: ModelConfig, tower: Tower, vocabulary_size: int, batch: Batch, streams: int) -> dict[str, int]:
+    """Multiply-accumulates of one forward pass, by part of the model; FLM has 2 ``streams``."""
+    text, image_tokens = config.text, tower.num_tokens
     width, ffn = text.width, 2 * text.width * text.ffn_width
     plan, num_images = batch.plan, batch.images.shape[0] * batch.images.shape[1]
     num_rows, length = plan.text.shape
     states, queries = plan.l2r_index.shape[0] + plan.r2l_index.shape[0], plan.query_index.shape[0]
-    patches = (vision.image_size // vision.patch_size) ** 2
-    image_tokens = patches + 1
     square = width * width
-
-    blocks = vision.layers - int(vision.drop_last_block)
-    vision_linear = image_tokens * (4 * vision.width**2 + 2 * vision.width * int(vision.width * vision.mlp_ratio))
-    vision_block = vision_linear + 2 * image_tokens**2 * vision.width
-    embedding = patches * 3 * vision.patch_size**2 * vision.width
 
     self_attention = states * 4 * square + streams * num_rows * 2 * length * length * width
     image_attention = (
@@ -39,17 +33,17 @@ def forward_macs(config: ModelConfig, vocabulary_size: int, batch: Batch, stream
     layers = (text.bottom_layers if rb is None else rb) + (text.top_layers if rt is None else rt) if streams == 2 else 0
     targets = {kind: sum(len(t.target) for t in batch.terms.values() if t.kind == kind) for kind in ("token", "class")}
     return {
-        "vision": num_images * (embedding + blocks * vision_block),
+        "vision": num_images * tower.macs,
         "bottom_text": text.bottom_layers * (self_attention + states * ffn),
         "top_text": text.top_layers * (self_attention + image_attention + states * ffn)
         + (states + queries) * square
-        + num_images * image_tokens * vision.width * width,
+        + num_images * image_tokens * tower.width * width,
         "reconstructor": layers * reconstruction,
         "lm_head": targets["token"] * (square + width * vocabulary_size),
         "matching": targets["class"] * (square + 2 * width),
     }
 
 
-def training_flops(config: ModelConfig, vocabulary_size: int, batch: Batch, streams: int) -> int:
+def training_flops(config: ModelConfig, tower: Tower, vocabulary_size: int, batch: Batch, streams: int) -> int:
     """Floating-point operations of forward and backward."""
-    return 6 * sum(forward_macs(config, vocabulary_size, batch, streams).values())
+    return 6 * sum(forward_macs(config, tower, vocabulary_size, batch, streams).values())

@@ -8,7 +8,7 @@ from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
 from model.layers import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.learning_rate_groups import declare_group
-from model.vision.clip import VisionTower
+from model.vision.tower import build_tower
 
 
 def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -22,11 +22,11 @@ def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> N
         raise ValueError(
             f"model.text.width {text.width} is not a multiple of model.text.heads {text.heads}; change either"
         )
-    net.vision = VisionTower(config.vision)
+    net.vision = build_tower(config.vision)
     net.embedding = TextEmbedding(text, vocabulary.size, vocabulary.pad_id)
     net.bottom = nn.ModuleList(BottomLayer(text) for _ in range(text.bottom_layers))
     net.text_projection = nn.Linear(text.width, text.width)
-    net.image_projection = nn.Linear(config.vision.width, text.width)
+    net.image_projection = nn.Linear(net.vision.width, text.width)
     net.type_embedding = nn.Embedding(2, text.width)  # l2r text, image
     net.top = nn.ModuleList(TopLayer(text) for _ in range(text.top_layers))
     net.pooler = Pooler(text.width)

@@ -55,9 +55,9 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
         "core": (
             *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads"),
-            *("torchvision_shim", "flops", "census", "learning_rate_groups"),
+            *("torchvision_shim", "census", "learning_rate_groups"),
         ),
-        "networks": ("towers", "flm", "one_stream"),
+        "networks": ("towers", "flm", "one_stream", "flops"),
         "programs": ("build",),
     },
     "data_prep": {

@@ -90,7 +90,8 @@ class Pretraining(nn.Module):
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
-        return training_flops(self.config, self.net.vocabulary.size, batch, streams=2 if self.name == "flm" else 1)
+        streams = 2 if self.name == "flm" else 1
+        return training_flops(self.config, self.net.vision, self.net.vocabulary.size, batch, streams)
 
     def parameter_group(self, name: str) -> str:
         """Learning-rate group of a parameter, as its module declares it (specification section 7)."""

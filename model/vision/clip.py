@@ -6,6 +6,8 @@ Legend: B images, P = 1 + grid**2 tokens, W width.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +46,19 @@ class VisionTower(nn.Module):
         self.ln_pre = nn.LayerNorm(width, eps=1e-5)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(num_blocks))
         self.ln_post = nn.LayerNorm(width, eps=1e-5)
-        # In millionths, as integers: casting a module to bf16 rounds its float buffers to 8 bits, integers it leaves.
-        statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD], dtype=torch.float64) * 255e6
-        self.register_buffer("statistics", statistics.round().long().view(2, 3, 1), persistent=False)
+        statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD], dtype=torch.float64) * 255
+        self.register_buffer("statistics", in_millionths(statistics).view(2, 3, 1), persistent=False)
+        self.width, self.num_tokens = width, 1 + self.grid**2
         self.reset_parameters()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the forward pass of one image: of its matrix products (model/flops.py)."""
+        width, num_tokens = self.width, self.num_tokens
+        linear = num_tokens * (4 * width**2 + 2 * width * int(width * self.config.mlp_ratio))
+        attention = 2 * num_tokens**2 * width
+        embedding = (num_tokens - 1) * 3 * self.config.patch_size**2 * width
+        return embedding + len(self.blocks) * (linear + attention)
 
     def reset_parameters(self) -> None:
         """Random initialisation with the standard deviations of CLIP (Radford et al. 2021, released model code)."""
@@ -113,6 +124,11 @@ class VisionBlock(nn.Module):
         return tokens + self.down(hidden)
 
 
+def in_millionths(values: Tensor) -> Tensor:
+    """As int64: casting a module to bf16 rounds its float buffers to 8 bits, integers it leaves."""
+    return (values.double() * 1e6).round().long()
+
+
 def resolve_sizes(config: VisionConfig) -> VisionConfig:
     """Fills the sizes from the open_clip architecture named in ``config.name``; unchanged when it names none.
 
@@ -127,8 +143,9 @@ def resolve_sizes(config: VisionConfig) -> VisionConfig:
     architecture = open_clip.get_model_config(config.name)
     if architecture is None:
         raise ValueError(
-            f"model.vision.name {config.name!r} is not an open_clip architecture; list them with"
-            " `python -c 'import open_clip; print(open_clip.list_models())'`, or set it to null and give the sizes"
+            f"model.vision.name {config.name!r} is not an open_clip architecture"
+            f"{near(config.name, open_clip.list_models())}; timm/NAME and hf/NAME are models of other libraries, null"
+            " takes the sizes given"
         )
     vision = architecture["vision_cfg"]
     layers, patch_size = vision.get("layers"), vision.get("patch_size")
@@ -140,7 +157,7 @@ def resolve_sizes(config: VisionConfig) -> VisionConfig:
     if not isinstance(layers, int) or patch_size is None or unsupported:
         raise ValueError(
             f"model.vision.name {config.name!r} is not a plain CLIP ViT (found {unsupported or vision}); use ViT-B-32,"
-            " ViT-B-16, ViT-L-14 or their variants"
+            f" ViT-B-16, ViT-L-14 or their variants, or open_clip/{config.name}"
         )
     return dataclasses.replace(
         config,
@@ -151,6 +168,12 @@ def resolve_sizes(config: VisionConfig) -> VisionConfig:
         mlp_ratio=vision.get("mlp_ratio", 4.0),
         quick_gelu=bool(architecture.get("quick_gelu", False)),
     )
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """The names most like ``name`` as the end of an error message; empty if none is."""
+    found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.config import TextConfig, VisionConfig
 from model.layers import PAD_POSITION
 from model.torchvision_shim import ensure_torchvision
-from model.vision.clip import resize_positions
+from model.vision.clip import IMAGE_MEAN, resize_positions
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -102,6 +102,9 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
         ensure_torchvision()
         import open_clip
 
+        refuse_other_network(
+            tower.config, config.pretrained, open_clip.get_pretrained_cfg(config.name, config.pretrained)
+        )
         try:
             clip = open_clip.create_model(config.name, pretrained=config.pretrained, precision="fp32")
         except (RuntimeError, OSError, SafetensorError) as error:
@@ -111,12 +114,36 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
                 f" be fetched ({reason}); give a local weights file, or null for random initialisation"
             ) from error
         state = clip.state_dict()
-    visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    prefix = "" if "conv1.weight" in state else "visual."  # the image encoder alone, or in a whole CLIP
+    visual = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not visual:
-        raise ValueError(f"{path} holds no visual.* keys; expected the state dict of a CLIP model")
+        raise ValueError(
+            f"{path} holds no visual.* keys (found {', '.join(sorted(state)[:3])} ..); expected the state dict of a"
+            " CLIP of OpenAI or open_clip; models of timm and transformers are model.vision.name timm/NAME and hf/NAME"
+        )
     with torch.no_grad():
         used = fill(tower, visual, CLIP_RULES, source=f"model.vision.pretrained {config.pretrained}")
     return sorted(set(visual) - {name for names in used.values() for name in names})
+
+
+def refuse_other_network(config: VisionConfig, tag: str, known: Mapping[str, Any]) -> None:
+    """Raises ValueError for published weights (their record in open_clip) that want another activation or other pixels.
+
+    Their names and shapes fit, so nothing else would notice.
+    """
+    refuse_other_activation(config.name, config.quick_gelu, tag, known)
+    if tuple(known.get("mean", IMAGE_MEAN)) != IMAGE_MEAN:
+        raise ValueError(
+            f"{tag}'s weights want other pixels than CLIP's; use model.vision.name open_clip/{config.name}"
+        )
+
+
+def refuse_other_activation(name: str, quick_gelu: bool, tag: str, known: Mapping[str, Any]) -> None:
+    """The first half of :func:`refuse_other_network`; ``quick_gelu`` is what the model named has."""
+    if known and known.get("quick_gelu", False) != quick_gelu:
+        plain = name.removesuffix("-quickgelu")
+        other, wanted = (plain, "GELU") if quick_gelu else (f"{plain}-quickgelu", "QuickGELU")
+        raise ValueError(f"{tag}'s weights want {wanted}, which {name} has not; use model.vision.name {other}")
 
 
 def load_text(net: nn.Module, config: TextConfig) -> list[str]:
@@ -185,7 +212,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return plain_names(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file ({error}); fetch it again") from error
     try:
@@ -195,7 +222,19 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             f"{path} is not a plain weights file ({type(error).__name__}); expected safetensors or a state dict saved"
             " by torch.save"
         ) from error
-    return loaded.get("state_dict", loaded)
+    tensors = plain_names(loaded) if isinstance(loaded, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors by name; expected a state dict")
+    return tensors
+
+
+def plain_names(found: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict without what training programs wrap it in: {"model": ..}, "module.", "_orig_mod."."""
+    inner = next((found[key] for key in ("state_dict", "model", "module") if isinstance(found.get(key), Mapping)), None)
+    if inner is not None:
+        return plain_names(inner)
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in found.items() if isinstance(value, Tensor)}
+    return {re.sub(r"^(module\.)+", "", key): value for key, value in tensors.items()}
 
 
 def fill(

@@ -93,6 +93,8 @@ class TrainEngine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=build_adamw(groups, optim), config=ds_config, dist_init_required=False
         )
+        for buffer in objective.buffers() if place.world_size > 1 else ():
+            torch.distributed.broadcast(buffer.data, src=0)  # which DeepSpeed does for parameters only
         self._full_state = FullState(self._deepspeed, objective, self.stage, place)
         self._veto = StepVeto(self._deepspeed.optimizer, self.stage)
         if train.compile:

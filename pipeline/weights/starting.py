@@ -9,12 +9,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from model.config import AUTO, ModelConfig, TextConfig
+from model.config import AUTO, ModelConfig, TextConfig, VisionConfig
 from model.objectives.pretraining import Pretraining
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
+from model.weights.external import load_tower, published_files
 from model.weights.released import load_imported
-from model.weights.towers import load_text, load_vision
+from model.weights.towers import load_text, refuse_other_network
 from pipeline.config.options import ConfigError
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.distributed.ranks import Agreement, Place
@@ -93,14 +94,21 @@ def _load_vision(net: Any, config: ModelConfig, hub: Hub) -> Start:
     if asked is None:
         return Start(None, None)
     if asked != AUTO:
-        load_vision(net.vision, config.vision)
+        load_tower(net.vision, config.vision)
         return Start(asked, asked)
     try:
-        file = _clip_file(net.vision, hub)
-        load_vision(net.vision, dataclasses.replace(config.vision, pretrained=str(file)))
+        is_clip = isinstance(net.vision, VisionTower)
+        file = _clip_file(net.vision, hub) if is_clip else _external_file(config.vision, hub)
+        load_tower(net.vision, dataclasses.replace(config.vision, pretrained=str(file)))
     except ValueError as error:
         return Start(asked, None, _one_line(error))
-    return Start(asked, f"{CLIP_TAG} ({file})")
+    return Start(asked, f"{CLIP_TAG if is_clip else config.vision.name} ({file})")
+
+
+def _external_file(config: VisionConfig, hub: Hub) -> Path:
+    """The weights that a library has by default for its model; raises ValueError with the reason if there are none."""
+    repository, *names = published_files(config)
+    return _from_hub(hub, repository, *names) / names[-1]
 
 
 def _clip_file(tower: VisionTower, hub: Hub) -> Path:
@@ -114,8 +122,7 @@ def _clip_file(tower: VisionTower, hub: Hub) -> Path:
     known = open_clip.get_pretrained_cfg(name, CLIP_TAG)
     if not known or not known.get("hf_hub"):
         raise ValueError(f"open_clip has no {CLIP_TAG} weights of {name}")
-    if known.get("quick_gelu", False) != tower.config.quick_gelu:
-        raise ValueError(f"{CLIP_TAG}'s weights want QuickGELU, which {name} has not; see {name}-quickgelu")
+    refuse_other_network(tower.config, CLIP_TAG, known)
     return _from_hub(hub, known["hf_hub"].rstrip("/"), CLIP_FILE) / CLIP_FILE
 
 

@@ -27,6 +27,6 @@ def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch, name: str, strea
     batch = objective.planner(images(3), pair_rows([caption(5), caption(9), caption(2)]))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         objective(batch)
-    expected = 2 * sum(forward_macs(objective.config, VOCABULARY.size, batch, streams).values())
+    expected = 2 * sum(forward_macs(objective.config, objective.net.vision, VOCABULARY.size, batch, streams).values())
     assert abs(counter.get_total_flops() / expected - 1) < 0.01
     assert objective.flops(batch) == 3 * expected

@@ -21,6 +21,8 @@ class VisionConfig:
         name: open_clip architecture whose sizes are used (for example ViT-B-32-quickgelu); null uses the sizes below.
         pretrained: open_clip tag (openai), local weights file, or null for random initialisation. auto takes openai's
             where the local cache or the hub has them and they fit, else random ones, with a warning.
+        frozen: keep the tower as it is loaded: no gradient, no place in checkpoints, which refer to its source by hash,
+            so pretrained (or model.weights) must name one.
         image_size: input resolution in pixels; the position table is resized bicubically to it.
         patch_size: pixels per patch side (when name is null).
         width: hidden width (when name is null).
@@ -33,6 +35,7 @@ class VisionConfig:
 
     name: str | None = "ViT-B-32-quickgelu"
     pretrained: str | None = None
+    frozen: bool = False
     image_size: int = 288
     patch_size: int = 32
     width: int = 768
@@ -89,8 +92,9 @@ class ModelConfig:
 
     Args:
         behaviour: default mends the defects of the public release, released reproduces its numbers.
-        weights: folder made by `python -m pipeline.convert import-flm`; all weights start from it. null starts from
-            vision.pretrained and text.pretrained, or from random ones.
+        weights: what all weights start from: a run folder, one of its checkpoint folders, or a folder made by
+            `python -m pipeline.convert import-flm`; heads may differ. null starts from vision.pretrained and
+            text.pretrained, or from random ones.
         vision: vision tower.
         text: text tower.
         reconstructor: reconstructor depth.

@@ -36,7 +36,7 @@ from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.tasks.task import EvaluationPass, Score, Task
-from pipeline.weights.starting import describe_start, load_starting_weights
+from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     starting = None
     if opened.saved is None:
         starting = load_starting_weights(objective, config.model, opened.data.tokenizer, place, agreement)
+    else:
+        load_frozen(objective, config.model, place, agreement)
     lock = _lock(launch.output, ranks, opened.lock)  # of a new run only now: a mistake before this leaves no folder
     census = parameter_census(objective)
     prepare_deepspeed(ranks.device)

@@ -21,7 +21,7 @@ _REBUILDS = {
 }
 
 
-class _Inert:
+class ForeignObject:
     """Stands for whatever a file named; keeps nothing and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -44,7 +44,7 @@ class Unpickler(pickle.Unpickler):
     """The unpickler that torch.load is given (as the attribute of that name of ``pickle_module``)."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if (module, name) in _REBUILDS else _Inert
+        return super().find_class(module, name) if (module, name) in _REBUILDS else ForeignObject
 
 
 class _PickleModule:

@@ -62,20 +62,24 @@ def start_from(
         may_stay = any(re.fullmatch(pattern, name) for pattern in fresh)
         lacking = [key for key in foreign if key not in state] if foreign else [name]
         if lacking:
-            kept += [name] if may_stay else []
-            missing += [] if may_stay else [f"{lacking[0]}, needed for {name}"]
+            if may_stay:
+                kept.append(name)
+            else:
+                missing.append(f"{lacking[0]}, needed for {name}")
+                used.update(foreign)
             continue
         try:
             value = joined(name, foreign, state)
             fitting = resize(name, value, target.shape, RESIZES if resizes is None else resizes)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+        if fitting.shape != target.shape and may_stay:
+            kept.append(name)
+            continue
+        used.update(foreign)
         if fitting.shape == target.shape:
             values[name] = fitting
-            used.update(foreign)
             resized += [name] if fitting.shape != value.shape else []
-        elif may_stay:
-            kept.append(name)
         else:
             shapes.append(f"{foreign[0]} has shape {tuple(value.shape)}, the model's {name} {tuple(target.shape)}")
     left = sorted(set(state) - used)

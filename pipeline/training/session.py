@@ -331,5 +331,11 @@ def copy_tokenizer(source: str | Path, output: Path) -> None:
     final, beside = output / "tokenizer", output / "tokenizer.tmp"
     if Path(source).is_dir() and not final.exists():
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(source, beside)
+        shutil.copytree(source, beside, ignore=_not_of_a_tokenizer)
         os.rename(beside, final)
+
+
+def _not_of_a_tokenizer(folder: str, names: list[str]) -> list[str]:
+    """What a model's folder holds besides its tokenizer: weights above all."""
+    kept = (".json", ".txt", ".model", ".jinja")
+    return [name for name in names if not name.endswith(kept) or (Path(folder) / name).is_dir()]

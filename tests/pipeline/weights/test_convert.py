@@ -143,6 +143,37 @@ def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path) -> Non
         torch.load(path, weights_only=True)
 
 
+class WritesFile(torch.nn.Module):
+    """TorchScript runs ``__setstate__`` when it is read, and may write files in it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path, self.tensor = path, torch.zeros(1)
+
+    def forward(self) -> torch.Tensor:
+        return self.tensor
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, torch.Tensor, bool]:
+        return self.path, self.tensor, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]) -> None:
+        self.path, self.tensor, self.training = state
+        torch.save(self.tensor, self.path)
+
+
+def test_a_program_is_refused_before_it_is_read(tmp_path: Path, capsys) -> None:
+    """Invariant 7."""
+    path, trace = tmp_path / "program.ckpt", tmp_path / "trace"
+    torch.jit.script(WritesFile(str(trace))).save(path)
+    torch.jit.load(path)
+    assert trace.is_file(), "the program does run where it is let"
+    trace.unlink()
+    assert main(["import-flm", str(path), str(tmp_path / "out")]) == 2
+    assert "is a TorchScript program" in capsys.readouterr().err and not trace.exists()
+
+
 def mixed_up(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A key of 32 rows and a value of 96, together as many as the key and value of 64 each that belong there."""
     name = "text_transformer.encoder.layer.0.attention.self.{}.weight"

@@ -31,6 +31,7 @@ from pipeline.weights.starting import load_starting_weights
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
+from tests.pipeline.weights.test_starting_weights import other_numbers
 from tests.program.test_incidents import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -152,7 +153,7 @@ def test_a_resume_loads_the_tower_again_on_any_topology(work: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["run", "run/checkpoints/step_00000002"])
-def test_a_fine_tune_starts_from_a_run_with_other_heads(work: Path, source: str) -> None:
+def test_a_fine_tune_starts_from_a_run_with_other_heads(work: Path, tmp_path: Path, source: str) -> None:
     """Its frozen tower comes too, the heads that only one of the two has are named; another vocabulary is refused."""
     config = load_config(work / "run")
     config.model.weights, config.model.vision.frozen = str(work / source), False
@@ -172,13 +173,16 @@ def test_a_fine_tune_starts_from_a_run_with_other_heads(work: Path, source: str)
     assert all(torch.equal(own[name], expected[name]) for name in found["loaded"] if name not in found["resized"])
     assert {*found["loaded"], *found["fresh"]} == set(own)
 
+    other = other_numbers(tmp_path / "other", 265)
+    with pytest.raises(ConfigError, match=r"model\.weights .*is token 265 here, 266 there.*use --data\.tok"):
+        load_starting_weights(objective, config.model, other, *alone)
     del objective.net.pooler
     with pytest.raises(ConfigError, match=r"model\.weights .*the model has no place for net\.pooler\.dense\.bias"):
         load_starting_weights(objective, config.model, tokenizer, *alone)
 
 
 @pytest.mark.slow
-def test_a_run_that_starts_from_a_run_can_keep_its_tower_frozen(work: Path, tmp_path: Path) -> None:
+def test_a_run_that_starts_from_a_run_can_keep_its_tower_frozen(work: Path) -> None:
     run = work / "second"
     weights = ["--model.weights", str(work / "run")]
     assert run_ranks(1, train, options(run, work / "clip.safetensors", *weights, "--train.steps", "2")) == [0]

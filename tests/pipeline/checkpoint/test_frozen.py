@@ -129,9 +129,11 @@ def what_training_does(place, config: Config, stage: int, run: Path) -> dict[str
     modes = {name for name, module in model.named_modules() if module.training}
     stepped = [name for name, _ in engine.named_state()]
     with _whole([value for value in model.parameters() if not value.requires_grad]):
-        weights = {name: value.detach().clone().numpy() for name, value in frozen_tensors(model).items()}
+        weights = {name: value.detach().float().clone().numpy() for name, value in frozen_tensors(model).items()}
     gradients = [name for name, value in model.named_parameters() if name in weights and value.grad is not None]
-    outputs = [(colours.numpy(), output.detach().numpy(), output.requires_grad) for colours, output in seen]
+    outputs = [
+        (colours.float().numpy(), output.detach().float().numpy(), output.requires_grad) for colours, output in seen
+    ]
     return {
         "losses": losses,
         "training": modes,
@@ -168,7 +170,7 @@ def test_a_frozen_tower_does_not_move_at_any_stage(tmp_path: Path) -> None:
             }
             assert not {*FROZEN} & {*found["stepped"]} and found["gradients"] == []
             for name, value in frozen_tensors(expected).items():
-                assert torch.equal(torch.as_tensor(found["frozen"][name]), value), (stage, name)
+                assert torch.equal(torch.as_tensor(found["frozen"][name]), value.float()), (stage, name)
             assert len(found["outputs"]) == 3 * 2 + 1
             for colours, output, requires_grad in found["outputs"]:
                 linear = torch.from_numpy(colours).double() @ tower["weight"].T + tower["bias"]

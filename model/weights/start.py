@@ -148,12 +148,12 @@ RESIZES: Resizes = (
 
 
 def _refusal(shapes: list[str], missing: list[str], unread: list[str]) -> str:
+    sizes = (
+        "width, patches and number of positions are options of the model, set them to the weights' sizes; the"
+        " vocabulary is that of data.tokenizer, name the weights' own"
+    )
     reasons = (
-        (
-            "",
-            shapes,
-            "width, vocabulary, patches or number of positions differ: set model. options to the weights' sizes",
-        ),
+        ("", shapes, sizes),
         ("weights lack ", missing, "are they of this kind of model and depth?"),
         ("the model has no place for ", unread, "is it of this kind and depth?"),
     )

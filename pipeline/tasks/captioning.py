@@ -29,7 +29,7 @@ from pipeline.data.tokenizer import TextTokenizer, clean_caption, load_tokenizer
 from pipeline.data.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
 from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import summarise
-from pipeline.weights.starting import load_run
+from pipeline.weights.starting import load_trained
 
 SAMPLES_NAME = "samples.json"
 THUMBNAIL_PIXELS = 192
@@ -109,7 +109,7 @@ def load_captioner(
         lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
     elif lengths is not None:
         raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
-    load_run(objective, config.model, checkpoint)
+    load_trained(objective, config.model, checkpoint)
     return Captioner(
         objective=objective.eval().to(device),
         tokenizer=tokenizer,

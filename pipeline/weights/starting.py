@@ -74,7 +74,7 @@ def load_frozen(objective: nn.Module, config: ModelConfig, place: Place, agreeme
         _on_rank_0(lambda: load_vision_tower(objective.net.vision, config), place, agreement)
 
 
-def load_run(objective: nn.Module, config: ModelConfig, checkpoint: Path) -> None:
+def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) -> None:
     """Give a model, built without an engine, all weights of a checkpoint, its frozen parts included.
 
     Raises:

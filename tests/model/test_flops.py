@@ -33,18 +33,13 @@ def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch, name: str, strea
     assert objective.flops(batch) == 3 * expected
 
 
-def test_a_frozen_tower_costs_its_forward_pass_only():
-    """Against PyTorch's counter of the tower alone, forward and backward."""
+def test_a_frozen_tower_costs_its_forward_pass_only(monkeypatch):
+    """Two thirds of the tower's share go, within 1 % of PyTorch's count."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
     trained, frozen = tiny_flm(), tiny_flm()
     frozen.config.vision.frozen = True
     freeze(frozen.net.vision, "somewhere")
     batch = trained.planner(images(3), pair_rows([caption(5), caption(9), caption(2)]))
-    counts = []
-    for one in (trained, frozen):
-        with FlopCounterMode(display=False) as counter:
-            tokens = one.net.vision(batch.images[:, 0])
-            if tokens.requires_grad:
-                tokens.sum().backward()
-        counts.append(counter.get_total_flops())
-    saved = trained.flops(batch) - frozen.flops(batch)
-    assert saved == pytest.approx(counts[0] - counts[1], rel=0.05)
+    with FlopCounterMode(display=False) as counter:
+        assert not frozen.net.vision(batch.images[:, 0]).requires_grad
+    assert trained.flops(batch) - frozen.flops(batch) == pytest.approx(2 * counter.get_total_flops(), rel=0.01)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model.build import build_objective
-from model.config import ObjectiveConfig
+from model.config import FLMOptions
 from model.frozen import frozen_tensors
 from model.weights.start import foreign_names
 from model.weights.towers import CLIP_RULES
@@ -159,7 +159,7 @@ def test_a_fine_tune_starts_from_a_run_with_other_heads(work: Path, tmp_path: Pa
     config.model.weights, config.model.vision.frozen = str(work / source), False
     config.model.vision.image_size = 48
     tokenizer = load_tokenizer(work / "data" / "tokenizer")
-    objective = build_objective(config.model, ObjectiveConfig(), tokenizer.vocabulary, 20)
+    objective = build_objective(config.model, FLMOptions(), tokenizer.vocabulary, 20)
     del objective.lm_head
     objective.vqa_head = torch.nn.Linear(32, 7)
     before = objective.vqa_head.weight.clone()

@@ -121,7 +121,7 @@ def what_training_does(place, config: Config, stage: int, run: Path) -> dict[str
     for step in range(2):
         engine.step(step, micro_batches(config, place, step))
     with engine.scoring() as score:
-        score(tiny_batch([0, 1, 2]))
+        score(PartlyFrozen.score, tiny_batch([0, 1, 2]))
     losses = [global_loss(engine, agreement, engine.step(2, micro_batches(config, place, 2)))]
     saver = Saver(run, engine, config.train, place, agreement)
     assert saver.save(RunState(step=3)) and saver.wait()

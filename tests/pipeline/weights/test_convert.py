@@ -129,7 +129,7 @@ def test_a_model_of_other_sizes_is_refused(checkpoint, tmp_path, change, message
 def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, tmp_path) -> None:
     assert main(["import-flm", str(checkpoint), str(tmp_path / "imported")]) == 0
     model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
-    with pytest.raises(ValueError, match=r"model.weights .*shape \(292, 64\).*\(300, 64\); width, vocabulary"):
+    with pytest.raises(ValueError, match=r"model.weights .*shape \(292, 64\).*\(300, 64\); width, .*vocabulary"):
         started(model, vocabulary_size=300)
 
 

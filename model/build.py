@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
+from model.frozen import freeze
 from model.objectives.pretraining import Pretraining
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
-from model.weights.external import load_tower
-from model.weights.released import load_imported
-from model.weights.towers import load_text
 
 
 def build_objective(
@@ -18,37 +14,31 @@ def build_objective(
     objective: ObjectiveOptions,
     vocabulary: Vocabulary,
     max_text_length: int = 50,
-    pretrained: bool = True,
 ) -> Pretraining:
-    """The objective with random or pretrained towers, as ``model.vision.pretrained`` and ``model.text.pretrained`` say.
-
-    ``pretrained=False`` skips the starting weights, for callers that load a checkpoint over them.
+    """The objective with random weights; those that the options name come later (pipeline/weights/starting.py).
 
     Raises:
         ValueError: an option out of range, or options that do not fit each other.
     """
     _check(model, objective, vocabulary, max_text_length)
-    for name in ("vision", "text") if pretrained and not model.weights else ():
-        if getattr(model, name).pretrained == AUTO:
-            raise ValueError(f"model.{name}.pretrained auto is decided where a run starts; here name weights, or null")
     matching = objective.itm_weight and model.behaviour == "default"  # the release has none
     share = objective.negative_share if matching else 0.0
     in_batch = objective.negatives == "in_batch_hard"
     built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, 0.0 if in_batch else share)
     if in_batch:
         built.planner = HardNegatives(built.planner, share)
-    if pretrained and model.weights:
-        load_imported(built, Path(model.weights))
-        return built
-    if pretrained and model.vision.pretrained:
-        load_tower(built.net.vision, model.vision)
-    if pretrained and model.text.pretrained:
-        load_text(built.net, model.text)
+    if model.vision.frozen:
+        freeze(built.net.vision, source=model.weights or model.vision.pretrained)
     return built
 
 
 def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabulary, max_text_length: int) -> None:
     objective.check()
+    if model.vision.frozen and not model.weights and model.vision.pretrained in (None, AUTO):
+        raise ValueError(
+            f"model.vision.frozen needs weights that can be had again, found model.vision.pretrained"
+            f" {model.vision.pretrained or 'null'}; name a file or a tag, or use model.vision.frozen false"
+        )
     if objective.name == "prefixlm" and model.behaviour == "released":
         raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
     if objective.name == "mlm" and objective.whole_words and not vocabulary.word_starts:

@@ -24,6 +24,8 @@ class VisionConfig:
         pretrained: local weights file (safetensors or PyTorch), a tag of the library's (openai; timm: in1k; hf: a name
             or folder with model.safetensors), or null for random initialisation. auto takes openai's, or the library's
             default, where the local cache or the hub has them and they fit, else random ones, with a warning.
+        frozen: keep the tower as it is loaded: no gradient, no place in checkpoints, which refer to its source by hash,
+            so pretrained (or model.weights) must name one.
         image_size: input resolution in pixels; position tables are resized bicubically to it.
         patch_size: pixels per patch side (when name is null).
         width: hidden width (when name is null).
@@ -36,6 +38,7 @@ class VisionConfig:
 
     name: str | None = "ViT-B-32-quickgelu"
     pretrained: str | None = None
+    frozen: bool = False
     image_size: int = 288
     patch_size: int = 32
     width: int = 768
@@ -92,8 +95,9 @@ class ModelConfig:
 
     Args:
         behaviour: default mends the defects of the public release, released reproduces its numbers.
-        weights: folder made by `python -m pipeline.convert import-flm`; all weights start from it. null starts from
-            vision.pretrained and text.pretrained, or from random ones.
+        weights: what all weights start from: a run folder, one of its checkpoint folders, or a folder made by
+            `python -m pipeline.convert import-flm`; heads may differ. null starts from vision.pretrained and
+            text.pretrained, or from random ones.
         vision: vision tower.
         text: text tower.
         reconstructor: reconstructor depth.

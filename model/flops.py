@@ -45,5 +45,6 @@ def forward_macs(config: ModelConfig, tower: Tower, vocabulary_size: int, batch:
 
 
 def training_flops(config: ModelConfig, tower: Tower, vocabulary_size: int, batch: Batch, streams: int) -> int:
-    """Floating-point operations of forward and backward."""
-    return 6 * sum(forward_macs(config, tower, vocabulary_size, batch, streams).values())
+    """Floating-point operations of forward and backward; a frozen tower has no backward."""
+    macs = forward_macs(config, tower, vocabulary_size, batch, streams)
+    return 6 * sum(macs.values()) - (4 * macs["vision"] if config.vision.frozen else 0)

@@ -37,7 +37,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "incidents": ("config", "checkpoint"),
         "engine": ("config", "distributed", "checkpoint", "incidents"),
         "reporting": ("config", "incidents"),
-        "weights": ("config", "distributed", "data"),
+        "weights": ("config", "distributed", "data", "checkpoint"),
         "loading": ("config", "distributed", "data", "reporting"),
         "tasks": ("config", "distributed", "data", "checkpoint", "weights", "loading"),
         "training": (
@@ -55,7 +55,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
         "core": (
             *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads"),
-            *("torchvision_shim", "census", "learning_rate_groups"),
+            *("torchvision_shim", "census", "frozen", "learning_rate_groups"),
         ),
         "networks": ("towers", "flm", "one_stream", "flops"),
         "programs": ("build",),

@@ -27,7 +27,7 @@ from benchmarks.probes.logistic import Reading, read
 from model.batch import Row
 from model.build import build_objective
 from pipeline.checkpoint.files import published, step_of
-from pipeline.checkpoint.restore import load_weights
+from pipeline.checkpoint.restore import load_into, resolve
 from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, fail, weighted_paths
 from pipeline.data.shard_reader import Corpus, open_corpora
@@ -77,7 +77,7 @@ def probe_run(run: Path, train_images: int, test_images: int, caption_images: in
         untrained = dataclasses.replace(captioner, objective=_untrained(run, config, captioner).eval().to(device))
         lines.write({"step": 0, **measure(untrained, data)})
     for path in due:
-        captioner.objective.load_state_dict(load_weights(path))
+        load_into(captioner.objective, resolve(path))
         values = measure(captioner, data)
         lines.write({"step": step_of(path), **values})
         shown = {name: round(value, 4) for name, value in values.items() if isinstance(value, float)}
@@ -203,7 +203,7 @@ def _untrained(run: Path, config: Config, captioner: Captioner) -> torch.nn.Modu
     """The model as the run's first step found it; raises ValueError where its starting weights are not to be had."""
     torch.manual_seed(config.train.seed)
     length, tokenizer = config.data.max_text_length, captioner.tokenizer
-    built = build_objective(config.model, config.objective, tokenizer.vocabulary, length, pretrained=False)
+    built = build_objective(config.model, config.objective, tokenizer.vocabulary, length)
     found = load_starting_weights(built, config.model, tokenizer, Place(0, 1, 0, "single"), Agreement())
     noted = starting_weights(run)
     if noted and noted != {name: start["taken"] for name, start in found.items()}:

@@ -75,7 +75,7 @@ def check_models(rows: Sequence[Row], vocabulary: Vocabulary) -> None:
         try:
             with torch.device("meta"):
                 length = row.config.data.max_text_length
-                build_objective(row.config.model, row.config.objective, vocabulary, length, pretrained=False)
+                build_objective(row.config.model, row.config.objective, vocabulary, length)
         except ValueError as error:
             raise ConfigError(f"row {row.name}: {error}") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,8 @@ from model.config import (
     objective_options,
 )
 from model.objectives.table import OBJECTIVES
-from model.weights.towers import (
-    CLIP_RULES,
-    ROBERTA_RULES,
-    Rules,
-    bert_layer,
-    fill,
-    foreign_names,
-    joined,
-    read_state_dict,
-)
+from model.weights.start import RESIZES, Rules, foreign_names, joined, resize, start_from
+from model.weights.towers import CLIP_RULES, ROBERTA_RULES, bert_layer
 
 RELEASED_RULES: Rules = (
     *((rf"net\.vision\.{ours}", tuple(f"vit_model.visual.{name}" for name in foreign)) for ours, foreign in CLIP_RULES),
@@ -94,10 +85,6 @@ class ImportReport:
     used: dict[str, tuple[str, ...]]
     aliased: dict[str, str]
     dead: list[str]
-
-
-SAME_NAMES: Rules = ((r"(.+)", (r"\1",)),)
-WEIGHTS_NAME = "weights.safetensors"  # in the folder of an imported model
 
 
 @dataclass(frozen=True)
@@ -184,13 +171,7 @@ def from_released(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str
     Raises:
         ValueError: a key missing, unknown, of another shape, or an alias that differs from its first name.
     """
-    weights, used = {}, {}
-    for name, expected in _shapes(layout).items():
-        foreign = foreign_names(name, RULES_OF[layout.objective])
-        value = joined(name, foreign, state)
-        if value.shape != expected and not (name == "net.type_embedding.weight" and value.shape[1:] == expected[1:]):
-            raise ValueError(f"{foreign[0]} has shape {tuple(value.shape)}, {name} {tuple(expected)}; wrong layout?")
-        weights[name], used[name] = value, foreign
+    weights, used = _renamed(state, _shapes(layout), RULES_OF[layout.objective])
     for key in state:
         if key.split(".")[0] in TASK_HEADS:
             weights[f"task.{key}"], used[f"task.{key}"] = state[key], (key,)
@@ -204,36 +185,6 @@ def to_released(weights: Mapping[str, Tensor], report: ImportReport) -> dict[str
         value = weights[name][None] if name.endswith("token_type") else weights[name]
         state |= dict(zip(foreign, value.chunk(len(foreign)), strict=True))
     return state | {alias: state[first] for alias, first in report.aliased.items() if first in state}
-
-
-def load_imported(objective: nn.Module, folder: Path) -> list[str]:
-    """Starts an objective from an imported model (``from_released``, written by pipeline/convert.py).
-
-    The vision tower's position table is resized to the objective's resolution. Tensors of task heads are not read.
-
-    Returns:
-        Parameters that the release does not have and that stay as they are: the head of image-text matching.
-
-    Raises:
-        ValueError: no imported model there, or one of another objective, width, depth or vocabulary.
-    """
-    file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        raise ValueError(
-            f"model.weights {folder}: no {WEIGHTS_NAME} in it; expected a folder made by `python -m pipeline.convert`"
-        )
-    weights = read_state_dict(file)
-    fresh = [name for name, _ in objective.named_parameters() if name.startswith("itm_head")]
-    known = {name for name, _ in objective.named_parameters()}
-    unexpected = sorted(name for name in weights if name not in known and not name.startswith("task."))
-    if unexpected:
-        raise ValueError(
-            f"{file} has {unexpected[0]} and {len(unexpected) - 1} more that an {objective.name} model of these sizes "
-            "does not; use the model settings of the recipe beside it"
-        )
-    with torch.no_grad():
-        fill(objective, weights, SAME_NAMES, leave=fresh, source=f"model.weights {folder}")
-    return fresh
 
 
 def _shapes(layout: Layout) -> dict[str, torch.Size]:
@@ -253,9 +204,28 @@ def import_released(objective: nn.Module, state: Mapping[str, Tensor]) -> Import
     Raises:
         ValueError: a key missing, unknown, of another shape, or an alias that differs from its first name.
     """
-    with torch.no_grad():
-        used = fill(objective, state, RULES_OF[objective.name])
-    return account(state, used)
+    shapes = {name: value.shape for name, value in objective.named_parameters()}
+    weights, used = _renamed(state, shapes, RULES_OF[objective.name])
+    report = account(state, used)
+    start_from(objective, weights)
+    return report
+
+
+def _renamed(
+    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], rules: Rules
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """The tensors of a released state dict that make up what we name in ``shapes``, and what each was made of."""
+    weights: dict[str, Tensor] = {}
+    used = {name: foreign_names(name, rules) for name in shapes}
+    for name, foreign in used.items():
+        if not foreign:
+            raise ValueError(f"the model has {name}, which the release does not know; use model.behaviour released")
+        value = weights[name] = joined(name, foreign, state)
+        if resize(name, value, shapes[name], RESIZES).shape != shapes[name]:
+            raise ValueError(
+                f"{foreign[0]} has shape {tuple(value.shape)}, {name} {tuple(shapes[name])}; wrong layout?"
+            )
+    return weights, used
 
 
 def account(state: Mapping[str, Tensor], used: dict[str, tuple[str, ...]]) -> ImportReport:

@@ -1,26 +1,21 @@
-"""Weights of CLIP, RoBERTa and BERT: which of their tensors make up which of our parameters; every map is strict.
+"""Weights of CLIP, RoBERTa and BERT: which of their tensors make up which of our parameters.
 
-A map is written once, from our parameter name to the foreign names whose tensors, stacked along rows, make it up.
-CLIP towers: ``load_vision``; RoBERTa and BERT: ``load_text``; released FLM checkpoints: model/weights/released.py.
+A map is written once, from our parameter name to the foreign names whose tensors, stacked along rows, make it up
+(model/weights/start.py applies it); released FLM checkpoints: model/weights/released.py.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import TextConfig, VisionConfig
 from model.layers import PAD_POSITION
-from model.torchvision_shim import ensure_torchvision
-from model.vision.clip import IMAGE_MEAN, resize_positions
-
-Rules = tuple[tuple[str, tuple[str, ...]], ...]
+from model.vision.clip import IMAGE_MEAN
+from model.weights.start import Rules
 
 # CLIP image encoder (OpenAI and open_clip name it alike), below the prefix "visual.".
 CLIP_RULES: Rules = (
@@ -33,6 +28,23 @@ CLIP_RULES: Rules = (
     (r"blocks\.(\d+)\.(ln_1|ln_2)\.(weight|bias)", (r"transformer.resblocks.\1.\2.\3",)),
     (r"blocks\.(\d+)\.up\.(weight|bias)", (r"transformer.resblocks.\1.mlp.c_fc.\2",)),
     (r"blocks\.(\d+)\.down\.(weight|bias)", (r"transformer.resblocks.\1.mlp.c_proj.\2",)),
+)
+
+# The same as transformers names it, below the prefix "vision_model.".
+HF_CLIP_RULES: Rules = (
+    (r"patch_embedding\.weight", ("embeddings.patch_embedding.weight",)),
+    (r"class_embedding", ("embeddings.class_embedding",)),
+    (r"position_embedding", ("embeddings.position_embedding.weight",)),
+    (r"ln_pre\.(weight|bias)", (r"pre_layrnorm.\1",)),
+    (r"ln_post\.(weight|bias)", (r"post_layernorm.\1",)),
+    (
+        r"blocks\.(\d+)\.qkv\.(weight|bias)",
+        tuple(rf"encoder.layers.\1.self_attn.{part}_proj.\2" for part in ("q", "k", "v")),
+    ),
+    (r"blocks\.(\d+)\.out\.(weight|bias)", (r"encoder.layers.\1.self_attn.out_proj.\2",)),
+    (r"blocks\.(\d+)\.ln_([12])\.(weight|bias)", (r"encoder.layers.\1.layer_norm\2.\3",)),
+    (r"blocks\.(\d+)\.up\.(weight|bias)", (r"encoder.layers.\1.mlp.fc1.\2",)),
+    (r"blocks\.(\d+)\.down\.(weight|bias)", (r"encoder.layers.\1.mlp.fc2.\2",)),
 )
 
 
@@ -71,59 +83,37 @@ ROBERTA_RULES: Rules = (
 )
 
 
-def foreign_names(name: str, rules: Rules) -> tuple[str, ...]:
-    """Foreign keys that make up our parameter ``name``.
+class Foreign(NamedTuple):
+    """What ``start_from`` needs of a foreign model: its tensors, our names for them, those that we leave out."""
+
+    state: dict[str, Tensor]
+    rules: Rules
+    dropped: tuple[str, ...]
+
+
+def clip_image_encoder(state: Mapping[str, Tensor], config: VisionConfig) -> Foreign:
+    """The image encoder in a state dict of CLIP, in the layout of OpenAI and open_clip or of transformers.
+
+    Left out: the output projection, and the last block where the tower has none.
 
     Raises:
-        KeyError: no rule, a parameter that the foreign layout does not have.
+        ValueError: there is no such encoder.
     """
-    for pattern, foreign in rules:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return tuple(match.expand(part) for part in foreign)
-    raise KeyError(name)
-
-
-def load_vision(tower: nn.Module, config: VisionConfig) -> list[str]:
-    """Loads CLIP weights into a vision tower: a local safetensors or PyTorch file, else an open_clip tag (hub).
-
-    Returns:
-        Keys of the image encoder that are left out: the dropped block and the output projection.
-
-    Raises:
-        ValueError: the file or tag does not fit the tower.
-    """
-    path = Path(config.pretrained)
-    if path.is_file():
-        state = read_state_dict(path)
-    elif config.name is None:
-        raise ValueError(f"model.vision.pretrained {path}: no such file (nor a tag, as model.vision.name is null)")
-    else:
-        ensure_torchvision()
-        import open_clip
-
-        refuse_other_network(
-            tower.config, config.pretrained, open_clip.get_pretrained_cfg(config.name, config.pretrained)
-        )
-        try:
-            clip = open_clip.create_model(config.name, pretrained=config.pretrained, precision="fp32")
-        except (RuntimeError, OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"model.vision.pretrained {config.pretrained!r} is neither a file nor a tag of {config.name} that can"
-                f" be fetched ({reason}); give a local weights file, or null for random initialisation"
-            ) from error
-        state = clip.state_dict()
-    prefix = "" if "conv1.weight" in state else "visual."  # the image encoder alone, or in a whole CLIP
-    visual = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if not visual:
-        raise ValueError(
-            f"{path} holds no visual.* keys (found {', '.join(sorted(state)[:3])} ..); expected the state dict of a"
-            " CLIP of OpenAI or open_clip; models of timm and transformers are model.vision.name timm/NAME and hf/NAME"
-        )
-    with torch.no_grad():
-        used = fill(tower, visual, CLIP_RULES, source=f"model.vision.pretrained {config.pretrained}")
-    return sorted(set(visual) - {name for names in used.values() for name in names})
+    own, theirs = (rf"{blocks}\.{config.layers - 1}\..+" for blocks in (r"transformer\.resblocks", r"encoder\.layers"))
+    layouts = (
+        ("visual.", "conv1.weight", CLIP_RULES, "proj", own),
+        ("", "class_embedding", CLIP_RULES, "proj", own),  # the encoder alone
+        ("vision_model.", "embeddings.class_embedding", HF_CLIP_RULES, r"embeddings\.position_ids", theirs),
+    )
+    for prefix, known, rules, unused, last_block in layouts:
+        if prefix + known in state:
+            part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            return Foreign(part, rules, (unused, last_block) if config.drop_last_block else (unused,))
+    found = ", ".join(sorted(state)[:3]) or "nothing"
+    raise ValueError(
+        f"holds no visual.* keys (found {found} ..); expected the state dict of a CLIP model, of open_clip's or"
+        " transformers' names; towers of another kind are named by model.vision.name"
+    )
 
 
 def refuse_other_network(config: VisionConfig, tag: str, known: Mapping[str, Any]) -> None:
@@ -146,51 +136,36 @@ def refuse_other_activation(name: str, quick_gelu: bool, tag: str, known: Mappin
         raise ValueError(f"{tag}'s weights want {wanted}, which {name} has not; use model.vision.name {other}")
 
 
-def load_text(net: nn.Module, config: TextConfig) -> list[str]:
-    """Loads RoBERTa or BERT weights (Hugging Face name or folder) into the embedding and bottom layers of a network.
+def bert_bottom(state: Mapping[str, Tensor], foreign: Any, config: TextConfig) -> Foreign:
+    """Embedding and lower layers of a RoBERTa or BERT, given its configuration ``foreign`` (of transformers).
 
+    Left out: its upper layers, pooler and further token types.
     NOTE BERT's LayerNorm adds 1e-12 to the variance, RoBERTa's and ours 1e-5.
 
-    Returns:
-        Keys of the foreign model that are left out: its upper layers, pooler and further token types.
-
     Raises:
-        ValueError: no such model, or one of another kind, size or vocabulary.
+        ValueError: it computes something else with tensors of the same names and shapes.
     """
-    ensure_torchvision()
-    import transformers
-
-    source = f"model.text.pretrained {config.pretrained}"
-    try:
-        foreign = transformers.AutoModel.from_pretrained(config.pretrained, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model.text.pretrained {config.pretrained!r} can't be loaded ({reason}); give a folder with a RoBERTa or"
-            " BERT model in safetensors, or null for random initialisation"
-        ) from error
-    _refuse_other_text_model(foreign.config, config, source)
-    state = dict(foreign.state_dict())
-    state[FOREIGN_POSITIONS] = _positions_from_ours(state[FOREIGN_POSITIONS], _first_position(foreign.config))
-    half = nn.ModuleDict({"embedding": net.embedding, "bottom": net.bottom})
-    with torch.no_grad():
-        used = fill(half, state, ROBERTA_RULES, source=source)
-    return sorted(set(state) - {name for names in used.values() for name in names})
+    _refuse_other_text_model(foreign, config)
+    own = dict(state)
+    own[FOREIGN_POSITIONS] = _positions_from_ours(own[FOREIGN_POSITIONS], _first_position(foreign))
+    upper = "|".join(str(number) for number in range(config.bottom_layers, foreign.num_hidden_layers))
+    left_out = (rf"encoder\.layer\.({upper})\..+", r"pooler\..+", r"embeddings\.(position_ids|token_type_ids)")
+    return Foreign(own, ROBERTA_RULES, left_out)
 
 
-def _refuse_other_text_model(foreign: Any, config: TextConfig, source: str) -> None:
+def _refuse_other_text_model(foreign: Any, config: TextConfig) -> None:
     """Raises ValueError for a model that computes something else with tensors of the same names and shapes."""
     if foreign.model_type not in ("bert", *ROBERTA_KIND):
-        raise ValueError(f"{source} is of type {foreign.model_type}, expected roberta or bert; name one of these")
+        raise ValueError(f"is of type {foreign.model_type}, expected roberta or bert; name one of these")
     if foreign.num_attention_heads != config.heads:
         raise ValueError(
-            f"{source} has {foreign.num_attention_heads} attention heads, the model {config.heads}; set"
+            f"has {foreign.num_attention_heads} attention heads, the model {config.heads}; set"
             f" --model.text.heads {foreign.num_attention_heads}"
         )
     positions = getattr(foreign, "position_embedding_type", "absolute")
     if foreign.hidden_act != "gelu" or positions != "absolute":
         raise ValueError(
-            f"{source} has activation {foreign.hidden_act} and {positions} positions, expected gelu and absolute;"
+            f"has activation {foreign.hidden_act} and {positions} positions, expected gelu and absolute;"
             " name another model"
         )
 
@@ -204,78 +179,3 @@ def _positions_from_ours(table: Tensor, first: int) -> Tensor:
     """A position table whose first token stands at row ``first`` as one of ours, where it stands behind the padding."""
     ours = PAD_POSITION + 1
     return table if first == ours else torch.cat([table.new_zeros(ours, table.shape[1]), table[first:]])
-
-
-def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """A state dict from a safetensors file, or a PyTorch file without executing anything in it."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return plain_names(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file ({error}); fetch it again") from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here; all mean that the file can't be used
-        raise ValueError(
-            f"{path} is not a plain weights file ({type(error).__name__}); expected safetensors or a state dict saved"
-            " by torch.save"
-        ) from error
-    tensors = plain_names(loaded) if isinstance(loaded, Mapping) else {}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors by name; expected a state dict")
-    return tensors
-
-
-def plain_names(found: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict without what training programs wrap it in: {"model": ..}, "module.", "_orig_mod."."""
-    inner = next((found[key] for key in ("state_dict", "model", "module") if isinstance(found.get(key), Mapping)), None)
-    if inner is not None:
-        return plain_names(inner)
-    tensors = {key.replace("_orig_mod.", ""): value for key, value in found.items() if isinstance(value, Tensor)}
-    return {re.sub(r"^(module\.)+", "", key): value for key, value in tensors.items()}
-
-
-def fill(
-    module: nn.Module, state: Mapping[str, Tensor], rules: Rules, leave: Collection[str] = (), source: str = "weights"
-) -> dict[str, tuple[str, ...]]:
-    """Copies foreign tensors into every parameter of ``module`` but those to ``leave``, or into none; images' position
-    tables are resized. Returns our names with the foreign ones; raises ValueError that begins with ``source``."""
-    used, values = {}, []
-    for name, parameter in module.named_parameters():
-        if name in leave:
-            continue
-        try:
-            names = foreign_names(name, rules)
-        except KeyError:
-            raise ValueError(
-                f"{source}: the model has {name}, which the weights' layout does not know; released checkpoints need"
-                " model.behaviour released"
-            ) from None
-        try:
-            value = joined(name, names, state)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-        if name.endswith("position_embedding"):
-            value = resize_positions(value, round((parameter.shape[0] - 1) ** 0.5))
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"{source}: {names[0]} has shape {tuple(value.shape)}, the model's {name} {tuple(parameter.shape)};"
-                " width, patches and number of positions are options of the model, set them to the weights' sizes; the"
-                " vocabulary is that of data.tokenizer, name the weights' own"
-            )
-        values.append((parameter, value))
-        used[name] = names
-    for parameter, value in values:
-        parameter.copy_(value)
-    return used
-
-
-def joined(name: str, foreign: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor:
-    """The value of our parameter ``name``, made of the tensors named in ``foreign``; raises ValueError if one lacks."""
-    missing = [key for key in foreign if key not in state]
-    if missing:
-        raise ValueError(f"weights lack {missing[0]}, needed for {name}; are they of this kind of model and depth?")
-    value = torch.cat([state[key] for key in foreign]) if len(foreign) > 1 else state[foreign[0]]
-    return value[0] if name.endswith("token_type") and value.ndim == 2 else value

@@ -53,6 +53,11 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint folder RUN/checkpoints/step_N."""
+    return checkpoint.parent.parent
+
+
 def published(run: Path) -> list[Path]:
     """Checkpoint folders of a run by step, oldest first, not verified."""
     folder = run / "checkpoints"

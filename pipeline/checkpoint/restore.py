@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from model.frozen import frozen_source, frozen_tensors
 from pipeline.checkpoint.files import (
     KINDS,
     STATE,
@@ -132,7 +133,11 @@ def load_weights(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict
     Raises:
         CheckpointError: no whole checkpoint, or ``frozen`` is not what it refers to.
     """
-    path = resolve(Path(path))
+    return weights_in(resolve(Path(path)), frozen)
+
+
+def weights_in(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The same of a checkpoint folder that is known to be whole (``resolve``)."""
     found = None
     if frozen:
         found = {"source": "the frozen weights given", "names": sorted(frozen), "sha256": weights_hash(frozen)}
@@ -148,16 +153,29 @@ def load_weights(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict
 
 
 def load_into(model: nn.Module, path: Path) -> None:
-    """Gives a model, built without an engine, the weights of a run folder or a checkpoint folder.
+    """Gives a model, built without an engine, the weights of a checkpoint folder that is known to be whole.
+
+    Frozen parts of the model must have theirs already.
 
     Raises:
-        CheckpointError: no whole checkpoint, or one of a model of other parts, width, vocabulary or resolution.
+        CheckpointError: it is of a model of other parts, width, vocabulary or resolution, or was trained with other
+            frozen weights.
     """
-    weights = load_weights(path)
-    shapes_of = lambda tensors: {name: tuple(value.shape) for name, value in tensors.items()}  # noqa: E731
-    fix = "restore the config.yaml and tokenizer it was trained with"
-    _refuse_other_names(path, "weight", shapes_of(weights), shapes_of(model.state_dict()), fix)
-    model.load_state_dict(weights)
+    frozen = frozen_tensors(model)
+    _refuse_other_frozen(path, read_state(path).frozen, describe_frozen(model))
+    with Reader(path, kinds=("weight",)) as reader:
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in frozen}
+        fix = "restore the config.yaml and tokenizer it was trained with"
+        _refuse_other_names(path, "weight", reader.shapes("weight"), expected, fix)
+        model.load_state_dict(dict(reader.read_all("weight")), strict=False)
+
+
+def describe_frozen(model: nn.Module) -> dict[str, Any] | None:
+    """Source, names and SHA-256 of what is not trained; None when all is."""
+    frozen = frozen_tensors(model)
+    if not frozen:
+        return None
+    return {"source": frozen_source(model), "names": sorted(frozen), "sha256": weights_hash(frozen)}
 
 
 def _refuse_other_frozen(path: Path, saved: dict[str, Any] | None, found: dict[str, Any] | None) -> None:

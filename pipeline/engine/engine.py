@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch
+from model.frozen import persistent_buffers
 from pipeline.checkpoint.files import Piece
+from pipeline.checkpoint.restore import describe_frozen
 from pipeline.config.options import OptimConfig, TrainConfig
 from pipeline.distributed.ranks import Agreement, Place
-from pipeline.engine.full_state import FullState, describe_frozen
+from pipeline.engine.full_state import FullState
 from pipeline.engine.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pipeline.engine.veto import StepVeto
 from pipeline.incidents.guard import Guard, Verdict
@@ -93,7 +95,7 @@ class TrainEngine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=build_adamw(groups, optim), config=ds_config, dist_init_required=False
         )
-        for buffer in objective.buffers() if place.world_size > 1 else ():
+        for _, buffer in persistent_buffers(objective) if place.world_size > 1 else ():
             torch.distributed.broadcast(buffer.data, src=0)  # which DeepSpeed does for parameters only
         self._full_state = FullState(self._deepspeed, objective, self.stage, place)
         self._veto = StepVeto(self._deepspeed.optimizer, self.stage)

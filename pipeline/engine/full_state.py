@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import deepspeed
 import torch
@@ -20,7 +19,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from pipeline.checkpoint.files import MOMENTS, Piece, weights_hash
+from model.frozen import trained_buffers
+from pipeline.checkpoint.files import MOMENTS, Piece
 from pipeline.distributed.ranks import Place
 
 
@@ -34,7 +34,7 @@ class FullState:
     def shapes(self, kind: str, has_moments: bool) -> dict[str, tuple[int, ...]]:
         """Shape by name of every tensor that a checkpoint holds of ``kind``: "weight" or a moment.
 
-        Frozen parameters are not among them (``frozen`` refers to them), persistent buffers are.
+        Frozen parts are not among them (``frozen`` refers to them), persistent buffers of all others are.
         """
         trainable = {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -43,12 +43,12 @@ class FullState:
         }
         if kind != "weight":
             return trainable if has_moments else {}
-        return trainable | {name: tuple(buffer.shape) for name, buffer in _persistent_buffers(self._objective)}
+        return trainable | {name: tuple(buffer.shape) for name, buffer in trained_buffers(self._objective)}
 
     def read(self, keep: Container[str] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(name, {"weight", "exp_avg", "exp_avg_sq"}) in fp32, whole, on the host; every rank must iterate.
 
-        Frozen parameters are left out, persistent buffers come with their weight only, in their own dtype. Moments
+        Frozen parts are left out, persistent buffers come with their weight only, in their own dtype. Moments
         are there once a step was taken. A rank takes part in gathering the names that it does not ``keep`` (None keeps
         all), and gets an empty dict for them.
         """
@@ -63,7 +63,7 @@ class FullState:
                     if keep is None or name in keep:
                         kept[kind] = _on_host(value, copy=self._stage == 0)
                 yield name, kept
-        for name, buffer in _persistent_buffers(self._objective):
+        for name, buffer in trained_buffers(self._objective):
             yield name, {"weight": _on_host(buffer, copy=True)} if keep is None or name in keep else {}
 
     def pieces(self, owned: Container[str]) -> Iterator[Piece]:
@@ -83,7 +83,7 @@ class FullState:
             begin, held = self._held(parameter, kinds)
             if begin is not None:
                 yield Piece(name, begin, shape, {kind: _on_host(value, copy=True) for kind, value in held.items()})
-        for name, buffer in _persistent_buffers(self._objective):
+        for name, buffer in trained_buffers(self._objective):
             if name in owned:
                 yield Piece(name, 0, tuple(buffer.shape), {"weight": _on_host(buffer, copy=True)})
 
@@ -119,7 +119,7 @@ class FullState:
                 self._set(parameter, read(key, name), key)
             with self._whole(parameter):
                 parameter.data.copy_(weight)
-        for name, buffer in _persistent_buffers(self._objective):
+        for name, buffer in trained_buffers(self._objective):
             buffer.data.copy_(read("weight", name))
 
     @property
@@ -188,15 +188,6 @@ class FullState:
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
-def describe_frozen(objective: nn.Module) -> dict[str, Any] | None:
-    """Source, names and SHA-256 of the parameters that are not trained; None when all are."""
-    frozen = {name: value for name, value in objective.named_parameters() if not value.requires_grad}
-    if not frozen:
-        return None
-    source = getattr(objective, "frozen_source", None) or "an unnamed source"
-    return {"source": source, "names": sorted(frozen), "sha256": weights_hash(frozen)}
-
-
 def _zero3_local(parameter: nn.Parameter, kind: str) -> Tensor:
     if kind == "weight":
         return safe_get_local_fp32_param(parameter)
@@ -212,13 +203,6 @@ def _zero3_part(value: Tensor, parameter: nn.Parameter, place: Place) -> Tensor:
     end = min(begin + size, flat.numel())
     part[: end - begin] = flat[begin:end]
     return part
-
-
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, child in module.named_modules():
-        for name, buffer in child._buffers.items():
-            if buffer is not None and name not in child._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _on_host(value: Tensor, copy: bool) -> Tensor:

@@ -20,7 +20,8 @@ from model.build import build_objective
 from model.decode.mask_predict import ITERATIONS, mask_predict
 from model.decode.search import beam, greedy
 from model.decode.stream import decoder_of
-from pipeline.checkpoint.restore import load_into, resolve
+from pipeline.checkpoint.files import run_of
+from pipeline.checkpoint.restore import resolve
 from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, tokenizer_source
 from pipeline.data.shard_reader import Corpus
@@ -28,6 +29,7 @@ from pipeline.data.tokenizer import TextTokenizer, clean_caption, load_tokenizer
 from pipeline.data.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
 from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import summarise
+from pipeline.weights.starting import load_trained
 
 SAMPLES_NAME = "samples.json"
 THUMBNAIL_PIXELS = 192
@@ -99,7 +101,7 @@ def load_captioner(
     copy = run_of(checkpoint) / "tokenizer"
     tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
     longest = config.data.max_text_length
-    objective = build_objective(config.model, config.objective, tokenizer.vocabulary, longest, pretrained=False)
+    objective = build_objective(config.model, config.objective, tokenizer.vocabulary, longest)
     most = min(max_tokens or longest - 2, longest - 2)  # words without <s> and </s>
     if objective.name == "mlm":
         if beams > 1 or prompt:
@@ -107,7 +109,7 @@ def load_captioner(
         lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
     elif lengths is not None:
         raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
-    load_into(objective, checkpoint)
+    load_trained(objective, config.model, checkpoint)
     return Captioner(
         objective=objective.eval().to(device),
         tokenizer=tokenizer,
@@ -136,11 +138,6 @@ def _mlm_lengths(
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= most:
         raise ValueError(f"--lengths {' '.join(map(str, lengths))}: expected numbers of tokens from 1 to {most}")
     return sorted(set(lengths))
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint folder RUN/checkpoints/step_N."""
-    return checkpoint.parent.parent
 
 
 def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) -> Iterator[tuple[Item, str]]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
-from pipeline.checkpoint.restore import load_into, resolve
+from pipeline.checkpoint.restore import resolve
 from pipeline.config.options import Config, tokenizer_source
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement, Place
 from pipeline.loading.open_data import open_held_out
 from pipeline.tasks.task import EvaluationPass, Measurement, Task
+from pipeline.weights.starting import load_trained
 
 Run = Callable[[Callable[[Any, Batch], Measurement], Batch], Measurement]  # a function of objective and batch, applied
 
@@ -89,7 +90,7 @@ def evaluate_run(
             f"no split {config.data.eval_split!r} in {', '.join(config.data.paths)}; give --data or --split"
         )
     objective = task.build(config, tokenizer.vocabulary)
-    load_into(objective, checkpoint)
+    load_trained(objective, config.model, checkpoint)
     objective.eval().to(device)
     preparation = task.preparation(config, objective, tokenizer)
     passes = task.passes(config, objective, preparation, corpora, Place(0, 1, 0, "single"), device.type == "cuda")

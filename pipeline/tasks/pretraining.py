@@ -30,9 +30,7 @@ class Pretraining:
     num_images = 1
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
-        return build_objective(
-            config.model, config.objective, vocabulary, config.data.max_text_length, pretrained=False
-        )
+        return build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
         planner = objective.planner

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from model.batch import Batch
 from pipeline.checkpoint.files import defect
-from pipeline.checkpoint.restore import load_into
 from pipeline.config.command_line import config_of, load_config
 from pipeline.config.options import Config, flatten
 from pipeline.distributed.ranks import Place
@@ -23,6 +22,7 @@ from pipeline.incidents.module_statistics import module_statistics
 from pipeline.incidents.records import IncidentError, read_incident
 from pipeline.loading.open_data import TrainingBatches, TrainingData, open_training_data
 from pipeline.tasks.task import Task
+from pipeline.weights.starting import load_trained
 
 EXIT_REPRODUCED, EXIT_DIFFERENT = 0, 1
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}  # relative, of a loss; gradient norms get ten times that
@@ -81,7 +81,7 @@ def load_replay(
     config.train.steps, task = incident["step"] + 1, task_of(config)
     data = open_training_data(config, task.num_images)
     objective = task.build(config, data.tokenizer.vocabulary)
-    load_into(objective, weights_of)
+    load_trained(objective, config.model, weights_of)
     dtype = DTYPES[incident["topology"]["precision"]]
     objective = objective.to(device=device, dtype=dtype).train()
     return Replay(incident, config, data, task, objective, device)

@@ -36,7 +36,7 @@ from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.tasks.task import EvaluationPass, Score, Task
-from pipeline.weights.starting import describe_start, load_starting_weights
+from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     starting = None
     if opened.saved is None:
         starting = load_starting_weights(objective, config.model, opened.data.tokenizer, place, agreement)
+    else:
+        load_frozen(objective, config.model, place, agreement)
     lock = _lock(launch.output, ranks, opened.lock)  # of a new run only now: a mistake before this leaves no folder
     census = parameter_census(objective)
     prepare_deepspeed(ranks.device)
@@ -329,5 +331,11 @@ def copy_tokenizer(source: str | Path, output: Path) -> None:
     final, beside = output / "tokenizer", output / "tokenizer.tmp"
     if Path(source).is_dir() and not final.exists():
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(source, beside)
+        shutil.copytree(source, beside, ignore=_not_of_a_tokenizer)
         os.rename(beside, final)
+
+
+def _not_of_a_tokenizer(folder: str, names: list[str]) -> list[str]:
+    """What a model's folder holds besides its tokenizer: weights above all."""
+    kept = (".json", ".txt", ".model", ".jinja")
+    return [name for name in names if not name.endswith(kept) or (Path(folder) / name).is_dir()]

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from model.config import ModelConfig
-from model.weights.released import WEIGHTS_NAME, ImportReport, Layout, from_released, read_layout, to_released
+from model.weights.released import ImportReport, Layout, from_released, read_layout, to_released
 from pipeline.config.options import ConfigError
+from pipeline.weights.files import tensors_of, without_prefixes
 from pipeline.weights.inert_pickle import read_foreign
+from pipeline.weights.sources import IMPORTED
 
 REPORT_NAME, RECIPE_NAME = "import.json", "recipe.yaml"
 
@@ -30,14 +31,14 @@ def import_flm(checkpoint: Path, folder: Path, text_heads: int | None = None) ->
     if folder.exists():
         raise ConfigError(f"{folder} exists; choose another name or remove it")
     found = read_foreign(checkpoint)
-    state = {name: value for name, value in found.get("state_dict", found).items() if isinstance(value, Tensor)}
+    state = without_prefixes(tensors_of(found, checkpoint), checkpoint)
     layout = read_layout(state, text_heads or _text_heads(found))
     weights, report = from_released(state, layout)
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
-    save_file(tensors, partial / WEIGHTS_NAME)
+    save_file(tensors, partial / IMPORTED)
     recipe = {"model": _differences(dataclasses.asdict(layout.model)), "objective": {"name": layout.objective}}
     recipe["model"]["weights"] = str(folder.resolve())
     (partial / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -45,21 +46,21 @@ def import_flm(checkpoint: Path, folder: Path, text_heads: int | None = None) ->
     os.rename(partial, folder)
     print(
         f"{checkpoint}: {layout.objective}{f', {layout.task} head' if layout.task else ''}; {len(weights)} tensors in "
-        f"{folder / WEIGHTS_NAME}, {len(report.aliased)} second names, {len(report.dead)} keys that nothing reads"
+        f"{folder / IMPORTED}, {len(report.aliased)} second names, {len(report.dead)} keys that nothing reads"
     )
     return layout
 
 
 def export_flm(folder: Path, checkpoint: Path) -> None:
     """Write the released state dict of an imported model to ``checkpoint``."""
-    for name in (WEIGHTS_NAME, REPORT_NAME):
+    for name in (IMPORTED, REPORT_NAME):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: no {name} in it; expected a folder made by `import-flm`")
     if checkpoint.exists():
         raise ConfigError(f"{checkpoint} exists; choose another name or remove it")
     read = json.loads((folder / REPORT_NAME).read_text())
     report = ImportReport({name: tuple(keys) for name, keys in read["used"].items()}, read["aliased"], read["dead"])
-    state = to_released(load_file(folder / WEIGHTS_NAME), report)
+    state = to_released(load_file(folder / IMPORTED), report)
     torch.save({"state_dict": state}, checkpoint)
     print(f"{checkpoint}: {len(state)} tensors under the released names")
 
@@ -68,7 +69,7 @@ def _text_heads(found: dict[str, Any]) -> int | None:
     """The number of heads, where the checkpoint holds its settings."""
     settings = found.get("hyper_parameters")
     heads = settings.get("num_heads") if isinstance(settings, dict) else None
-    return heads if isinstance(heads, int) and heads > 0 else None
+    return heads if type(heads) is int and heads > 0 else None
 
 
 def _differences(settings: dict[str, Any], default: Any = None) -> dict[str, Any]:

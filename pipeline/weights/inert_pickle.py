@@ -21,7 +21,7 @@ _REBUILDS = {
 }
 
 
-class _Inert:
+class ForeignObject:
     """Stands for whatever a file named; keeps nothing and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -44,7 +44,7 @@ class Unpickler(pickle.Unpickler):
     """The unpickler that torch.load is given (as the attribute of that name of ``pickle_module``)."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if (module, name) in _REBUILDS else _Inert
+        return super().find_class(module, name) if (module, name) in _REBUILDS else ForeignObject
 
 
 class _PickleModule:
@@ -66,6 +66,9 @@ def read_foreign(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not a file saved by torch.save of PyTorch 1.6 or later; convert it there first")
+    with zipfile.ZipFile(path) as archive:
+        if any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist()):
+            raise ValueError(f"{path}: is a TorchScript program, which reading would run; save its state_dict instead")
     try:
         found = torch.load(path, map_location="cpu", pickle_module=_PickleModule, weights_only=False)
     except Exception as error:  # unpickling foreign bytes fails in many ways; all mean that the file cannot be used

@@ -1,4 +1,4 @@
-"""Which weights a fresh run starts from: rank 0 decides and loads them, the engine gives them to all other ranks.
+"""Which weights a model starts from: rank 0 decides and loads them, the engine gives them to all other ranks.
 
 ``auto`` takes the paper's, CLIP's and RoBERTa's, where they can be had and fit, else random ones, and says why.
 """
@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from model.config import AUTO, ModelConfig, TextConfig, VisionConfig
 from model.objectives.pretraining import Pretraining
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
-from model.weights.external import load_tower, published_files
-from model.weights.released import load_imported
-from model.weights.towers import load_text, refuse_other_network
+from model.weights.start import Loaded
+from model.weights.towers import refuse_other_network
+from pipeline.checkpoint.files import run_of, step_of
+from pipeline.checkpoint.restore import load_into
 from pipeline.config.options import ConfigError
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.distributed.ranks import Agreement, Place
+from pipeline.weights.external import published_files
 from pipeline.weights.hub import Hub, HubError
+from pipeline.weights.sources import load_model, load_text, load_vision, load_vision_tower
 
 CLIP_TAG, CLIP_FILE = "openai", "open_clip_model.safetensors"
 ROBERTA, ROBERTA_LAYERS, ROBERTA_TOKENS = "roberta-base", 12, 50265
@@ -34,6 +40,7 @@ class Start:
     asked: str | None
     taken: str | None
     reason: str | None = None
+    names: Loaded | None = None  # what became of each of them
 
 
 def load_starting_weights(
@@ -55,22 +62,51 @@ def load_starting_weights(
     Raises:
         ConfigError: on every rank, if weights that were named can't be had or do not fit.
     """
-    found: dict[str, dict[str, Any]] | str | None = None
+
+    def load() -> dict[str, dict[str, Any]]:
+        starts = _load(objective, config, tokenizer, hub or Hub())
+        return {name: dataclasses.asdict(start) for name, start in starts.items()}
+
+    return _on_rank_0(load, place, agreement)
+
+
+def load_frozen(objective: nn.Module, config: ModelConfig, place: Place, agreement: Agreement) -> None:
+    """Load the frozen parts of a model whose other weights come from a checkpoint; raises as the above."""
+    if config.vision.frozen:
+        _on_rank_0(lambda: load_vision_tower(objective.net.vision, config), place, agreement)
+
+
+def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) -> None:
+    """Give a model, built without an engine, all weights of a checkpoint, its frozen parts included.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another model, or frozen weights are no longer those it was
+            trained with.
+    """
+    load_frozen(objective, config, Place(0, 1, 0, "single"), Agreement())
+    load_into(objective, checkpoint)
+
+
+def _on_rank_0(load: Callable[[], Any], place: Place, agreement: Agreement) -> Any:
+    """What ``load`` returns to rank 0, on every rank; its ValueError is every rank's ConfigError."""
+    found, error = None, None
     if place.is_main:
         try:
-            starts = _load(objective, config, tokenizer, hub or Hub())
-            found = {name: dataclasses.asdict(start) for name, start in starts.items()}
-        except ValueError as error:
-            found = str(error)
-    found = agreement.gather(found)[0]
-    if isinstance(found, str):
-        raise ConfigError(found)
+            found = load()
+        except ValueError as refused:
+            error = str(refused)
+    found, error = agreement.gather((found, error))[0]
+    if error is not None:
+        raise ConfigError(error)
     return found
 
 
 def describe_start(starting: dict[str, dict[str, Any]]) -> tuple[str, list[str]]:
     """One line that says what the model starts from, and a warning for every tower that did not get the paper's."""
-    parts = (f"{name} {start['taken'] or 'random'}" for name, start in starting.items())
+    parts = []
+    for name, start in starting.items():
+        names = start.get("names")
+        parts.append(f"{name} {start['taken'] or 'random'}{f' ({Loaded(**names)})' if names else ''}")
     warnings = [
         f"WARNING: the {name} tower starts from RANDOM weights: {start['reason']}. "
         f"--model.{name}.pretrained {CLIP_TAG if name == 'vision' else ROBERTA} makes this an error, "
@@ -83,8 +119,8 @@ def describe_start(starting: dict[str, dict[str, Any]]) -> tuple[str, list[str]]
 
 def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer, hub: Hub) -> dict[str, Start]:
     if config.weights:
-        load_imported(objective, Path(config.weights))
-        return {"model": Start(config.weights, config.weights)}
+        _refuse_other_tokens_of_run(config.weights, tokenizer)
+        return {"model": Start(config.weights, config.weights, names=load_model(objective, config.weights))}
     net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
     return {"vision": _load_vision(net, config, hub), "text": _load_text(net, config, tokenizer, hub)}
 
@@ -94,15 +130,14 @@ def _load_vision(net: Any, config: ModelConfig, hub: Hub) -> Start:
     if asked is None:
         return Start(None, None)
     if asked != AUTO:
-        load_tower(net.vision, config.vision)
-        return Start(asked, asked)
+        return Start(asked, asked, names=load_vision(net.vision, config.vision))
     try:
         is_clip = isinstance(net.vision, VisionTower)
         file = _clip_file(net.vision, hub) if is_clip else _external_file(config.vision, hub)
-        load_tower(net.vision, dataclasses.replace(config.vision, pretrained=str(file)))
+        names = load_vision(net.vision, dataclasses.replace(config.vision, pretrained=str(file)))
     except ValueError as error:
         return Start(asked, None, _one_line(error))
-    return Start(asked, f"{CLIP_TAG if is_clip else config.vision.name} ({file})")
+    return Start(asked, f"{CLIP_TAG if is_clip else config.vision.name} ({file})", names=names)
 
 
 def _external_file(config: VisionConfig, hub: Hub) -> Path:
@@ -131,15 +166,14 @@ def _load_text(net: Any, config: ModelConfig, tokenizer: TextTokenizer, hub: Hub
     if asked is None:
         return Start(None, None)
     if asked != AUTO:
-        load_text(net, config.text)
         _refuse_other_tokens(asked, tokenizer, hub)
-        return Start(asked, asked)
+        return Start(asked, asked, names=load_text(net, config.text))
     try:
         folder = _roberta_folder(config.text, tokenizer, hub)
-        load_text(net, dataclasses.replace(config.text, pretrained=str(folder)))
+        names = load_text(net, dataclasses.replace(config.text, pretrained=str(folder)))
     except ValueError as error:
         return Start(asked, None, _one_line(error))
-    return Start(asked, f"{ROBERTA} ({folder})")
+    return Start(asked, f"{ROBERTA} ({folder})", names=names)
 
 
 def _roberta_folder(config: TextConfig, tokenizer: TextTokenizer, hub: Hub) -> Path:
@@ -180,11 +214,22 @@ def _refuse_other_tokens(source: str, tokenizer: TextTokenizer, hub: Hub) -> Non
         folder = Path(source) if Path(source).is_dir() else hub.folder(source, VOCABULARY_FILE)
     except HubError:
         return
+    _refuse_tokens_other_than(folder, tokenizer, f"model.text.pretrained {source}")
+
+
+def _refuse_other_tokens_of_run(weights: str, tokenizer: TextTokenizer) -> None:
+    """The same for ``model.weights``, a run folder or a checkpoint folder in it."""
+    folder = Path(weights)
+    run = folder if step_of(folder) is None else run_of(folder)
+    _refuse_tokens_other_than(run / "tokenizer", tokenizer, f"model.weights {weights}")
+
+
+def _refuse_tokens_other_than(folder: Path, tokenizer: TextTokenizer, source: str) -> None:
     other = _other_token(tokenizer, folder / VOCABULARY_FILE) if (folder / VOCABULARY_FILE).is_file() else None
     if other:
         raise ValueError(
-            f"model.text.pretrained {source}: the tokenizer {tokenizer.source} is not the one that its words were"
-            f" learned with ({other}); use --data.tokenizer {source}"
+            f"{source}: the tokenizer {tokenizer.source} is not the one that its words were learned with ({other});"
+            f" use --data.tokenizer {folder}"
         )
 
 

@@ -19,7 +19,7 @@ from model.config import ModelConfig, TextConfig, VisionConfig, Vocabulary, obje
 from model.plans.builder import PlanBuilder
 from model.plans.mlm import MLMPlanner
 from model.weights.released import RULES_OF, import_released
-from model.weights.towers import foreign_names
+from model.weights.start import foreign_names
 from tests.released_fixture import released_fixture
 from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm, with_text
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.flops import forward_macs
+from model.frozen import freeze
 from tests.tiny_flm import VOCABULARY, caption, images, pair_rows, tiny_flm
 
 
@@ -30,3 +31,15 @@ def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch, name: str, strea
     expected = 2 * sum(forward_macs(objective.config, objective.net.vision, VOCABULARY.size, batch, streams).values())
     assert abs(counter.get_total_flops() / expected - 1) < 0.01
     assert objective.flops(batch) == 3 * expected
+
+
+def test_a_frozen_tower_costs_its_forward_pass_only(monkeypatch):
+    """Two thirds of the tower's share go, within 1 % of PyTorch's count."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
+    trained, frozen = tiny_flm(), tiny_flm()
+    frozen.config.vision.frozen = True
+    freeze(frozen.net.vision, "somewhere")
+    batch = trained.planner(images(3), pair_rows([caption(5), caption(9), caption(2)]))
+    with FlopCounterMode(display=False) as counter:
+        assert not frozen.net.vision(batch.images[:, 0]).requires_grad
+    assert trained.flops(batch) - frozen.flops(batch) == pytest.approx(2 * counter.get_total_flops(), rel=0.01)

@@ -153,10 +153,11 @@ def test_a_tokenizer_copied_in_part_is_no_tokenizer(tmp_path: Path, monkeypatch:
     source, output = tmp_path / "source", tmp_path / "run"
     source.mkdir()
     output.mkdir()
-    for name in ("a.json", "b.json"):
+    (source / "onnx").mkdir()
+    for name in ("a.json", "b.json", "model.safetensors", "onnx/c.json"):  # a model's folder, weights and all
         (source / name).write_text(name)
 
-    def killed_half_way(_: Path, target: Path) -> None:
+    def killed_half_way(_: Path, target: Path, **__) -> None:
         target.mkdir()
         (target / "a.json").write_text("a.")
         raise KeyboardInterrupt

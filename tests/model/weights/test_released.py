@@ -13,7 +13,7 @@ from model.build import build_objective
 from model.config import FLMOptions, ModelConfig, TextConfig, VisionConfig, Vocabulary
 from model.vision.clip import resize_positions
 from model.weights.released import RELEASED_RULES, import_released
-from model.weights.towers import foreign_names
+from model.weights.start import foreign_names
 from tests.oracle import load_oracle
 from tests.released_fixture import released_fixture
 

@@ -14,7 +14,7 @@ from model.build import build_objective
 from model.config import FLMOptions, ModelConfig, TextConfig, VisionConfig, objective_options
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import IMAGE_MEAN, IMAGE_STD, VisionTower, resolve_sizes
-from model.weights.towers import load_text, load_vision
+from pipeline.weights.sources import load_text, load_vision
 from tests.tiny_flm import VOCABULARY, tiny_config, tiny_flm
 
 ensure_torchvision()
@@ -52,15 +52,15 @@ def test_vision_tower_equals_open_clip(quick_gelu: bool, tmp_path: Path):
         drop_last_block=False,
     )
     ours = VisionTower(config).eval()
-    assert load_vision(ours, config) == ["proj"]
+    assert load_vision(ours, config).dropped == ["proj"]
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     _, tokens = theirs((pixels.float() / 255 - mean) / std)
     torch.testing.assert_close(ours(pixels)[:, 1:], tokens, rtol=1e-4, atol=1e-5)
 
     shorter = VisionTower(dataclasses.replace(config, drop_last_block=True, image_size=96))
-    left_out = load_vision(shorter, shorter.config)
-    assert "transformer.resblocks.2.attn.in_proj_weight" in left_out and shorter.position_embedding.shape == (37, 64)
+    found = load_vision(shorter, shorter.config)
+    assert "transformer.resblocks.2.attn.in_proj_weight" in found.dropped and found.resized == ["position_embedding"]
 
 
 def save_text_model(folder: Path, kind: str = "roberta", **changes) -> torch.nn.Module:
@@ -90,6 +90,7 @@ def test_bottom_layers_equal_those_of_transformers(tmp_path: Path, kind: str):
     config = tiny_config()
     config.text.pretrained = str(tmp_path)
     net = build_objective(config, FLMOptions(), VOCABULARY, 24).eval().net
+    load_text(net, config.text)
 
     ids = torch.tensor([[0, 5, 6, 7, 2, 1], [0, 9, 8, 7, 6, 2]])
     lengths = torch.tensor([5, 6])
@@ -145,7 +146,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no visual"):
         load_vision(VisionTower(config), dataclasses.replace(config, pretrained=str(file)))
     with pytest.raises(ValueError, match=r"model\.text\.pretrained"):
-        build_objective(ModelConfig(vision=config, text=TextConfig(pretrained=str(tmp_path))), FLMOptions(), VOCABULARY)
+        load_text(tiny_flm().net, TextConfig(pretrained=str(tmp_path)))
 
 
 def test_sizes_by_open_clip_name():
@@ -216,14 +217,16 @@ def test_image_weights_of_another_width_or_patch_are_refused(tmp_path: Path, cha
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"hidden_size": 48}, r"\(48,\), .*\(32,\)"), ({"vocab_size": 70}, r"\(70, 32\), .*\(61, 32\)")],
+    [
+        ({"hidden_size": 48}, r"has shape \(61, 48\), .*\(61, 32\)"),
+        ({"vocab_size": 70}, "has 70 tokens, the tokenizer 61; read captions as it does: --data.tokenizer "),
+    ],
 )
 def test_text_weights_of_another_width_or_vocabulary_are_refused(tmp_path: Path, change: dict, named: str):
     save_text_model(tmp_path, **change)
-    config = tiny_config()
-    config.text.pretrained = str(tmp_path)
-    with pytest.raises(ValueError, match=f"model.text.pretrained .*has shape {named};"):
-        build_objective(config, FLMOptions(), VOCABULARY, 24)
+    net, config = tiny_flm().net, TextConfig(pretrained=str(tmp_path), heads=2, bottom_layers=2)
+    with pytest.raises(ValueError, match=f"model.text.pretrained .*{named}"):
+        load_text(net, config)
 
 
 def test_real_size_parameter_counts():

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from model.config import TextConfig, VisionConfig
-from model.weights.towers import load_text, load_vision
 from pipeline.checkpoint import files as checkpoint_files
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import KINDS, CheckpointError, defect, newest_valid, seal, weights_hash
@@ -17,6 +16,7 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.options import Config
 from pipeline.generate import main as generate
+from pipeline.weights.sources import load_text, load_vision
 from tests.forked_ranks import run_ranks
 from tests.pipeline.engine.test_engine import global_loss, make_engine, micro_batches, tiny_config
 from tests.tiny_objective import TinyObjective

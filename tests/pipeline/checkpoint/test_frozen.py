@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from model.frozen import freeze, frozen_tensors
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import KINDS, CheckpointError, Reader, checkpoint_path, weights_hash
 from pipeline.checkpoint.saver import Saver
@@ -14,9 +19,27 @@ from pipeline.checkpoint.state import RunState
 from pipeline.config.options import Config
 from tests.forked_ranks import run_ranks
 from tests.pipeline.engine.test_engine import global_loss, make_engine, micro_batches, tiny_config
-from tests.tiny_objective import TinyObjective
+from tests.tiny_objective import WIDTH, TinyObjective, tiny_batch
 
-FROZEN = ["image.bias", "image.weight", "norm.bias", "norm.weight"]
+FROZEN_TOWER = [
+    "batch_norm.bias",
+    "batch_norm.num_batches_tracked",
+    "batch_norm.running_mean",
+    "batch_norm.running_var",
+]
+FROZEN_TOWER += ["batch_norm.weight", "bias", "weight"]
+FROZEN = [*(f"image.{name}" for name in FROZEN_TOWER), "norm.bias", "norm.weight"]
+
+
+class Tower(nn.Linear):
+    """What must not move in training: batch statistics and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__(3, WIDTH)
+        self.batch_norm, self.dropout = nn.BatchNorm1d(WIDTH), nn.Dropout(0.5)
+
+    def forward(self, colours: Tensor) -> Tensor:
+        return self.dropout(self.batch_norm(super().forward(colours)))
 
 
 class PartlyFrozen(TinyObjective):
@@ -24,12 +47,14 @@ class PartlyFrozen(TinyObjective):
 
     def __init__(self, source: str = "tower-v1", shift: float = 0.0, frozen: tuple[str, ...] = ("image", "norm")):
         super().__init__()
-        self.frozen_source = source
+        self.image = Tower()
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for tensor in [*self.image.parameters(), *self.image.buffers()]:
+                if tensor.is_floating_point():
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5 + shift)
         for name in frozen:
-            module = getattr(self, name)
-            for parameter in module.parameters():
-                torch.nn.init.constant_(parameter, 0.3 + shift)
-            module.requires_grad_(False)
+            freeze(getattr(self, name), source)
 
 
 def train(place, config: Config, stage: int, run: Path, stop: int, objective) -> list[float]:
@@ -56,10 +81,10 @@ def test_frozen_weights_are_referred_to(tmp_path: Path, stage: int, world_size: 
     with Reader(path) as reader:
         assert not {name for kind in KINDS for name in reader.shapes(kind)} & set(FROZEN)
 
-    with pytest.raises(CheckpointError, match="4 frozen ones of tower-v1"):
+    with pytest.raises(CheckpointError, match="9 frozen ones of tower-v1"):
         restore.load_weights(path)
     with pytest.raises(CheckpointError, match="frozen weights: missing norm.bias, norm.weight"):
-        restore.load_weights(path, {name: tower[name] for name in FROZEN[:2]})
+        restore.load_weights(path, {name: tower[name] for name in FROZEN[:-2]})
     model.load_state_dict(restore.load_weights(path, tower))
 
     run_ranks(world_size, train, config, stage, tmp_path, 4, PartlyFrozen)
@@ -69,7 +94,7 @@ def test_frozen_weights_are_referred_to(tmp_path: Path, stage: int, world_size: 
     assert f"frozen weights of tower-v1 with SHA-256 {state.frozen['sha256']}" in messages[0]
     assert f"found tower-v2 with {weights_hash(other_tower)}" in messages[0]
     assert "frozen weights: missing norm.bias, norm.weight;" in messages[1]
-    assert "frozen weights: missing image.bias, image.weight, norm.bias and 1 more;" in messages[2]
+    assert "frozen weights: missing image.batch_norm.bias, " in messages[2] and " and 6 more;" in messages[2]
 
 
 def refusals(place, config: Config, stage: int, path: Path, objectives: list) -> list[str]:
@@ -81,6 +106,97 @@ def refusals(place, config: Config, stage: int, path: Path, objectives: list) ->
             restore.load(path, engine)
         messages.append(str(error.value))
     return messages
+
+
+def what_training_does(place, config: Config, stage: int, run: Path) -> dict[str, Any]:
+    """Three steps and a checkpoint of a model of which only rank 0 was given the frozen weights."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def objective() -> PartlyFrozen:
+        built = PartlyFrozen(shift=0.0 if place.is_main else 0.7)
+        built.image.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        return built
+
+    engine, agreement = make_engine(place, config, stage, objective)
+    for step in range(2):
+        engine.step(step, micro_batches(config, place, step))
+    with engine.scoring() as score:
+        score(PartlyFrozen.score, tiny_batch([0, 1, 2]))
+    losses = [global_loss(engine, agreement, engine.step(2, micro_batches(config, place, 2)))]
+    saver = Saver(run, engine, config.train, place, agreement)
+    assert saver.save(RunState(step=3)) and saver.wait()
+    model = engine.objective
+    modes = {name for name, module in model.named_modules() if module.training}
+    stepped = [name for name, _ in engine.named_state()]
+    with _whole([value for value in model.parameters() if not value.requires_grad]):
+        weights = {name: value.detach().float().clone().numpy() for name, value in frozen_tensors(model).items()}
+    gradients = [name for name, value in model.named_parameters() if name in weights and value.grad is not None]
+    outputs = [
+        (colours.float().numpy(), output.detach().float().numpy(), output.requires_grad) for colours, output in seen
+    ]
+    return {
+        "losses": losses,
+        "training": modes,
+        "stepped": stepped,
+        "frozen": weights,
+        "gradients": gradients,
+        "outputs": outputs,
+    }
+
+
+def _whole(parameters: list[nn.Parameter]):
+    import deepspeed
+
+    is_divided = hasattr(parameters[0], "ds_id")
+    return deepspeed.zero.GatheredParameters(parameters) if is_divided else nullcontext()
+
+
+@pytest.mark.slow
+def test_a_frozen_tower_does_not_move_at_any_stage(tmp_path: Path) -> None:
+    """Dropout and batch statistics stay off in the forward passes of training, compared with the closed form; every
+    rank has rank 0's weights and buffers; and every stage trains the same model."""
+    expected = PartlyFrozen()
+    tower = {name: value.double() for name, value in expected.image.state_dict().items()}
+    losses = []
+    for stage in range(4):
+        for found in run_ranks(2, what_training_does, tiny_config(), stage, tmp_path / str(stage)):
+            assert {name.split(".")[0] for name in found["training"]} == {
+                "",
+                "embedding",
+                "cross",
+                "dropout",
+                "head",
+                "odd",
+            }
+            assert not {*FROZEN} & {*found["stepped"]} and found["gradients"] == []
+            for name, value in frozen_tensors(expected).items():
+                assert torch.equal(torch.as_tensor(found["frozen"][name]), value.float()), (stage, name)
+            assert len(found["outputs"]) == 3 * 2 + 1
+            for colours, output, requires_grad in found["outputs"]:
+                linear = torch.from_numpy(colours).double() @ tower["weight"].T + tower["bias"]
+                scaled = (linear - tower["batch_norm.running_mean"]) / (tower["batch_norm.running_var"] + 1e-5).sqrt()
+                closed = scaled * tower["batch_norm.weight"] + tower["batch_norm.bias"]
+                torch.testing.assert_close(torch.from_numpy(output).double(), closed, rtol=1e-5, atol=1e-5)
+                assert not requires_grad, "activations are kept for a backward pass that is never made"
+            losses.append(found["losses"])
+    assert all(found == pytest.approx(losses[0], abs=1e-5) for found in losses)
+    for stage, (other_stage, world_size) in enumerate([(3, 1), (2, 2), (0, 1), (1, 2)]):
+        found = run_ranks(world_size, train, tiny_config(), other_stage, tmp_path / str(stage), 5, PartlyFrozen)
+        losses.append(found[0])
+    assert all(found == pytest.approx(losses[-1], abs=1e-5) for found in losses[-4:])
+
+
+def test_frozen_is_frozen_whatever_is_called() -> None:
+    model = PartlyFrozen().train()
+    model.image.train()
+    for module in model.image.modules():
+        module.train()
+    twin = copy.deepcopy(model).train()
+    for one in (model, twin):
+        assert one.training and one.head.training
+        assert not any(module.training for module in [*one.image.modules(), one.norm])
+    assert twin.image.train() is twin.image, "a copy speaks for itself"
+    assert frozen_tensors(model).keys() == {*FROZEN} and not model.image.weight.requires_grad
 
 
 class OneMore(TinyObjective):

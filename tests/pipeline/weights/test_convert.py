@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from model.build import build_objective
-from model.config import FLMOptions, Vocabulary
-from model.weights.released import from_released, import_released, load_imported, read_layout, to_released
+from model.config import FLMOptions, ModelConfig, Vocabulary
+from model.weights.released import from_released, import_released, read_layout, to_released
+from model.weights.start import Loaded
 from pipeline.config.command_line import parse_command_line
 from pipeline.convert import main
+from pipeline.weights.sources import load_model
 from tests.model.weights.test_released import released_objective
 from tests.oracle import oracle_file
 from tests.released_fixture import released_fixture
@@ -63,29 +65,57 @@ def test_import_gives_the_weights_of_the_importer_and_export_goes_back(checkpoin
     assert all(torch.equal(value, released_state[name]) for name, value in returned.items())
 
 
+def started(model: ModelConfig, vocabulary_size: int = 292) -> tuple[torch.nn.Module, Loaded]:
+    built = build_objective(model, FLMOptions(), Vocabulary(vocabulary_size, 0, 1, 2, 291), 16)
+    return built, load_model(built, model.weights)
+
+
 def test_training_starts_from_an_imported_model(checkpoint, tmp_path) -> None:
     out = tmp_path / "imported"
     assert main(["import-flm", str(checkpoint), str(out)]) == 0
     launch = parse_command_line(["--recipe", str(out / "recipe.yaml"), "--model.behaviour", "default"])
     model = launch.config.model
     assert model.text.heads == 4 and model.vision.image_size == 96 and model.weights == str(out)
-    built = build_objective(model, launch.config.objective, Vocabulary(292, 0, 1, 2, 291), 16)
+    built, found = started(model)
     imported = load_file(out / "weights.safetensors")
     assert all(torch.equal(imported[n], p) for n, p in built.named_parameters() if not n.startswith("itm_head"))
-    assert load_imported(built, out) == ["itm_head.weight", "itm_head.bias"]
+    assert (found.fresh, found.dropped, found.resized) == (["itm_head.weight", "itm_head.bias"], [], [])
     model.vision.image_size = 128  # another resolution: the position table is resized
-    larger = build_objective(model, launch.config.objective, Vocabulary(292, 0, 1, 2, 291), 16)
+    larger, found = started(model)
     assert larger.net.vision.position_embedding.shape[0] == 1 + 16
+    assert found.resized == ["net.vision.position_embedding"]
+
+
+def fine_tuned(released_state: dict[str, torch.Tensor], head: str) -> dict[str, torch.Tensor]:
+    """As the release fine-tunes: a head of the task instead of the language model's, a type for a second image."""
+    state = {name: value for name, value in released_state.items() if not name.startswith("lm_score")}
+    types = state["token_type_embeddings.weight"]
+    state["token_type_embeddings.weight"] = torch.cat([types, types[1:] + 1])
+    return state | {f"{head}.0.weight": torch.ones(8, 64), f"{head}.0.bias": torch.zeros(8)}
+
+
+@pytest.mark.parametrize("head", ["vqa_classifier", "nlvr2_classifier", "rank_output"])
+def test_training_starts_from_a_fine_tuned_release_too(released_state, tmp_path, head: str) -> None:
+    """Its task's head goes, ours begin anew; the network comes whole, without a type for the second image."""
+    torch.save({"state_dict": fine_tuned(released_state, head)}, tmp_path / "tuned.ckpt")
+    assert main(["import-flm", str(tmp_path / "tuned.ckpt"), str(tmp_path / "out"), "--text-heads", "4"]) == 0
+    model = parse_command_line(["--recipe", str(tmp_path / "out" / "recipe.yaml")]).config.model
+    built, found = started(model)
+    assert found.dropped == [f"task.{head}.0.bias", f"task.{head}.0.weight"]
+    assert all(name.startswith("lm_head.") for name in found.fresh) and len(found.fresh) == 6
+    assert found.resized == ["net.type_embedding.weight"]
+    types = load_file(tmp_path / "out" / "weights.safetensors")["net.type_embedding.weight"]
+    assert len(types) == 3 and torch.equal(built.net.type_embedding.weight, types[:2])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda m: setattr(m.text, "ffn_width", 128), r"model.weights .*shape \(256, 64\).*\(128, 64\)"),
-        (lambda m: setattr(m.text, "width", 128), r"model.weights .*shape \(64,\), .*\(128,\)"),
+        (lambda m: setattr(m.text, "width", 128), r"model.weights .*shape \(292, 64\), .*\(292, 128\)"),
         (lambda m: setattr(m.text, "max_positions", 80), r"model.weights .*shape \(66, 64\).*\(80, 64\)"),
-        (lambda m: setattr(m.reconstructor, "top_layers", 2), "that an flm model of these sizes does not"),
-        (lambda m: setattr(m, "weights", "nowhere"), "expected a folder made by"),
+        (lambda m: setattr(m.reconstructor, "top_layers", 2), r"no place for net\.reconstructor_top\.2.* and 11 more;"),
+        (lambda m: setattr(m, "weights", "nowhere"), "a folder made by"),
     ],
 )
 def test_a_model_of_other_sizes_is_refused(checkpoint, tmp_path, change, message: str) -> None:
@@ -93,14 +123,14 @@ def test_a_model_of_other_sizes_is_refused(checkpoint, tmp_path, change, message
     model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
     change(model)
     with pytest.raises(ValueError, match=message):
-        build_objective(model, FLMOptions(), Vocabulary(292, 0, 1, 2, 291), 16)
+        started(model)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, tmp_path) -> None:
     assert main(["import-flm", str(checkpoint), str(tmp_path / "imported")]) == 0
     model = parse_command_line(["--recipe", str(tmp_path / "imported" / "recipe.yaml")]).config.model
-    with pytest.raises(ValueError, match=r"model.weights .*shape \(292, 64\).*\(300, 64\); "):
-        build_objective(model, FLMOptions(), Vocabulary(300, 0, 1, 2, 291), 16)
+    with pytest.raises(ValueError, match=r"model.weights .*shape \(292, 64\).*\(300, 64\); width, .*vocabulary"):
+        started(model, vocabulary_size=300)
 
 
 def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path) -> None:
@@ -113,6 +143,43 @@ def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path) -> Non
         torch.load(path, weights_only=True)
 
 
+class WritesFile(torch.nn.Module):
+    """TorchScript runs ``__setstate__`` when it is read, and may write files in it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path, self.tensor = path, torch.zeros(1)
+
+    def forward(self) -> torch.Tensor:
+        return self.tensor
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, torch.Tensor, bool]:
+        return self.path, self.tensor, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]) -> None:
+        self.path, self.tensor, self.training = state
+        torch.save(self.tensor, self.path)
+
+
+def test_a_program_is_refused_before_it_is_read(tmp_path: Path, capsys) -> None:
+    """Invariant 7."""
+    path, trace = tmp_path / "program.ckpt", tmp_path / "trace"
+    torch.jit.script(WritesFile(str(trace))).save(path)
+    torch.jit.load(path)
+    assert trace.is_file(), "the program does run where it is let"
+    trace.unlink()
+    assert main(["import-flm", str(path), str(tmp_path / "out")]) == 2
+    assert "is a TorchScript program" in capsys.readouterr().err and not trace.exists()
+
+
+def mixed_up(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A key of 32 rows and a value of 96, together as many as the key and value of 64 each that belong there."""
+    name = "text_transformer.encoder.layer.0.attention.self.{}.weight"
+    return state | {name.format("key"): torch.zeros(32, 64), name.format("value"): torch.zeros(96, 64)}
+
+
 def test_files_that_do_not_fit_are_one_line(checkpoint, released_state, tmp_path: Path, capsys) -> None:
     def refused(*arguments: str) -> str:
         assert main([*map(str, arguments)]) == 2
@@ -121,7 +188,7 @@ def test_files_that_do_not_fit_are_one_line(checkpoint, released_state, tmp_path
         assert error.count("\n") == 1
         return error
 
-    cut, other, odd = (tmp_path / name for name in ("cut.ckpt", "other.ckpt", "odd.ckpt"))
+    cut, other, odd, wrong = (tmp_path / name for name in ("cut.ckpt", "other.ckpt", "odd.ckpt", "wrong.ckpt"))
     cut.write_bytes(checkpoint.read_bytes()[:20_000])
     torch.save({"state_dict": {"layer.weight": torch.zeros(2)}}, other)
     torch.save({"state_dict": {**released_state, "surprise.weight": torch.zeros(2)}}, odd)
@@ -129,6 +196,12 @@ def test_files_that_do_not_fit_are_one_line(checkpoint, released_state, tmp_path
     assert "not a file saved by torch.save" in refused("import-flm", cut, tmp_path / "out")
     assert "no tensor text_transformer" in refused("import-flm", other, tmp_path / "out")
     assert "surprise.weight" in refused("import-flm", odd, tmp_path / "out", "--text-heads", "4")
+    contents = {"NoneType": None, "list": [], "ForeignObject": Callback(), "named 3": {3: torch.zeros(1)}}
+    for message, content in contents.items():
+        torch.save({"state_dict": content}, wrong)
+        assert message in refused("import-flm", wrong, tmp_path / "out")
+    torch.save({"state_dict": mixed_up(released_state)}, wrong)
+    assert "of equal shape" in refused("import-flm", wrong, tmp_path / "out", "--text-heads", "4")
     assert "no weights.safetensors in it" in refused("export-flm", tmp_path, tmp_path / "out")
 
 

@@ -64,7 +64,7 @@ def start(place: Place, folder: Path, hub: FakeHub | None, pretrained: str = "au
     """The objective, and what was found."""
     tokenizer, config = load_tokenizer(folder / "tokenizer"), config_of(pretrained)
     torch.manual_seed(place.rank)  # so that nothing is equal by chance
-    objective = build_objective(config, objective_options(), tokenizer.vocabulary, 24, pretrained=False)
+    objective = build_objective(config, objective_options(), tokenizer.vocabulary, 24)
     return objective, load_starting_weights(objective, config, tokenizer, place, Agreement(), hub)
 
 

@@ -93,7 +93,7 @@ def auto_config(vision: str | None = "auto", text: str | None = "auto") -> Model
 
 def build(config: ModelConfig, tokenizer: TextTokenizer) -> torch.nn.Module:
     torch.manual_seed(3)
-    return build_objective(config, FLMOptions(), tokenizer.vocabulary, 24, pretrained=False)
+    return build_objective(config, FLMOptions(), tokenizer.vocabulary, 24)
 
 
 def start(config: ModelConfig, tokenizer: TextTokenizer, hub: FakeHub) -> tuple[torch.nn.Module, dict, set[str]]:
@@ -218,8 +218,6 @@ def test_named_weights_are_strict(published: Path, tokenizer: TextTokenizer, tmp
         start(auto_config("auto", str(tmp_path)), tokenizer, hub)
     with pytest.raises(ConfigError, match=r"model\.vision\.pretrained .*neither a file nor a tag"):
         start(auto_config("./gone.safetensors"), tokenizer, hub)
-    with pytest.raises(ValueError, match="auto is decided where a run starts"):
-        build_objective(auto_config(), FLMOptions(), tokenizer.vocabulary, 24)
 
 
 def start_of_rank(place: Place, stage: int, published: Path) -> tuple[dict, str | None, dict]:
@@ -230,7 +228,7 @@ def start_of_rank(place: Place, stage: int, published: Path) -> tuple[dict, str 
 
     def objective() -> torch.nn.Module:
         torch.manual_seed(place.rank)  # so that nothing is equal by chance
-        built = build_objective(auto_config(), FLMOptions(), tokenizer.vocabulary, 24, pretrained=False)
+        built = build_objective(auto_config(), FLMOptions(), tokenizer.vocabulary, 24)
         found.append(load_starting_weights(built, auto_config(), tokenizer, place, Agreement(), hub))
         return built
 

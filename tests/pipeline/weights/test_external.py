@@ -15,8 +15,8 @@ from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
 from model.vision.external import ExternalTower
 from model.vision.tower import build_tower
-from model.weights.external import load_external, load_tower, published_files
-from model.weights.towers import load_vision
+from pipeline.weights.external import load_external, published_files
+from pipeline.weights.sources import load_vision
 from tests.model.vision.test_tower import hf_folder, hf_vit_settings
 from tests.tiny_flm import tiny_config
 
@@ -113,7 +113,7 @@ def test_a_hugging_face_folder_with_a_classifier(tmp_path: Path) -> None:
         assert loaded.dropped == ["classifier.bias", "classifier.weight"] and loaded.fresh == []
     shallow = hf_folder(tmp_path / "shallow", hf_vit_settings(num_hidden_layers=1))
     config = config_of(folder, f"hf/{shallow}", 32)
-    with pytest.raises(ValueError, match="layers.1.* for which the tower has no place"):
+    with pytest.raises(ValueError, match="the model has no place for layers.1."):
         load_external(build_tower(config), config)
 
 
@@ -124,12 +124,18 @@ def deeper(state: dict) -> dict:
 
 
 REFUSED = {
-    "deeper": (deeper, "has blocks.9.attn.proj.bias and 11 more, for which the tower has no place"),
-    "shallower": (lambda s: {n: v for n, v in s.items() if "blocks.5." not in n}, "lacks blocks.5.norm1.weight"),
-    "wider": (lambda s: s | {"norm.weight": torch.zeros(65)}, r"norm.weight has shape \(65,\), the tower's \(64,\)"),
+    "deeper": (deeper, "the model has no place for blocks.9.attn.proj.bias, .* and 9 more"),
+    "shallower": (
+        lambda s: {n: v for n, v in s.items() if "blocks.5." not in n},
+        "weights lack blocks.5.norm1.weight, needed for",
+    ),
+    "wider": (
+        lambda s: s | {"norm.weight": torch.zeros(65)},
+        r"norm.weight has shape \(65,\), the model's norm.weight \(64,\)",
+    ),
     "other": (lambda s: {"encoder.bias": torch.zeros(2)}, "has no tensor .*found encoder.bias"),
     "empty": (lambda s: {"epoch": 3}, "holds no tensors"),
-    "list": (lambda s: [1, 2], "holds no tensors"),
+    "list": (lambda s: [1, 2], "holds a list, expected tensors by name"),
     "twice": (lambda s: {f"{part}.{n}": v for n, v in s.items() for part in ("ema", "net")}, "2 times, below 'ema.'"),
     "lukemelas": (lambda s: {"_conv_stem.weight": torch.zeros(2)}, "for model.vision.name timm/tf_efficientnet"),
 }
@@ -142,7 +148,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path, case: str) -> No
     tower = build_tower(config)
     before = copy.deepcopy(tower.state_dict())
     with pytest.raises(ValueError, match=f"model.vision.pretrained .*{message}") as error:
-        load_tower(tower, config)
+        load_vision(tower, config)
     assert "\n" not in str(error.value)
     assert all(torch.equal(before[name], value) for name, value in tower.state_dict().items())
 
@@ -218,7 +224,7 @@ def test_a_tag_is_fetched_from_the_hub(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(file))
     config = config_of("r160_in1k")
     tower = build_tower(config)
-    load_tower(tower, config)
+    load_vision(tower, config)
     assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")] and holds(tower, state)
 
     def unreachable(*_):
@@ -228,7 +234,7 @@ def test_a_tag_is_fetched_from_the_hub(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(
         ValueError, match=r"model.vision.pretrained r160_in1k: .* can't be had from the hub \(no route\)"
     ):
-        load_tower(tower, config)
+        load_vision(tower, config)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +251,7 @@ def test_published_weights_of_another_network_are_refused(name: str, tag: str, m
     with torch.device("meta"):
         tower = build_tower(config)
     with pytest.raises(ValueError, match=message):
-        load_tower(tower, config)
+        load_vision(tower, config)
 
 
 def test_every_tag_of_a_quickgelu_name_fits_it() -> None:
@@ -268,5 +274,5 @@ def test_a_pickle_that_executes_code_is_refused(tmp_path: Path) -> None:
 
     config = config_of(saved(tmp_path, {"cls_token": Payload()}))
     with pytest.raises(ValueError, match="not a plain weights file"):
-        load_tower(build_tower(config), config)
+        load_vision(build_tower(config), config)
     assert not (tmp_path / "executed").exists()

@@ -1,0 +1,146 @@
+"""Weights by the name that a user gives them: CLIP files and tags, RoBERTa and BERT, imported models, runs of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from model.config import ModelConfig, TextConfig, VisionConfig
+from model.torchvision_shim import ensure_torchvision
+from model.vision.clip import VisionTower
+from model.vision.tower import build_tower
+from model.weights.start import Loaded, named_tensors, start_from
+from model.weights.towers import bert_bottom, clip_image_encoder, refuse_other_network
+from pipeline.checkpoint import restore
+from pipeline.checkpoint.files import CheckpointError, run_of
+from pipeline.config.command_line import load_config
+from pipeline.weights.external import load_external
+from pipeline.weights.files import read_state_dict
+
+IMPORTED = "weights.safetensors"  # in the folder of an imported model
+HEAD = r"(?!net\.).+"  # whatever is not of the network: what a task or objective puts on top
+TOWER = "net.vision."
+
+
+def load_model(objective: nn.Module, weights: str) -> Loaded:
+    """Starts a whole objective from ``model.weights``: a run or checkpoint folder of ours, or an imported model.
+
+    Heads that the source lacks stay as they are, heads that only the source has are left out; the vision tower's
+    position table is resized.
+
+    Raises:
+        ValueError: nothing of the kind is there, or the networks differ.
+    """
+    return start_from(objective, read_model(weights), source=f"model.weights {weights}", fresh=[HEAD], dropped=[HEAD])
+
+
+def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:
+    """Gives a vision tower the weights that ``model.weights`` or ``model.vision.pretrained`` name.
+
+    Raises:
+        ValueError: they can't be had or do not fit.
+    """
+    if not config.weights:
+        return load_vision(tower, config.vision)
+    found = {
+        name.removeprefix(TOWER): value for name, value in read_model(config.weights).items() if name.startswith(TOWER)
+    }
+    return start_from(tower, found, source=f"model.weights {config.weights}")
+
+
+def read_model(weights: str) -> dict[str, Tensor]:
+    """All weights of a run, a checkpoint or an imported model by our names, its frozen parts included.
+
+    Raises:
+        ValueError: there is no such thing, or its frozen parts are no longer those it was trained with.
+    """
+    folder = Path(weights)
+    if (folder / IMPORTED).is_file():
+        return read_state_dict(folder / IMPORTED)
+    try:
+        checkpoint = restore.resolve(folder)
+        frozen = {}
+        if restore.read_state(checkpoint).frozen:
+            config = load_config(run_of(checkpoint)).model
+            tower = build_tower(config.vision)
+            load_vision_tower(tower, config)
+            frozen = {f"{TOWER}{name}": value.detach() for name, value in named_tensors(tower)}
+        return restore.weights_in(checkpoint, frozen)
+    except CheckpointError as error:
+        raise ValueError(
+            f"model.weights {weights}: {error}; a folder made by `python -m pipeline.convert` holds {IMPORTED}"
+        ) from error
+
+
+def load_vision(tower: nn.Module, config: VisionConfig) -> Loaded:
+    """Gives any vision tower the weights that ``config.pretrained`` names: a local file, or a tag of its library's.
+
+    Raises:
+        ValueError: the file or tag does not fit the tower; it is as it was before.
+    """
+    return _load_clip(tower, config) if isinstance(tower, VisionTower) else load_external(tower, config)
+
+
+def _load_clip(tower: VisionTower, config: VisionConfig) -> Loaded:
+    """From a local safetensors or PyTorch file, else an open_clip tag (hub)."""
+    source, file = f"model.vision.pretrained {config.pretrained}", Path(config.pretrained)
+    if file.is_file():
+        state = read_state_dict(file)
+    elif config.name is None:
+        raise ValueError(f"{source}: no such file (nor a tag, as model.vision.name is null)")
+    else:
+        state = _state_of_tag(tower, config)
+    try:
+        state, rules, dropped = clip_image_encoder(state, tower.config)
+    except ValueError as error:
+        raise ValueError(f"{source} {error}") from error
+    return start_from(tower, state, rules, source, dropped=dropped)
+
+
+def _state_of_tag(tower: VisionTower, config: VisionConfig) -> dict[str, Tensor]:
+    ensure_torchvision()
+    import open_clip
+
+    name, tag = config.name, config.pretrained
+    refuse_other_network(tower.config, tag, open_clip.get_pretrained_cfg(name, tag))
+    try:
+        return open_clip.create_model(name, pretrained=tag, precision="fp32").state_dict()
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"model.vision.pretrained {tag!r} is neither a file nor a tag of {name} that can"
+            f" be fetched ({str(error).splitlines()[0]}); give a local weights file, or null for random initialisation"
+        ) from error
+
+
+def load_text(net: nn.Module, config: TextConfig) -> Loaded:
+    """Loads RoBERTa or BERT weights (Hugging Face name or folder) into the embedding and bottom layers of a network.
+
+    Raises:
+        ValueError: no such model, or one of another kind, size or vocabulary.
+    """
+    ensure_torchvision()
+    import transformers
+
+    source = f"model.text.pretrained {config.pretrained}"
+    try:
+        foreign = transformers.AutoModel.from_pretrained(config.pretrained, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{source} can't be loaded ({reason}); give a folder with a RoBERTa or BERT model in safetensors, or null"
+            " for random initialisation"
+        ) from error
+    tokens, theirs = net.embedding.word.num_embeddings, foreign.config.vocab_size
+    if tokens != theirs:
+        raise ValueError(
+            f"{source} has {theirs} tokens, the tokenizer {tokens}; read captions as it does:"
+            f" --data.tokenizer {config.pretrained}"
+        )
+    try:
+        state, rules, dropped = bert_bottom(foreign.state_dict(), foreign.config, config)
+    except ValueError as error:
+        raise ValueError(f"{source} {error}") from error
+    half = nn.ModuleDict({"embedding": net.embedding, "bottom": net.bottom})
+    return start_from(half, state, rules, source, dropped=dropped)

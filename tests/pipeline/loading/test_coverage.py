@@ -28,7 +28,7 @@ from pipeline.tasks.pretraining import Pretraining
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
-from tests.pipeline.loading.test_loader import Data, data, rows_by_sample  # noqa: F401 (a fixture)
+from tests.pipeline.loading.loader_data import Data, rows_by_sample
 from tests.tiny_flm import tiny_config
 
 Triple = tuple[int, int, int]  # corpus, index, epoch
@@ -178,7 +178,7 @@ def test_the_last_batch_of_an_epoch_is_filled_from_the_next(size: int, batch_siz
     ],
     ids=["full", "mixed blocks"],
 )
-def test_real_loaders_agree_over_ranks_workers_and_a_restart(data: Data, order: SampleOrder) -> None:  # noqa: F811
+def test_real_loaders_agree_over_ranks_workers_and_a_restart(data: Data, order: SampleOrder) -> None:
     """Invariant 1 with real processes: 12 samples a step, 6 steps, begun again at step 2 by other ranks and workers."""
     expected = rows_by_sample(list(data.train(order=order, micro_batch=12, stop=6)))
     assert len(expected) == 72

@@ -8,10 +8,10 @@ from model.plans.flm import FLMPlanner
 from model.plans.hard_negatives import HardNegatives
 from pipeline.config.options import Config, ConfigError, validate
 from pipeline.data.shard_reader import Corpus
-from tests.pipeline.loading.test_loader import data, rows_by_sample, same  # noqa: F401 (a fixture)
+from tests.pipeline.loading.loader_data import rows_by_sample, same
 
 
-def test_hard_negatives_come_from_the_micro_batch_and_from_no_further_read(data, monkeypatch) -> None:  # noqa: F811
+def test_hard_negatives_come_from_the_micro_batch_and_from_no_further_read(data, monkeypatch) -> None:
     """Whatever the number of ranks, as long as the micro-batch stays; never from the own image's other caption."""
     planner = HardNegatives(FLMPlanner(data.tokenizer.vocabulary, 0.3, negative_share=0.0), share=0.5)
     monkeypatch.setattr(Corpus, "read_text", lambda corpus, index: pytest.fail("a caption was read for a negative"))

@@ -1,14 +1,13 @@
-"""The loader end to end on real shards: order, topology, restarts, workers, negatives, problems, failures."""
+"""The loader end to end on real shards: order, topology, restarts, workers, negatives, problems."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
 import os
-import signal
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -16,79 +15,12 @@ import pytest
 import torch
 
 from data_prep.record import Record
-from model.batch import Batch
-from model.plans.flm import FLMPlanner
 from pipeline.data.order import SampleOrder
-from pipeline.data.shard_files import LostCorpus
 from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.data.transforms import clip_transform, decode_image
-from pipeline.loading.datasets import Preparation
-from pipeline.loading.loader import BatchLoader, LoaderError, LoaderOptions, build_eval_loader, build_train_loader
-from pipeline.tasks.caption_rows import CaptionRows
+from pipeline.loading.loader import LoaderError, LoaderOptions
 from tests.pipeline.data.test_reader import jpeg, records, write_split
-from tests.pipeline.data.test_tokenizer import write_tokenizer
-
-HERE = LoaderOptions(num_workers=0)
-SIZE = 16
-
-
-@dataclass
-class Data:
-    corpora: list[Corpus]
-    tokenizer: TextTokenizer
-    planner: FLMPlanner
-
-    def train(
-        self, world=1, rank=0, accumulation=1, micro_batch=4, start=0, stop=3, options=HERE, **changes
-    ) -> BatchLoader:
-        order = changes.pop("order", SampleOrder([len(corpus) for corpus in self.corpora], seed=5))
-        arguments = dict(micro_batch=micro_batch, accumulation=accumulation)
-        arguments |= dict(rank=rank, world=world, start_step=start, num_steps=stop, seed=7, options=options)
-        arguments |= dict(skipped=changes.pop("skipped", ()))
-        return build_train_loader(self.corpora, order, self.preparation(**changes), **arguments)
-
-    def evaluate(self, world=1, rank=0, batch_size=4, options=HERE, **changes) -> BatchLoader:
-        arguments = dict(batch_size=batch_size, rank=rank, world=world, seed=7)
-        return build_eval_loader(self.corpora, self.preparation(), **arguments, options=options, **changes)
-
-    def preparation(self, planner=None) -> Preparation:
-        planner = planner or self.planner
-        return Preparation(CaptionRows(self.tokenizer, 12, planner.negative_share, planner.full_stop), planner, SIZE)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Data:
-    folder = tmp_path_factory.mktemp("data")
-    corpora = [
-        Corpus(write_split(folder / "a" / "train", records(9, captions=2), corpus="a")),
-        Corpus(write_split(folder / "b" / "train", records(13), corpus="b")),
-    ]
-    tokenizer = load_tokenizer(write_tokenizer(folder / "tokenizer"))
-    return Data(corpora, tokenizer, FLMPlanner(tokenizer.vocabulary, 0.3, negative_share=0.5))
-
-
-def rows_by_sample(batches: list[Batch]) -> list[tuple]:
-    """Per sample, in order: key, image sum, and its rows' tokens without padding."""
-    samples = []
-    for batch in batches:
-        for number, key in enumerate(batch.keys):
-            mine = (batch.plan.image_of_row == number).nonzero().flatten().tolist()
-            rows = tuple(tuple(batch.plan.text[row, : batch.plan.lengths[row]].tolist()) for row in mine)
-            samples.append((key, int(batch.images[number].sum()), rows))
-    return samples
-
-
-def same(a: Batch, b: Batch) -> bool:
-    """Equal in every tensor, name and word."""
-    terms = [(one.terms[name].position, one.terms[name].target) for one in (a, b) for name in a.terms]
-    pairs = [*zip(terms[: len(a.terms)], terms[len(a.terms) :], strict=True)]
-    tensors = [(a.images, b.images), *((x, y) for one, other in pairs for x, y in zip(one, other, strict=True))]
-    tensors += [(v, getattr(b.plan, k)) for k, v in vars(a.plan).items() if isinstance(v, torch.Tensor)]
-    assert len(tensors) > 10
-    kinds = [{name: (term.source, term.kind) for name, term in one.terms.items()} for one in (a, b)]
-    words_equal = (a.keys, a.problems, a.plan.num_paired) == (b.keys, b.problems, b.plan.num_paired)
-    return kinds[0] == kinds[1] and words_equal and all(torch.equal(x, y) for x, y in tensors)
+from tests.pipeline.loading.loader_data import HERE, SIZE, hangs, rows_by_sample, same
 
 
 def test_a_batch_holds_what_the_shards_hold(data):
@@ -280,73 +212,6 @@ def test_shuffled_images_are_those_of_others(data):
 def test_evaluation_of_nothing_is_refused(data):
     with pytest.raises(ValueError, match="at least 1"):
         data.evaluate(max_samples=0)
-
-
-def dies(self, index):
-    os._exit(3)
-
-
-def hangs(self, index):
-    time.sleep(600)
-
-
-def breaks(self, index):
-    raise ZeroDivisionError("a bug")
-
-
-@pytest.mark.parametrize(
-    "reads, message", [(dies, "a loader process died"), (hangs, "no batch within 1 s"), (breaks, None)]
-)
-def test_workers_that_fail_end_the_run_with_a_reason(data, monkeypatch, reads, message):
-    monkeypatch.setattr(Corpus, "read", reads)
-    start = time.perf_counter()
-    with pytest.raises(LoaderError if message else ZeroDivisionError, match=message or "a bug") as caught:
-        next(iter(data.train(options=LoaderOptions(num_workers=2, timeout_seconds=1.0 if reads is hangs else 60.0))))
-    if message:
-        assert "\n" not in str(caught.value) and "data." in str(caught.value)
-        assert "/train/0000" in str(caught.value)  # at which sample: one that kills its process kills the next one too
-    del caught
-    gc.collect()
-    assert time.perf_counter() - start < 8 and not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_lost_corpus_is_told_in_its_own_words(data, monkeypatch, workers):
-    def is_gone(self, index):
-        raise LostCorpus("DATA/train is gone: bring it back")
-
-    monkeypatch.setattr(Corpus, "read", is_gone)
-    with pytest.raises(LoaderError, match="^DATA/train is gone: bring it back$"):
-        list(data.train(options=LoaderOptions(num_workers=workers)))
-    assert not multiprocessing.active_children()
-
-
-def test_a_killed_worker_is_told_wherever_the_program_is(data):
-    loader = data.train(stop=100, options=LoaderOptions(num_workers=2, prefetch=1))
-    running = iter(loader)
-    next(running)
-    began = time.perf_counter()
-    with pytest.raises(RuntimeError) as caught:
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        for _ in range(100):
-            time.sleep(0.05)
-    failure = loader.failure(caught.value)
-    assert isinstance(failure, LoaderError) and "a loader process died" in str(failure) and "Killed" in str(failure)
-    assert time.perf_counter() - began < 4 and loader.failure(ValueError("timed out")) is None
-    loader.close()
-    running.close()
-    assert not multiprocessing.active_children()
-
-
-def test_a_read_that_hangs_in_the_training_process_ends_it(data, monkeypatch, capfd):
-    monkeypatch.setattr(Corpus, "read", hangs)
-    child = os.fork()
-    if child == 0:
-        list(data.train(options=replace(HERE, timeout_seconds=0.3)))
-        os._exit(99)
-    began = time.perf_counter()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 and time.perf_counter() - began < 5
-    assert "error: no batch within 0.3 s, while reading a/train/0000" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("held", [1, 8, 40])

@@ -1,0 +1,80 @@
+"""Loader processes that die, hang or lose their data: the run ends with a reason, and nobody waits."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from pipeline.data.shard_files import LostCorpus
+from pipeline.data.shard_reader import Corpus
+from pipeline.loading.loader import LoaderError, LoaderOptions
+from tests.pipeline.loading.loader_data import HERE, hangs
+
+
+def dies(self, index):
+    os._exit(3)
+
+
+def breaks(self, index):
+    raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize(
+    "reads, message", [(dies, "a loader process died"), (hangs, "no batch within 1 s"), (breaks, None)]
+)
+def test_workers_that_fail_end_the_run_with_a_reason(data, monkeypatch, reads, message):
+    monkeypatch.setattr(Corpus, "read", reads)
+    start = time.perf_counter()
+    with pytest.raises(LoaderError if message else ZeroDivisionError, match=message or "a bug") as caught:
+        next(iter(data.train(options=LoaderOptions(num_workers=2, timeout_seconds=1.0 if reads is hangs else 60.0))))
+    if message:
+        assert "\n" not in str(caught.value) and "data." in str(caught.value)
+        assert "/train/0000" in str(caught.value)  # at which sample: one that kills its process kills the next one too
+    del caught
+    gc.collect()
+    assert time.perf_counter() - start < 8 and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_lost_corpus_is_told_in_its_own_words(data, monkeypatch, workers):
+    def is_gone(self, index):
+        raise LostCorpus("DATA/train is gone: bring it back")
+
+    monkeypatch.setattr(Corpus, "read", is_gone)
+    with pytest.raises(LoaderError, match="^DATA/train is gone: bring it back$"):
+        list(data.train(options=LoaderOptions(num_workers=workers)))
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_told_wherever_the_program_is(data):
+    loader = data.train(stop=100, options=LoaderOptions(num_workers=2, prefetch=1))
+    running = iter(loader)
+    next(running)
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError) as caught:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        for _ in range(100):
+            time.sleep(0.05)
+    failure = loader.failure(caught.value)
+    assert isinstance(failure, LoaderError) and "a loader process died" in str(failure) and "Killed" in str(failure)
+    assert time.perf_counter() - began < 4 and loader.failure(ValueError("timed out")) is None
+    loader.close()
+    running.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_read_that_hangs_in_the_training_process_ends_it(data, monkeypatch, capfd):
+    monkeypatch.setattr(Corpus, "read", hangs)
+    child = os.fork()
+    if child == 0:
+        list(data.train(options=replace(HERE, timeout_seconds=0.3)))
+        os._exit(99)
+    began = time.perf_counter()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 and time.perf_counter() - began < 5
+    assert "error: no batch within 0.3 s, while reading a/train/0000" in capfd.readouterr().err

@@ -45,6 +45,10 @@ class ExternalTower(nn.Module):
         self.num_tokens = output[1] if len(output) == 3 else output[2] * output[3]
         table = grid_positions(*output[2:], self.width) if len(output) == 4 else torch.zeros(0, self.width)
         self.register_buffer("positions", in_millionths(table), persistent=False)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.register_forward_pre_hook(_statistics_as_input)
+                module.register_forward_hook(_statistics_as_kept)
         self.train(self.training)
 
     def features(self, images: Tensor) -> Tensor:
@@ -69,6 +73,18 @@ class ExternalTower(nn.Module):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
+
+
+def _statistics_as_input(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    """Running statistics stay fp32 where the weights are bf16, and no kernel of PyTorch takes them together."""
+    norm.kept = {name: norm._buffers[name] for name in ("running_mean", "running_var")}
+    for name, value in norm.kept.items():
+        norm._buffers[name] = value if value is None else value.to(inputs[0].dtype)
+
+
+def _statistics_as_kept(norm: _BatchNorm, *_: object) -> None:
+    norm._buffers.update(norm.kept)
+    del norm.kept
 
 
 def external_tower(config: VisionConfig) -> ExternalTower:

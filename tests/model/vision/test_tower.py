@@ -267,3 +267,24 @@ def test_a_network_around_such_a_tower() -> None:
     unused = [name for name, parameter in net.vision.named_parameters() if parameter.grad is None]
     assert unused == []
     assert objective.flops(batch) > 6 * 3 * net.vision.macs
+
+
+def test_running_statistics_stay_fp32_beside_bf16_weights() -> None:
+    """As under DeepSpeed's bf16, which casts parameters only; the statistics are what they were, unrounded."""
+    torch.manual_seed(0)
+    tower = build_tower(VisionConfig(name="timm/resnet18", image_size=64))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    for name, buffer in tower.named_buffers():
+        if name.endswith("running_var"):
+            buffer.mul_(1.01 + torch.rand_like(buffer))
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    with torch.no_grad():
+        expected = tower(images)
+        for parameter in tower.parameters():
+            parameter.data = parameter.data.bfloat16()
+        found = tower(images)
+    assert found.dtype == torch.bfloat16
+    # about 40 operations in sequence round to 8 bits, each by 2**-9 of the scale at most: a random walk, with a margin of 4
+    assert (found.float() - expected).std() / expected.std() < 4 * 40**0.5 * 2**-9
+    after = dict(tower.named_buffers())
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())

@@ -284,7 +284,7 @@ def test_running_statistics_stay_fp32_beside_bf16_weights() -> None:
             parameter.data = parameter.data.bfloat16()
         found = tower(images)
     assert found.dtype == torch.bfloat16
-    # about 40 operations in sequence round to 8 bits, each by 2**-9 of the scale at most: a random walk, with a margin of 4
+    # about 40 operations in sequence round by 2**-9 of the scale at most: a random walk, with a margin of 4
     assert (found.float() - expected).std() / expected.std() < 4 * 40**0.5 * 2**-9
     after = dict(tower.named_buffers())
     assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())

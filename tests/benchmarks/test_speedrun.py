@@ -291,6 +291,7 @@ def handlers():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers, capsys) -> None:
     output = tmp_path / "out"
     budget = ["--budget-minutes", "2", "--evaluations", "4", "--jobs", "2"]

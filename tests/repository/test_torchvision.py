@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 from model.torchvision_shim import ensure_torchvision
@@ -21,6 +23,7 @@ assert ensure_torchvision() is None  # a late call changes nothing
 """
 
 
+@pytest.mark.slow
 def test_torchvision_imports_after_the_shim() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,7 @@
 """Pretrains a model: ``deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json`` or ``python pipeline/train.py``.
 
-Exit codes: 0 done, 1 failure, 2 configuration or data that must be mended, 75 told to stop (saved, requeue me).
+Exit codes: 0 done, 1 a bug, 2 settings, data or a disk that must be mended, 75 told to stop or the machine failed:
+requeue me.
 """
 
 import sys
@@ -8,26 +9,34 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: not pipeline/, whose names shadow others
 
+import faulthandler  # noqa: E402
 import os  # noqa: E402
-import traceback  # noqa: E402
+from datetime import timedelta  # noqa: E402
 from typing import Any  # noqa: E402
 
 from data_prep.manifest import ManifestError, find_splits  # noqa: E402
 from pipeline.config.command_line import Launch, describe, parse_command_line  # noqa: E402
-from pipeline.config.options import ConfigError, fail, tokenizer_source, weighted_paths  # noqa: E402
+from pipeline.config.options import ConfigError, tokenizer_source, weighted_paths  # noqa: E402
+from pipeline.distributed.endings import say  # noqa: E402
 from pipeline.distributed.host_memory import keep_freed_memory  # noqa: E402
-
-EXIT_DONE, EXIT_FAILED = 0, 1
+from pipeline.distributed.places import Place, discover  # noqa: E402
+from pipeline.distributed.preempt import Stopped, StopRequest  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Refuse every mistake that can be seen without torch, then run."""
+    stop = StopRequest().listen(at_once=True)
+    place = None
     try:
+        place = discover(os.environ)
         launch = parse_command_line(sys.argv[1:] if argv is None else argv)
-        check_prepared(launch)
-    except ValueError as error:
-        return fail(error, _is_main())
-    return run(launch)
+        if place.world_size == 1:  # of several ranks each says, once they are connected, what it does not find
+            check_prepared(launch)
+        return run(launch, place, stop)
+    except (Exception, Stopped) as error:
+        return say(error, place)
+    finally:
+        stop.close()
 
 
 def check_prepared(launch: Launch) -> None:
@@ -45,56 +54,47 @@ def check_prepared(launch: Launch) -> None:
     tokenizer_source(launch.config.data)
 
 
-def run(launch: Launch, task: Any = None) -> int:
+def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> int:
     """Connect the ranks, set up, train; never returns where a rank must leave by itself.
 
     ``task`` (a ``tasks.task.Task``) is the one that the configuration names, if not given.
-    """
 
+    Raises:
+        ValueError: the ranks do not meet.
+    """
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         keep_freed_memory()
-    from pipeline.distributed.preempt import StopRequest
-    from pipeline.distributed.ranks import Agreement, connect, discover, leave, lost_rank
-    from pipeline.tasks.table import task_of
-    from pipeline.training.loop import train
-    from pipeline.training.session import Ranks, choose_device, resolve_ds_config, set_up
+    from pipeline.distributed.rendezvous import MEETING_SECONDS, meet
+    from pipeline.distributed.watch import Watch
 
+    faulthandler.enable()  # an abort inside a library, as NCCL's after a timeout, shows where every thread is
+    meeting = meet(place)
+    watch = Watch(place, meeting.store, meeting.address)
+    stop.when_stuck = lambda stopped: watch.end_by(stopped, setting_up=True)
+    session = None
     try:
-        place, device = choose_device(discover(os.environ))
-        ds_config = resolve_ds_config(launch, place, device)
-    except ValueError as error:
-        return fail(error, _is_main())
-    connect(place, device)
-    agreement = Agreement()
-    try:
-        if place.is_main:
-            print(describe(launch), flush=True)
-        task = task or task_of(launch.config)
-        session = set_up(launch, ds_config, task, Ranks(place, device, agreement, StopRequest().listen()))
-    except ValueError as error:
-        leave(fail(error, place.is_main))
-    except BaseException:  # said, and the process ended: the other ranks would wait for this one for ever
-        traceback.print_exc()
-        leave(EXIT_FAILED)
-    try:
+        watch.wait_for_all(MEETING_SECONDS)
+        from pipeline.tasks.table import task_of
+        from pipeline.training.loop import train
+        from pipeline.training.session import connect_ranks, resolve_ds_config, set_up
+
+        silence = timedelta(minutes=launch.config.train.collective_timeout_minutes)
+        ranks = connect_ranks(place, stop, meeting, watch.own_address, silence)
+        ds_config = resolve_ds_config(launch, ranks.place, ranks.device)
+        if place.world_size > 1:
+            check_prepared(launch)
+        ranks.say(describe(launch))
+        prepared = set_up(launch, ds_config, task or task_of(launch.config), ranks)
+        stop.poll_from_here()
+        session = prepared
         code = train(session)
-    except BaseException as error:  # likewise
-        known = session.batches.failure(error) or lost_rank(error)
-        if known is None:
-            traceback.print_exc()
-        else:
-            print(f"error: rank {place.rank}: {known}", file=sys.stderr)
-        leave(EXIT_FAILED)
-    leave(code, agreement)
-
-
-def _is_main() -> bool:
-    """Whether this process speaks for the job, before anything is known for sure."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    except BaseException as error:  # said, and the process ended: the other ranks would wait for this one for ever
+        known = None if session is None else session.batches.failure(error)
+        watch.end_by(known or error, setting_up=session is None)
+    watch.finish(code, ranks.agreement.wait)
 
 
 if __name__ == "__main__":

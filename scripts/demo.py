@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from pipeline.distributed.launching import free_port, launched_ranks  # noqa: E402
+from pipeline.distributed.launching import launched_ranks  # noqa: E402
 from pipeline.reporting.metrics import LOG_NAME, read_log  # noqa: E402
 from pipeline.reporting.page import held_out_rows  # noqa: E402
 from pipeline.reporting.page import number as as_text  # noqa: E402
@@ -136,7 +136,7 @@ def train(demo: Demo) -> None:
     threads = max(1, (os.cpu_count() or 1) // ranks)
     with demo.stage(f"pretrain with DeepSpeed, ZeRO-2, {ranks} rank{'s' if ranks > 1 else ''}"):
         demo.command(
-            *("deepspeed", "--log_level", "warning", "--num_gpus", ranks, "--master_port", free_port()),
+            *("deepspeed", "--log_level", "warning", "--num_gpus", ranks),
             *("pipeline/train.py", "--deepspeed", "ds_configs/zero2.json", "--recipe", "demo"),
             *("--data", demo.data, "--output", demo.run_folder),
             *(("--train.steps", demo.options.steps) if demo.options.steps else ()),

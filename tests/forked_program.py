@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.distributed.launching import free_port
+from pipeline.distributed.launching import reserve_port
 
 
 @dataclass
@@ -62,23 +62,34 @@ class Job:
 
 
 def start_program(
-    world: int, arguments: list[str | Path], folder: Path, main: Callable[[list[str]], int] | None = None
+    world: int,
+    arguments: list[str | Path],
+    folder: Path,
+    main: Callable[[list[str]], int] | None = None,
+    prepare: Callable[[int], None] | None = None,
+    meeting: dict[str, str] | None = None,
 ) -> Job:
-    """``pipeline/train.py``, or the program ``main``, with these arguments on every rank; output goes to ``folder``."""
+    """``pipeline/train.py``, or the program ``main``, with these arguments on every rank; output goes to ``folder``.
+
+    ``prepare`` is called with the rank in each rank's process first; ``meeting`` are variables of another meeting
+    point than the one that this process opens.
+    """
     import deepspeed  # noqa: F401  imported once here, inherited by every fork
 
     from pipeline.train import main as train
 
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    listening, variables = (None, meeting) if meeting else reserve_port()
     pids = []
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
-            places = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            _become(folder / f"rank{rank}.txt", {name: str(value) for name, value in places.items()})
-            _run(main or train, [str(argument) for argument in arguments])
+            places = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+            _become(folder / f"rank{rank}.txt", places | variables)
+            _run(main or train, [str(argument) for argument in arguments], rank, prepare)
         pids.append(pid)
+    if listening is not None:
+        listening.close()
     return Job(pids, folder)
 
 
@@ -92,9 +103,11 @@ def _become(output: Path, environment: dict[str, str]) -> None:
     multiprocessing.process._children.clear()  # the parent's, if any
 
 
-def _run(main: Callable[[list[str]], int], arguments: list[str]) -> None:
+def _run(main: Callable, arguments: list[str], rank: int, prepare: Callable[[int], None] | None) -> None:
     code = 99
     try:
+        if prepare is not None:
+            prepare(rank)
         code = main(arguments)
     except BaseException:  # a fork must never return into pytest: said, and exit code 99
         traceback.print_exc()

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from pipeline.distributed.launching import free_port
-from pipeline.distributed.ranks import Place, connect, leave
+from pipeline.distributed.endings import leave
+from pipeline.distributed.launching import reserve_port
+from pipeline.distributed.places import Place
+from pipeline.distributed.rendezvous import connect
 
 TIMEOUT_SECONDS = 100
 
@@ -42,24 +44,25 @@ def start_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) 
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler, imported here for every fork
 
     context = multiprocessing.get_context("fork")
-    port = free_port()
+    listening, variables = reserve_port()
     pipes, workers = [], []
     for rank in range(world_size):
         receive, send = context.Pipe(duplex=False)
         worker = context.Process(
-            target=_work, args=(send, Place(rank, world_size, rank, "environment"), port, function, arguments)
+            target=_work, args=(send, Place(rank, world_size, rank, "environment"), variables, function, arguments)
         )
         worker.start()
         send.close()
         pipes.append(receive)
         workers.append(worker)
+    listening.close()
     return workers, pipes
 
 
-def _work(send: Any, place: Place, port: int, function: Callable[..., Any], arguments: tuple) -> None:
+def _work(send: Any, place: Place, variables: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:
     try:
         torch.set_num_threads(1)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(variables)
         connect(place, torch.device("cpu"))
         send.send(("result", function(place, *arguments)))
     except BaseException:  # the parent raises it; a fork must never return into pytest

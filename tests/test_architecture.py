@@ -89,7 +89,11 @@ FOREIGN_TO = {
     "pipeline": {"img2dataset"},
 }
 CONFINED = {  # module -> the only files of the three packages that touch it
-    "torch.distributed": {"pipeline/distributed/ranks.py", "pipeline/engine/engine.py"},
+    "torch.distributed": {
+        "pipeline/distributed/rendezvous.py",
+        "pipeline/distributed/ranks.py",
+        "pipeline/engine/engine.py",
+    },
     "deepspeed": {"pipeline/engine/engine.py", "pipeline/engine/full_state.py"},
     "torch.utils.tensorboard": {"pipeline/reporting/metrics.py"},
     "tensorboard": {"pipeline/reporting/metrics.py"},

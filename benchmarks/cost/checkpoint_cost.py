@@ -35,8 +35,11 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
-from pipeline.distributed.launching import free_port
-from pipeline.distributed.ranks import Agreement, Place, connect, leave
+from pipeline.distributed.endings import leave
+from pipeline.distributed.launching import reserve_port
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
+from pipeline.distributed.rendezvous import connect
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WIDTH = 2048  # 4.2 M parameters a layer, as in a large transformer
@@ -67,14 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    port = free_port()
+    listening, variables = reserve_port()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         ranks = [
-            context.Process(target=work, args=(rank, arguments, port, Path(folder), send))
+            context.Process(target=work, args=(rank, arguments, variables, Path(folder), send))
             for rank in range(arguments.ranks)
         ]
         for rank in ranks:
             rank.start()
+        listening.close()
         send.close()
         try:
             measured = receive.recv()
@@ -104,9 +108,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def work(rank: int, arguments: argparse.Namespace, port: int, folder: Path, send: Any) -> None:
+def work(rank: int, arguments: argparse.Namespace, variables: dict[str, str], folder: Path, send: Any) -> None:
     """One rank; rank 0 sends the figures."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(variables)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     place = Place(rank, arguments.ranks, rank, "environment")

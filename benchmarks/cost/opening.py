@@ -115,7 +115,7 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
 
     from model.plans.flm import FLMPlanner
     from pipeline.config.options import Config
-    from pipeline.distributed.ranks import Place
+    from pipeline.distributed.places import Place
     from pipeline.loading.datasets import Preparation
     from pipeline.loading.open_data import TrainingBatches, open_training_data
     from pipeline.tasks.caption_rows import CaptionRows

@@ -32,7 +32,8 @@ from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, fail, weighted_paths
 from pipeline.data.shard_reader import Corpus, open_corpora
 from pipeline.data.tokenizer import clean_caption
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.loading.open_data import open_held_out
 from pipeline.reporting.step_lines import StepLines
 from pipeline.reporting.step_lines import step_of as step_of_line

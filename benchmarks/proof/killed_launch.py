@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.files import newest_valid
-from pipeline.distributed.launching import free_port
 
 LIMIT_SECONDS = 400
 SET_UP_POLL_SECONDS, POLL_SECONDS = 0.02, 0.001  # the cores belong to the run
@@ -81,8 +80,7 @@ class Launcher:
         return None
 
     def _start(self, run: Path) -> subprocess.Popen[bytes]:
-        port = free_port()
-        launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", self._ranks, "--master_port", port]
+        launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", self._ranks]
         with self._output(run).open("ab") as output:
             return subprocess.Popen(
                 [*map(str, launcher), *self._script, "--output", str(run)],

@@ -46,7 +46,6 @@ from pipeline.config.options import fail, tokenizer_source, weighted_paths
 from pipeline.config.recipes import find_recipe
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.distributed.launching import free_port
 from pipeline.distributed.preempt import StopRequest
 from pipeline.loading.open_data import open_held_out
 from pipeline.reporting.environment import describe_environment
@@ -242,7 +241,7 @@ class Speedrun:
         ranks, launcher = self.arguments.ranks, [sys.executable]
         if ranks > 1:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
-            launcher += ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+            launcher += ["--num_gpus", str(ranks)]
         script = [str(ROOT / "pipeline" / "train.py"), *shared_words(self.arguments), "--output", str(folder)]
         return [*launcher, *script, *row.arguments, *as_arguments(settings)]
 

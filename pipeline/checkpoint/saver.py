@@ -26,7 +26,8 @@ from pipeline.checkpoint.files import KINDS, CheckpointError, PartWriter, Piece,
 from pipeline.checkpoint.state import RunState, TrainingState
 from pipeline.config.options import TrainConfig
 from pipeline.distributed.host_memory import available_bytes
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 
 MEMORY_MARGIN = 1.2  # free memory per byte of the copy
 HEADER_BYTES = 1 << 20  # headers, manifest and state, beyond the tensors

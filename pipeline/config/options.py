@@ -113,6 +113,7 @@ class TrainConfig:
         keep_last: newest checkpoints to keep.
         keep_every: keep the checkpoint of every n-th step for good; 0 keeps none.
         keep_best: held-out value whose best checkpoint is kept, like flm_loss (lower is better) or flm_accuracy.
+        collective_timeout_minutes: after so long a rank that does not answer ends the run, with all ranks' stacks.
     """
 
     steps: PositiveInt = 30_000
@@ -129,6 +130,7 @@ class TrainConfig:
     keep_last: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str | None = None
+    collective_timeout_minutes: PositiveFloat = 30.0
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Helps programs that launch ranks: finds a free port for the rendezvous, and the process ids of the ranks."""
+"""Helps programs that launch ranks: a port at which they meet, and their process ids."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def reserve_port() -> tuple[socket.socket, dict[str, str]]:
+    """A socket that listens at a port of this host that the system chose, and the variables by which ranks find it.
+
+    Rank 0 must inherit the socket, by a fork or as one of ``pass_fds``; the launcher closes its own after that.
+    """
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    listening.set_inheritable(True)
+    address, port = listening.getsockname()
+    return listening, {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "MASTER_LISTEN_FD": str(listening.fileno()),
+    }
 
 
 def launched_ranks(group: int) -> list[int]:

@@ -20,7 +20,8 @@ from model.frozen import persistent_buffers
 from pipeline.checkpoint.files import Piece
 from pipeline.checkpoint.restore import describe_frozen
 from pipeline.config.options import OptimConfig, TrainConfig
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.engine.full_state import FullState
 from pipeline.engine.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pipeline.engine.veto import StepVeto

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.frozen import trained_buffers
 from pipeline.checkpoint.files import MOMENTS, Piece
-from pipeline.distributed.ranks import Place
+from pipeline.distributed.places import Place
 
 
 class FullState:

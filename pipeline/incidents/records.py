@@ -66,7 +66,7 @@ def list_incidents(run: Path) -> list[Path]:
 
 
 def name_checkpoint(run: Path, old: str, new: str | None) -> None:
-    """Make every incident that names checkpoint ``old`` name ``new``."""
+    """Make every incident that names checkpoint ``old`` name ``new``; raises OSError."""
     for folder in list_incidents(run):
         try:
             content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from pipeline.data.order import SampleOrder, micro_batch_positions
 from pipeline.data.shard_files import LostCorpus
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
+from pipeline.distributed.endings import EXIT_REQUEUE, MachineFailure, host_name
 from pipeline.loading.collate import collate
 from pipeline.loading.datasets import EvalDataset, Preparation, SampleReader, TrainDataset
 from pipeline.loading.shared_batches import ImagePool, SharedBatch, SlotSampler
@@ -28,10 +29,9 @@ from pipeline.loading.worker_positions import WorkerPositions
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _KILL_SECONDS = 5.0
 _WORKER_FAILURES = ("timed out", "exited unexpectedly", "killed by signal", "Bus error")
-_EXIT_HANGS = 1
 
 
-class LoaderError(RuntimeError):
+class LoaderError(MachineFailure):
     """A loader process hung or died, or the data is gone; the message says which and what to try."""
 
 
@@ -198,8 +198,9 @@ class BatchLoader:
             yield batch
 
     def _give_up(self) -> None:
-        print(f"error: {self._explain('timed out')}", file=sys.stderr, flush=True)
-        os._exit(_EXIT_HANGS)
+        where = f"rank {os.environ.get('RANK', 0)} on {host_name()}"
+        print(f"error: {where}: {self._explain('timed out')}", file=sys.stderr, flush=True)
+        os._exit(EXIT_REQUEUE)
 
     def _explain(self, found: str) -> str:
         at_work = self._worker_positions.active(self._dataset.reader.corpora)

@@ -16,7 +16,7 @@ from pipeline.data.order import ORDER_VERSION, SampleOrder
 from pipeline.data.shard_reader import Corpus, open_corpora
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.data.transforms import TRANSFORM_VERSION
-from pipeline.distributed.ranks import Place
+from pipeline.distributed.places import Place
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
 

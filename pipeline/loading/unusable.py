@@ -14,7 +14,7 @@ from data_prep.manifest import write_atomically
 from pipeline.config.options import DataConfig
 from pipeline.data.shard_files import SHARD_REASONS
 from pipeline.distributed.ranks import Agreement
-from pipeline.reporting.step_lines import cut_back
+from pipeline.reporting.step_lines import StepLines, cut_back
 
 FILE_NAME = "unusable.jsonl"
 SHARDS_NAME = "unusable_shards.json"
@@ -38,6 +38,8 @@ class UnusableSamples:
     ) -> None:
         self._run, self._data, self._agreement, self._is_main = run, data, agreement, is_main
         self._recent: list[str] = []
+        self._lines = StepLines(run / FILE_NAME)
+        self._alarmed = False
         self._begin(counts or {}, {})
 
     def _begin(self, counts: Mapping[str, int], shards: Mapping[str, dict[str, Any]]) -> None:
@@ -50,7 +52,9 @@ class UnusableSamples:
         """Return to the counts of ``step``, to which the run has gone back; every rank must call it."""
         self._begin(counts, shards)
         if self._is_main:
+            self._lines.close()
             cut_back(self._run / FILE_NAME, step)
+            self._lines = StepLines(self._run / FILE_NAME)
             if self.shards or (self._run / SHARDS_NAME).exists():
                 self._write_shards()
 
@@ -81,8 +85,8 @@ class UnusableSamples:
                 self._charge(key.partition("#")[0], step, reason)
         self._recent = (self._recent + [f"{key} ({reason})" for _, key, reason in samples])[-NUM_SHOWN:]
         if self._is_main:
-            with (self._run / FILE_NAME).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dict(step=s, key=k, reason=r)) + "\n" for s, k, r in samples)
+            for sample_step, key, reason in samples:
+                self._lines.write({"step": sample_step, "key": key, "reason": reason})
             if len(samples) < len(rows):
                 self._write_shards()
 
@@ -106,4 +110,10 @@ class UnusableSamples:
         self.shards[shard]["samples"] += 1
 
     def _write_shards(self) -> None:
-        write_atomically(self._run / SHARDS_NAME, json.dumps(self.shards, indent=1) + "\n")
+        try:
+            write_atomically(self._run / SHARDS_NAME, json.dumps(self.shards, indent=1) + "\n")
+            self._alarmed = False
+        except OSError as error:  # a disk costs the list, not the run
+            if not self._alarmed:
+                print(f"ALARM: {SHARDS_NAME} was not written: {error}; the run goes on", file=sys.stderr, flush=True)
+            self._alarmed = True

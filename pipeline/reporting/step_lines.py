@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -15,36 +17,46 @@ from data_prep.manifest import write_atomically
 class StepLines:
     """Appends records to one file; each is out of the process at once, so a kill tears the last line at most.
 
-    A last line that a kill left torn is cut off when the file is opened. A full disk loses lines, with an alarm on
-    stderr, and not the run.
+    A last line that a kill left torn is cut off when the file is opened, at the first line. A disk that is full, cannot
+    be written or is gone loses lines, with an alarm on stderr, and not the run; each line tries again.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._path, self._torn = path, False
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.ftruncate(self._file, whole)
+        self._path, self._file, self._closed = path, -1, False
+        self._torn = self._losing = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record by a single write; nothing once closed."""
-        if self._file is None:
+        if self._closed:
             return
         line = (json.dumps(record) + "\n").encode()
         try:
-            whole = os.write(self._file, b"\n" + line if self._torn else line) >= len(line)
-            reason = "No space left on device"
+            if self._file < 0:
+                self._file = _open_whole(self._path)
+            written = os.write(self._file, b"\n" + line if self._torn else line)
+            self._torn = 0 < written < len(line)
+            reason = None if written >= len(line) else os.strerror(errno.ENOSPC)
         except OSError as error:
-            whole, reason = False, str(error)
-        if not whole and not self._torn:
+            reason = error.strerror
+        if reason is not None and not self._losing:
             print(f"ALARM: {self._path} loses lines: {reason}; the run goes on", file=sys.stderr, flush=True)
-        self._torn = not whole
+        self._losing = reason is not None
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._closed = True
+        if self._file >= 0:
+            with contextlib.suppress(OSError):  # what a network file system could not write, told before
+                os.close(self._file)
+            self._file = -1
+
+
+def _open_whole(path: Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.ftruncate(file, whole)
+    return file
 
 
 def cut_back(path: Path, step: int) -> list[str]:

@@ -13,8 +13,9 @@ from model.batch import Batch
 from pipeline.checkpoint.restore import resolve
 from pipeline.config.options import Config, tokenizer_source
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.loading.open_data import open_held_out
 from pipeline.tasks.task import EvaluationPass, Measurement, Task
 from pipeline.weights.starting import load_trained

@@ -14,7 +14,7 @@ from model.config import Vocabulary
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.distributed.ranks import Place
+from pipeline.distributed.places import Place
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.open_data import eval_loader, placeholder_batch
 from pipeline.tasks.caption_rows import CaptionRows

@@ -18,7 +18,7 @@ from model.config import Vocabulary
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.distributed.ranks import Place
+from pipeline.distributed.places import Place
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.loader import BatchLoader
 

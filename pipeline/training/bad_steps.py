@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def record(s: Session, result: StepResult, micro_batches: Sequence[Batch], save:
     if wanted and not save():
         s.guard.untouched_since = None
         if s.ranks.place.is_main:
-            name_checkpoint(s.records.output, name, None)
+            with suppress(OSError):  # the disk that took no checkpoint, told before
+                name_checkpoint(s.records.output, name, None)
 
 
 def go_on(s: Session) -> bool:

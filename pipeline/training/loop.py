@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from model.batch import Batch
-from pipeline.distributed.preempt import EXIT_PREEMPTED
+from pipeline.distributed.endings import EXIT_DONE, EXIT_MEND, EXIT_REQUEUE
 from pipeline.reporting.metrics import Progress
 from pipeline.reporting.page import write_report
 from pipeline.tasks.evaluation import evaluate
 from pipeline.training import bad_steps
 from pipeline.training.meter import StepMeter
 from pipeline.training.session import Session
-
-EXIT_DONE, EXIT_FAILED, EXIT_MEND = 0, 1, 2
 
 
 def train(s: Session) -> int:
@@ -26,21 +26,30 @@ def train(s: Session) -> int:
     records = s.records
     progress = records.writer.progress(total, s.state.step)
     try:
-        code = _steps(s, progress) if _evaluate_what_is_due(s) else EXIT_PREEMPTED
+        code = _steps(s, progress) if _evaluate_what_is_due(s) else EXIT_REQUEUE
         progress.close()
         if code == EXIT_DONE and s.state.step and not _evaluate(s):
-            code = EXIT_PREEMPTED
-        if code in (EXIT_DONE, EXIT_PREEMPTED):
+            code = EXIT_REQUEUE
+        if code in (EXIT_DONE, EXIT_REQUEUE):
             _save(s, reason="end")
-        if not records.saver.wait() and code in (EXIT_DONE, EXIT_PREEMPTED):
-            code = EXIT_FAILED
+        if not records.saver.wait() and code == EXIT_DONE:
+            code = EXIT_MEND
     finally:
         progress.close()
         records.writer.close()
         records.sample_keys.close()
     if s.config.tracking.report and s.ranks.place.is_main:
-        print(f"report: {write_report(records.output)}", flush=True)
+        _report(records.output)
     return code
+
+
+def _report(output: Path) -> None:
+    """Write the report; what is trained and saved is not lost with it."""
+    try:
+        print(f"report: {write_report(output)}", flush=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"warning: no report ({reason}); `python -m pipeline.report {output}` writes it", file=sys.stderr)
 
 
 def _steps(s: Session, progress: Progress) -> int:
@@ -64,7 +73,7 @@ def _steps(s: Session, progress: Progress) -> int:
             bad_steps.record(s, result, micro_batches, partial(_save, s, reason="incident"))
         if result.bad is not None and s.guard.over_quota:
             if not bad_steps.go_on(s):
-                return EXIT_FAILED
+                return EXIT_MEND
             batches = s.batches.start(state.step, state.passed_by)
             meter.restart()
             continue
@@ -83,13 +92,13 @@ def _steps(s: Session, progress: Progress) -> int:
             progress.update(state.step)
         if too_many:
             _save(s, reason="unusable")
-            return _explain(s, records.unusable.verdict(), EXIT_MEND)
+            return _explain(s, records.unusable.verdict())
         if told_to_stop:
-            return EXIT_PREEMPTED
+            return EXIT_REQUEUE
         if saving and not last:
             _save(s, reason="minutes" if minutes_over else "beat")
         if evaluating and not _evaluate(s):
-            return EXIT_PREEMPTED
+            return EXIT_REQUEUE
         if logging:
             meter.restart()
     return EXIT_DONE
@@ -191,6 +200,6 @@ def _on_beat(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _explain(s: Session, reason: str, code: int = EXIT_FAILED) -> int:
+def _explain(s: Session, reason: str) -> int:
     s.ranks.say(f"error: {reason}", error=True)
-    return code
+    return EXIT_MEND

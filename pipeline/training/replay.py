@@ -17,7 +17,7 @@ from model.batch import Batch
 from pipeline.checkpoint.files import defect
 from pipeline.config.command_line import config_of, load_config
 from pipeline.config.options import Config, flatten
-from pipeline.distributed.ranks import Place
+from pipeline.distributed.places import Place
 from pipeline.incidents.module_statistics import module_statistics
 from pipeline.incidents.records import IncidentError, read_incident
 from pipeline.loading.open_data import TrainingBatches, TrainingData, open_training_data

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, ConfigError, save_config, to_plain, tokenizer_source
+from pipeline.distributed.devices import choose_device, refuse_shared_gpu
+from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.ranks import Agreement
+from pipeline.distributed.rendezvous import Meeting, connect
 from pipeline.engine.engine import TrainEngine, prepare_deepspeed
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.rewind import SkippedBatches, finish_setting_aside
@@ -101,17 +104,19 @@ class Opened:
     lock: int | None
 
 
-def choose_device(place: Place) -> tuple[Place, torch.device]:
-    """This rank's GPU, or the CPU where there is none; the place with the number of that GPU."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        return place, torch.device("cpu")
-    local_rank = 0 if count == 1 and place.launcher == "slurm" else place.local_rank  # Slurm may show each task its own
-    if local_rank >= count:
-        raise ConfigError(f"local rank {local_rank} has no GPU, {count} visible; start at most {count} ranks per node")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return dataclasses.replace(place, local_rank=local_rank), device
+def connect_ranks(
+    place: Place, stop: StopRequest, meeting: Meeting, own_address: str | None, silence: timedelta
+) -> Ranks:
+    """Choose the device and connect the ranks; every rank must call it.
+
+    Raises:
+        ValueError: a rank has no device of its own.
+    """
+    place, device = choose_device(place)
+    connect(place, device, meeting, own_address, silence)
+    agreement = Agreement(silence)
+    refuse_shared_gpu(place, device, agreement)
+    return Ranks(place, device, agreement, stop)
 
 
 def resolve_ds_config(launch: Launch, place: Place, device: torch.device) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pipeline.checkpoint.files import run_of, step_of
 from pipeline.checkpoint.restore import load_into
 from pipeline.config.options import ConfigError
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.weights.external import published_files
 from pipeline.weights.hub import Hub, HubError
 from pipeline.weights.sources import load_model, load_text, load_vision, load_vision_tower

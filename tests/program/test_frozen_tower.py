@@ -21,7 +21,8 @@ from pipeline.checkpoint.restore import CheckpointError, load_weights, read_stat
 from pipeline.config.command_line import load_config
 from pipeline.config.options import ConfigError
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.evaluate import main as evaluate
 from pipeline.generate import main as generate
 from pipeline.incidents.records import read_incident

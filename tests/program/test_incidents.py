@@ -258,7 +258,7 @@ def test_a_run_that_may_not_go_back_stops_with_the_list(planted: Path, setting: 
         code, told = done.returncode, done.stderr
     else:
         [code], told = run_ranks(1, train, arguments), capfd.readouterr().err
-    assert code == 1 and "Traceback" not in told, told
+    assert code == 2 and "Traceback" not in told, told
     assert "guard: step 2 skipped: the loss is not finite (nan); python -m pipeline.replay" in told
     assert f"2 bad steps within 200 (guard.max_skips 1), and {reason}" in told.replace("the run has ", "")
     assert "holds step_00000002, step_00000006" in told

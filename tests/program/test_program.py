@@ -15,7 +15,6 @@ import pytest
 
 from pipeline.checkpoint.files import newest_valid, weights_hash
 from pipeline.checkpoint.restore import load_weights
-from pipeline.distributed.launching import free_port
 from pipeline.reporting.metrics import read_log
 from pipeline.reporting.sample_keys import read_sample_keys
 
@@ -173,7 +172,6 @@ def test_real_launcher_two_ranks(work: Path) -> None:
     options = [*SHORT, "--train.steps", "3", "--train.eval_every", "0", "--model.text.dropout", "0"]
     options += ["--tracking.sample_keys", "true"]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-    launcher += ["--master_port", str(free_port())]
     script = [str(REPOSITORY / "pipeline" / "train.py"), "--deepspeed", str(REPOSITORY / "ds_configs" / "zero2.json")]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     two = subprocess.run(

@@ -33,7 +33,7 @@ def test_a_disk_that_takes_no_large_files_leaves_the_run_alive(work: Path) -> No
         timeout=100,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("ALARM: checkpoint step_") == 4 and "File too large" in done.stderr
     records = read_log(work / "runs" / "limited" / "log.jsonl")

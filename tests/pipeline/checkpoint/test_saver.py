@@ -31,7 +31,8 @@ from pipeline.checkpoint.files import (
 from pipeline.checkpoint.saver import Saver, owners_of
 from pipeline.checkpoint.state import RunState
 from pipeline.config.options import TrainConfig
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from tests.forked_ranks import run_ranks
 
 ALONE = Place(0, 1, 0, "single")

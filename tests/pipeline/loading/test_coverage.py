@@ -18,8 +18,9 @@ from model.build import build_objective
 from pipeline.config.options import Config
 from pipeline.data.order import SampleOrder
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.loading.loader import LoaderOptions, TrainBatches
 from pipeline.loading.open_data import open_held_out
 from pipeline.loading.shared_batches import SlotSampler

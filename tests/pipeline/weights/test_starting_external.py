@@ -11,7 +11,8 @@ from model.build import build_objective
 from model.config import ModelConfig, VisionConfig, objective_options
 from model.torchvision_shim import ensure_torchvision
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.weights.hub import HubError
 from pipeline.weights.starting import describe_start, load_starting_weights
 from tests.forked_ranks import run_ranks

@@ -15,7 +15,8 @@ from model.config import FLMOptions, ModelConfig
 from model.torchvision_shim import ensure_torchvision
 from pipeline.config.options import ConfigError
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.weights import starting as starting_weights
 from pipeline.weights.hub import HubError
 from pipeline.weights.starting import describe_start, load_starting_weights

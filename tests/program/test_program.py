@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,12 +62,21 @@ def test_nothing_prepared_is_one_line_naming_the_command(tmp_path: Path) -> None
     assert "python -m data_prep synth && python -m data_prep tokenizer" in done.stderr
 
 
-def test_only_rank_0_speaks(tmp_path: Path) -> None:
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+@pytest.mark.parametrize(
+    ("local_rank", "line"), [("0", "error: rank 1 on {}: command line: unknown option --optim.lrr"), ("1", "")]
+)
+def test_a_misspelt_option_is_said_once_a_node(tmp_path: Path, local_rank: str, line: str) -> None:
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank}
     done = subprocess.run(
-        program("--local_rank=1"), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        program(f"--local_rank={local_rank}", "--optim.lrr", "1"),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", bool(line))
+    assert done.stderr.startswith(line.format(socket.gethostname()))
 
 
 @pytest.mark.slow

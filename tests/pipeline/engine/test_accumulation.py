@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, GuardConfig
-from pipeline.distributed.ranks import Place
+from pipeline.distributed.places import Place
 from pipeline.incidents.guard import Guard
 from tests.forked_ranks import run_ranks
 from tests.pipeline.engine import test_engine

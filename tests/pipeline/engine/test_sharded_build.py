@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.checkpoint.files import weights_hash
 from pipeline.config.ds_config import read_ds_config, resolve
-from pipeline.distributed.ranks import Agreement, Place
+from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed
 from tests.forked_ranks import run_ranks
 from tests.pipeline.checkpoint.test_frozen import PartlyFrozen

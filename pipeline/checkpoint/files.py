@@ -1,4 +1,4 @@
-"""The format of a checkpoint on disk: its files, the manifest with their hashes, and reading them without pickles.
+"""The format of a checkpoint on disk: its files, written without pickles, and the manifest with their hashes.
 
 ``step_00001000/`` holds ``KIND-RANK-NUMBER.safetensors`` (KIND: weight, exp_avg, exp_avg_sq; each rank writes what it
 holds: whole tensors, or a range of the flattened tensor where ZeRO divides it), ``state.json``, and ``manifest.json``
@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +36,8 @@ DIVIDED = "divided"  # entry of a file's metadata: name -> first element of this
 _FOLDER = re.compile(r"step_(\d{8,})")
 _FILE = re.compile(rf"state\.json|({'|'.join(KINDS)})-\d{{5}}-\d{{5}}\.safetensors")
 _MAX_JSON_BYTES = 1 << 28
-_HASHING_THREADS = 4
+HASHING_THREADS = 4
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -79,25 +80,57 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def defect(path: Path, hashes: bool = True) -> str | None:
-    """Why a checkpoint is invalid; None if every file has the size (and hash) in its manifest."""
-    try:
+    """Why a checkpoint is invalid; None if every file has the size (and hash) in its manifest.
+
+    One process alone; ``verify.newest_whole`` is the same for the ranks of a job.
+    """
+    entries, reason = listed(path)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for check in (wrong_size, wrong_hash) if hashes else (wrong_size,):
+            if reason is None:
+                reason = next(filter(None, pool.map(partial(check, path), entries, entries.values())), None)
+    return reason
+
+
+def listed(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Every file of a checkpoint by name, with "bytes" and "sha256", by its manifest; or why there is no such list."""
+
+    def read() -> dict[str, dict[str, Any]]:
         if path.is_symlink():
-            return "is a symbolic link; move the folder itself here"
+            raise CheckpointError("is a symbolic link; move the folder itself here")
         files = read_manifest(path)["files"]
-        for name, expected in files.items():
-            size = _regular_size(path / name)
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes, the manifest says {expected['bytes']}"
-        if hashes:
-            with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-                for name, found in zip(files, pool.map(lambda name: file_sha256(path / name), files), strict=True):
-                    if found != files[name]["sha256"]:
-                        return f"{name} does not match its SHA-256"
+        return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
+
+    entries, reason = attempt(read)
+    return entries or {}, reason
+
+
+def wrong_size(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    """Why a file of a checkpoint is not what the manifest lists, by its kind and size; None if it is."""
+    size, reason = attempt(lambda: _regular_size(path / name))
+    if reason is None and size != expected["bytes"]:
+        reason = f"{name} has {size} bytes, the manifest says {expected['bytes']}"
+    return reason
+
+
+def wrong_hash(
+    path: Path, name: str, expected: Mapping[str, Any], sha256: Callable[[Path], str] = file_sha256
+) -> str | None:
+    """The same by its content, which is read whole by ``sha256``."""
+    found, reason = attempt(lambda: sha256(path / name))
+    if reason is None and found != expected["sha256"]:
+        reason = f"{name} does not match its SHA-256"
+    return reason
+
+
+def attempt(read: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What ``read`` returns, or why the files of a checkpoint are not what they should be."""
+    try:
+        return read(), None
     except CheckpointError as error:
-        return str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"unreadable ({type(error).__name__}: {error})"
-    return None
+        return None, str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return None, f"unreadable ({type(error).__name__}: {error})"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -234,59 +267,6 @@ def remove_leftovers(run: Path) -> None:
 def _with_own_hash(content: dict[str, Any]) -> bytes:
     digest = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1).encode()
-
-
-class Reader:
-    """Memory-maps the tensors of a checkpoint that the manifest lists; nothing is unpickled."""
-
-    def __init__(self, path: Path, kinds: tuple[str, ...] = KINDS) -> None:
-        self._path = path
-        self._handles: dict[str, Any] = {}
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # (begin, end, file), in order
-        self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-        for file in sorted(read_manifest(path)["files"]):
-            kind = file.partition("-")[0]
-            if kind in kinds:
-                try:
-                    self._open(kind, file)
-                except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise CheckpointError(f"{path}: {file} holds no tensors of ours ({error})") from None
-        for (kind, name), pieces in self._pieces.items():
-            pieces.sort()
-            ends = [0, *(end for _, end, _ in pieces)]
-            whole = math.prod(self._shapes[kind, name])
-            if [begin for begin, _, _ in pieces] != ends[:-1] or ends[-1] != whole:
-                stretches = ", ".join(f"{begin} to {end}" for begin, end, _ in pieces)
-                raise CheckpointError(f"{path}: of {kind} of {name} it holds {stretches}, expected 0 to {whole} once")
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handles.clear()
-
-    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Shape by name of every tensor of one kind."""
-        return {name: shape for (found, name), shape in self._shapes.items() if found == kind}
-
-    def read(self, kind: str, name: str) -> Tensor:
-        """One whole tensor, concatenated where several ranks held a part."""
-        pieces = [self._handles[file].get_tensor(name) for _, _, file in self._pieces[kind, name]]
-        joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
-        return joined.view(self._shapes[kind, name])
-
-    def read_all(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, self.read(kind, name)) for name in self.shapes(kind))
-
-    def _open(self, kind: str, file: str) -> None:
-        handle = self._handles[file] = safe_open(self._path / file, framework="pt")
-        divided = json.loads((handle.metadata() or {}).get(DIVIDED, "{}"))
-        for name in handle.keys():  # noqa: SIM118 (not a dict)
-            held = tuple(handle.get_slice(name).get_shape())
-            begin, shape = (divided[name]["begin"], tuple(divided[name]["shape"])) if name in divided else (0, held)
-            self._pieces.setdefault((kind, name), []).append((begin, begin + math.prod(held), file))
-            if self._shapes.setdefault((kind, name), shape) != shape:
-                raise ValueError(f"{name} has another shape in another file")
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:

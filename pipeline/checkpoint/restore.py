@@ -19,24 +19,29 @@ from pipeline.checkpoint.files import (
     KINDS,
     STATE,
     CheckpointError,
-    Reader,
     defect,
     newest_valid,
+    published,
     read_json_bytes,
     step_of,
     weights_hash,
 )
+from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.state import RunState, TrainingState
+from pipeline.checkpoint.verify import newest_whole
 from pipeline.distributed.ranks import Agreement
 
 
-def find(run: Path, agreement: Agreement, is_main: bool) -> Path | None:
+def find(run: Path, agreement: Agreement, is_main: bool, stopping: Callable[[], bool] = lambda: False) -> Path | None:
     """The newest valid checkpoint of a run, None when it has none yet; every rank must call it.
+
+    The ranks divide the files among themselves to verify them, and ask ``stopping`` about once a second meanwhile.
 
     Raises:
         CheckpointError: there are checkpoints but none is valid.
+        Stopped: ``stopping()`` held on any rank.
     """
-    path, skipped = agreement.gather(newest_valid(run) if is_main else None)[0]
+    path, skipped = newest_whole(published(run)[::-1] if is_main else [], agreement, stopping)
     if is_main:
         for reason in skipped:
             print(f"checkpoint skipped, {reason}", file=sys.stderr, flush=True)
@@ -64,24 +69,25 @@ def resume(
         return None
     if accept is not None:
         accept(read_state(path))
-    return load(path, engine)
+    return load(path, engine, agreement)
 
 
-def load(path: Path, engine: TrainingState) -> RunState:
+def load(path: Path, engine: TrainingState, agreement: Agreement | None = None) -> RunState:
     """Load a (verified) checkpoint into the engine and return its run state; every rank must call it.
 
-    Weights, moments and counters of the engine are overwritten.
+    Weights, moments and counters of the engine are overwritten. Each rank reads what its engine holds, and with an
+    ``agreement`` the headers of its share of the files instead of all.
 
     Raises:
         CheckpointError: the checkpoint is of another model, or was trained with other frozen weights.
     """
     state = read_state(path)
     _refuse_other_frozen(path, state.frozen, engine.frozen)
-    with Reader(path) as reader:
-        for kind in KINDS:
-            expected = engine.shapes(kind, bool(state.optimizer_steps))
-            _refuse_other_names(path, kind, reader.shapes(kind), expected)
-        engine.load_named_state(reader.read, state.optimizer_steps)
+    reader = Reader(path, agreement=agreement)
+    for kind in KINDS:
+        expected = engine.shapes(kind, bool(state.optimizer_steps))
+        _refuse_other_names(path, kind, reader.shapes(kind), expected)
+    engine.load_named_state(reader.read_ranges, state.optimizer_steps)
     engine.loss_scale, engine.skipped_steps = state.loss_scale, state.skipped_steps
     return state
 
@@ -148,8 +154,8 @@ def weights_in(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict[s
             f"referred to (first: {saved['names'][0]}); load that source too"
         )
     _refuse_other_frozen(path, saved, found)
-    with Reader(path, kinds=("weight",)) as reader:
-        return dict(reader.read_all("weight")) | dict(frozen or {})
+    reader = Reader(path, kinds=("weight",))
+    return dict(reader.read_all("weight")) | dict(frozen or {})
 
 
 def load_into(model: nn.Module, path: Path) -> None:
@@ -163,11 +169,11 @@ def load_into(model: nn.Module, path: Path) -> None:
     """
     frozen = frozen_tensors(model)
     _refuse_other_frozen(path, read_state(path).frozen, describe_frozen(model))
-    with Reader(path, kinds=("weight",)) as reader:
-        expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in frozen}
-        fix = "restore the config.yaml and tokenizer it was trained with"
-        _refuse_other_names(path, "weight", reader.shapes("weight"), expected, fix)
-        model.load_state_dict(dict(reader.read_all("weight")), strict=False)
+    reader = Reader(path, kinds=("weight",))
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in frozen}
+    fix = "restore the config.yaml and tokenizer it was trained with"
+    _refuse_other_names(path, "weight", reader.shapes("weight"), expected, fix)
+    model.load_state_dict(dict(reader.read_all("weight")), strict=False)
 
 
 def describe_frozen(model: nn.Module) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import secrets
 import shutil
 import socket
@@ -28,6 +29,7 @@ from pipeline.config.options import TrainConfig
 from pipeline.distributed.host_memory import available_bytes
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
+from pipeline.distributed.sharing import owners_of
 
 MEMORY_MARGIN = 1.2  # free memory per byte of the copy
 HEADER_BYTES = 1 << 20  # headers, manifest and state, beyond the tensors
@@ -321,26 +323,12 @@ class Saver:
             )
 
 
-def owners_of(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """The rank that writes each tensor that all hold: the largest first, each to the rank with the fewest bytes."""
-    load = [0] * world_size
-    owners = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        rank = load.index(min(load))
-        owners[name] = rank
-        load[rank] += sizes[name]
-    return owners
-
-
 def _sizes(engine: TrainingState) -> dict[str, int]:
     """Bytes that a checkpoint of the engine holds of each name, everything counted as fp32."""
     sizes: dict[str, int] = {}
     for kind in KINDS:
         for name, shape in engine.shapes(kind, engine.optimizer_steps > 0).items():
-            count = 1
-            for length in shape:
-                count *= length
-            sizes[name] = sizes.get(name, 0) + 4 * count
+            sizes[name] = sizes.get(name, 0) + 4 * math.prod(shape)
     return sizes
 
 

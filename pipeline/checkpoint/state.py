@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from pipeline.checkpoint.files import Piece
+
+Ranges = Sequence[tuple[str, int, int]]  # (name, first element, end) of flattened tensors
+ReadRanges = Callable[[str, Ranges], list[Tensor]]  # (kind, ranges) -> their elements, on the host
 
 
 @dataclass
@@ -50,4 +53,4 @@ class TrainingState(Protocol):
 
     def pieces(self, owned: Container[str]) -> Iterator[Piece]: ...
 
-    def load_named_state(self, read: Callable[[str, str], Tensor], optimizer_steps: int) -> None: ...
+    def load_named_state(self, read: ReadRanges, optimizer_steps: int) -> None: ...

@@ -62,6 +62,8 @@ def resolve(given: dict[str, Any], config: Config, world_size: int, device: Devi
         section["enabled"] = precision == name
     if precision != "fp16":
         resolved["fp16"] = {"enabled": False}
+    if precision != "fp32":  # else micro-batches are summed in 8 or 11 bits
+        resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _resolve_optimizer(resolved, config)
     if resolved.pop("scheduler", AUTO) != AUTO:
         raise ConfigError("--deepspeed: the JSON has a scheduler; remove it and use optim.schedule of the recipe")

@@ -18,7 +18,8 @@ class Agreement:
     def __init__(self, silence: timedelta = SILENCE) -> None:
         """A collective that takes longer than ``silence`` fails."""
         self.alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self.is_main = self.alone or dist.get_rank() == 0
+        self.rank, self.world_size = (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
+        self.is_main = self.rank == 0
         self._group = None if self.alone else dist.new_group(backend="gloo", timeout=silence)
 
     def total(self, numbers: Sequence[int] | Sequence[float]) -> list[float]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import deepspeed
 import torch
@@ -12,8 +11,6 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -21,7 +18,9 @@ from torch import Tensor, nn
 
 from model.frozen import trained_buffers
 from pipeline.checkpoint.files import MOMENTS, Piece
+from pipeline.checkpoint.state import ReadRanges
 from pipeline.distributed.places import Place
+from pipeline.distributed.sharing import owners_of
 
 
 class FullState:
@@ -91,36 +90,73 @@ class FullState:
         """Where this rank's stretch of a parameter begins, None if it has none, and its tensors by kind."""
         if self._stage == 0:
             return 0, {kind: parameter if kind == "weight" else self._moment(parameter, kind) for kind in kinds}
-        if self._stage == 3:
-            size, whole = parameter.ds_tensor.numel(), parameter.ds_numel
-            begin = min(size * self._place.rank, whole)
-            end = min(begin + size, whole)
-            local = {kind: _zero3_local(parameter, kind) for kind in kinds} if begin < end else {}
-            return begin if begin < end else None, {kind: held.flatten()[: end - begin] for kind, held in local.items()}
-        mapping = parameter._hp_mapping  # of DeepSpeed's stages 1 and 2: which stretch of it this rank's optimizer has
-        if mapping is None:
+        begin, end = self._range(parameter)
+        if begin == end:
             return None, {}
-        held = {kind: mapping.get_hp_fragment(None if kind == "weight" else kind) for kind in kinds}
-        return mapping.lp_fragment_address.start, held
+        if self._stage == 3:
+            return begin, {kind: _zero3_local(parameter, kind).flatten()[: end - begin] for kind in kinds}
+        return begin, {kind: _fragment(parameter, kind) for kind in kinds}
 
-    def write(self, read: Callable[[str, str], Tensor], optimizer_steps: int) -> None:
-        """Set every master weight and moment from ``read(key, parameter name)``, and Adam's step counter.
+    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """First element and end of this rank's stretch of a parameter that ZeRO divides; equal if it has none."""
+        if self._stage == 3:
+            return zero3_range(parameter.ds_tensor.numel(), parameter.ds_numel, self._place.rank)
+        if parameter._hp_mapping is None:
+            return 0, 0
+        address = parameter._hp_mapping.lp_fragment_address
+        return address.start, address.start + address.numel
 
-        ``optimizer_steps`` 0 means that there are no moments to read. The working copies are set too.
+    def write(self, read: ReadRanges, optimizer_steps: int) -> None:
+        """Set every master weight and moment, and Adam's step counter; the working copies follow.
+
+        A rank reads what its optimizer holds, so that all together read each element once. What all hold alike
+        (buffers, and everything at stage 0) is divided among them by name and sent. ``optimizer_steps`` 0 means that
+        there are no moments to read.
         """
         if optimizer_steps or self._inner_optimizer().state:
             self._make_moments(optimizer_steps)
-        for name, parameter in self._objective.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            weight = read("weight", name)
-            self._set(parameter, weight, None)
-            for key in MOMENTS if optimizer_steps else ():
-                self._set(parameter, read(key, name), key)
-            with self._whole(parameter):
-                parameter.data.copy_(weight)
-        for name, buffer in trained_buffers(self._objective):
-            buffer.data.copy_(read("weight", name))
+        if self._stage == 3:
+            self._deepspeed.optimizer.checkpoint_event_prologue()  # no whole weights are left, which would be old ones
+        trained = {name: value for name, value in self._objective.named_parameters() if value.requires_grad}
+        for kind in ("weight", *MOMENTS) if optimizer_steps else ("weight",):
+            alike = dict(trained_buffers(self._objective)) if kind == "weight" else {}
+            if self._stage == 0:
+                alike |= {n: p if kind == "weight" else self._moment(p, kind) for n, p in trained.items()}
+            else:
+                self._read_held(read, kind, trained)
+            self._read_alike(read, kind, alike)
+        self._refresh_working_copies()
+
+    def _read_held(self, read: ReadRanges, kind: str, trained: Mapping[str, nn.Parameter]) -> None:
+        """Set this rank's stretches of the parameters that ZeRO divides."""
+        ranges = {name: self._range(parameter) for name, parameter in trained.items()}
+        ranges = {name: (begin, end) for name, (begin, end) in ranges.items() if begin < end}
+        values = read(kind, [(name, begin, end) for name, (begin, end) in ranges.items()])
+        for name, value in zip(ranges, values, strict=True):
+            if self._stage == 3:
+                _set_zero3_local(trained[name], kind, value.to(self._device))
+            else:
+                _fragment(trained[name], kind).data.copy_(value)
+
+    def _read_alike(self, read: ReadRanges, kind: str, alike: Mapping[str, Tensor]) -> None:
+        """Set tensors that every rank holds whole: one rank reads each and sends it to all others."""
+        owners = owners_of({name: target.nbytes for name, target in alike.items()}, self._place.world_size)
+        own = [name for name in alike if owners[name] == self._place.rank]
+        values = read(kind, [(name, 0, alike[name].numel()) for name in own])
+        for name, value in zip(own, values, strict=True):
+            alike[name].data.copy_(value.view(alike[name].shape))
+        for name, target in alike.items() if self._place.world_size > 1 else ():
+            deepspeed.comm.broadcast(target.data, src=owners[name])
+
+    def _refresh_working_copies(self) -> None:
+        """Bring the master weights to all ranks as DeepSpeed does after a step; at stage 0 they are one."""
+        optimizer = self._deepspeed.optimizer
+        if self._stage == 3:
+            for group in range(len(optimizer.fp16_groups)):  # from masters to working copies, part by part
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()  # gathers the parameters that stay whole
+        elif self._stage:
+            optimizer.update_lp_params()
 
     @property
     def optimizer_steps(self) -> int:
@@ -165,27 +201,16 @@ class FullState:
             return self._inner_optimizer().state[parameter][key]
         return safe_get_full_optimizer_state(parameter, key)
 
-    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Set a master weight (``key`` None) or moment from its whole value; each rank takes its part."""
-        if self._stage == 0:
-            target = parameter if key is None else self._inner_optimizer().state[parameter][key]
-            target.data.copy_(value)
-        elif self._stage == 3:
-            part = _zero3_part(value.to(self._device), parameter, self._place)
-            if key is None:
-                safe_set_local_fp32_param(parameter, part)
-            else:
-                safe_set_local_optimizer_state(parameter, part, key)
-        elif key is None:
-            safe_set_full_fp32_param(parameter, value.to(self._device))
-        else:
-            safe_set_full_optimizer_state(parameter, value.to(self._device), key)
 
-    def _whole(self, parameter: nn.Parameter):
-        """Inside, the working copy is whole; changes made on every rank alike are kept."""
-        if self._stage != 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+def zero3_range(size: int, whole: int, rank: int) -> tuple[int, int]:
+    """First element and end of a rank's part of a flat tensor of ``whole`` elements in equal parts of ``size``."""
+    begin = min(size * rank, whole)
+    return begin, min(begin + size, whole)
+
+
+def _fragment(parameter: nn.Parameter, kind: str) -> Tensor:
+    """The stretch of a parameter that this rank's optimizer has, at DeepSpeed's stages 1 and 2."""
+    return parameter._hp_mapping.get_hp_fragment(None if kind == "weight" else kind)
 
 
 def _zero3_local(parameter: nn.Parameter, kind: str) -> Tensor:
@@ -194,15 +219,14 @@ def _zero3_local(parameter: nn.Parameter, kind: str) -> Tensor:
     return safe_get_local_optimizer_state(parameter, kind)
 
 
-def _zero3_part(value: Tensor, parameter: nn.Parameter, place: Place) -> Tensor:
-    """This rank's share of a whole value: equal parts of the flat value, the last padded with zeros."""
-    size = parameter.ds_tensor.numel()
-    flat = value.flatten()
-    part = flat.new_zeros(size)
-    begin = min(size * place.rank, flat.numel())
-    end = min(begin + size, flat.numel())
-    part[: end - begin] = flat[begin:end]
-    return part
+def _set_zero3_local(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    """Set this rank's part of a parameter, fp32, padded with zeros where it is the last."""
+    part = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32, device=value.device)
+    part[: value.numel()] = value
+    if kind == "weight":
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, kind)
 
 
 def _on_host(value: Tensor, copy: bool) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.manifest import write_atomically
-from pipeline.checkpoint.files import defect, published, step_of
+from pipeline.checkpoint.files import published, step_of
 from pipeline.incidents.records import name_checkpoint
 
 FILE_NAME = "passed_by.json"
@@ -48,13 +48,11 @@ class SkippedBatches:
         write_atomically(run / FILE_NAME, json.dumps(asdict(self)) + "\n")
 
 
-def choose_checkpoint(run: Path, first_bad: int, before: int) -> Path | None:
-    """The newest valid checkpoint at least ``before`` steps before step ``first_bad``, else the newest before it."""
-    for limit in (first_bad - before, first_bad):
-        for path in reversed(published(run)):
-            if step_of(path) <= limit and defect(path) is None:
-                return path
-    return None
+def ways_back(run: Path, first_bad: int, before: int) -> list[Path]:
+    """Checkpoints to go back to, not verified, the best first: the newest that are at least ``before`` steps before
+    step ``first_bad``, then the newest of the others before it."""
+    older = [path for path in reversed(published(run)) if step_of(path) <= first_bad]
+    return sorted(older, key=lambda path: step_of(path) > first_bad - before)
 
 
 def decide_rewind(run: Path, path: Path, bad_steps: Sequence[int], before: int, now: int) -> SkippedBatches:

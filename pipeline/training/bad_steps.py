@@ -13,11 +13,12 @@ import torch
 
 from model.batch import Batch
 from pipeline.checkpoint import restore
+from pipeline.checkpoint.verify import newest_whole
 from pipeline.config.options import to_plain
 from pipeline.engine.engine import BadStep, StepResult
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.records import FOLDER, incident_folder, list_incidents, name_checkpoint, write_incident
-from pipeline.incidents.rewind import SkippedBatches, choose_checkpoint, decide_rewind, finish_setting_aside
+from pipeline.incidents.rewind import SkippedBatches, decide_rewind, finish_setting_aside, ways_back
 from pipeline.reporting.environment import device_name
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.training.session import Session
@@ -68,10 +69,15 @@ def go_on(s: Session) -> bool:
     if settings.action == "stop":
         return _stop(s, f"{many}, and guard.action is stop")
     s.records.saver.wait()
-    decided = s.ranks.agreement.gather(_decide(s, recent) if s.ranks.place.is_main else None)[0]
+    agreement, is_main = s.ranks.agreement, s.ranks.place.is_main
+    ways = agreement.gather(_ways_back(s, recent) if is_main else None)[0]
+    if isinstance(ways, str):
+        return _stop(s, f"{many}, and {ways}")
+    path, _ = newest_whole(ways, agreement)
+    decided = agreement.gather(_decide(s, recent, path) if is_main else None)[0]
     if isinstance(decided, str):
         return _stop(s, f"{many}, and {decided}")
-    path, remembered, aside = decided
+    remembered, aside = decided
     now = s.state.step
     s.batches.close()
     _stand_at(s, path, remembered.steps)
@@ -87,25 +93,32 @@ def go_on(s: Session) -> bool:
     return True
 
 
-def _decide(s: Session, recent: list[int]) -> tuple[Path, SkippedBatches, list[str]] | str:
-    """On rank 0: the checkpoint to go back to, batches to skip, checkpoints moved away; or why the run must stop."""
+def _ways_back(s: Session, recent: list[int]) -> list[Path] | str:
+    """On rank 0: checkpoints to go back to, the best first; or why the run must stop."""
     settings = s.config.guard
     try:
         rewinds = len(SkippedBatches.read(s.records.output).rewinds)
         if rewinds >= settings.max_rewinds:
             return f"the run has gone back {rewinds} times (guard.max_rewinds {settings.max_rewinds})"
-        path = choose_checkpoint(s.records.output, recent[0], settings.go_around_before)
-        if path is None:
-            return f"there is no valid checkpoint from before step {recent[0]} to go back to"
-        remembered = decide_rewind(s.records.output, path, recent, settings.go_around_before, s.state.step)
-        return path, remembered, finish_setting_aside(s.records.output)
+        return ways_back(s.records.output, recent[0], settings.go_around_before)
+    except (OSError, ValueError) as error:
+        return f"it cannot go back: {error}"
+
+
+def _decide(s: Session, recent: list[int], path: Path | None) -> tuple[SkippedBatches, list[str]] | str:
+    """On rank 0, given a valid checkpoint: batches to skip, checkpoints moved away; or why the run must stop."""
+    if path is None:
+        return f"there is no valid checkpoint from before step {recent[0]} to go back to"
+    try:
+        remembered = decide_rewind(s.records.output, path, recent, s.config.guard.go_around_before, s.state.step)
+        return remembered, finish_setting_aside(s.records.output)
     except (OSError, ValueError) as error:
         return f"it cannot go back: {error}"
 
 
 def _stand_at(s: Session, path: Path, passed_by: list[int]) -> None:
     """Set engine, state, records and loader to a checkpoint, in the middle of the process."""
-    loaded, records = restore.load(path, s.engine), s.records
+    loaded, records = restore.load(path, s.engine, s.ranks.agreement), s.records
     kept = {name: getattr(s.state, name) for name in ("topology", "settings", "fingerprint", "data_changes")}
     vars(s.state).update(vars(loaded) | kept)
     s.state.passed_by = passed_by

@@ -30,7 +30,7 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.distributed.rendezvous import Meeting, connect
-from pipeline.engine.engine import TrainEngine, prepare_deepspeed
+from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.rewind import SkippedBatches, finish_setting_aside
 from pipeline.loading.open_data import TrainingBatches, TrainingData, data_fingerprint, open_training_data
@@ -134,7 +134,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     """
     config, place, agreement = launch.config, ranks.place, ranks.agreement
     opened = open_run(launch, task.num_images, ranks)
-    objective = task.build(config, opened.data.tokenizer.vocabulary)
+    with build_device(ds_config, place):
+        objective = task.build(config, opened.data.tokenizer.vocabulary)
     scores = task.scores(objective)
     refuse_unknown_score(config, scores)
     starting = None
@@ -194,7 +195,7 @@ def open_run(launch: Launch, num_images: int, ranks: Ranks) -> Opened:
 def continue_run(opened: Opened, engine: TrainEngine, ranks: Ranks) -> tuple[RunState, list[str]]:
     """The state that the run goes on from, the engine set to it; and what differs from the part before, in words."""
     config = opened.launch.config
-    state = restore.load(opened.saved, engine) if opened.saved else RunState()
+    state = restore.load(opened.saved, engine, ranks.agreement) if opened.saved else RunState()
     _refuse_other_position(config, state)
     state.fingerprint = opened.fingerprint
     state.data_changes += [{"after_step": state.step, **opened.data_changes}] if opened.data_changes else []

@@ -16,7 +16,8 @@ from model.config import FLMOptions
 from model.frozen import frozen_tensors
 from model.weights.start import foreign_names
 from model.weights.towers import CLIP_RULES
-from pipeline.checkpoint.files import Reader, checkpoint_path
+from pipeline.checkpoint.files import checkpoint_path
+from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.restore import CheckpointError, load_weights, read_state
 from pipeline.config.command_line import load_config
 from pipeline.config.options import ConfigError
@@ -117,8 +118,8 @@ def test_the_checkpoint_refers_to_the_tower_and_every_program_loads_it(work: Pat
     path = checkpoint_path(run, STEPS)
     frozen = read_state(path).frozen
     assert frozen["source"] == str(work / "clip.safetensors") and all("net.vision." in name for name in frozen["names"])
-    with Reader(path) as reader:
-        assert reader.shapes("weight") and not any("vision" in name for name in reader.shapes("weight"))
+    reader = Reader(path)
+    assert reader.shapes("weight") and not any("vision" in name for name in reader.shapes("weight"))
     noted = json.loads((run / "environment.json").read_text())["starting_weights"]["vision"]
     assert noted["taken"] == str(work / "clip.safetensors") and len(noted["names"]["loaded"]) == len(frozen["names"])
     assert all("resblocks.1." in name for name in noted["names"]["dropped"])

@@ -18,12 +18,12 @@ from pipeline.checkpoint.files import (
     KINDS,
     PartWriter,
     Piece,
-    Reader,
     checkpoint_path,
     newest_valid,
     publish,
     weights_hash,
 )
+from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.restore import load_weights, read_state
 from pipeline.config.command_line import parse_command_line
 from pipeline.data.tokenizer import load_tokenizer
@@ -98,13 +98,13 @@ def plant(checkpoint: Path) -> None:
     beside = checkpoint.with_name("planted")
     beside.mkdir()
     writer, planted = PartWriter(beside, 0), False
-    with Reader(checkpoint) as reader:
-        for name in reader.shapes("weight"):
-            tensors = {kind: reader.read(kind, name) for kind in KINDS if name in reader.shapes(kind)}
-            if name == f"{PLANTED}.weight":
-                tensors["weight"][PLANTED_ROW] = math.nan
-            writer.add(Piece(name, 0, reader.shapes("weight")[name], tensors))
-            planted = planted or name == f"{PLANTED}.weight"
+    reader = Reader(checkpoint)
+    for name in reader.shapes("weight"):
+        tensors = {kind: reader.read(kind, name) for kind in KINDS if name in reader.shapes(kind)}
+        if name == f"{PLANTED}.weight":
+            tensors["weight"][PLANTED_ROW] = math.nan
+        writer.add(Piece(name, 0, reader.shapes("weight")[name], tensors))
+        planted = planted or name == f"{PLANTED}.weight"
     assert planted
     files = writer.finish()
     shutil.rmtree(checkpoint)

@@ -23,16 +23,17 @@ from pipeline.checkpoint.files import (
     CheckpointError,
     PartWriter,
     Piece,
-    Reader,
     checkpoint_path,
     newest_valid,
     publish,
 )
-from pipeline.checkpoint.saver import Saver, owners_of
+from pipeline.checkpoint.reading import Reader
+from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.options import TrainConfig
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
+from pipeline.distributed.sharing import owners_of
 from tests.forked_ranks import run_ranks
 
 ALONE = Place(0, 1, 0, "single")
@@ -78,8 +79,8 @@ def published(run: Path) -> list[str]:
 
 def value_in(path: Path) -> set[float]:
     """Every number in a checkpoint: one, if it is of one step."""
-    with Reader(path) as reader:
-        return {float(x) for kind in KINDS for _, tensor in reader.read_all(kind) for x in tensor.unique()}
+    reader = Reader(path)
+    return {float(x) for kind in KINDS for _, tensor in reader.read_all(kind) for x in tensor.unique()}
 
 
 def test_owners_share_the_bytes() -> None:

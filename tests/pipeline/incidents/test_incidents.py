@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.incidents import rewind
+from pipeline.checkpoint.files import step_of
 from pipeline.incidents.records import (
     IncidentError,
     list_incidents,
@@ -19,9 +19,9 @@ from pipeline.incidents.records import (
 from pipeline.incidents.rewind import (
     RewindError,
     SkippedBatches,
-    choose_checkpoint,
     decide_rewind,
     finish_setting_aside,
+    ways_back,
 )
 
 CONTENT = {
@@ -76,11 +76,11 @@ def make_checkpoints(run: Path, *steps: int) -> None:
         (99, 0, (), None),
     ],
 )
-def test_where_to_go_back_to(tmp_path: Path, monkeypatch, first_bad, before, damaged, expected) -> None:
+def test_where_to_go_back_to(tmp_path: Path, first_bad, before, damaged, expected) -> None:
     make_checkpoints(tmp_path, 100, 200, 300, 400)
-    monkeypatch.setattr(rewind, "defect", lambda path: "bad" if rewind.step_of(path) in damaged else None)
-    found = choose_checkpoint(tmp_path, first_bad, before)
-    assert (found and rewind.step_of(found)) == expected
+    steps = [step_of(path) for path in ways_back(tmp_path, first_bad, before)]
+    assert next((step for step in steps if step not in damaged), None) == expected
+    assert sorted(steps) == [step for step in (100, 200, 300, 400) if step <= first_bad]
 
 
 def test_a_rewind_is_remembered_before_anything_moves(tmp_path: Path) -> None:

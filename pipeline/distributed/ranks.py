@@ -18,7 +18,8 @@ class Agreement:
     def __init__(self, silence: timedelta = SILENCE) -> None:
         """A collective that takes longer than ``silence`` fails."""
         self.alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self.is_main = self.alone or dist.get_rank() == 0
+        self.rank, self.world_size = (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
+        self.is_main = self.rank == 0
         self._group = None if self.alone else dist.new_group(backend="gloo", timeout=silence)
 
     def total(self, numbers: Sequence[int] | Sequence[float]) -> list[float]:
@@ -47,6 +48,14 @@ class Agreement:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def from_main(self, value: Any) -> Any:
+        """The value that rank 0 gives, on every rank (pickled, between our own processes)."""
+        if self.alone:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
     def wait(self) -> None:
         """A barrier over all ranks."""

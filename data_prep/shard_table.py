@@ -76,10 +76,14 @@ class ShardTable(Sequence[Shard]):
             yield from self._shards(numbers[start : start + _AT_A_TIME])
 
     def _shards(self, numbers: range) -> Iterator[Shard]:
+        return (Shard(*values) for values in zip(*(self._values(name, numbers) for name in ATTRIBUTES)))
+
+    def _values(self, name: str, numbers: range) -> list[Any]:
+        """An attribute of these shards, as Python objects."""
         part = slice(numbers.start, numbers.stop, numbers.step)
-        texts = ([text.decode() for text in self._texts[name][part].tolist()] for name in TEXTS)
-        columns = (*texts, *(self._numbers[name][part].tolist() for name in NUMBERS))
-        return (Shard(**dict(zip((*TEXTS, *NUMBERS), values))) for values in zip(*columns))
+        if name in NUMBERS:
+            return self._numbers[name][part].tolist()
+        return [text.decode() for text in self._texts[name][part].tolist()]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ShardTable):
@@ -94,10 +98,12 @@ class ShardTable(Sequence[Shard]):
 
     def hash_into(self, digest: hashlib._Hash) -> None:
         """Feed ``digest`` with the table as ``json.dumps(..., sort_keys=True)`` writes a list of objects."""
+        names = sorted(ATTRIBUTES)
         digest.update(b"[")
         for start in range(0, len(self), _AT_A_TIME):
-            part = [vars(shard) for shard in self._shards(range(len(self))[start : start + _AT_A_TIME])]
-            digest.update(((", " if start else "") + json.dumps(part, sort_keys=True)[1:-1]).encode())
+            columns = (self._values(name, range(len(self))[start : start + _AT_A_TIME]) for name in names)
+            part = json.dumps([dict(zip(names, values)) for values in zip(*columns)])
+            digest.update(((", " if start else "") + part[1:-1]).encode())
         digest.update(b"]")
 
 

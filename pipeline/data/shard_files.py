@@ -155,10 +155,15 @@ def _open_file(path: Path) -> tuple[int, int]:
         raise ShardError(MISSING, transient=True) from None
     except OSError as error:
         raise refused(error, UNREADABLE) from None
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(descriptor)
-        raise ShardError(UNREADABLE)
+    with ExitStack() as opened:
+        opened.callback(os.close, descriptor)
+        try:
+            found = os.fstat(descriptor)
+        except OSError as error:
+            raise refused(error, UNREADABLE) from None
+        if not stat.S_ISREG(found.st_mode):
+            raise ShardError(UNREADABLE)
+        opened.pop_all()
     return descriptor, found.st_size
 
 

@@ -100,7 +100,7 @@ class BatchLoader:
         persistent: bool = False,
     ) -> None:
         """``held_batches``: how many batches the caller keeps at a time; ``persistent`` keeps the workers for the next
-        iteration."""
+        iteration, which saves a fork of this process (docs/scale.md)."""
         self.most_batches = most_batches
         self._dataset, self._batches, self._planner, self._options = dataset, batches, planner, options
         self._num_workers = options.num_workers if len(batches) else 0
@@ -178,7 +178,7 @@ class BatchLoader:
             persistent_workers=self._persistent,
             pin_memory=options.pin_memory and torch.cuda.is_available(),
             timeout=options.timeout_seconds if workers else 0,
-            multiprocessing_context="fork" if workers else None,  # the workers inherit the pool
+            multiprocessing_context="fork" if workers else None,  # not forkserver: docs/scale.md, "Loader processes"
             worker_init_fn=_start_worker if workers else None,
             generator=torch.Generator().manual_seed(0),  # else starting a loader would move the global generator
         )

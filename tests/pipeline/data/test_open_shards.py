@@ -103,6 +103,20 @@ class Exhausted:
         return self.original(*arguments)
 
 
+def test_a_file_that_goes_stale_while_it_is_opened_is_opened_again(tmp_path: Path, monkeypatch) -> None:
+    corpus = Corpus(write_split(tmp_path / "train", records(4)), kept=OpenShards(4))
+    before, original, stale = len(os.listdir("/proc/self/fd")), os.fstat, [errno.ESTALE, errno.ENOMEM]
+
+    def once_stale(descriptor):
+        if stale:
+            raise OSError(stale.pop(), "cannot be looked at")
+        return original(descriptor)
+
+    monkeypatch.setattr(os, "fstat", once_stale)
+    assert corpus.read(0).key == "k0000" and not stale
+    assert len(os.listdir("/proc/self/fd")) == before + DESCRIPTORS
+
+
 @pytest.mark.parametrize("number", open_shards.EXHAUSTED)
 @pytest.mark.parametrize("function", ["open", "pread"])
 def test_shards_are_closed_when_the_machine_runs_out_and_the_sample_is_read(

@@ -174,6 +174,8 @@ def load_manifest(split_dir: Path) -> Manifest:
     """The manifest of a split, whose other files are not looked at; raises ManifestError."""
     path = Path(split_dir) / MANIFEST_NAME
     try:
+        if not is_split(split_dir):  # a pipe in its place would never end
+            raise FileNotFoundError(path)
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ManifestError(

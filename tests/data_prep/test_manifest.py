@@ -206,6 +206,12 @@ def test_a_manifest_is_read_once(tmp_path, monkeypatch):
     assert (folder, manifest) == (tmp_path / "a" / "train", load_manifest(folder)) and len(parsed) == 3
 
 
+def test_a_pipe_in_place_of_a_manifest_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(ManifestError, match="no manifest.json: half-written"):
+        load_manifest(tmp_path)
+
+
 def test_whether_something_is_prepared_is_known_without_reading_it(tmp_path, listed, monkeypatch):
     assert not is_prepared(tmp_path / "nowhere", "train") and not is_prepared(tmp_path, "train")
     make_split(tmp_path / "c" / "train")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from pipeline.distributed.endings import host_name
 from pipeline.distributed.ranks import Agreement
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # what torch takes its number of threads from
@@ -35,7 +35,7 @@ def share_cores(agreement: Agreement, environment: Mapping[str, str] = os.enviro
     them. Nothing is changed where a variable of THREAD_VARIABLES is set, or where torch would use no more anyway.
     Returns a line to print if any rank's number was changed, equal on all ranks.
     """
-    here = socket.gethostname(), usable_core_numbers()
+    here = host_name(), usable_core_numbers()
     sharing = sum(host == here[0] and bool(cores & here[1]) for host, cores in agreement.gather(here))
     threads, before = max(1, usable_cores() // sharing), torch.get_num_threads()
     changed = threads < before and not any(environment.get(name) for name in THREAD_VARIABLES)

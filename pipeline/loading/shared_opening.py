@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, ManifestError, first_bad_file
+from pipeline.distributed.endings import host_name
 from pipeline.distributed.ranks import Agreement
 
 Found = TypeVar("Found")
@@ -48,7 +48,7 @@ def check_in_shares(splits: Sequence[Split], agreement: Agreement) -> None:
 
 def _first_bad(splits: Sequence[Split], agreement: Agreement) -> tuple[int, int, int, str, str] | None:
     """Of this rank's share: number of the split, of the shard (-1: the manifest), rank, host, what is wrong."""
-    here = agreement.rank, socket.gethostname()
+    here = agreement.rank, host_name()
     for number, (folder, manifest) in enumerate(splits):
         path = folder / MANIFEST_NAME
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -23,12 +24,20 @@ def all_splits(path: Path) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         raise ManifestError(f"{path}: no such folder; run `python -m data_prep synth` first")
-    folders = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))]
-    visible = (folder for folder in folders if not any(part.startswith(".") for part in folder.relative_to(path).parts))
-    splits = [folder for folder in visible if folder.is_dir() and (is_split(folder) or any(folder.glob("*.tar")))]
+    below = _folders(path)
+    folders = [path, *below, *(deeper for folder in below for deeper in _folders(folder))]
+    splits = [folder for folder in folders if is_split(folder) or any(folder.glob("*.tar"))]
     if not splits:
         raise ManifestError(f"{path}: nothing prepared here; run `python -m data_prep synth` first")
     return splits
+
+
+def _folders(path: Path) -> list[Path]:
+    """The visible folders in one; none in a split, whose thousands of files need not be listed."""
+    if is_split(path):
+        return []
+    with os.scandir(path) as entries:
+        return sorted(path / entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def row_texts(split_dir: Path, manifest: Manifest) -> Iterator[str]:

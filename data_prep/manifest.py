@@ -7,16 +7,19 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass, field
-from dataclasses import fields as dataclass_fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.shard_table import Shard, ShardTable
+
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 KNOWN_FIELDS = ("image", "image1", "text", "meta")
+_CHECKED_AT_A_TIME, _CHECKING_THREADS = 1000, 16
 
 
 class ManifestError(ValueError):
@@ -24,37 +27,30 @@ class ManifestError(ValueError):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar of a split. ``rows`` counts (image, caption) pairs, ``samples`` distinct keys, ``bytes`` the tar."""
-
-    file: str
-    index_file: str
-    rows: int
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """One split. ``fields`` are in index order; ``rejected`` counts records that were not written, by reason."""
+    """One split. ``fields`` are in index order; ``rejected`` counts records that were not written, by reason.
+
+    ``shards`` may be given as any sequence of ``Shard``; raises ValueError for what a ``ShardTable`` refuses.
+    """
 
     corpus: str
     split: str
     fields: tuple[str, ...]
-    shards: tuple[Shard, ...]
+    shards: ShardTable
     rejected: dict[str, int] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", ShardTable.of(self.shards))
+
     @property
     def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
+        return sum(self.shards.rows.tolist())
 
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return sum(self.shards.samples.tolist())
 
     @property
     def num_images(self) -> int:
@@ -63,13 +59,11 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that determines the samples and their order, and nothing else."""
-        content = {
-            "corpus": self.corpus,
-            "split": self.split,
-            "fields": self.fields,
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        corpus, fields, split = (json.dumps(value) for value in (self.corpus, self.fields, self.split))
+        digest = hashlib.sha256(f'{{"corpus": {corpus}, "fields": {fields}, "shards": '.encode())
+        self.shards.hash_into(digest)
+        digest.update(f', "split": {split}}}'.encode())
+        return digest.hexdigest()
 
 
 class IndexColumns(NamedTuple):
@@ -126,7 +120,8 @@ def row_text(text: str | None, meta: dict[str, Any] | None, caption_number: int)
 
 def write_manifest(split_dir: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all; call it last."""
-    content = {**asdict(manifest), "rows": manifest.rows, "samples": manifest.samples}
+    content = {**vars(manifest), "shards": [vars(shard) for shard in manifest.shards]}
+    content |= {"rows": manifest.rows, "samples": manifest.samples}
     write_atomically(Path(split_dir) / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -168,23 +163,28 @@ def sync_directory(folder: Path) -> None:
 
 def read_manifest(split_dir: Path) -> Manifest:
     """The manifest of a split; raises ManifestError unless all its files exist with the listed sizes."""
-    split_dir = Path(split_dir)
-    manifest = _read_content(split_dir)
-    for shard in manifest.shards:
-        _check_files(split_dir, shard)
+    manifest = load_manifest(split_dir)
+    bad = first_bad_file(split_dir, manifest.shards, range(len(manifest.shards)))
+    if bad is not None:
+        raise ManifestError(bad[1])
     return manifest
 
 
-def _read_content(split_dir: Path) -> Manifest:
-    path = split_dir / MANIFEST_NAME
+def load_manifest(split_dir: Path) -> Manifest:
+    """The manifest of a split, whose other files are not looked at; raises ManifestError."""
+    path = Path(split_dir) / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not is_split(split_dir):  # a pipe in its place would never end
+            raise FileNotFoundError(path)
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ManifestError(
             f"{split_dir}: no {MANIFEST_NAME}: half-written or not a split; run `python -m data_prep synth` "
             "or prepare it again"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not readable as JSON ({error}); prepare the split again") from error
     return _parse(path, content)
 
@@ -196,18 +196,19 @@ def _parse(path: Path, content: Any) -> Manifest:
     if version != FORMAT_VERSION:
         raise ManifestError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}; prepare again")
     try:
-        shards = tuple(Shard(**{f.name: shard[f.name] for f in dataclass_fields(Shard)}) for shard in content["shards"])
         manifest = Manifest(
             corpus=content["corpus"],
             split=content["split"],
             fields=tuple(content["fields"]),
-            shards=shards,
+            shards=ShardTable(content.pop("shards")),
             rejected=dict(content["rejected"]),
             provenance=dict(content["provenance"]),
         )
         totals = (content["rows"], content["samples"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise ManifestError(f"{path}: misses or mistypes {error}; prepare the split again") from error
+    except ValueError as error:
+        raise ManifestError(f"{path}: {error}; prepare the split again") from error
     _check_values(path, manifest, totals)
     return manifest
 
@@ -218,41 +219,63 @@ def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> No
     unknown = [name for name in manifest.fields if name not in KNOWN_FIELDS]
     if unknown or len(set(manifest.fields)) != len(manifest.fields):
         raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(KNOWN_FIELDS)}")
-    for shard in manifest.shards:
-        for name in (shard.file, shard.index_file):
-            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-                raise ManifestError(f"{path}: shard file {name!r} is not a plain file name inside the split")
-        numbers = (shard.rows, shard.samples, shard.bytes)
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ManifestError(f"{path}: shard {shard.file} has rows, samples, bytes {numbers}; prepare again")
     if totals != (manifest.rows, manifest.samples):
         counted = (manifest.rows, manifest.samples)
         raise ManifestError(f"{path}: totals {totals} (rows, samples) but its shards add up to {counted}")
 
 
-def _check_files(split_dir: Path, shard: Shard) -> None:
-    """Check existence and size by one lstat per file: a corpus has thousands, often on a network file system."""
-    for name in (shard.file, shard.index_file):
-        path = split_dir / name
-        try:
-            found = os.lstat(path)
-            if stat.S_ISLNK(found.st_mode):
-                if split_dir.resolve() not in path.resolve().parents:
-                    raise ManifestError(f"{path}: a link out of the split; copy the file into it")
-                found = os.stat(path)
-        except OSError:
-            found = None
-        if found is None or not stat.S_ISREG(found.st_mode):
-            raise ManifestError(f"{path}: named by the manifest but missing; copy it again or prepare the split again")
-        if name == shard.file and found.st_size != shard.bytes:
-            raise ManifestError(
-                f"{path}: {found.st_size} bytes, its manifest says {shard.bytes}: "
-                "truncated or changed; copy it again or prepare the split again"
-            )
+def first_bad_file(split_dir: Path, shards: ShardTable, numbers: range) -> tuple[int, str] | None:
+    """Number of the first of the shards ``numbers`` whose files are not as listed, and what is wrong with them.
+
+    One lstat a file, many at a time: a network file system answers each after a while, but many at once.
+    """
+    parts = [numbers[start : start + _CHECKED_AT_A_TIME] for start in range(0, len(numbers), _CHECKED_AT_A_TIME)]
+    if len(parts) <= 1:
+        return _first_bad(split_dir, shards, numbers)
+    with ThreadPoolExecutor(min(len(parts), _CHECKING_THREADS)) as threads:
+        found = threads.map(lambda part: _first_bad(split_dir, shards, part), parts)
+        return next((bad for bad in found if bad is not None), None)
+
+
+def _first_bad(split_dir: Path, shards: ShardTable, numbers: range) -> tuple[int, str] | None:
+    for number, shard in zip(numbers, shards.among(numbers)):
+        for name, size in ((shard.file, shard.bytes), (shard.index_file, None)):
+            wrong = _wrong_with(os.path.join(split_dir, name), size)
+            if wrong is not None:
+                return number, f"{Path(split_dir) / name}: {wrong}"
+    return None
+
+
+def _wrong_with(path: str, size: int | None) -> str | None:
+    """What keeps ``path`` from being a plain file of ``size`` bytes (None: any) in its folder; None if it is one."""
+    try:
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            if Path(path).parent.resolve() not in Path(path).resolve().parents:
+                return "a link out of the split; copy the file into it"
+            found = os.stat(path)
+    except FileNotFoundError:
+        return "named by the manifest but missing; copy it again or prepare the split again"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not stat.S_ISREG(found.st_mode):
+        return "named by the manifest but not a plain file; copy it again or prepare the split again"
+    if size is not None and found.st_size != size:
+        return (
+            f"{found.st_size} bytes, its manifest says {size}: truncated or changed; "
+            "copy it again or prepare the split again"
+        )
+    return None
 
 
 def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path]:
-    """Folders of ``split`` at ``path``: a split folder, a corpus (SPLIT/) or a root of corpora (CORPUS/SPLIT/).
+    """The folders that ``find_manifests`` finds."""
+    return [folder for folder, _ in find_manifests(path, split, num_images)]
+
+
+def find_manifests(path: Path, split: str, num_images: int | None = 1) -> list[tuple[Path, Manifest]]:
+    """Folders and manifests of ``split`` at ``path``: a split folder, a corpus (SPLIT/) or a root of corpora
+    (CORPUS/SPLIT/). A manifest is read once; the other files of a finished split are not looked at.
 
     Corpora with another number of images per sample (None: any) are skipped in a root and refused when named. Raises
     ManifestError, naming the command to run, when there is no split or a half-written one.
@@ -261,29 +284,43 @@ def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path
     if not path.is_dir():
         raise ManifestError(f"{path}: no such folder; run `python -m data_prep synth` or name one by --data DIR")
     if is_split(path):
-        found = _manifest_identity(path)
-        if found != (split, found[1] if num_images is None else num_images):
-            expected = f"expected split {split!r} with {num_images} image(s)"
-            raise ManifestError(f"{path}: holds split {found[0]!r} with {found[1]} image(s) per sample, {expected}")
-        return [path]
-    corpus_split = path / split
-    candidates = [corpus_split] if corpus_split.is_dir() else []
-    if not any(is_split(candidate) or _has_tars(candidate) for candidate in candidates):
-        candidates = sorted(folder / split for folder in path.iterdir() if not folder.name.startswith("."))
+        manifest = load_manifest(path)
+        if (manifest.split, num_images or manifest.num_images) != (split, manifest.num_images):
+            found = f"holds split {manifest.split!r} with {manifest.num_images} image(s) per sample"
+            raise ManifestError(f"{path}: {found}, expected split {split!r} with {num_images} image(s)")
+        return [(path, manifest)]
+    candidates = _split_folders(path, split)
     for candidate in (path, *candidates):
-        if _has_tars(candidate) and not is_split(candidate):
+        if not is_split(candidate) and _has_tars(candidate):
             raise ManifestError(
                 f"{candidate}: tars but no {MANIFEST_NAME}: half-written, or not made by data_prep; "
                 "remove it or prepare it again (`python -m data_prep --help`)"
             )
-    splits = [candidate for candidate in candidates if is_split(candidate)]
-    matching = [candidate for candidate in splits if num_images in (None, _manifest_identity(candidate)[1])]
+    found = [(candidate, load_manifest(candidate)) for candidate in candidates if is_split(candidate)]
+    matching = [(folder, manifest) for folder, manifest in found if num_images in (None, manifest.num_images)]
     if not matching:
-        reason = f"none has {num_images} image(s) per sample" if splits else _what_is_there(path)
+        reason = f"none has {num_images} image(s) per sample" if found else _what_is_there(path)
         raise ManifestError(
             f"{path}: no split {split!r} here ({reason}); run `python -m data_prep synth` or name another by --data DIR"
         )
     return matching
+
+
+def is_prepared(path: Path, split: str) -> bool:
+    """Whether a finished split lies at ``path`` as ``find_manifests`` looks for it, by a few questions to the file
+    system and no file read: for what every rank asks before the ranks know each other."""
+    path = Path(path)
+    if is_split(path):
+        return True
+    return path.is_dir() and any(is_split(folder) for folder in _split_folders(path, split))
+
+
+def _split_folders(path: Path, split: str) -> list[Path]:
+    """Where ``split`` may lie in a corpus or in a root of corpora."""
+    own = path / split
+    if own.is_dir() and (is_split(own) or _has_tars(own)):
+        return [own]
+    return sorted(folder / split for folder in path.iterdir() if not folder.name.startswith("."))
 
 
 def _what_is_there(path: Path) -> str:
@@ -291,7 +328,7 @@ def _what_is_there(path: Path) -> str:
     if (path / "tokenizer.json").is_file():
         return "a tokenizer, which --data.tokenizer takes"
     names = {
-        _manifest_identity(file.parent)[0]
+        load_manifest(file.parent).split
         for file in (*path.glob(f"*/{MANIFEST_NAME}"), *path.glob(f"*/*/{MANIFEST_NAME}"))
     }
     return f"prepared: {', '.join(sorted(names))}" if names else "nothing prepared"
@@ -303,9 +340,7 @@ def is_split(folder: Path) -> bool:
 
 
 def _has_tars(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.glob("*.tar"))
-
-
-def _manifest_identity(folder: Path) -> tuple[str, int]:
-    manifest = _read_content(folder)
-    return manifest.split, manifest.num_images
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(entry.name.endswith(".tar") for entry in entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,11 @@ def ordered_map(
         raise ChildProcessError("a worker process died (out of memory?); give fewer --workers") from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def default_workers() -> int:
+    """One process per core that this one may run on: of a machine a job may have a part only."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_prep.info import row_texts
-from data_prep.manifest import read_manifest, sync_directory
+from data_prep.manifest import Manifest, read_manifest, sync_directory
 from data_prep.record import PrepError
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in RoBERTa; <mask> is the last id
@@ -42,17 +42,18 @@ def train_tokenizer(split_dirs: list[Path], output: Path, vocab_size: int, overw
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(split_dirs), trainer)
+    manifests = {folder: read_manifest(folder) for folder in split_dirs}
+    tokenizer.train_from_iterator(_texts(manifests), trainer)
     # As in RoBERTa <mask> takes the space before it, so that "a <mask>" and "a<mask>" are the same tokens.
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False, special=True)])
-    sources = {str(folder): read_manifest(folder).fingerprint() for folder in split_dirs}
+    sources = {str(folder): manifest.fingerprint() for folder, manifest in manifests.items()}
     _save(tokenizer, output, {"vocab_size": vocab_size, "trained_on": sources})
     return tokenizer.get_vocab_size()
 
 
-def _texts(split_dirs: list[Path]) -> Iterator[str]:
-    for folder in split_dirs:
-        yield from row_texts(folder, read_manifest(folder))
+def _texts(manifests: dict[Path, Manifest]) -> Iterator[str]:
+    for folder, manifest in manifests.items():
+        yield from row_texts(folder, manifest)
 
 
 def _build() -> Tokenizer:

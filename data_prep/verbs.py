@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from data_prep import fetch, info, sources, synth, tokenizer
 from data_prep.filters import Limits
 from data_prep.manifest import Manifest, file_sha256, find_splits
+from data_prep.parallel import default_workers
 from data_prep.prepare import fill_split, provenance
 from data_prep.record import PrepError
 from data_prep.shard_writer import SplitWriter, describe_counts, refuse_existing
@@ -112,7 +112,7 @@ def add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-column", default="caption")
     parser.add_argument("--extra-columns", type=_names, default=[], help="kept in KEY.json, as A,B,...")
     parser.add_argument("--json-columns", type=_names, default=[], help="kept too, their cells parsed as JSON")
-    parser.add_argument("--processes", type=_positive, default=max(1, min(16, os.cpu_count() or 1)))
+    parser.add_argument("--processes", type=_positive, default=min(16, default_workers()))
     parser.add_argument("--threads", type=_positive, default=32, help="downloads at a time in each process")
     parser.add_argument("--timeout", type=_positive, default=10, help="seconds for a read; a download may take 3x")
     parser.add_argument("--retries", type=_count, default=1, help="further tries of a failed download")
@@ -191,7 +191,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, nargs="*", default=DATA, help="split, corpus or root folders")
     parser.add_argument("--max-problems", type=_positive, default=20, help="lines shown for each split")
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=_positive, default=default_workers())
     parser.add_argument("--max-pixels", type=_positive, default=Limits.max_pixels)
     parser.set_defaults(max_image_bytes=sys.maxsize, min_side=1, max_aspect=None, image_size=None)
 
@@ -229,7 +229,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=_positive, default=2000)
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=_positive, default=default_workers(), help="processes")
     parser.add_argument("--overwrite", action="store_true", help="replace a split that is there already")
 
 

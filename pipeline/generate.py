@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.data.open_shards import DataError
 from pipeline.data.shard_reader import open_corpora
 from pipeline.tasks.captioning import (
     SAMPLES_NAME,
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.lengths,
         )
         done = _caption_split(arguments, captioner) if arguments.data else _caption_files(arguments, captioner)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if not done:

@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from data_prep.parallel import default_workers  # noqa: E402
 from pipeline.distributed.launching import launched_ranks  # noqa: E402
 from pipeline.reporting.metrics import LOG_NAME, read_log  # noqa: E402
 from pipeline.reporting.page import held_out_rows  # noqa: E402
@@ -133,7 +134,7 @@ def prepare(demo: Demo) -> None:
 def train(demo: Demo) -> None:
     """Pretraining under the real launcher, ZeRO-2, on all GPUs or on two CPU ranks."""
     ranks = _num_gpus() or 2
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+    threads = max(1, default_workers() // ranks)
     with demo.stage(f"pretrain with DeepSpeed, ZeRO-2, {ranks} rank{'s' if ranks > 1 else ''}"):
         demo.command(
             *("deepspeed", "--log_level", "warning", "--num_gpus", ranks),

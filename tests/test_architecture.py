@@ -63,7 +63,8 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "data_prep": {
         "all": (
             *("__main__", "bounded_download", "drawing", "fetch", "filters", "info", "manifest", "parallel", "prepare"),
-            *("record", "scenes", "shard_writer", "sources", "synth", "tables", "tokenizer", "verbs", "verify"),
+            *("record", "scenes", "shard_table", "shard_writer", "sources", "synth", "tables", "tokenizer", "verbs"),
+            "verify",
         )
     },
     "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census")},

@@ -36,6 +36,7 @@ from pipeline.checkpoint.state import RunState
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
 from pipeline.distributed.endings import leave
+from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.launching import reserve_port
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
@@ -216,7 +217,7 @@ def describe(arguments: argparse.Namespace, argv: list[str] | None) -> dict[str,
     given = [argument for argument in (sys.argv[1:] if argv is None else argv)]
     return {
         "command": " ".join(["python -m benchmarks.cost.checkpoint_cost", *given]),
-        "hardware": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
+        "hardware": f"{device_name(torch.device('cpu'))}, {usable_cores()} cores",
         "load_average_at_the_end": round(os.getloadavg()[0], 1),
         "versions": {
             "python": platform.python_version(),

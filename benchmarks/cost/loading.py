@@ -30,6 +30,7 @@ from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus, open_corpora
 from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, decode_image, draft_size
+from pipeline.distributed.host_cores import usable_cores
 from pipeline.loading.collate import collate
 from pipeline.loading.datasets import Preparation, SampleReader, TrainDataset
 from pipeline.loading.loader import LoaderOptions, build_train_loader
@@ -247,7 +248,7 @@ def machine() -> dict[str, Any]:
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,

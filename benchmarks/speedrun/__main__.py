@@ -10,7 +10,6 @@ goes on where it was. Exit codes: 0 done, 1 a training failed, 2 a mistake in th
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import shutil
 import sys
@@ -46,6 +45,7 @@ from pipeline.config.options import fail, tokenizer_source, weighted_paths
 from pipeline.config.recipes import find_recipe
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.preempt import StopRequest
 from pipeline.loading.open_data import open_held_out
 from pipeline.reporting.environment import describe_environment
@@ -249,7 +249,7 @@ class Speedrun:
         return [sys.executable, "-m", "benchmarks.probes", "--run", str(folder), *probe_words(self.arguments)]
 
     def _run(self, jobs: list[Job], stop: StopRequest, done: int = 0) -> list[str]:
-        threads = max(1, len(os.sched_getaffinity(0)) // (self.arguments.jobs * self.arguments.ranks))
+        threads = max(1, usable_cores() // (self.arguments.jobs * self.arguments.ranks))
         return run_jobs(jobs, self.arguments.jobs, threads, stop, Display(jobs, done))
 
     def _finish(self, folder: Path, steps: int) -> None:

@@ -6,17 +6,25 @@ import io
 import os
 import stat
 import time
-from collections import OrderedDict
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, Shard, index_columns
-
-MISSING, UNREADABLE, TRUNCATED, BAD_INDEX = "missing shard", "unreadable shard", "truncated shard", "unreadable index"
-SHARD_REASONS = (MISSING, UNREADABLE, TRUNCATED, BAD_INDEX)  # reasons that cost a shard, not one sample
+from pipeline.data.open_shards import (
+    BAD_INDEX,
+    MISSING,
+    OF_THIS_PROCESS,
+    UNREADABLE,
+    DataError,
+    OpenShard,
+    OpenShards,
+    ShardError,
+    out_of_descriptors,
+    refused,
+)
 
 SHARD_SECONDS = 2.0  # retries of one file, since storage may fail for a moment
 PATIENCE_SECONDS = 20.0  # retries of all files of a process in vain; after that none is retried
@@ -26,90 +34,43 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 0.5
 _HEADER_BYTES = 4096  # of an index; its header takes 128
 
 
-class ShardError(Exception):
-    """A shard that cannot be used; ``reason`` is one of SHARD_REASONS."""
-
-    def __init__(self, reason: str, transient: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.transient = reason, transient
-
-
-class LostCorpus(RuntimeError):
+class LostCorpus(DataError):
     """No shard of a split can be read any more; the message names the split and what to do."""
 
 
-class OpenShard(NamedTuple):
-    """File descriptors of a tar and its index, read and not mapped: a map of a truncated file kills the process."""
-
-    tar: int
-    index: int
-    first_row_at: int
-    width: int
-
-    def row(self, number: int) -> np.ndarray:
-        """One row of the index, int64 [2F+1]; raises ShardError."""
-        size = self.width * 8
-        try:
-            data = os.pread(self.index, size, self.first_row_at + number * size)
-        except OSError:
-            raise ShardError(BAD_INDEX, transient=True) from None
-        if len(data) < size:
-            raise ShardError(BAD_INDEX)
-        return np.frombuffer(data, dtype=np.int64)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the tar, all of them; raises ShardError."""
-        try:
-            data = os.pread(self.tar, size, offset)
-            while 0 < len(data) < size:  # a signal or a network file system may cut a read short
-                more = os.pread(self.tar, size - len(data), offset + len(data))
-                if not more:
-                    break
-                data += more
-        except OSError:
-            raise ShardError(UNREADABLE, transient=True) from None
-        if len(data) < size:
-            raise ShardError(TRUNCATED)
-        return data
-
-    def close(self) -> None:
-        os.close(self.tar)
-        os.close(self.index)
-
-
 class ShardFiles:
-    """Keeps at most ``max_open`` shards of a split open and closes the least recently used first.
+    """The shards of one split, opened on first use and kept among those of the process (``OpenShards``).
 
-    An open shard stays readable when its folder is renamed; opening another one then raises LostCorpus.
+    An open shard stays readable when its folder is renamed; opening another one then raises LostCorpus. A pickled copy
+    opens its own.
     """
 
-    def __init__(self, split_dir: Path, manifest: Manifest, max_open: int) -> None:
-        self._split_dir, self._manifest, self._max_open = split_dir, manifest, max_open
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+    def __init__(self, split_dir: Path, manifest: Manifest, kept: OpenShards = OF_THIS_PROCESS) -> None:
+        self._split_dir, self._manifest, self._kept = split_dir, manifest, kept
         self._patience = PATIENCE_SECONDS
         self._lost: set[int] = set()  # shards missing or unreadable since one could last be read
 
     def get(self, number: int) -> OpenShard:
-        """Open shard ``number``; raises ShardError, or LostCorpus when many or all shards are lost."""
-        opened = self._open.get(number)
+        """Open shard ``number``; raises ShardError, LostCorpus when many or all shards are lost, OutOfDescriptors."""
+        opened = self._kept.get(id(self), number)
         if opened is not None:
-            self._open.move_to_end(number)
             return opened
-        shard = self._manifest.shards[number]
         try:
-            opened = self._opened_in_time(shard)
+            opened = self._opened_in_time(self._manifest.shards[number])
         except ShardError as error:
             self.note_failure(number, error)
             raise
-        self._open[number] = opened
-        if len(self._open) > self._max_open:
-            self._open.popitem(last=False)[1].close()
+        self._kept.add(id(self), number, opened)
         return opened
 
     def forget(self, number: int) -> None:
         """Close a shard, so that its next use opens it again."""
-        if number in self._open:
-            self._open.pop(number).close()
+        self._kept.close(id(self), number)
+
+    def make_room(self, error: OSError, is_last: bool) -> None:
+        """Close shards because of ``error``, one of EXHAUSTED; raises OutOfDescriptors where that has not helped."""
+        if not self._kept.give_up_half() or is_last:
+            raise out_of_descriptors(error) from None
 
     def note_success(self) -> None:
         """Call it after a successful read: the count of lost shards starts again."""
@@ -133,28 +94,35 @@ class ShardFiles:
             )
 
     def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
+        self._kept.close(id(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept=OF_THIS_PROCESS)
 
     def _opened_in_time(self, shard: Shard) -> OpenShard:
         began, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
         while True:
             try:
                 opened = self._open_now(shard)
+            except OSError as error:  # of EXHAUSTED
+                if self._kept.give_up_half():
+                    continue
+                if time.monotonic() - began >= SHARD_SECONDS:
+                    raise out_of_descriptors(error) from None
             except ShardError as error:
                 waited = time.monotonic() - began
                 if not error.transient or waited >= min(SHARD_SECONDS, self._patience):
                     self._patience -= min(waited, self._patience)
                     raise
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             else:
                 if pause > _FIRST_PAUSE_SECONDS:
                     self._patience = PATIENCE_SECONDS
                 return opened
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _open_now(self, shard: Shard) -> OpenShard:
         width = index_columns(self._manifest.fields).width
@@ -177,17 +145,25 @@ class ShardFiles:
 
 
 def _open_file(path: Path) -> tuple[int, int]:
-    """Descriptor and size of a plain file; O_NONBLOCK, or a pipe in its place would never open."""
+    """Descriptor and size of a plain file; O_NONBLOCK, or a pipe in its place would never open.
+
+    Raises ShardError, and OSError where the machine is EXHAUSTED.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ShardError(MISSING, transient=True) from None
-    except OSError:
-        raise ShardError(UNREADABLE, transient=True) from None
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(descriptor)
-        raise ShardError(UNREADABLE)
+    except OSError as error:
+        raise refused(error, UNREADABLE) from None
+    with ExitStack() as opened:
+        opened.callback(os.close, descriptor)
+        try:
+            found = os.fstat(descriptor)
+        except OSError as error:
+            raise refused(error, UNREADABLE) from None
+        if not stat.S_ISREG(found.st_mode):
+            raise ShardError(UNREADABLE)
+        opened.pop_all()
     return descriptor, found.st_size
 
 
@@ -198,8 +174,8 @@ def _first_row(descriptor: int, num_bytes: int, expected: tuple[int, int]) -> in
         version = np.lib.format.read_magic(head)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[version](head)
-    except OSError:
-        raise ShardError(UNREADABLE, transient=True) from None
+    except OSError as error:
+        raise refused(error, UNREADABLE) from None
     except (ValueError, KeyError):
         raise ShardError(BAD_INDEX) from None
     fits = shape == expected and dtype == np.dtype("<i8") and not by_columns

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import tarfile
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +13,16 @@ import numpy as np
 from data_prep.manifest import (
     Manifest,
     ManifestError,
-    find_splits,
+    find_manifests,
+    first_bad_file,
     index_columns,
     read_manifest,
     row_text,
 )
-from pipeline.data.shard_files import OpenShard, ShardError, ShardFiles
+from pipeline.data.open_shards import OF_THIS_PROCESS, OpenShard, OpenShards, ShardError
+from pipeline.data.shard_files import ShardFiles
 from pipeline.data.transforms import UnusableSample
 
-MAX_OPEN_SHARDS = 64  # per corpus and process; a shard holds two descriptors
 MAX_MEMBER_BYTES = 256 * 2**20
 _HEADER_BYTES = tarfile.BLOCKSIZE
 _FIELD_OF = {"txt": "text", "json": "meta"}  # by extension; all others are images
@@ -38,24 +38,24 @@ class RawSample(NamedTuple):
 
 
 class Corpus:
-    """Rows 0..len-1 of one split. Opening reads the manifest only; shards are opened on first use, at most
-    ``max_open`` at a time. A pickled or forked copy opens its own files.
+    """Rows 0..len-1 of one split. Opening checks the split, or with a ``manifest`` asks for no file; shards are
+    opened on first use and ``kept`` among all of the process. A pickled or forked copy opens its own files.
 
     Raises ManifestError when the split is missing, incomplete or altered. A single bad row raises
     UnusableSample with one of these reasons: "index does not fit shard", "wrong member", "not a regular file",
     "bad key", "member too large", "missing image", "missing caption", "empty caption", "invalid UTF-8",
-    "invalid metadata"; or one of ``shard_files.SHARD_REASONS`` with the key "CORPUS/SPLIT/SHARD#ROW". A split of which
-    nothing can be read any more raises LostCorpus.
+    "invalid metadata"; or one of ``open_shards.SHARD_REASONS`` with the key "CORPUS/SPLIT/SHARD#ROW". A split of which
+    nothing can be read any more raises LostCorpus, a machine that cannot open another file OutOfDescriptors.
     """
 
-    def __init__(self, split_dir: Path, max_open: int = MAX_OPEN_SHARDS) -> None:
+    def __init__(self, split_dir: Path, manifest: Manifest | None = None, kept: OpenShards = OF_THIS_PROCESS) -> None:
         self.split_dir = Path(split_dir)
-        self.manifest: Manifest = read_manifest(self.split_dir)
+        self.manifest = read_manifest(self.split_dir) if manifest is None else manifest
         self.name, self.num_images = self.manifest.corpus, self.manifest.num_images
         self._image_fields = tuple(f for f in self.manifest.fields if f.startswith("image"))
         self._columns = index_columns(self.manifest.fields)
-        self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
-        self._files = ShardFiles(self.split_dir, self.manifest, max_open)
+        self._ends = np.cumsum(self.manifest.shards.rows)  # int64 [shards], the row after the last of each
+        self._files = ShardFiles(self.split_dir, self.manifest, kept)
         if not len(self):
             raise ManifestError(f"{self.split_dir}: no samples in it; prepare it again or leave it out")
 
@@ -65,7 +65,7 @@ class Corpus:
         return self.manifest.fingerprint()
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, index: int) -> RawSample:
         """Row ``index`` with its images; raises UnusableSample, LostCorpus, and IndexError outside the split."""
@@ -79,9 +79,9 @@ class Corpus:
         """Shard number, row in the shard, and a name for reports until the sample's key is known."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.split_dir}: row {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self.manifest.shards[number]
-        row = index - (self._ends[number] - shard.rows)
+        row = index - (int(self._ends[number]) - shard.rows)
         return number, row, f"{self.name}/{self.manifest.split}/{shard.file}#{row}"
 
     def close(self) -> None:
@@ -106,6 +106,8 @@ class Corpus:
                 if is_last or not error.transient:
                     self._files.note_failure(number, error)
                     raise UnusableSample(name, error.reason) from None
+            except OSError as error:
+                self._files.make_room(error, is_last)
             except UnusableSample:
                 self._files.note_success()
                 raise
@@ -118,7 +120,7 @@ class Corpus:
         self, shard: OpenShard, number: int, row_number: int, name: str, image_fields: tuple[str, ...]
     ) -> RawSample:
         row = shard.row(row_number)
-        shard_bytes = self.manifest.shards[number].bytes
+        shard_bytes = int(self.manifest.shards.bytes[number])
         key, images = name, []
         for field in image_fields:
             data, key = self._member(shard, row, field, name, key, shard_bytes)
@@ -156,15 +158,26 @@ class Corpus:
         return data[_HEADER_BYTES:], found
 
 
-def open_corpora(paths: list[str | Path], split: str, num_images: int = 1) -> list[Corpus]:
-    """Every corpus of ``split`` under ``paths``, in the order given; raises ManifestError, also for one given twice."""
-    corpora: list[Corpus] = []
-    for path in paths:
-        for split_dir in find_splits(Path(path), split, num_images):
-            if any(corpus.split_dir.resolve() == split_dir.resolve() for corpus in corpora):
-                raise ManifestError(f"{split_dir}: given twice; name each corpus once and use a weight to repeat it")
-            corpora.append(Corpus(split_dir))
-    return corpora
+def open_corpora(paths: Sequence[str | Path], split: str, num_images: int = 1) -> list[Corpus]:
+    """Every corpus of ``split`` under ``paths``, in the order given; raises ManifestError, also for one given twice.
+
+    For a program of one process; ranks open by ``loading/shared_opening.py``.
+    """
+    found = [one for path in paths for one in find_manifests(Path(path), split, num_images)]
+    refuse_twice([folder for folder, _ in found])
+    for folder, manifest in found:
+        bad = first_bad_file(folder, manifest.shards, range(len(manifest.shards)))
+        if bad is not None:
+            raise ManifestError(bad[1])
+    return [Corpus(folder, manifest) for folder, manifest in found]
+
+
+def refuse_twice(split_dirs: Sequence[Path]) -> None:
+    """Raise ManifestError for a folder that is named twice, through links also."""
+    resolved = [folder.resolve() for folder in split_dirs]
+    twice = next((one for number, one in enumerate(resolved) if one in resolved[:number]), None)
+    if twice is not None:
+        raise ManifestError(f"{twice}: given twice; name each corpus once and use a weight (DIR:WEIGHT) to repeat it")
 
 
 def _caption(text: str | None, meta: dict[str, Any], number: int, key: str) -> str:

@@ -49,6 +49,14 @@ class Agreement:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def from_main(self, value: Any) -> Any:
+        """The value that rank 0 gives, on every rank (pickled, between our own processes)."""
+        if self.alone:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
     def wait(self) -> None:
         """A barrier over all ranks."""
         if not self.alone:

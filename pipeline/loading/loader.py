@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from model.batch import Batch, Planner
+from pipeline.data.open_shards import DataError
 from pipeline.data.order import SampleOrder, micro_batch_positions
-from pipeline.data.shard_files import LostCorpus
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 from pipeline.distributed.endings import EXIT_REQUEUE, MachineFailure, host_name
@@ -99,7 +100,7 @@ class BatchLoader:
         persistent: bool = False,
     ) -> None:
         """``held_batches``: how many batches the caller keeps at a time; ``persistent`` keeps the workers for the next
-        iteration."""
+        iteration, which saves a fork of this process (docs/scale.md)."""
         self.most_batches = most_batches
         self._dataset, self._batches, self._planner, self._options = dataset, batches, planner, options
         self._num_workers = options.num_workers if len(batches) else 0
@@ -177,7 +178,7 @@ class BatchLoader:
             persistent_workers=self._persistent,
             pin_memory=options.pin_memory and torch.cuda.is_available(),
             timeout=options.timeout_seconds if workers else 0,
-            multiprocessing_context="fork" if workers else None,  # the workers inherit the pool
+            multiprocessing_context="fork" if workers else None,  # not forkserver: docs/scale.md, "Loader processes"
             worker_init_fn=_start_worker if workers else None,
             generator=torch.Generator().manual_seed(0),  # else starting a loader would move the global generator
         )
@@ -210,7 +211,8 @@ class BatchLoader:
                 f"no batch within {self._options.timeout_seconds:g} s, while reading {places or 'nothing'}: the "
                 "storage hangs or is too slow; check it, or raise data.timeout_seconds"
             )
-        places = [f", at {place}" for pid, place in at_work if f"(pid {pid})" in found or f"(pid(s) {pid})" in found]
+        died = {int(number) for number in re.findall(r"\d+", found)}  # torch: "(pid 7)", "(pid(s) 7, 8)"
+        places = [f", at {place}" for pid, place in at_work if pid in died]
         return (
             f"a loader process died ({found.rstrip('. ')}){''.join(places)}: most often out of memory; lower "
             "data.num_workers or data.prefetch; if it dies at the same sample again, prepare the data without it"
@@ -300,7 +302,7 @@ class _BatchMaker:
         try:
             with self._worker_positions.track(0 if worker is None else worker.id) as started:
                 items = self._dataset.items(positions, images, started)
-        except LostCorpus as error:
+        except DataError as error:
             return Failure(str(error))
         batch = collate(items, images, self._planner)
         assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"

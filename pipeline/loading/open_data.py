@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from data_prep.manifest import ManifestError, find_splits
+from data_prep.manifest import ManifestError, find_manifests, is_split
 from model.batch import Batch
 from pipeline.config.options import Config, ConfigError, tokenizer_source, weighted_paths
 from pipeline.data.order import ORDER_VERSION, SampleOrder
-from pipeline.data.shard_reader import Corpus, open_corpora
+from pipeline.data.shard_reader import Corpus, refuse_twice
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.data.transforms import TRANSFORM_VERSION
+from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.places import Place
+from pipeline.distributed.ranks import Agreement
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
+from pipeline.loading.shared_opening import Split, check_in_shares, found_by_main
 
 MAX_EVAL_WORKERS = 2
 
@@ -33,21 +35,21 @@ class TrainingData:
     tokenizer: TextTokenizer
 
 
-def open_training_data(config: Config, num_images: int = 1) -> TrainingData:
-    """Open everything once, corpora of ``num_images`` a sample; raises ValueError in one line for what does not fit."""
+def open_training_data(config: Config, num_images: int = 1, agreement: Agreement | None = None) -> TrainingData:
+    """Open everything once, corpora of ``num_images`` a sample, with all ranks of ``agreement`` (None: alone).
+
+    Every rank must call it. Raises ValueError, on every rank the same, in one line for what does not fit.
+    """
+    agreement = agreement or Agreement()
     tokenizer = load_tokenizer(tokenizer_source(config.data))
-    corpora: list[Corpus] = []
-    weights: list[float] = []
     weighted = weighted_paths(config.data)
-    for path, weight in weighted:
-        found = open_corpora([path], config.data.train_split, num_images)
-        total = sum(len(corpus) for corpus in found)
-        corpora += found
-        weights += [(1.0 if weight is None else weight) * len(corpus) / total for corpus in found]
-    folders = [corpus.split_dir.resolve() for corpus in corpora]
-    if len(set(folders)) < len(folders):
-        twice = next(folder for folder in folders if folders.count(folder) > 1)
-        raise ConfigError(f"data.paths names {twice} twice; name it once with a weight (DIR:WEIGHT)")
+    by_path, held_out = found_by_main(lambda: _find_splits(config, num_images), agreement)
+    splits = [split for found in by_path for split in found]
+    check_in_shares([*splits, *held_out], agreement)
+    corpora, weights = [Corpus(*split) for split in splits], []
+    for found, (_, weight) in zip(by_path, weighted):
+        rows = [manifest.rows for _, manifest in found]
+        weights += [(1.0 if weight is None else weight) * own / sum(rows) for own in rows]
     samples = sum(len(corpus) for corpus in corpora)
     if samples < config.optim.batch_size:
         raise ConfigError(
@@ -55,23 +57,35 @@ def open_training_data(config: Config, num_images: int = 1) -> TrainingData:
             f"{config.optim.batch_size}; use a smaller batch or prepare more data"
         )
     explicit = any(weight is not None for _, weight in weighted)
-    return TrainingData(corpora, weights if explicit else None, open_held_out(config, num_images), tokenizer)
+    return TrainingData(corpora, weights if explicit else None, [Corpus(*split) for split in held_out], tokenizer)
 
 
 def open_held_out(config: Config, num_images: int = 1) -> list[Corpus]:
-    """The corpora of ``data.eval_split``; paths without that split are passed over, half-written ones refused."""
+    """The corpora of ``data.eval_split``, in this process; paths without that split are passed over, half-written ones
+    refused."""
+    found = _find_held_out(config, num_images)
+    check_in_shares(found, Agreement())
+    return [Corpus(*split) for split in found]
+
+
+def _find_splits(config: Config, num_images: int) -> tuple[list[list[Split]], list[Split]]:
+    """The training splits of each path, and those held out; raises ValueError."""
+    by_path = [find_manifests(path, config.data.train_split, num_images) for path, _ in weighted_paths(config.data)]
+    refuse_twice([folder for found in by_path for folder, _ in found])
+    return by_path, _find_held_out(config, num_images)
+
+
+def _find_held_out(config: Config, num_images: int) -> list[Split]:
     split = config.data.eval_split
     if split is None:
         return []
-    found: list[Corpus] = []
+    found: list[Split] = []
     for path, _ in weighted_paths(config.data):
         try:
-            find_splits(path, split, num_images)
+            found += find_manifests(path, split, num_images)
         except ManifestError:
-            if (path / split).exists() or any(path.glob(f"*/{split}")):
+            if (path / split).exists() or not is_split(path) and any(path.glob(f"*/{split}")):
                 raise
-            continue
-        found += open_corpora([path], split, num_images)
     return found
 
 
@@ -189,7 +203,7 @@ def placeholder_batch(preparation: Preparation, num_images: int = 1) -> Batch:
 def loader_options(config: Config, pin: bool) -> LoaderOptions:
     data = config.data
     return LoaderOptions(
-        num_workers=min(data.num_workers, os.cpu_count() or 1),  # changes no batch; more than cores only contend
+        num_workers=min(data.num_workers, usable_cores()),  # changes no batch; more than cores only contend
         prefetch=data.prefetch,
         pin_memory=pin,
         timeout_seconds=data.timeout_seconds,

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.manifest import write_atomically
 from pipeline.config.options import DataConfig
-from pipeline.data.shard_files import SHARD_REASONS
+from pipeline.data.open_shards import SHARD_REASONS
 from pipeline.distributed.ranks import Agreement
 from pipeline.reporting.step_lines import StepLines, cut_back
 

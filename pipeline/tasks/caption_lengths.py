@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_prep.manifest import find_manifests
 from pipeline.config.options import Config, weighted_paths
-from pipeline.data.shard_reader import Corpus, open_corpora
+from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
 
@@ -22,7 +23,9 @@ def training_lengths(config: Config, tokenizer: TextTokenizer, full_stop: bool) 
     Raises:
         ValueError: the training data is not there any more, or holds no caption.
     """
-    corpora = open_corpora([path for path, _ in weighted_paths(config.data)], config.data.train_split)
+    split = config.data.train_split  # files are opened as captions are read, not looked at all before
+    found = [one for path, _ in weighted_paths(config.data) for one in find_manifests(path, split)]
+    corpora = [Corpus(*one) for one in found]
     longest = config.data.max_text_length
     texts = (clean_caption(text, full_stop) for corpus in corpora for text in _captions(corpus, len(corpora)))
     counts = [len(tokenizer.encode(text, longest)) - 2 for text in texts if text]

@@ -177,7 +177,7 @@ def open_run(launch: Launch, num_images: int, ranks: Ranks) -> Opened:
         ValueError: data that is missing, a run of other settings, one that another process holds, one that is done.
     """
     config, output, is_main = launch.config, launch.output, ranks.place.is_main
-    data = open_training_data(config, num_images)
+    data = open_training_data(config, num_images, ranks.agreement)
     lock = _lock(output, ranks) if ranks.agreement.gather(output.is_dir())[0] else None
     torch.manual_seed(config.train.seed)
     wanted, data_changes = run_fingerprint(config, data_fingerprint(config, data)), {}

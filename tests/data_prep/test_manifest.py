@@ -13,8 +13,12 @@ from data_prep.manifest import (
     Manifest,
     ManifestError,
     Shard,
+    find_manifests,
     find_splits,
+    first_bad_file,
     index_columns,
+    is_prepared,
+    load_manifest,
     open_index,
     read_manifest,
     row_text,
@@ -166,6 +170,100 @@ def test_without_the_split_it_says_what_is_there(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(ManifestError, match=r"a tokenizer, which --data\.tokenizer takes"):
         find_splits(tmp_path / "tokenizer", "train")
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Names of the folders that are listed from now on."""
+    names = []
+    for function in ("scandir", "listdir"):
+        original = getattr(os, function)
+
+        def noted(path=".", original=original):
+            names.append(os.path.basename(path))
+            return original(path)
+
+        monkeypatch.setattr(os, function, noted)
+    return names
+
+
+def test_a_finished_split_is_found_without_listing_its_files(tmp_path, listed):
+    """A folder of a hundred thousand tars takes minutes to list on a network file system."""
+    for split in ("train", "dev"):
+        make_split(tmp_path / "c" / split, split=split)
+    for path in (tmp_path, tmp_path / "c", tmp_path / "c" / "train"):
+        assert find_splits(path, "train") == [tmp_path / "c" / "train"]
+    assert {"train", "dev"}.isdisjoint(listed)
+
+
+def test_a_manifest_is_read_once(tmp_path, monkeypatch):
+    make_split(tmp_path / "a" / "train", "a")
+    make_split(tmp_path / "pairs" / "train", "pairs", fields=("image", "image1", "text", "meta"))
+    parsed = []
+    parse = json.loads
+    monkeypatch.setattr(json, "loads", lambda content: parsed.append(content) or parse(content))
+    ((folder, manifest),) = find_manifests(tmp_path, "train")
+    assert (folder, manifest) == (tmp_path / "a" / "train", load_manifest(folder)) and len(parsed) == 3
+
+
+def test_a_pipe_in_place_of_a_manifest_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(ManifestError, match="no manifest.json: half-written"):
+        load_manifest(tmp_path)
+
+
+def test_whether_something_is_prepared_is_known_without_reading_it(tmp_path, listed, monkeypatch):
+    assert not is_prepared(tmp_path / "nowhere", "train") and not is_prepared(tmp_path, "train")
+    make_split(tmp_path / "c" / "train")
+    monkeypatch.setattr("data_prep.manifest.load_manifest", None)
+    for path in (tmp_path, tmp_path / "c", tmp_path / "c" / "train"):
+        assert is_prepared(path, "train")
+    assert not is_prepared(tmp_path, "dev") and not is_prepared(tmp_path / "c", "dev")
+    (tmp_path / "c" / "train" / "manifest.json").unlink()
+    assert not is_prepared(tmp_path / "c", "train")
+    assert "train" not in listed[:-1]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 1000])
+def test_files_are_checked_in_shares_and_the_first_is_named(tmp_path, monkeypatch, at_a_time):
+    """However many are looked at together."""
+    monkeypatch.setattr("data_prep.manifest._CHECKED_AT_A_TIME", at_a_time)
+    one = make_split(tmp_path / "train").shards[0]
+    shards = [replace(one, file=f"{n}.tar", index_file=f"{n}.npy") for n in range(8)]
+    for shard in shards:
+        (tmp_path / "train" / shard.file).write_bytes(b"x" * shard.bytes)
+        (tmp_path / "train" / shard.index_file).write_bytes(b"")
+    table = Manifest("c", "train", FIELDS, shards).shards
+    for name in ("3.npy", "6.tar"):
+        (tmp_path / "train" / name).unlink()
+    found = [first_bad_file(tmp_path / "train", table, range(rank, 8, 3)) for rank in range(3)]
+    assert [bad and bad[0] for bad in found] == [3, None, None]  # 6 is of the same share
+    assert "3.npy: named by the manifest but missing" in found[0][1]
+    assert first_bad_file(tmp_path / "train", table, range(4, 8))[0] == 6
+    assert first_bad_file(tmp_path / "train", table, range(8))[0] == 3
+
+
+def test_a_file_that_may_not_be_looked_at_is_not_called_missing(tmp_path, monkeypatch):
+    make_split(tmp_path / "train")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    with pytest.raises(ManifestError, match=r"00000\.tar: cannot be read \(Permission denied\)$"):
+        read_manifest(tmp_path / "train")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_a_manifest_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, number):
+    make_split(tmp_path / "train")
+
+    def refuse(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(ManifestError, match=f"cannot be read .{os.strerror(number)}.$"):
+        load_manifest(tmp_path / "train")
 
 
 def test_index_layout_and_shape_check(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.data.open_shards import OutOfDescriptors
 from pipeline.data.shard_files import LostCorpus
 from pipeline.data.shard_reader import Corpus
 from pipeline.loading.loader import LoaderError, LoaderOptions
@@ -42,12 +43,13 @@ def test_workers_that_fail_end_the_run_with_a_reason(data, monkeypatch, reads, m
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_lost_corpus_is_told_in_its_own_words(data, monkeypatch, workers):
-    def is_gone(self, index):
-        raise LostCorpus("DATA/train is gone: bring it back")
+@pytest.mark.parametrize("error", [LostCorpus, OutOfDescriptors])
+def test_data_of_which_nothing_can_be_read_is_told_in_its_own_words(data, monkeypatch, workers, error):
+    def cannot(self, index):
+        raise error("what is wrong: what to do")
 
-    monkeypatch.setattr(Corpus, "read", is_gone)
-    with pytest.raises(LoaderError, match="^DATA/train is gone: bring it back$"):
+    monkeypatch.setattr(Corpus, "read", cannot)
+    with pytest.raises(LoaderError, match="^what is wrong: what to do$"):
         list(data.train(options=LoaderOptions(num_workers=workers)))
     assert not multiprocessing.active_children()
 
@@ -78,3 +80,11 @@ def test_a_read_that_hangs_in_the_training_process_ends_it(data, monkeypatch, ca
     began = time.perf_counter()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1 and time.perf_counter() - began < 5
     assert "error: no batch within 0.3 s, while reading a/train/0000" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("found", ["worker (pid 7) is killed by signal: Killed.", "worker (pid(s) 7, 8) exited"])
+def test_the_places_of_all_processes_that_died_are_named(data, found):
+    loader = data.train()
+    loader._worker_positions.active = lambda corpora: [(7, "a/train/0#1"), (8, "b/train/0#2"), (77, "c/train/0#3")]
+    explained = loader._explain(found)
+    assert "at a/train/0#1" in explained and ("at b/train/0#2" in explained) == ("8" in found) and "#3" not in explained

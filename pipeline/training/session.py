@@ -30,6 +30,7 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.distributed.rendezvous import Meeting, connect
+from pipeline.engine.ds_check import check_ds_config
 from pipeline.engine.engine import TrainEngine, prepare_deepspeed
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.rewind import SkippedBatches, finish_setting_aside
@@ -123,7 +124,9 @@ def resolve_ds_config(launch: Launch, place: Place, device: torch.device) -> dic
     """The DeepSpeed JSON without any "auto"; raises ConfigError for every contradiction."""
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     given = read_ds_config(launch.deepspeed)
-    return resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
+    resolved = resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
+    check_ds_config(resolved)
+    return resolved
 
 
 def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) -> Session:

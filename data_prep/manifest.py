@@ -273,8 +273,9 @@ def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path
     for candidate in (path, *candidates):
         if _has_tars(candidate) and not is_split(candidate):
             raise ManifestError(
-                f"{candidate}: tars but no {MANIFEST_NAME}: half-written, or not made by data_prep; "
-                "remove it or prepare it again (`python -m data_prep --help`)"
+                f"{candidate}: tar files without a {MANIFEST_NAME}: shards of another program (img2dataset, "
+                "webdataset), which can't be read yet, or a split whose preparation was cut off; prepare the corpus "
+                "from its table by `python -m data_prep urls`, or name another folder by --data DIR"
             )
     splits = [candidate for candidate in candidates if is_split(candidate)]
     matching = [candidate for candidate in splits if num_images in (None, _manifest_identity(candidate)[1])]

@@ -39,6 +39,7 @@ from pipeline.loading.unusable import UnusableSamples
 from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
+from pipeline.reporting.trackers import check_trackers
 from pipeline.tasks.task import EvaluationPass, Score, Task
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
@@ -136,6 +137,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         ValueError: anything a user can mend, in one line.
     """
     config, place, agreement = launch.config, ranks.place, ranks.agreement
+    check_trackers(config.tracking.wandb)
     opened = open_run(launch, task.num_images, ranks)
     objective = task.build(config, opened.data.tokenizer.vocabulary)
     scores = task.scores(objective)

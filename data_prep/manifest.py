@@ -237,7 +237,7 @@ def _check_files(split_dir: Path, shard: Shard) -> None:
         try:
             found = os.lstat(path)
             if stat.S_ISLNK(found.st_mode):
-                if split_dir.resolve() not in path.resolve().parents:
+                if _leads_out(path):
                     raise ManifestError(f"{path}: a link out of the split; copy the file into it")
                 found = os.stat(path)
         except OSError:
@@ -249,6 +249,14 @@ def _check_files(split_dir: Path, shard: Shard) -> None:
                 f"{path}: {found.st_size} bytes, its manifest says {shard.bytes}: "
                 "truncated or changed; copy it again or prepare the split again"
             )
+
+
+def _leads_out(link: Path) -> bool:
+    """Whether a link leads out of its folder; in Hugging Face's cache the files of REPO/snapshots are links into
+    REPO/blobs."""
+    folder, target = link.parent.resolve(), link.resolve()
+    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
+    return not any(allowed in target.parents for allowed in (folder, *blobs))
 
 
 def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path]:

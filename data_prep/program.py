@@ -15,7 +15,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     """Run ``main`` and end the process with the code it returns.
 
     A reader that goes away ends the program without a word; a file or output that can't be read or written is one line
-    and code 2. What the terminal's encoding lacks, or what is no text in a file's name, is printed with escapes.
+    and code 2, Ctrl-C one and 130. What the terminal's encoding lacks, or is no text in a file's name, is printed with
+    escapes.
     """
     print_anything()
     try:
@@ -26,6 +27,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = _explained(error)
     except SystemExit as ended:  # after --help, say
         code = ended.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(_flushed(code))
 
 

@@ -59,6 +59,11 @@ def test_a_reader_that_went_away_is_no_traceback(program: str, code: int) -> Non
     assert found == code and (message == "" or "sys.stderr, sys.stdout" in program and "Traceback" not in message)
 
 
+def test_ctrl_c_is_one_line() -> None:
+    lines = "def main():\n    raise KeyboardInterrupt\nrun_program(main)"
+    assert run(lines, os.open(os.devnull, os.O_WRONLY)) == (130, "interrupted\n")
+
+
 def test_another_broken_pipe_is_an_error() -> None:
     lines = "import os\ndef main():\n    r, w = os.pipe(); os.close(r); os.write(w, b'x')\nrun_program(main)"
     code, message = run(lines, os.open(os.devnull, os.O_WRONLY))

@@ -9,10 +9,11 @@ from typing import Any
 
 AUTO = "auto"
 
-# Type of each key. A section that is a mapping lists the keys that we read; DeepSpeed checks its others
-# (pipeline/engine/ds_check.py). `dict` is a section that DeepSpeed checks as a whole.
+# Type of each key, or the texts that it may be. A section that is a mapping lists the keys we read; DeepSpeed checks
+# its others (pipeline/engine/ds_check.py). `dict` is a section that DeepSpeed checks as a whole.
 _OFFLOAD = {"device": str}
 _PRECISION = {"enabled": bool}
+_DTYPES = ("fp32", "float32", "fp16", "float16", "bf16", "bfloat16")
 _PARAMS = {"lr": float, "betas": list, "eps": float, "weight_decay": float, "torch_adam": bool}
 KEYS: dict[str, Any] = {
     "train_batch_size": int,
@@ -37,7 +38,7 @@ KEYS: dict[str, Any] = {
     "dataloader_drop_last": bool,
     "vocabulary_size": int,
     "log_level": str,
-    "data_types": {"grad_accum_dtype": str, "param_dtype": str, "buffer_dtype": str},
+    "data_types": dict.fromkeys(("grad_accum_dtype", "param_dtype", "buffer_dtype"), _DTYPES),
     "activation_checkpointing": {
         **dict.fromkeys(("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization"), bool),
         **dict.fromkeys(("synchronize_checkpoint_boundary", "profile"), bool),
@@ -93,7 +94,8 @@ def type_problems(given: Mapping[str, Any], keys: Mapping[str, Any] = KEYS, pref
         if value is None or (value == AUTO and (not is_section or name == "optimizer")):
             continue
         if not is_section and not _is_of(value, kind):
-            yield f"{prefix}{name}: found {_shown(value)}, expected {_IN_WORDS[kind]}"
+            expected = _IN_WORDS[kind] if isinstance(kind, type) else f"one of {', '.join(kind)}"
+            yield f"{prefix}{name}: found {_shown(value)}, expected {expected}"
         elif is_section and not isinstance(value, dict):
             example = json.dumps(_example(name))
             yield f"{prefix}{name}: found {_shown(value)}, expected an object like {example}"
@@ -115,7 +117,9 @@ def unsupported(given: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no such key, or one that is not supported; {advice}"
 
 
-def _is_of(value: Any, kind: type) -> bool:
+def _is_of(value: Any, kind: type | tuple[str, ...]) -> bool:
+    if isinstance(kind, tuple):
+        return value in kind
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind is int:  # 5e8 is a whole number

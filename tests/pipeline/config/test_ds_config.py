@@ -132,7 +132,7 @@ def test_all_reasons_at_once() -> None:
         ({"torch_autocast": {"enabled": True}}, "torch_autocast: not supported; remove it and choose by --train.prec"),
         ({"zero_optimisation": {"stage": 2}}, "zero_optimisation: no such key, or one that is not supported; did you"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: no such key"),
-        ({"data_types": {"grad_accum_dtype": 32}}, "data_types.grad_accum_dtype: found 32, expected a text"),
+        ({"data_types": {"grad_accum_dtype": 32}}, "data_types.grad_accum_dtype: found 32, expected one of fp32"),
         ({"communication_data_type": "fp8"}, "communication_data_type: DeepSpeed refuses it"),
     ],
 )

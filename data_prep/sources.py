@@ -54,7 +54,7 @@ def url_rows(
                 yield UrlRow(number, url.strip(), caption, _extra_cells(row, extra_columns, json_columns))
             except UnicodeEncodeError as error:
                 yield Rejection("invalid_utf8", name, ascii(error.object)[:200])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Rejection("malformed_row", name, str(error)[:200])
 
 

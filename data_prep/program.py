@@ -45,7 +45,8 @@ def _flushed(code: Any) -> Any:
 def _explained(error: OSError) -> int:
     if isinstance(error, BrokenPipeError):
         return EXIT_UNREAD
-    print(f"error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
+    place = f"{error.filename}: " if error.filename else ""
+    print(f"error: {place}{error.strerror or error}", file=sys.stderr)
     return 2
 
 

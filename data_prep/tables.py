@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -32,7 +33,7 @@ def table_files(path: Path, table_format: str | None = None) -> list[Path]:
     if not path.is_dir():
         raise PrepError(f"{path}: no such file; {expected}")
     parts = [part for part in sorted(path.iterdir()) if part.is_file() and part.name[0] not in "._"]
-    files = [part for part in parts if table_format or _suffix(part) in _SUFFIXES]
+    files = [part for part in parts if _suffix(part) in _SUFFIXES] or (parts if table_format else [])
     if not files:
         raise PrepError(f"{path}: a folder without a table; {expected}")
     return files
@@ -79,6 +80,8 @@ def _format_of(path: Path) -> str:
 
 def _open_text(path: Path, newline: str) -> TextIO:
     stream = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # Excel's "Unicode text"
+        return io.TextIOWrapper(stream, encoding="utf-16", errors="replace", newline=newline)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 

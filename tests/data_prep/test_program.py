@@ -75,7 +75,7 @@ def test_another_broken_pipe_is_an_error() -> None:
 def test_output_on_a_full_disk_is_one_line(unbuffered: bool) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     code, message = run("run_program(lambda: print('little') or 0)", full, unbuffered)
-    assert (code, message) == (2, "error: the output: No space left on device\n")
+    assert (code, message) == (2, "error: No space left on device\n")
     full = os.open("/dev/full", os.O_WRONLY)
     assert run("outlive_readers()\nprint('little')\nsys.exit(75)", full, unbuffered) == (75, "")
 

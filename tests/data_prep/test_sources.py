@@ -215,10 +215,10 @@ def test_a_byte_order_mark_is_no_part_of_the_content(tmp_path):
         ("b.csv", "a cat,http://h/1\n", ["caption", "url"]),
         ("a.jsonl", '{"url": "http://h/1", "caption": "a cat"}\n', None),
     ):
-        for start in ("", "\ufeff"):
-            (tmp_path / name).write_text(start + text)
+        for start, encoding in (("", "utf-8"), ("\ufeff", "utf-8"), ("", "utf-16"), ("\ufeff", "utf-16-be")):
+            (tmp_path / name).write_text(start + text, encoding=encoding)
             rows = rows_of(tmp_path / name, (), columns=columns)
-            assert [(row.url, row.caption) for row in rows] == [("http://h/1", "a cat")], (name, start)
+            assert [(row.url, row.caption) for row in rows] == [("http://h/1", "a cat")], (name, start, encoding)
     make_flickr8k(tmp_path / "in")
     for name in ("Flickr8k.token.txt", "Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt"):
         path = tmp_path / "in" / name

@@ -13,16 +13,11 @@ from pipeline.config.options import ConfigError
 
 def check_ds_config(ds_config: dict[str, Any]) -> None:
     """Raise ConfigError with everything that DeepSpeed refuses of a resolved JSON, section by section."""
-    accumulation = ds_config["gradient_accumulation_steps"]
-    micro_batch_size = ds_config["train_micro_batch_size_per_gpu"]
-    # Ranks are not connected yet: for DeepSpeed this is a run of one.
-    needed = {
-        "train_batch_size": micro_batch_size * accumulation,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-    }
-    problems = [problem for key in ds_config for problem in _problems({key: ds_config[key]} | needed, key)]
-    problems = problems or _problems(ds_config | needed, "")
+    # Without train_batch_size, which DeepSpeed compares with the number of ranks that it knows: none yet.
+    content = {key: value for key, value in ds_config.items() if key != "train_batch_size"}
+    needed = {key: content[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
+    problems = [problem for key in content for problem in _problems({key: content[key]} | needed, key)]
+    problems = problems or _problems(content, "the JSON")
     if problems:
         several = f"{len(problems)} things to mend: " if len(problems) > 1 else ""
         raise ConfigError(f"--deepspeed: {several}{' | '.join(problems)}")

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from data_prep.manifest import ManifestError
+from data_prep.program import run_program
 from data_prep.record import PrepError
 from data_prep.verbs import VERBS
 
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (PrepError, ManifestError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except BrokenPipeError:  # of stdout, mostly: for run_program
+        raise
     except OSError as error:
         print(f"error: {error.filename or args.verb}: {error.strerror or error}", file=sys.stderr)
         return 2
@@ -70,4 +73,4 @@ def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

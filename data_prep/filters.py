@@ -25,6 +25,7 @@ REASONS = {
     "image_too_small": "a side is shorter than --min-side pixels",
     "aspect_ratio": "the longer side is more than --max-aspect times the shorter",
     "empty_caption": "the caption is missing or holds only white space",
+    "nul_in_caption": "the caption holds a NUL character: a damaged or binary table",
     "invalid_utf8": "a text is not valid UTF-8",
     "duplicate_key": "another record has the same key (after its name was made safe for a tar)",
     "duplicate_pair": "the same image bytes came with the same caption before (--drop-duplicates)",
@@ -101,8 +102,10 @@ def _check_captions(name: str, captions: tuple[str, ...]) -> tuple[tuple[str, ..
 
 def caption_problem(caption: str | None) -> str | None:
     """The reason why a caption cannot be used, or None. Bytes that were no UTF-8 arrive as lone surrogates."""
-    if caption is None or not caption.strip() or "\0" in caption:
+    if caption is None or not caption.strip():
         return "empty_caption"
+    if "\0" in caption:
+        return "nul_in_caption"
     return "invalid_utf8" if any("\ud800" <= character <= "\udfff" for character in caption) else None
 
 

@@ -251,7 +251,7 @@ def _wrong_with(path: str, size: int | None) -> str | None:
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
-            if Path(path).parent.resolve() not in Path(path).resolve().parents:
+            if _leads_out(Path(path)):
                 return "a link out of the split; copy the file into it"
             found = os.stat(path)
     except FileNotFoundError:
@@ -266,6 +266,14 @@ def _wrong_with(path: str, size: int | None) -> str | None:
             "copy it again or prepare the split again"
         )
     return None
+
+
+def _leads_out(link: Path) -> bool:
+    """Whether a link leads out of its folder; in Hugging Face's cache the files of REPO/snapshots are links into
+    REPO/blobs."""
+    folder, target = link.parent.resolve(), link.resolve()
+    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
+    return not any(allowed in target.parents for allowed in (folder, *blobs))
 
 
 def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path]:
@@ -293,8 +301,9 @@ def find_manifests(path: Path, split: str, num_images: int | None = 1) -> list[t
     for candidate in (path, *candidates):
         if not is_split(candidate) and _has_tars(candidate):
             raise ManifestError(
-                f"{candidate}: tars but no {MANIFEST_NAME}: half-written, or not made by data_prep; "
-                "remove it or prepare it again (`python -m data_prep --help`)"
+                f"{candidate}: tar files without a {MANIFEST_NAME}: shards of another program (img2dataset, "
+                "webdataset), which can't be read yet, or a split whose preparation was cut off; prepare the corpus "
+                "from its table by `python -m data_prep urls`, or name another folder by --data DIR"
             )
     found = [(candidate, load_manifest(candidate)) for candidate in candidates if is_split(candidate)]
     matching = [(folder, manifest) for folder, manifest in found if num_images in (None, manifest.num_images)]

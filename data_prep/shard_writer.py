@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -53,7 +54,11 @@ class SplitWriter:
 
     def __enter__(self) -> SplitWriter:
         self._folder.mkdir(parents=True)
-        self._rejected_stream = open(self._folder / REJECTED_NAME, "w", encoding="utf-8")
+        try:
+            self._rejected_stream = open(self._folder / REJECTED_NAME, "w", encoding="utf-8")
+        except OSError:
+            self._folder.rmdir()
+            raise
         return self
 
     def add(self, record: Record) -> None:
@@ -84,7 +89,8 @@ class SplitWriter:
                 complete = True
         finally:
             if not complete:
-                self._rejected_stream.close()
+                with contextlib.suppress(OSError):  # a full disk takes what is still buffered neither
+                    self._rejected_stream.close()
                 if self._shard is not None:
                     self._shard.abandon()
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -107,7 +113,10 @@ class SplitWriter:
 
 
 def refuse_existing(split_dir: Path, overwrite: bool) -> None:
-    """Raises PrepError if ``split_dir`` holds a split, without ``overwrite``, or anything else."""
+    """Raises PrepError if ``split_dir`` holds a split, without ``overwrite``, or anything else, or lies in a file."""
+    above = next((folder for folder in split_dir.absolute().parents if folder.exists()), split_dir)
+    if not above.is_dir():
+        raise PrepError(f"{above}: a file, expected a folder; give another --output")
     if is_split(split_dir) and not overwrite:
         raise PrepError(f"{split_dir}: already prepared; give --overwrite to replace it, or another --output")
     if split_dir.exists() and not is_split(split_dir) and (not split_dir.is_dir() or any(split_dir.iterdir())):
@@ -144,7 +153,7 @@ class _ShardWriter:
 
     def add(self, record: Record) -> None:
         captions = list(record.captions)
-        meta = json.dumps({**record.meta, "captions": captions}, ensure_ascii=False).encode()
+        meta = json.dumps({**record.meta, "captions": captions}, ensure_ascii=False, allow_nan=False).encode()
         members = {"text": ("txt", captions[0].encode()), "meta": ("json", meta)}
         for number, (content, extension) in enumerate(zip(record.images, record.extensions, strict=True)):
             paired = len(record.images) == 2
@@ -193,7 +202,8 @@ class _ShardWriter:
         )
 
     def abandon(self) -> None:
-        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
 
 def _sync_and_close(stream: Any) -> None:

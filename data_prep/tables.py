@@ -1,11 +1,13 @@
-"""Reads the rows of a TSV, CSV, JSONL or parquet file, one at a time, naming every row that cannot be read."""
+"""Reads the rows of TSV, CSV, JSONL and parquet files, one at a time, counting every row that cannot be read."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,18 +24,35 @@ _MAX_CELL_BYTES = 10_000_000
 Row = dict[str, Any] | Rejection
 
 
+def table_files(path: Path, table_format: str | None = None) -> list[Path]:
+    """The file ``path``, or the tables of the folder ``path`` in order of their names, as Spark or Hugging Face write
+    them; raises PrepError where there is none."""
+    expected = "expected a TSV, CSV, JSONL or parquet file, or a folder of them"
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise PrepError(f"{path}: no such file; {expected}")
+    parts = [part for part in sorted(path.iterdir()) if part.is_file() and part.name[0] not in "._"]
+    files = [part for part in parts if _suffix(part) in _SUFFIXES] or (parts if table_format else [])
+    if not files:
+        raise PrepError(f"{path}: a folder without a table; {expected}")
+    return files
+
+
 def read_table(
     path: Path, required: list[str], columns: list[str] | None = None, table_format: str | None = None
 ) -> Iterator[Row]:
-    """Rows as dictionaries; unreadable ones as Rejection. Bytes that are no UTF-8 become lone surrogates.
+    """Rows of a file, or of all files of a folder, as dictionaries; unreadable ones as Rejection without a name.
 
-    ``columns`` names the cells of a TSV or CSV without a header line. TSV cells are taken as they stand, CSV follows
-    the usual quoting. Raises PrepError, before the first row, when a required column is not there.
+    Bytes that are no UTF-8 become lone surrogates. ``columns`` names the cells of a TSV or CSV without a header line.
+    TSV cells are taken as they stand, or unquoted where pandas quoted them; CSV follows the usual quoting. Raises
+    PrepError when a required column is not there: before the first row, of JSONL after the last.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise PrepError(f"{path}: no such file; expected a TSV, CSV, JSONL or parquet file")
-    kind = table_format or _format_of(path)
+    for file in table_files(Path(path), table_format):
+        yield from _read_file(file, required, columns, table_format or _format_of(file))
+
+
+def _read_file(path: Path, required: list[str], columns: list[str] | None, kind: str) -> Iterator[Row]:
     if columns is not None and kind not in ("tsv", "csv"):
         raise PrepError(f"--columns names the cells of a TSV or CSV without header; {path} is read as {kind}")
     try:
@@ -48,9 +67,12 @@ def read_table(
         raise PrepError(f"{path}: cannot be read as {kind} ({error}); give the right --format") from error
 
 
+def _suffix(path: Path) -> str:
+    return path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+
+
 def _format_of(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    suffix = name.rsplit(".", 1)[-1]
+    suffix = _suffix(path)
     if suffix not in _SUFFIXES:
         raise PrepError(f"{path}: suffix .{suffix} says no format; give --format {'|'.join(FORMATS)}")
     return _SUFFIXES[suffix]
@@ -58,7 +80,9 @@ def _format_of(path: Path) -> str:
 
 def _open_text(path: Path, newline: str) -> TextIO:
     stream = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
-    return io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=newline)
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # Excel's "Unicode text"
+        return io.TextIOWrapper(stream, encoding="utf-16", errors="replace", newline=newline)
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _require(path: Path, required: list[str], found: list[str], hint: str = "") -> None:
@@ -72,39 +96,104 @@ def _read_cells(path: Path, required: list[str], columns: list[str] | None, kind
     # A TSV line ends at "\n" only: other line separators are legal in a caption.
     with _open_text(path, "\n" if kind == "tsv" else "") as stream:
         csv.field_size_limit(_MAX_CELL_BYTES)
-        lines = (line.rstrip("\r\n").split("\t") for line in stream) if kind == "tsv" else csv.reader(stream)
+        lines = _tsv_lines(stream) if kind == "tsv" else _csv_lines(stream)
         header = columns
         if header is None:
-            header = [cell.removeprefix("\ufeff").strip() for cell in next(lines, [])]
+            _, cells = next(lines, (0, []))
+            header = [cell.strip() for cell in cells or ()]
         _require(path, required, header, "; for a file without header line name its cells by --columns")
-        for number, cells in enumerate(lines, start=1 if columns else 2):
+        for number, cells in lines:
             if cells in ([], [""]):
                 continue
-            if len(cells) != len(header):
-                detail = f"{len(cells)} cells, expected {len(header)}"
-                yield Rejection("malformed_row", f"row {number}", detail)
+            if cells is None or len(cells) != len(header):
+                found = "a cell that is too long" if cells is None else f"{len(cells)} cells"
+                yield Rejection("malformed_row", "", f"line {number} of {path.name}: {found}, expected {len(header)}")
             else:
                 yield dict(zip(header, cells, strict=True))
 
 
+def _tsv_lines(stream: TextIO) -> Iterator[tuple[int, list[str] | None]]:
+    """(line number, cells) of each line.
+
+    pandas puts a cell with quotation marks or a tab into quotation marks and doubles those inside; a cell of this
+    form is read as pandas means it. Where all cells of the first line are quoted, all cells of the file are.
+    """
+    all_quoted = False
+    for number, line in enumerate(stream, start=1):
+        cells = line.rstrip("\r\n").split("\t")
+        if number == 1:
+            all_quoted = all(_QUOTED.fullmatch(cell) for cell in cells)
+        yield number, [_unquote(cell) if all_quoted or '""' in cell else cell for cell in cells]
+
+
+_QUOTED = re.compile('"(?:[^"]|"")*"')
+
+
+def _unquote(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell
+
+
+def _csv_lines(stream: TextIO) -> Iterator[tuple[int, list[str] | None]]:
+    """(number of the first line, cells) of each row; cells are None where one is larger than the bound.
+
+    A row may take several lines, as a quoted cell may hold line breaks. A quotation mark too many would swallow the
+    rows up to the next one; there each line is read as a row of its own.
+    """
+    taken: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in stream:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
+    number, width = 1, 0
+    while True:
+        taken.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            cells = None
+        width = width or len(cells or ())
+        if cells is not None and not _swallowed_rows(taken, width):
+            yield number, cells
+        else:
+            yield from ((number + offset, _lone_line(line)) for offset, line in enumerate(taken))
+        number += len(taken)
+
+
+def _swallowed_rows(lines: list[str], width: int) -> bool:
+    """Whether what was read as one row holds further lines that look like rows with an address."""
+    return any("://" in line and len(_lone_line(line) or ()) == width for line in lines[1:])
+
+
+def _lone_line(line: str) -> list[str] | None:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error:
+        return None
+
+
 def _read_jsonl(path: Path, required: list[str]) -> Iterator[Row]:
-    checked = False
+    found: dict[str, None] = {}
     with _open_text(path, "\n") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.removeprefix("\ufeff"))
+                row = json.loads(line)
+                problem = None if isinstance(row, dict) else f"JSON {type(row).__name__}, expected an object"
             except (ValueError, RecursionError) as error:
-                yield Rejection("malformed_row", f"row {number}", str(error))
-                continue
-            if not isinstance(row, dict):
-                yield Rejection("malformed_row", f"row {number}", f"JSON {type(row).__name__}, expected an object")
-                continue
-            if not checked:
-                _require(path, required, list(row))
-                checked = True
-            yield row
+                problem = str(error)
+            if problem is None:
+                found.update(dict.fromkeys(row))
+                yield row
+            else:
+                yield Rejection("malformed_row", "", f"line {number} of {path.name}: {problem}")
+    if found:  # a file of unreadable lines is no file without columns
+        _require(path, required, list(found))
 
 
 def _read_parquet(path: Path, required: list[str]) -> Iterator[Row]:
@@ -117,8 +206,13 @@ def _read_parquet(path: Path, required: list[str]) -> Iterator[Row]:
 
 
 def _to_python(column: pyarrow.Array) -> list[Any]:
-    """Values of a column; strings through bytes, since parquet files may hold strings that are no UTF-8."""
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        values = column.cast(pyarrow.large_binary()).to_pylist()
-        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
-    return column.to_pylist()
+    """Values of a column; texts through bytes, since parquet files may hold strings that are no UTF-8, and texts in
+    columns of type binary."""
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    types = pyarrow.types
+    if types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type):
+        column = column.cast(pyarrow.large_binary())
+    return [
+        value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in column.to_pylist()
+    ]

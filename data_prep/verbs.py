@@ -18,7 +18,7 @@ from data_prep.parallel import default_workers
 from data_prep.prepare import fill_split, provenance
 from data_prep.record import PrepError
 from data_prep.shard_writer import SplitWriter, describe_counts, refuse_existing
-from data_prep.tables import FORMATS
+from data_prep.tables import FORMATS, table_files
 from data_prep.verify import verify_split
 
 Options = TypeVar("Options")
@@ -48,7 +48,7 @@ def run_synth(args: argparse.Namespace) -> int:
 
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("data/synth"), help="corpus; pairs go to OUTPUT_pairs")
+    parser.add_argument("--output", type=_path, default=Path("data/synth"), help="corpus; pairs go to OUTPUT_pairs")
     parser.add_argument("--train", type=_count, default=20000, help="training scenes")
     parser.add_argument("--dev", type=_count, default=1000, help="scenes of the dev split")
     parser.add_argument("--test", type=_count, default=1000, help="scenes of the test split")
@@ -56,7 +56,7 @@ def add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captions-per-image", type=_positive, default=1, help="the first is the canonical one")
     parser.add_argument("--pair-share", type=float, default=0.25, help="image pairs for each scene; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--urls", type=Path, metavar="DIR", help="write loose images and DIR/SPLIT.tsv instead")
+    parser.add_argument("--urls", type=_path, metavar="DIR", help="write loose images and DIR/SPLIT.tsv instead")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where DIR will be served (with --urls)")
     _add_writing(parser)
 
@@ -67,11 +67,10 @@ def run_urls(args: argparse.Namespace) -> int:
     work = args.output / f".{args.split}.download"
     if args.restart:
         shutil.rmtree(work, ignore_errors=True)
-    if not args.input.is_file():
-        raise PrepError(f"{args.input}: no such file; expected a TSV, CSV, JSONL or parquet file")
+    hashes = [file_sha256(file) for file in table_files(args.input, args.format)]
     request = {
         "input": args.input.name,
-        "sha256": file_sha256(args.input),
+        "sha256": hashes[0] if args.input.is_file() else hashes,
         "columns": [args.url_column, args.caption_column, args.extra_columns, args.json_columns, args.columns],
         "format": args.format,
     }
@@ -103,8 +102,10 @@ def run_urls(args: argparse.Namespace) -> int:
 
 
 def add_urls(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, required=True, help="TSV, CSV, JSONL or parquet (.gz too), a URL a row")
-    parser.add_argument("--output", type=Path, default=Path("data/urls"), help="corpus folder")
+    parser.add_argument(
+        "--input", type=_path, required=True, help="TSV, CSV, JSONL, parquet (.gz too), or a folder of them"
+    )
+    parser.add_argument("--output", type=_path, default=Path("data/urls"), help="corpus folder")
     parser.add_argument("--split", default="train", type=_plain_name)
     parser.add_argument("--format", choices=FORMATS, help="of the input, where its suffix does not say")
     parser.add_argument("--columns", type=_names, help="cells of a file without header line: caption,url for CC3M")
@@ -152,10 +153,10 @@ def run_flickr8k(args: argparse.Namespace) -> int:
 
 
 def add_flickr8k(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, required=True, help="folder of images/, Flickr8k.token.txt, split lists")
-    parser.add_argument("--images", type=Path, help="folder of the images, where it is another one")
-    parser.add_argument("--captions", type=Path, help="file of the captions, where it is another one")
-    parser.add_argument("--output", type=Path, default=Path("data/flickr8k"), help="corpus folder")
+    parser.add_argument("--input", type=_path, required=True, help="folder of images/, Flickr8k.token.txt, split lists")
+    parser.add_argument("--images", type=_path, help="folder of the images, where it is another one")
+    parser.add_argument("--captions", type=_path, help="file of the captions, where it is another one")
+    parser.add_argument("--output", type=_path, default=Path("data/flickr8k"), help="corpus folder")
     _add_filters(parser)
     _add_writing(parser)
 
@@ -168,8 +169,8 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, nargs="+", default=DATA, help="train splits at or below these")
-    parser.add_argument("--output", type=Path, default=Path("data/tokenizer"))
+    parser.add_argument("--data", type=_path, nargs="+", default=DATA, help="train splits at or below these")
+    parser.add_argument("--output", type=_path, default=Path("data/tokenizer"))
     parser.add_argument("--vocab-size", type=_positive, default=8192, help="at most; special tokens included")
     parser.add_argument("--overwrite", action="store_true")
 
@@ -189,7 +190,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, nargs="*", default=DATA, help="split, corpus or root folders")
+    parser.add_argument("data", type=_path, nargs="*", default=DATA, help="split, corpus or root folders")
     parser.add_argument("--max-problems", type=_positive, default=20, help="lines shown for each split")
     parser.add_argument("--workers", type=_positive, default=default_workers())
     parser.add_argument("--max-pixels", type=_positive, default=Limits.max_pixels)
@@ -203,7 +204,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, nargs="*", default=DATA, help="split, corpus or root folders")
+    parser.add_argument("data", type=_path, nargs="*", default=DATA, help="split, corpus or root folders")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
 
 
@@ -281,6 +282,12 @@ def _bounded(kind: type, text: str, expected: str, accept: Callable[[Any], bool]
     if value is None or not accept(value):
         raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return value
+
+
+def _path(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a path; mount or copy what is not on a file system")
+    return Path(text)
 
 
 def _names(text: str) -> list[str]:

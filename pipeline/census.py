@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from data_prep.program import run_program
 from model.census import parameter_census
 from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
@@ -41,4 +42,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

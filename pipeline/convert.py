@@ -13,9 +13,9 @@ Exit codes: 0 done, 2 a file that cannot be converted, or a wrong command line.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from data_prep.program import run_program
 from pipeline.config.options import fail
 from pipeline.weights.importing import export_flm, import_flm
 
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
             import_flm(arguments.source, arguments.target, arguments.text_heads)
         else:
             export_flm(arguments.source, arguments.target)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return fail(error if isinstance(error, ValueError) else ValueError(str(error)))
     return 0
@@ -48,4 +50,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
+from data_prep.program import run_program
 from pipeline.checkpoint.restore import resolve
 from pipeline.config.command_line import load_config
 from pipeline.config.options import fail
@@ -47,4 +47,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from data_prep.program import run_program
+from pipeline.config.options import refuse_address
 from pipeline.data.open_shards import DataError
 from pipeline.data.shard_reader import open_corpora
 from pipeline.tasks.captioning import (
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             arguments.lengths,
         )
         done = _caption_split(arguments, captioner) if arguments.data else _caption_files(arguments, captioner)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, DataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -82,6 +86,8 @@ def _caption_files(arguments: argparse.Namespace, captioner: Captioner) -> int:
 
 
 def _caption_split(arguments: argparse.Namespace, captioner: Captioner) -> int:
+    for path in arguments.data:
+        refuse_address(path, "--data")
     corpora = open_corpora(arguments.data, arguments.split)
     items = items_of_corpora(corpora, arguments.samples, captioner)
     captioned = list(caption_items(captioner, items, arguments.batch_size))
@@ -129,4 +135,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,12 +9,12 @@ Exit codes: 0 the record was reproduced, 1 it was not, 2 something needed is mis
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from data_prep.program import run_program
 from pipeline.config.options import fail
 from pipeline.tasks.table import task_of
 from pipeline.training.replay import load_replay, print_comparison, run_sample, run_step
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.sample is not None:
             return run_sample(replay, options.sample)
         run_step(replay)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return fail(ValueError(str(error)))
     except RuntimeError as error:  # an unknown device, a model that does not fit into memory
@@ -49,4 +51,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

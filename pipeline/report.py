@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_prep.program import run_program
 from pipeline.reporting.page import ReportError, write_report
 
 
@@ -19,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(write_report(arguments.run))
+    except BrokenPipeError:
+        raise
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -26,4 +29,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -14,7 +14,8 @@ import os  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from typing import Any  # noqa: E402
 
-from data_prep.manifest import ManifestError, find_splits  # noqa: E402
+from data_prep.manifest import ManifestError, find_splits, is_prepared  # noqa: E402
+from data_prep.program import outlive_readers  # noqa: E402
 from pipeline.config.command_line import Launch, describe, parse_command_line  # noqa: E402
 from pipeline.config.options import ConfigError, tokenizer_source, weighted_paths  # noqa: E402
 from pipeline.distributed.endings import say  # noqa: E402
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 def check_prepared(launch: Launch) -> None:
     """Raise ConfigError naming the command to run first, when the training data is not there."""
     for path, _ in weighted_paths(launch.config.data):
+        if is_prepared(path, launch.config.data.train_split):
+            continue
         try:
             find_splits(path, launch.config.data.train_split, num_images=None)
         except ManifestError as error:
@@ -77,6 +80,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     session = None
     try:
         watch.wait_for_all(MEETING_SECONDS)
+        from pipeline.distributed.host_cores import share_cores
         from pipeline.tasks.table import task_of
         from pipeline.training.loop import train
         from pipeline.training.session import connect_ranks, resolve_ds_config, set_up
@@ -87,6 +91,8 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         if place.world_size > 1:
             check_prepared(launch)
         ranks.say(describe(launch))
+        if line := share_cores(ranks.agreement):
+            ranks.say(line)
         prepared = set_up(launch, ds_config, task or task_of(launch.config), ranks)
         stop.poll_from_here()
         session = prepared
@@ -98,4 +104,5 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -23,10 +23,15 @@ def lock_run(run: Path, wait_seconds: float = WAIT_SECONDS) -> int | None:
     where the file system has no locks.
 
     Raises:
-        ValueError: another process still holds it after ``wait_seconds``.
+        ValueError: the folder can't be written, or another process still holds the lock after ``wait_seconds``.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ValueError(
+            f"--output {run}: can't be written ({error.strerror}); name a folder on a disk with room that you may write"
+        ) from None
     deadline = time.monotonic() + wait_seconds
     while True:
         try:

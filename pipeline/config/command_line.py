@@ -13,7 +13,7 @@ from jsonargparse import SUPPRESS, ArgumentParser
 
 from model.config import OPTIONS_OF, ObjectiveOptions
 from pipeline.config.mistakes import nearest, option_types, refuse_unknown, type_in_words
-from pipeline.config.options import Config, ConfigError, flatten, leaves, validate
+from pipeline.config.options import Config, ConfigError, flatten, leaves, refuse_address, validate
 from pipeline.config.recipes import (
     RUN_CONFIG,
     existing,
@@ -61,9 +61,18 @@ def parse_command_line(argv: list[str]) -> Launch:
         sources=_sources(config, on_command_line, recipe.settings, recipe.name),
         idle=chosen.idle,
         recipe=recipe.name,
-        output=Path(given.get("output") or f"runs/{recipe.name}"),
+        output=_run_folder(given.get("output") or f"runs/{recipe.name}"),
         deepspeed=existing(Path(given.get("deepspeed") or DEFAULT_DEEPSPEED), "--deepspeed", f"see {DS_CONFIGS}"),
     )
+
+
+def _run_folder(output: str) -> Path:
+    refuse_address(output, "--output")
+    path = Path(output)
+    above = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
+    if above.is_file():
+        raise ConfigError(f"--output {output}: {above} is a file, expected a folder; name another one")
+    return path
 
 
 def _sources(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.options import Config, ConfigError, accumulation_steps, leaves
-
-AUTO = "auto"
+from pipeline.config.ds_schema import AUTO, type_problems, unsupported, without_nulls
+from pipeline.config.options import Config, ConfigError, OptimConfig, accumulation_steps, leaves
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Device:
 
 def read_ds_config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
     except _RepeatedKey as key:
         raise ConfigError(f"--deepspeed {path}: {key} stands there twice; remove one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed {path}: not a readable JSON file ({error}); see ds_configs/") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--deepspeed {path}: found a {type(content).__name__}, expected an object; see ds_configs/")
@@ -46,45 +46,88 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def resolve(given: dict[str, Any], config: Config, world_size: int, device: Device) -> dict[str, Any]:
-    """The JSON DeepSpeed gets: no "auto" left, ``gradient_clipping`` written (DeepSpeed clips at 1.0 without it)."""
-    resolved = copy.deepcopy(given)
-    optim = config.optim
-    stage = zero_stage(given)
-    precision = choose_precision(given, config.train.precision, stage, device)
-    _own(resolved, "train_batch_size", optim.batch_size, "optim.batch_size")
-    _own(resolved, "train_micro_batch_size_per_gpu", optim.micro_batch_size, "optim.micro_batch_size")
-    accumulation = accumulation_steps(optim, world_size)
-    fix = "optim.batch_size, optim.micro_batch_size and the number of ranks"
-    _own(resolved, "gradient_accumulation_steps", accumulation, fix)
-    _own(resolved, "gradient_clipping", optim.clip_grad_norm, "optim.clip_grad_norm")
-    for name in ("bf16", "fp16"):
-        section = resolved.setdefault(name, {})
-        section["enabled"] = precision == name
-    if precision != "fp16":
-        resolved["fp16"] = {"enabled": False}
-    if precision != "fp32":  # else micro-batches are summed in 8 or 11 bits
+    """The JSON DeepSpeed gets: no "auto" left, ``gradient_clipping`` written (DeepSpeed clips at 1.0 without it).
+
+    Raises ConfigError with everything that is wrong: with the types of the values first, then with the values.
+    """
+    resolved = without_nulls(copy.deepcopy(given))
+    _refuse(list(type_problems(resolved)))
+    problems = list(unsupported(resolved))
+    problems += _resolve_sizes(resolved, config.optim, world_size)
+    problems += _resolve_zero(resolved)
+    problems += _resolve_precision(resolved, config.train.precision, device)
+    if resolved["bf16"]["enabled"] or resolved["fp16"]["enabled"]:  # else micro-batches are summed in 8 or 11 bits
         resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    _resolve_optimizer(resolved, config)
-    if resolved.pop("scheduler", AUTO) != AUTO:
-        raise ConfigError("--deepspeed: the JSON has a scheduler; remove it and use optim.schedule of the recipe")
-    zero = resolved.setdefault("zero_optimization", {"stage": 0})
-    for kind in ("offload_optimizer", "offload_param"):
-        if zero.get(kind, {}).get("device", "none") not in ("none", "cpu"):
-            raise ConfigError(f"--deepspeed: {kind} to {zero[kind]['device']} is not supported; use cpu or none")
-    if zero.get("offload_optimizer", {}).get("device") == "cpu":
-        resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused CPU AdamW serves
+    problems += _optimizer_problems(resolved.pop("optimizer", AUTO), config.optim)
+    resolved.pop("scheduler", None)
     resolved.setdefault("steps_per_print", 10**9)  # our own log says more
     left = [key for key, value in leaves(resolved) if value == AUTO]
     if left:
-        raise ConfigError(f'--deepspeed: the recipe does not own {", ".join(left)}; write values instead of "auto"')
+        problems.append(f'the recipe does not own {", ".join(left)}; write values instead of "auto"')
+    _refuse(problems)
     return resolved
 
 
-def zero_stage(given: dict[str, Any]) -> int:
-    stage = given.get("zero_optimization", {}).get("stage", 0)
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        several = f"{len(problems)} things to mend: " if len(problems) > 1 else ""
+        raise ConfigError(f"--deepspeed: {several}{' | '.join(problems)}")
+
+
+def _resolve_sizes(resolved: dict[str, Any], optim: OptimConfig, world_size: int) -> Iterator[str]:
+    """Write what the recipe says of the batch and of clipping; yields what contradicts it."""
+    owned = {
+        "train_batch_size": (optim.batch_size, "optim.batch_size"),
+        "train_micro_batch_size_per_gpu": (optim.micro_batch_size, "optim.micro_batch_size"),
+        "gradient_clipping": (optim.clip_grad_norm, "optim.clip_grad_norm"),
+    }
+    try:
+        fix = "optim.batch_size, optim.micro_batch_size and the number of ranks"
+        owned["gradient_accumulation_steps"] = (accumulation_steps(optim, world_size), fix)
+    except ConfigError as error:
+        yield str(error)
+    for key, (value, option) in owned.items():
+        found = resolved.get(key, AUTO)
+        if found not in (AUTO, value):
+            yield f'{key} is {found} but {option} gives {value}; write "auto" in the JSON'
+        resolved[key] = value
+
+
+def _resolve_zero(resolved: dict[str, Any]) -> Iterator[str]:
+    """Make the section of ZeRO definite: "auto" is DeepSpeed's default there; yields what is not supported."""
+    zero = resolved["zero_optimization"] = _without_autos(resolved.get("zero_optimization", {}))
+    stage = zero["stage"] = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"--deepspeed: zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
-    return stage
+        yield f"zero_optimization.stage: found {stage}, expected 0, 1, 2 or 3"
+    else:
+        zero["stage"] = int(stage)
+    for kind in ("offload_optimizer", "offload_param"):
+        device = zero.get(kind, {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            yield f"zero_optimization.{kind}.device: {device} is not supported; use cpu or none"
+    if zero.get("offload_optimizer", {}).get("device") == "cpu":
+        resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused CPU AdamW serves
+
+
+def _resolve_precision(resolved: dict[str, Any], wanted: str, device: Device) -> Iterator[str]:
+    """Switch bf16 and fp16 on or off; yields what contradicts the recipe or the device."""
+    try:
+        precision = choose_precision(resolved, wanted, resolved["zero_optimization"]["stage"], device)
+    except ConfigError as error:
+        yield str(error)
+        precision = "fp32"
+    for name in ("bf16", "fp16"):
+        section = _without_autos(resolved.get(name, {})) if name in ("bf16", precision) else {}
+        resolved[name] = section | {"enabled": precision == name}
+
+
+def _without_autos(section: dict[str, Any]) -> dict[str, Any]:
+    """A section as DeepSpeed reads it, which takes its default for a key that is "auto"."""
+    return {
+        key: _without_autos(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != AUTO
+    }
 
 
 def choose_precision(given: dict[str, Any], wanted: str, stage: int, device: Device) -> str:
@@ -92,7 +135,7 @@ def choose_precision(given: dict[str, Any], wanted: str, stage: int, device: Dev
     fixed = {name: given.get(name, {}).get("enabled", AUTO) for name in ("bf16", "fp16")}
     on = [name for name, value in fixed.items() if value is True]
     if len(on) > 1:
-        raise ConfigError("--deepspeed: bf16 and fp16 are both enabled; enable one")
+        raise ConfigError("bf16 and fp16 are both enabled; enable one")
     forced = on[0] if on else "fp32" if all(value is False for value in fixed.values()) else None
     if wanted == "auto":
         allowed = device.kind == "cuda" and device.has_bf16 and stage > 0 and fixed["bf16"] is not False
@@ -117,15 +160,13 @@ def choose_precision(given: dict[str, Any], wanted: str, stage: int, device: Dev
     return wanted
 
 
-def _resolve_optimizer(resolved: dict[str, Any], config: Config) -> None:
+def _optimizer_problems(block: Any, optim: OptimConfig) -> Iterator[str]:
     """The optimizer is ours (per-group learning rates); the JSON may describe it but not another one."""
-    block = resolved.pop("optimizer", None)
-    if block in (None, AUTO):
+    if block == AUTO:
         return
     kind = block.get("type", AUTO)
     if kind not in (AUTO, "AdamW"):
-        raise ConfigError(f"--deepspeed: optimizer {kind}; only AdamW is supported, remove the optimizer block")
-    optim = config.optim
+        yield f"optimizer.type: found {kind!r}; only AdamW is supported, remove the optimizer block"
     owned = {
         "lr": optim.learning_rate,
         "betas": list(optim.betas),
@@ -135,17 +176,7 @@ def _resolve_optimizer(resolved: dict[str, Any], config: Config) -> None:
     }
     for key, value in block.get("params", {}).items():
         if key not in owned:
-            raise ConfigError(f"--deepspeed: unknown optimizer.params.{key}; known: {', '.join(owned)}")
-        if value not in (AUTO, owned[key]):
+            yield f"unknown optimizer.params.{key}; known: {', '.join(owned)}"
+        elif value not in (AUTO, owned[key]):
             option = {"lr": "learning_rate"}.get(key, key)
-            raise ConfigError(
-                f"--deepspeed: optimizer.params.{key} is {value} but optim.{option} is {owned[key]}; write "
-                f'"auto" in the JSON'
-            )
-
-
-def _own(resolved: dict[str, Any], key: str, value: Any, option: str) -> None:
-    found = resolved.get(key, AUTO)
-    if found not in (AUTO, value):
-        raise ConfigError(f'--deepspeed: {key} is {found} but {option} gives {value}; write "auto" in the JSON')
-    resolved[key] = value
+            yield (f'optimizer.params.{key} is {value} but optim.{option} is {owned[key]}; write "auto" in the JSON')

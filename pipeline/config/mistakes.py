@@ -62,10 +62,16 @@ def refuse_unknown(settings: Mapping[str, Any], where: str) -> None:
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
     """The known name that a typo means, as a question."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    last = name.rsplit(".", 1)[-1]
+    match = [option for option in known if len(last) > 1 and _initials(option) == last][:1]  # lr: learning_rate
+    match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not match and "." not in name:
         match = [option for option in known if option.rsplit(".", 1)[-1] == name][:1]
     return f"did you mean {prefix}{match[0]}?" if match else f"known: {', '.join(known[:12])} (see --help)"
+
+
+def _initials(option: str) -> str:
+    return "".join(word[:1] for word in option.rsplit(".", 1)[-1].split("_"))
 
 
 def type_in_words(hint: Any) -> str:

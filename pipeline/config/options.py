@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -203,6 +204,9 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"optim.betas: found {list(config.optim.betas)}, expected two numbers below 1, like [0.9, 0.98]"
         )
+    for name, value in flatten(config.optim, "optim."):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: found {value}, expected a finite number")
     try:
         config.objective.check()
     except ValueError as error:
@@ -281,6 +285,7 @@ def weighted_paths(data: DataConfig) -> list[tuple[Path, float | None]]:
     """(folder, weight or None) of each entry DIR or DIR:WEIGHT of ``data.paths``."""
     result: list[tuple[Path, float | None]] = []
     for entry in data.paths:
+        refuse_address(entry, "--data")
         folder, _, tail = entry.rpartition(":")
         if not folder or Path(entry).exists():
             result.append((Path(entry), None))
@@ -294,6 +299,15 @@ def weighted_paths(data: DataConfig) -> list[tuple[Path, float | None]]:
             raise ConfigError(f"data.paths: {entry}: found weight {tail}, expected a number above 0")
         result.append((Path(folder), weight))
     return result
+
+
+def refuse_address(path: str, option: str) -> None:
+    """Raise ConfigError for an address like s3://BUCKET where a folder is expected."""
+    if "://" in path:
+        raise ConfigError(
+            f"{option} {path}: found an address, expected a folder; only mounted file systems are read and written: "
+            "mount it or copy it, and give the folder"
+        )
 
 
 def tokenizer_source(data: DataConfig) -> str | Path:

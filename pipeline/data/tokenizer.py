@@ -138,6 +138,8 @@ def clean_caption(text: str, full_stop: bool) -> str:
     """``text`` with every run of white space as one blank and none at the ends; "" if no word is left.
 
     With ``full_stop`` trailing full stops are replaced by exactly one (specification 6.1, the released behaviour).
+
+    # NOTE release: several blanks stay several, and "dog ." becomes "dog ."; here: one blank, and "dog.".
     """
     text = " ".join(text.split())
     if not full_stop:

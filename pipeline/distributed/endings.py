@@ -47,7 +47,12 @@ class Ending(NamedTuple):
 
 
 class MachineFailure(RuntimeError):
-    """Storage, memory or another process failed, not the program: started again, the run goes on."""
+    """Storage, memory or another process failed, not the program: started again, the run goes on.
+
+    Where it would not, ``code`` says so.
+    """
+
+    code = EXIT_REQUEUE
 
 
 class Verdict(NamedTuple):
@@ -61,7 +66,9 @@ class Verdict(NamedTuple):
 def judge(error: BaseException, setting_up: bool) -> Verdict:
     """What an error means; in ``setting_up`` a ValueError is the wording of a mistake that the user can mend."""
     text = " ".join(str(error).split())
-    if isinstance(error, (Stopped, MachineFailure)):
+    if isinstance(error, MachineFailure):
+        return Verdict(error.code, text)
+    if isinstance(error, Stopped):
         return Verdict(EXIT_REQUEUE, text)
     if isinstance(error, ValueError) and setting_up:
         return Verdict(EXIT_MEND, text)

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from model.batch import Batch, Planner
-from pipeline.data.open_shards import DataError
+from pipeline.data.open_shards import DataError, OutOfDescriptors
 from pipeline.data.order import SampleOrder, micro_batch_positions
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
-from pipeline.distributed.endings import EXIT_REQUEUE, MachineFailure, host_name
+from pipeline.distributed.endings import EXIT_MEND, EXIT_REQUEUE, MachineFailure, host_name
 from pipeline.loading.collate import collate
 from pipeline.loading.datasets import EvalDataset, Preparation, SampleReader, TrainDataset
 from pipeline.loading.shared_batches import ImagePool, SharedBatch, SlotSampler
@@ -41,6 +41,7 @@ class Failure:
     """Comes in place of a batch when a process cannot go on; no batch follows."""
 
     reason: str
+    code: int  # of the process that ends by it
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ class BatchLoader:
             iterator, pool = self._started()
             for batch in iterator if self._num_workers else self._watched(iterator):
                 if isinstance(batch, Failure):
-                    raise LoaderError(batch.reason)
+                    error = LoaderError(batch.reason)
+                    error.code = batch.code
+                    raise error
                 yield batch.unpack(pool) if isinstance(batch, SharedBatch) else batch
             del iterator
             self._workers = {worker for worker in self._workers if worker.is_alive()}
@@ -303,7 +306,7 @@ class _BatchMaker:
             with self._worker_positions.track(0 if worker is None else worker.id) as started:
                 items = self._dataset.items(positions, images, started)
         except DataError as error:
-            return Failure(str(error))
+            return Failure(str(error), EXIT_MEND if isinstance(error, OutOfDescriptors) else EXIT_REQUEUE)
         batch = collate(items, images, self._planner)
         assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"
         return batch if self._pool is None else SharedBatch(batch, slot, self._pool)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 NUM_COLOURS = 6
 _INK, _FAINT = "#010203", "#040506"  # stand-ins, replaced by variables of the page so that figures follow its theme
+_NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}  # RDF, which HTML does not have
 _SERIES = [f"#0a0b{number:02x}" for number in range(NUM_COLOURS)]
 
 
@@ -23,8 +25,11 @@ class Series:
     dashed: bool = False
 
 
-def draw(series: list[Series], smooth: bool = False, from_zero: bool = False) -> Markup:
-    """The lines as inline SVG whose colours and fonts are those of the page; dashed ones are not in the legend."""
+def draw(title: str, series: list[Series], smooth: bool = False, from_zero: bool = False) -> Markup:
+    """The lines as inline SVG whose colours and fonts are those of the page; dashed ones are not in the legend.
+
+    ``title`` is the figure's name for screen readers and, as each has its own, makes its ids unique in the page.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,9 +72,11 @@ def draw(series: list[Series], smooth: bool = False, from_zero: bool = False) ->
         if sum(not one.dashed for one in series) > 1:
             canvas.legend(loc="outside upper left", ncols=6, frameon=False, handlelength=1.6, columnspacing=1.4)
         buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        canvas.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    prefix = re.sub("[^a-z0-9]+", "-", title.lower())
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     for stand_in, variable in [(_INK, "ink"), (_FAINT, "faint"), *((c, f"s{i}") for i, c in enumerate(_SERIES))]:
         svg = svg.replace(stand_in, f"var(--{variable})")
     return Markup(svg)

@@ -1,20 +1,20 @@
-"""Writes the numbers of a run to log.jsonl, TensorBoard, Weights & Biases and the progress bar."""
+"""Writes the numbers of a run to log.jsonl and the progress bar, and hands them to the trackers."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from pipeline.reporting.step_lines import StepLines, cut_back
+from pipeline.reporting.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker
 
 LOG_NAME = "log.jsonl"
 EVENTS = {"incident": "step skipped", "rewind": "went back", "alarm": "alarm", "data_change": "data changed"}  # by kind
@@ -41,10 +41,6 @@ _PEAK_TERAFLOPS: list[tuple[str, dict[str, float]]] = [
 ]
 _LESSER_FORMS = {"laptop", "mobile", "max", "d", "mig"}  # same name, other rate
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-
-
-class TrackerError(ValueError):
-    """A tracker was asked for that cannot be used here."""
 
 
 def peak_flops(device_name: str, dtype: object) -> float | None:
@@ -125,17 +121,20 @@ class MetricsWriter:
     ) -> None:
         self._output = Path(output)
         self._is_main = is_main
-        self._use_tensorboard = tensorboard and is_main
-        self._tensorboard: Any = None
-        self._wandb: Any = None
         self._lines: StepLines | None = None
+        self._trackers = Trackers()
         self._purge_step: int | None = None
         if not is_main:
             return
         self._output.mkdir(parents=True, exist_ok=True)
         self._lines = StepLines(self._output / LOG_NAME)
+        makers: list[tuple[str, Callable[[], Tracker]]] = []
+        if tensorboard:
+            make = partial(TensorBoardTracker, self._output, lambda: self._purge_step)
+            makers.append((TensorBoardTracker.name, make))
         if wandb:
-            self._wandb = _start_wandb(self._output, config)
+            makers.append((WandbTracker.name, partial(WandbTracker, self._output, config)))
+        self._trackers = Trackers(*makers)
 
     def log(self, step: int, values: Mapping[str, Any], kind: str = "train") -> None:
         """Appends one record of ``values`` by a single write, so that a kill tears one line at most."""
@@ -149,14 +148,7 @@ class MetricsWriter:
             for name, value in values.items()
             if value is not None and not isinstance(value, (str, bool)) and math.isfinite(value)
         }
-        if self._use_tensorboard:
-            try:
-                self._to_tensorboard(step, numbers)
-            except OSError as error:  # a full disk is no reason to end a run
-                print(f"ALARM: no more TensorBoard numbers: {error}", file=sys.stderr, flush=True)
-                self._use_tensorboard = False
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **numbers})
+        self._trackers.log(step, numbers)
 
     def resume_from(self, step: int) -> int:
         """Takes the records after ``step`` out of log.jsonl, into log.superseded.jsonl; returns how many.
@@ -189,42 +181,7 @@ class MetricsWriter:
         if self._lines is not None:
             self._lines.close()
             self._lines = None
-        if self._tensorboard is not None:
-            with contextlib.suppress(OSError):  # a full disk, told before
-                self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._use_tensorboard, self._tensorboard, self._wandb = False, None, None
-
-    def _to_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = str(self._output / "tensorboard")
-            self._tensorboard = SummaryWriter(folder, purge_step=self._purge_step, flush_secs=30)
-        for name, value in numbers.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()  # a killed run loses nothing
-
-
-def _start_wandb(output: Path, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise TrackerError("Weights & Biases is not installed; run: pip install wandb==0.30.0") from None
-    id_file = output / "wandb_id.txt"
-    if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "openflm"),
-        name=output.name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=str(output),
-        config=dict(config),
-    )
-    run.define_metric("*", step_metric="step")
-    return run
+        self._trackers.close()
 
 
 class Progress:

@@ -301,4 +301,4 @@ def _figure(
             series.append(Series(label, list(steps), list(values), colour, name.startswith(SHUFFLED)))
     if not any(any(one.values) for one in series):
         return None
-    return Figure(title, note, draw(series, smooth, from_zero))
+    return Figure(title, note, draw(title, series, smooth, from_zero))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -153,21 +154,28 @@ def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) 
 
 
 def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item]:
-    """The readable images among ``paths``; each of the others is one line on stderr."""
+    """The readable images among ``paths``; each of the others is one line on stderr.
+
+    The name of a file is bytes; where they are no UTF-8 an item has escapes in its name.
+    """
     for path in paths:
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
         try:
             with open(path, "rb") as file:
                 data = file.read(MAX_FILE_BYTES + 1)
             if len(data) > MAX_FILE_BYTES:
-                raise UnusableSample(str(path), f"file larger than {MAX_FILE_BYTES // 2**20} MiB")
-            image = decode_image(data, captioner.max_pixels, key=str(path))
+                raise UnusableSample(name, f"file larger than {MAX_FILE_BYTES // 2**20} MiB")
+            image = decode_image(data, captioner.max_pixels, key=name)
+        except IsADirectoryError:
+            print(f"skipped {name}: a folder; name the image files in it, like {name}/*.jpg", file=sys.stderr)
+            continue
         except OSError as error:
-            print(f"skipped {path}: {error.strerror or error}", file=sys.stderr)
+            print(f"skipped {name}: {error.strerror or error}", file=sys.stderr)
             continue
         except UnusableSample as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
-        yield Item(str(path), captioner.transform(image), [], {})
+        yield Item(name, captioner.transform(image), [], {})
 
 
 def items_of_corpora(corpora: Sequence[Corpus], num_samples: int, captioner: Captioner) -> Iterator[Item]:

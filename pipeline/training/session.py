@@ -30,6 +30,7 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.distributed.rendezvous import Meeting, connect
+from pipeline.engine.ds_check import check_ds_config
 from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.rewind import SkippedBatches, finish_setting_aside
@@ -38,6 +39,7 @@ from pipeline.loading.unusable import UnusableSamples
 from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
+from pipeline.reporting.trackers import check_trackers
 from pipeline.tasks.task import EvaluationPass, Score, Task
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
@@ -123,7 +125,9 @@ def resolve_ds_config(launch: Launch, place: Place, device: torch.device) -> dic
     """The DeepSpeed JSON without any "auto"; raises ConfigError for every contradiction."""
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     given = read_ds_config(launch.deepspeed)
-    return resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
+    resolved = resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
+    check_ds_config(resolved)
+    return resolved
 
 
 def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) -> Session:
@@ -133,6 +137,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         ValueError: anything a user can mend, in one line.
     """
     config, place, agreement = launch.config, ranks.place, ranks.agreement
+    check_trackers(config.tracking.wandb)
     opened = open_run(launch, task.num_images, ranks)
     with build_device(ds_config, place):
         objective = task.build(config, opened.data.tokenizer.vocabulary)

@@ -124,10 +124,11 @@ def test_flipped_and_cut_bytes_never_raise_anything_else():
 
 
 def test_captions_are_judged_one_by_one():
-    record = Record("k", (encode(),), ("  a dog \n runs ", "", " \t", "caf\udce9", "b"))
+    record = Record("k", (encode(),), ("  a dog \n runs ", "", " \t", "caf\udce9", "a\0b", "b"))
     kept, rejections = check_record(record, Limits())
     assert kept.captions == ("a dog runs", "b")
-    assert sorted(r.reason for r in rejections) == ["empty_caption", "empty_caption", "invalid_utf8"]
+    reasons = [rejection.reason for rejection in rejections]
+    assert reasons == ["empty_caption", "empty_caption", "invalid_utf8", "nul_in_caption"]
     assert kept.extensions == ("jpg",)
 
 

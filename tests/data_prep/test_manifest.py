@@ -153,9 +153,9 @@ def test_nothing_prepared_and_half_written_are_told_apart(tmp_path):
     make_split(tmp_path / "a" / "train")
     (tmp_path / "b" / "train").mkdir(parents=True)
     (tmp_path / "b" / "train" / "00000.tar").write_bytes(b"")
-    with pytest.raises(ManifestError, match="half-written"):
+    with pytest.raises(ManifestError, match="shards of another program.*or a split whose preparation was cut off"):
         find_splits(tmp_path, "train")
-    with pytest.raises(ManifestError, match="half-written"):
+    with pytest.raises(ManifestError, match="shards of another program.*or a split whose preparation was cut off"):
         find_splits(tmp_path / "b" / "train", "train")
     (tmp_path / "b").rename(tmp_path / ".b")
     assert find_splits(tmp_path, "train") == [tmp_path / "a" / "train"]
@@ -347,3 +347,21 @@ def test_a_file_system_that_cannot_flush_folders_is_no_failure(tmp_path, monkeyp
     monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         sync_directory(tmp_path)
+
+
+def test_links_as_the_hub_keeps_them_are_followed_and_others_not(tmp_path):
+    """Invariant 7."""
+    split = tmp_path / "datasets--me--mine" / "snapshots" / "abc" / "train"
+    make_split(split)
+    for place in (tmp_path / "datasets--me--mine" / "blobs", tmp_path / "blobs", tmp_path / "elsewhere"):
+        place.mkdir()
+        for file in [*split.glob("*.tar"), *split.glob("*.npy")]:
+            target = place / file.name
+            target.write_bytes(file.read_bytes())
+            file.unlink()
+            file.symlink_to(os.path.relpath(target, file.parent))
+        if place.parent == tmp_path:
+            with pytest.raises(ManifestError, match="a link out of the split"):
+                read_manifest(split)
+        else:
+            assert read_manifest(split).rows

@@ -1,12 +1,20 @@
 """Tables of URLs and Flickr8k's files: what is read, and what is named as unreadable."""
 
+import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
+import tempfile
+from pathlib import Path
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.__main__ import main
@@ -14,7 +22,7 @@ from data_prep.fetch import UrlRow, failure_reason
 from data_prep.info import row_texts
 from data_prep.manifest import read_manifest
 from data_prep.record import PrepError, Rejection
-from data_prep.sources import read_flickr8k_captions, url_rows
+from data_prep.sources import distinct_keys, read_flickr8k_captions, read_names, url_rows
 from data_prep.tables import read_table
 
 ROWS = [("http://h/1.jpg", 'a "quoted" dog', 3), ("http://h/2.jpg", "two, with comma", 4)]
@@ -173,3 +181,184 @@ def test_flickr8k_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "captions").write_text("a b c\n")
     with pytest.raises(PrepError, match="NAME#k"):
         read_flickr8k_captions(tmp_path / "captions")
+
+
+def reasons(rows):
+    return [row.reason if isinstance(row, Rejection) else row.caption for row in rows]
+
+
+def test_binary_columns_of_parquet_are_text(tmp_path):
+    for number, kind in enumerate((pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary(2), pyarrow.string_view())):
+        content = ["ab", "cd"] if kind == pyarrow.string_view() else [b"ab", b"\xff\xfe"]
+        table = pyarrow.table({"url": ["http://h/1", "http://h/2"], "caption": pyarrow.array(content, kind)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet")
+        second = "cd" if kind == pyarrow.string_view() else "invalid_utf8"
+        assert reasons(rows_of(tmp_path / f"{number}.parquet", ())) == ["ab", second], kind
+    words = pyarrow.array([b"a cat", b"a cat"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["http://h/1"] * 2, "caption": words}), tmp_path / "d.parquet")
+    assert reasons(rows_of(tmp_path / "d.parquet", ())) == ["a cat", "a cat"]
+
+
+def test_what_is_no_text_is_no_caption(tmp_path):
+    captions = ["NaN", '{"en": "a"}', "true", "3.5", "7", "[]", "null", '"a cat"']
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"url": "http://h/{n}", "caption": {c}}}\n' for n, c in enumerate(captions)))
+    rows = rows_of(path, ())
+    assert reasons(rows) == ["empty_caption", *["malformed_row"] * 5, "empty_caption", "a cat"]
+    assert rows[1].detail == "the caption is of type dict: {'en': 'a'}" and rows[1].name == "row 1: http://h/1"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_content(tmp_path):
+    for name, text, columns in (
+        ("a.csv", '"url","caption"\r\n"http://h/1","a cat"\r\n', None),
+        ("a.tsv", "a cat\thttp://h/1\n", ["caption", "url"]),
+        ("b.csv", "a cat,http://h/1\n", ["caption", "url"]),
+        ("a.jsonl", '{"url": "http://h/1", "caption": "a cat"}\n', None),
+    ):
+        for start, encoding in (("", "utf-8"), ("\ufeff", "utf-8"), ("", "utf-16"), ("\ufeff", "utf-16-be")):
+            (tmp_path / name).write_text(start + text, encoding=encoding)
+            rows = rows_of(tmp_path / name, (), columns=columns)
+            assert [(row.url, row.caption) for row in rows] == [("http://h/1", "a cat")], (name, start, encoding)
+    make_flickr8k(tmp_path / "in")
+    for name in ("Flickr8k.token.txt", "Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt"):
+        path = tmp_path / "in" / name
+        path.write_text("\ufeff" + path.read_text())
+    captions, problems = read_flickr8k_captions(tmp_path / "in" / "Flickr8k.token.txt")
+    assert len(captions["0_ab.jpg"]) == 5 and len(problems) == 1
+    assert read_names(tmp_path / "in" / "Flickr_8k.devImages.txt") == ["2_ab.jpg"]
+
+
+STRAY = [
+    'http://h/0,"a dog',  # opened, and closed three lines later
+    "http://h/1,a cat",
+    "http://h/2,a cow",
+    'http://h/3,a hen"',
+    'http://h/4,a "big" pig',
+    'http://h/5,"a sheep, and\na goat"',  # two lines, as it should be
+    'http://h/6,"a duck',  # never closed
+    "http://h/7,a mouse",
+]
+
+
+@pytest.mark.parametrize("lines", [STRAY, STRAY[4:], STRAY[:4], STRAY[:2] + STRAY[4:6], STRAY[6:], STRAY[:1]])
+def test_a_stray_quotation_mark_swallows_no_row(tmp_path, lines):
+    """Every address of the file is in exactly one row, read or counted."""
+    path = tmp_path / "a.csv"
+    path.write_text("url,caption\n" + "".join(f"{line}\n" for line in lines))
+    rows = rows_of(path, ())
+    urls = [row.url for row in rows if isinstance(row, UrlRow)]
+    rejected = [row for row in rows if isinstance(row, Rejection)]
+    assert len(urls) + sum(row.rows for row in rejected) == path.read_text().count("http://") and not rejected
+    assert urls == [line.split(",")[0] for line in lines]
+    captions = {row.url: row.caption for row in rows}
+    if lines is STRAY:
+        assert captions["http://h/5"] == "a sheep, and\na goat" and captions["http://h/7"] == "a mouse"
+
+
+@given(st.lists(st.text('ab",\n ', min_size=1, max_size=8), min_size=1, max_size=6))
+def test_well_formed_csv_is_read_as_the_standard_library_reads_it(cells):
+    """Invariant 8; the reference is csv.reader on what csv.writer wrote."""
+    stream = io.StringIO()
+    csv.writer(stream).writerows([["url", "caption"], *([f"u{n}", cell] for n, cell in enumerate(cells))])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        path.write_text(stream.getvalue(), newline="")
+        rows = list(read_table(path, ["url", "caption"]))
+    assert [row["caption"] for row in rows] == cells
+
+
+def test_a_tsv_as_pandas_writes_it(tmp_path):
+    captions = ['a "big" dog', "a cat", '"stop"']
+    table = pandas.DataFrame({"url": [f"http://h/{n}" for n in range(3)], "caption": captions})
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
+        table.to_csv(tmp_path / "a.tsv", sep="\t", index=False, quoting=quoting)
+        assert [row.caption for row in rows_of(tmp_path / "a.tsv", ())] == captions
+    (tmp_path / "raw.tsv").write_text('url\tcaption\nhttp://h/1\t"stop" said "he"\nhttp://h/2\t"a dog"\n')
+    assert [row.caption for row in rows_of(tmp_path / "raw.tsv", ())] == ['"stop" said "he"', '"a dog"']
+
+
+def test_further_columns_become_json(tmp_path):
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    further = {
+        "at": [moment, None],
+        "day": [moment.date(), None],
+        "price": [decimal.Decimal("1.50"), None],
+        "score": [float("nan"), 0.5],
+        "boxes": [[{"x": float("inf")}], None],
+        "long": [datetime.timedelta(seconds=90), None],
+        "text": [b"caf\xc3\xa9", None],
+    }
+    table = {"url": ["http://h/1", "http://h/2"], "caption": ["x", "y"]} | further
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    first, second = rows_of(tmp_path / "a.parquet", list(further))
+    assert first.extra == {
+        "at": "2026-01-02T03:04:05",
+        "day": "2026-01-02",
+        "price": "1.50",
+        "score": None,
+        "boxes": [{"x": None}],
+        "long": "0:01:30",
+        "text": "café",
+    }
+    assert second.extra == dict.fromkeys(further) | {"score": 0.5}
+    (tmp_path / "a.jsonl").write_text('{"url": "http://h/1", "caption": "x", "n": NaN, "b": "\\ud800"}\n')
+    assert rows_of(tmp_path / "a.jsonl", ["n"])[0].extra == {"n": None}
+    assert reasons(rows_of(tmp_path / "a.jsonl", ["b"])) == ["invalid_utf8"]
+    (tmp_path / "b.jsonl").write_text('{"url": "http://h/1", "caption": "x", "j": "[NaN]"}\n')
+    assert rows_of(tmp_path / "b.jsonl", (), ["j"])[0].extra == {"j": [None]}
+
+
+def test_a_column_may_be_absent_from_some_rows_of_jsonl(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"url": "http://h/0", "caption": "x"}\n{"url": "http://h/1", "caption": "y", "n": 1}\n'
+    )
+    assert [row.extra for row in rows_of(tmp_path / "a.jsonl", ["n"])] == [{"n": None}, {"n": 1}]
+    with pytest.raises(PrepError, match="no column m; found: url, caption, n"):
+        rows_of(tmp_path / "a.jsonl", ["m"])
+
+
+def test_a_folder_of_parts_is_one_table(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for part in (1, 0):
+        table = pyarrow.table({"url": [f"http://h/{part}{n}" for n in range(2)], "caption": ["x", ""]})
+        pyarrow.parquet.write_table(table, folder / f"part-{part:05d}.parquet")
+    for name in ("_SUCCESS", ".part-00000.parquet.crc", "README.md"):
+        (folder / name).write_text("no table")
+    rows = rows_of(folder, ())
+    assert [(row.number, row.url) for row in rows if isinstance(row, UrlRow)] == [
+        (0, "http://h/00"),
+        (2, "http://h/10"),
+    ]
+    assert [row.name for row in rows if isinstance(row, Rejection)] == ["row 1: http://h/01", "row 3: http://h/11"]
+    with pytest.raises(PrepError, match="a folder without a table; expected a TSV"):
+        rows_of(tmp_path, ())
+
+
+def test_rejected_rows_are_counted_in_one_way(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("url\tcaption\nhttp://h/0\tx\none cell\nhttp://h/2\t \nhttp://h/3\ty\n")
+    rows = rows_of(path, ())
+    assert [row.name.split(":")[0] for row in rows if isinstance(row, Rejection)] == ["row 1", "row 2"]
+    assert rows[1].detail == "line 3 of a.tsv: 1 cells, expected 2" and rows[3].number == 3
+
+
+def test_two_images_of_one_stem_are_two_samples(tmp_path, capsys):
+    """Keys of names that share no stem are their stems, as in corpora prepared before."""
+    assert distinct_keys(["x.jpg", "y.jpg", "x.png", "x.jpg", "a b.jpg", "a_b.jpg", "x_png.gif"]) == {
+        "x.jpg": "x",
+        "y.jpg": "y",
+        "x.png": "x_png",
+        "a b.jpg": "a_b",
+        "a_b.jpg": "a_b_jpg",
+        "x_png.gif": "x_png_gif",
+    }
+    make_flickr8k(tmp_path / "in")
+    Image.new("L", (32, 32), 200).save(tmp_path / "in" / "images" / "2_ab.png")
+    with open(tmp_path / "in" / "Flickr8k.token.txt", "a") as stream:
+        stream.write("2_ab.png#0\ta caption of its own\n")
+    (tmp_path / "in" / "Flickr_8k.devImages.txt").write_text("2_ab.jpg\n2_ab.png\n")
+    (tmp_path / "in" / "Flickr_8k.trainImages.txt").unlink()
+    assert main(["flickr8k", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
+    dev = read_manifest(tmp_path / "out" / "dev")
+    assert (dev.rows, dev.samples) == (6, 2) and "duplicate_key" not in dev.rejected

@@ -56,3 +56,10 @@ def test_a_file_system_without_locks_is_said(
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert lock_run(tmp_path) is None
     assert "start only one run here" in capfd.readouterr().err
+
+
+def test_a_run_folder_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/nothing/run")):
+        with pytest.raises(ValueError, match=f"--output {folder}: can't be written"):
+            lock_run(folder)

@@ -13,7 +13,15 @@ from model.config import FLMOptions, MLMOptions, PrefixLMOptions
 from pipeline.config.command_line import DEFAULT_RECIPE, describe, load_config, parse_command_line
 from pipeline.config.ds_config import Device, choose_precision, read_ds_config, resolve
 from pipeline.config.mistakes import option_types
-from pipeline.config.options import Config, ConfigError, OptimConfig, accumulation_steps, save_config, to_plain
+from pipeline.config.options import (
+    Config,
+    ConfigError,
+    OptimConfig,
+    accumulation_steps,
+    save_config,
+    to_plain,
+    weighted_paths,
+)
 from pipeline.config.recipes import RECIPES, recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -101,6 +109,13 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
         (["--recipe", "flm_bas_4m"], "no recipe named 'flm_bas_4m'; did you mean flm_base_4m?"),
         (["--recipe", "nowhere.yaml"], "no file nowhere.yaml"),
         (["--deepspeed", "nowhere.json"], "--deepspeed: no file nowhere.json"),
+        (["--optim.lr", "1"], "unknown option --optim.lr; did you mean --optim.learning_rate?"),
+        (["--lr", "1"], "did you mean --optim.learning_rate?"),
+        (["--optim.learning_rate", "inf"], "optim.learning_rate: found inf, expected a finite number"),
+        (["--optim.weight_decay=inf"], "optim.weight_decay: found inf, expected a finite number"),
+        (["--output", "s3://bucket/run"], "--output s3://bucket/run: found an address, expected a folder"),
+        (["--output", "README.md"], "--output README.md: README.md is a file, expected a folder"),
+        (["--output", "README.md/run"], "README.md is a file, expected a folder"),
         (["--data.max_text_length", "600"], "use --data.max_text_length 512"),
         (["--data.max_text_length", "2"], "expected at least 3"),
         (["--objective.mask_rate", "1.5", "--objective.name=mlm"], "objective.mask_rate is 1.5, expected above 0"),
@@ -113,7 +128,8 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ],
 )
-def test_command_line_mistakes(arguments: list[str], expected: str) -> None:
+def test_command_line_mistakes(arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
     with pytest.raises(ConfigError) as refused:
         parse_command_line(arguments)
     assert expected in str(refused.value) and "\n" not in str(refused.value)
@@ -287,6 +303,12 @@ def test_ds_config_that_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"bf16": {"enabled": true, "enabled": false}}')
     with pytest.raises(ConfigError, match=r"b.json: enabled stands there twice; remove one"):
         read_ds_config(tmp_path / "b.json")
+
+
+def test_an_address_is_no_folder() -> None:
+    for entry in ("s3://bucket/corpus", "s3://bucket/corpus:2", "https://host/data"):
+        with pytest.raises(ConfigError, match="found an address, expected a folder"):
+            weighted_paths(parse_command_line(["--data", entry]).config.data)
 
 
 def test_plain_values_only() -> None:

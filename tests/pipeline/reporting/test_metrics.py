@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from pipeline.reporting.metrics import (
     SUPERSEDED_NAME,
     MetricsWriter,
     Progress,
-    TrackerError,
     peak_flops,
     read_log,
 )
@@ -130,13 +128,6 @@ def test_tensorboard_of_a_killed_run_loses_nothing_and_repeats_nothing(tmp_path:
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30)]
-
-
-def test_missing_wandb_is_one_line_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(TrackerError, match="pip install wandb==0.30.0") as error:
-        writer(tmp_path, wandb=True)
-    assert "\n" not in str(error.value)
 
 
 def test_progress_writes_plain_lines_where_there_is_no_terminal() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -109,8 +110,28 @@ def test_unusable_files_are_named_and_the_rest_is_captioned(
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1
     assert [line.split(": ")[0] for line in err.splitlines()] == [f"skipped {path}" for path in bad]
+    assert f"{tmp_path}: a folder; name the image files in it" in err
     assert main(["--run", str(run), *bad]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no usable image"
+
+
+def test_a_file_name_that_is_no_utf_8_is_captioned_like_the_others(
+    run: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    shutil.copy(image, odd)
+    absent = os.fsdecode(b"absent\xe9.png")
+    assert main(["--run", str(run), odd, absent, str(image)]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == [f"{tmp_path}/caf\\xe9.png", str(image)]
+    assert "skipped absent" in err and err.count("\n") == 1
+    assert main(["--run", str(run), odd, "--json", "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["file"] == f"{tmp_path}/caf\\xe9.png"
+
+
+def test_an_address_is_no_folder_of_data(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--run", str(run), "--data", "s3://bucket/corpus"]) == 2
+    assert "--data s3://bucket/corpus: found an address, expected a folder" in capsys.readouterr().err
 
 
 def test_held_out_samples_for_the_report(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,46 @@
+"""Has DeepSpeed read its JSON before anything is built, so that what it refuses is one line."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import deepspeed
+from pydantic import ValidationError
+
+from pipeline.config.options import ConfigError
+
+
+def check_ds_config(ds_config: dict[str, Any]) -> None:
+    """Raise ConfigError with everything that DeepSpeed refuses of a resolved JSON, section by section."""
+    # Without train_batch_size, which DeepSpeed compares with the number of ranks that it knows: none yet.
+    content = {key: value for key, value in ds_config.items() if key != "train_batch_size"}
+    needed = {key: content[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
+    problems = [problem for key in content for problem in _problems({key: content[key]} | needed, key)]
+    problems = problems or _problems(content, "the JSON")
+    if problems:
+        several = f"{len(problems)} things to mend: " if len(problems) > 1 else ""
+        raise ConfigError(f"--deepspeed: {several}{' | '.join(problems)}")
+
+
+def _problems(content: dict[str, Any], section: str) -> list[str]:
+    logger = deepspeed.utils.logger
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        deepspeed.DeepSpeedConfig(content)
+    except ValidationError as error:
+        return [_in_words(section, one) for one in error.errors()]
+    except Exception as error:  # its reader raises whatever the content makes Python raise
+        return [f"{section}: DeepSpeed refuses it ({' '.join(str(error).split()) or type(error).__name__})"]
+    finally:
+        logger.setLevel(level)
+    return []
+
+
+def _in_words(section: str, error: Any) -> str:
+    """One complaint of pydantic: the key, what was found, what was expected."""
+    place = ".".join(map(str, (section, *error["loc"])))
+    if error["type"] == "extra_forbidden":
+        return f"{place}: DeepSpeed has no such key; remove it"
+    return f"{place}: found {str(error['input'])[:60]}, DeepSpeed says: {' '.join(error['msg'].split())}"

@@ -19,7 +19,6 @@ from pipeline.checkpoint import restore
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
 from pipeline.checkpoint.files import CheckpointError
 from pipeline.checkpoint.fingerprint import accept, run_fingerprint
-from pipeline.checkpoint.run_lock import lock_run
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import Launch
@@ -30,6 +29,7 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.distributed.rendezvous import Meeting, connect
+from pipeline.distributed.run_lock import lock_run
 from pipeline.engine.ds_check import check_ds_config
 from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed
 from pipeline.incidents.guard import Guard

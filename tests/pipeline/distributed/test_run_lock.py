@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.run_lock import lock_run
+from pipeline.distributed.run_lock import lock_run
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAM = (
-    "import sys, time; from pathlib import Path; from pipeline.checkpoint.run_lock import lock_run;"
+    "import sys, time; from pathlib import Path; from pipeline.distributed.run_lock import lock_run;"
     "held = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 )
 

@@ -263,7 +263,7 @@ def test_a_run_notes_what_it_started_from_and_a_resumed_one_does_not_ask(work: P
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(work / "empty"))
     run = work / "runs" / "auto"
-    options = [*SHORT, "--tracking.report", "false", "--model.vision.pretrained", "auto", "--train.eval_every", "0"]
+    options = [*SHORT, "--model.vision.pretrained", "auto", "--train.eval_every", "0"]
     options += ["--model.text.pretrained", "auto", "--output", run]
     done = finish(program(*options, "--train.steps", "2"), work)
     assert done.returncode == 0 and done.stderr.count("WARNING: the") == 2, done.stderr

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,26 +20,112 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+class Forked:
+    """A forked process with the members of ``subprocess.Popen`` that programs of ours use."""
+
+    def __init__(self, command: list[str], pid: int) -> None:
+        self.command, self.pid, self.returncode = command, pid, None
+
+    def poll(self) -> int | None:
+        return self._collect(os.WNOHANG)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; raises TimeoutExpired after ``timeout`` seconds."""
+        if self.returncode is None:
+            ended = os.pidfd_open(self.pid)
+            try:
+                if not select.select([ended], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(self.command, timeout)
+            finally:
+                os.close(ended)
+        return self._collect(0)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def _collect(self, flags: int) -> int | None:
+        if self.returncode is None and (found := os.waitpid(self.pid, flags))[0]:
+            self.returncode = os.waitstatus_to_exitcode(found[1])
+        return self.returncode
+
+
 def finish(
-    command: list[str], folder: Path, seconds: float = 100, prepare: Callable[[], object] | None = None
+    command: list[str], folder: Path, seconds: float = 100, prepare: Callable[[], object] = lambda: None
 ) -> subprocess.CompletedProcess[str]:
     """Like ``subprocess.run`` of ``[python, FILE, ...]`` or ``[python, "-m", MODULE, ...]`` in ``folder``.
 
     ``prepare`` is called in the child first. Raises TimeoutExpired, and ends the child, after ``seconds``.
     """
-    warm()
-    module, arguments = _module(command)
-    main = importlib.import_module(module).main
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-        child = os.fork()
-        if child == 0:
-            _run(main, [module, *arguments], folder, (out.fileno(), error.fileno()), prepare)
-        code = _wait(child, seconds)
-        out.seek(0)
-        error.seek(0)
-        if code is None:
-            raise subprocess.TimeoutExpired(command, seconds, out.read(), error.read())
-        return subprocess.CompletedProcess(command, code, out.read(), error.read())
+        child = start(command, folder, out.fileno(), error.fileno(), prepare=prepare)
+        try:
+            child.wait(seconds)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            out.seek(0)
+            error.seek(0)
+        return subprocess.CompletedProcess(command, child.returncode, out.read(), error.read())
+
+
+def start(
+    command: list[str],
+    folder: Path,
+    out: int,
+    error: int,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], object] = lambda: None,
+    new_session: bool = False,
+) -> Forked:
+    """Start a command as ``finish`` does; what it prints goes to the file descriptors ``out`` and ``error``."""
+    warm()
+    assert command[0] == sys.executable
+    if command[1] == "-m":
+        module, arguments = command[2], command[3:]
+        module += ".__main__" if hasattr(importlib.import_module(module), "__path__") else ""
+    else:
+        file, *arguments = command[1:]
+        module = ".".join(Path(file).relative_to(REPOSITORY).with_suffix("").parts)
+    main = importlib.import_module(module).main
+
+    def run() -> int | None:
+        if new_session:
+            os.setsid()
+        sys.argv = [module, *arguments]
+        os.environ.update(environment or {})
+        os.chdir(folder)
+        prepare()
+        return main(list(arguments))
+
+    return Forked(command, fork(run, out, error))
+
+
+def fork(function: Callable[[], int | None], out: int | None = None, error: int | None = None) -> int:
+    """Process id of a fork that calls ``function`` and exits with what it returns; a traceback is printed, code 1."""
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        for target, stream in ((1, out), (2, error)):
+            if stream is not None:
+                os.dup2(stream, target)
+        # Not closed when a fork of this fork puts its own in their place.
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        torch.set_num_threads(1)
+        multiprocessing.process._children.clear()  # the parent's, if any
+        code = function() or 0
+    except SystemExit as ending:  # of argparse
+        code = ending.code if isinstance(ending.code, int) else 1
+    except BaseException:  # a fork must never return into pytest
+        traceback.print_exc()
+        code = 1
+    finally:
+        with suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def warm() -> None:
@@ -49,53 +136,3 @@ def warm() -> None:
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     import pipeline.training.loop  # noqa: F401
-
-
-def _module(command: list[str]) -> tuple[str, list[str]]:
-    assert command[0] == sys.executable
-    if command[1] == "-m":
-        return command[2], command[3:]
-    return ".".join(Path(command[1]).relative_to(REPOSITORY).with_suffix("").parts), command[2:]
-
-
-def _wait(child: int, seconds: float) -> int | None:
-    """The exit code; None after ``seconds``, when the child is killed."""
-    ended = os.pidfd_open(child)
-    try:
-        in_time = bool(select.select([ended], [], [], seconds)[0])
-    finally:
-        os.close(ended)
-    if not in_time:
-        os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code if in_time else None
-
-
-def _run(
-    main: Callable[[list[str]], int],
-    words: list[str],
-    folder: Path,
-    streams: tuple[int, int],
-    prepare: Callable[[], object] | None,
-) -> None:
-    code = 99
-    try:
-        for target, stream in enumerate(streams, start=1):
-            os.dup2(stream, target)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        sys.argv = words
-        os.chdir(folder)
-        torch.set_num_threads(1)
-        multiprocessing.process._children.clear()  # the parent's, if any
-        if prepare is not None:
-            prepare()
-        code = main(words[1:])
-    except SystemExit as error:  # of argparse
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:  # a fork must never return into pytest: said, and exit code 1 as python's
-        traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code or 0)

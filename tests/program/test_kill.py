@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -15,27 +14,9 @@ import pytest
 from benchmarks.proof.kill_test import run_cell, table
 from benchmarks.proof.killed_launch import Launcher, kill_session, session_members
 from benchmarks.proof.same_run import differences
-from tests.forked_command import warm
+from tests.forked_command import Forked, fork, warm
 from tests.forked_program import start_program
 from tests.tiny_corpus import make_corpus
-
-
-class Forked:
-    """A session of ranks forked from this warm process, with what ``killed_launch`` uses of ``subprocess.Popen``."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid, self.returncode = pid, None
-
-    def poll(self) -> int | None:
-        return self._collect(os.WNOHANG)
-
-    def wait(self) -> int | None:
-        return self._collect(0)
-
-    def _collect(self, flags: int) -> int | None:
-        if self.returncode is None and (found := os.waitpid(self.pid, flags))[0]:
-            self.returncode = os.waitstatus_to_exitcode(found[1])
-        return self.returncode
 
 
 class ForkingLauncher(Launcher):
@@ -43,25 +24,20 @@ class ForkingLauncher(Launcher):
 
     def _start(self, run: Path) -> Forked:
         warm()
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            try:
-                os.setsid()
-                os.chdir(self._folder)
-                arguments = [*self._script[1:], "--output", str(run)]
-                code = max(start_program(self._ranks, arguments, self._output(run).parent).finish(300))
-            except BaseException:  # a fork must never return into pytest
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        return Forked(pid)
+
+        def launch() -> int:
+            os.setsid()
+            os.chdir(self._folder)
+            arguments = [*self._script[1:], "--output", str(run)]
+            return max(start_program(self._ranks, arguments, self._output(run).parent).finish(300))
+
+        return Forked([], fork(launch))
 
     def _output(self, run: Path) -> Path:
         return run.with_name(run.name + "-out") / "rank0.txt"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(90)
 def test_killed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
     """Invariant 2, with 2 ranks at ZeRO 3 in bf16: all processes killed in training and twice in a save."""
     make_corpus(tmp_path / "data", train=120, dev=24)

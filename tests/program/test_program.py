@@ -87,7 +87,7 @@ def test_mistakes_end_before_training(work: Path, arguments: list[str], expected
     assert not (work / "runs" / "never").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_resumed_program_equals_the_uninterrupted_one(work: Path) -> None:
     """Invariant 2: stopped by a signal, continued, and the log, the weights and the evaluation are the same."""
     options = [*SHORT, "--train.steps", "8", "--train.eval_every", "0", "--train.save_every", "0"]
@@ -159,7 +159,7 @@ def test_unusable_samples_are_named_and_stop_the_run(work: Path) -> None:
     assert newest_valid(run)[0] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.slow(45)
 @pytest.mark.timeout(300)
 def test_real_launcher_two_ranks(work: Path) -> None:
     """`deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json` trains as one process does."""

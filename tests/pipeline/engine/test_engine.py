@@ -95,9 +95,9 @@ def plain_losses(config: Config, steps: int, case: str) -> tuple[list[float], di
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_stages_train_like_plain_torch(stage: int, case: str) -> None:
-    config = tiny_config()
-    found = run_ranks(2, losses_of_run, config, stage, 20, case)
-    expected, _ = plain_losses(config, 20, case)
+    config, steps = tiny_config(), 20 if case == "stand_in" else 8  # a wrong update shows at the next step
+    found = run_ranks(2, losses_of_run, config, stage, steps, case)
+    expected, _ = plain_losses(config, steps, case)
     assert found[0] == found[1]
     assert found[0] == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < 0.9 * expected[0]
@@ -150,7 +150,7 @@ def test_a_term_without_targets_anywhere_contributes_nothing() -> None:
     assert 0 < norm < 100
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.parametrize(("stage", "case"), [(1, "stand_in"), (2, "stand_in"), (3, "stand_in"), (2, "flm")])
 def test_bf16_trains(stage: int, case: str) -> None:
     config = tiny_config(steps=40, precision="bf16")

@@ -246,6 +246,7 @@ def start_of_rank(place: Place, stage: int, published: Path) -> tuple[dict, str 
     return found[0], error, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_all_ranks_train_from_what_rank_0_found(published: Path, stage: int) -> None:
     """Rank 1 reads no file: it gets the weights from the engine, and rank 0's error too."""

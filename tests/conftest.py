@@ -26,6 +26,12 @@ settings.register_profile("openflm", deadline=None)  # a busy machine is no fail
 settings.load_profile("openflm")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of ``-n logical``: the cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the slow tests after all others and gives them time, unless they ask for a limit of their own.
 

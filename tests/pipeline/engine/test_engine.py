@@ -11,6 +11,7 @@ import torch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
 from tests.forked_ranks import run_ranks
+from tests.rounding import TINY
 from tests.tiny_flm import flm_batch, tiny_flm
 from tests.tiny_objective import TinyObjective, tiny_batch
 
@@ -130,9 +131,12 @@ def test_gradients_equal_those_of_the_joined_batch(stage: int, case: str) -> Non
     config = tiny_config(batch_size=8, micro=2)
     found = run_ranks(2, gradients_of_step, config, stage, case)
     _, expected = plain_losses(config, 1, case)
+    largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
+        # There and back, relative to the numbers that were summed: sums may cancel to a hundredth of their terms.
+        tolerance = 2 * TINY * max(gradient.abs().max(), largest / 100)
         for rank in found:
-            torch.testing.assert_close(torch.from_numpy(rank[name]), gradient, atol=1e-6, rtol=0, msg=name)
+            torch.testing.assert_close(torch.from_numpy(rank[name]), gradient, atol=tolerance, rtol=0, msg=name)
 
 
 def losses_and_norms(place, config: Config, stage: int, batches: list[list[int]]) -> list[tuple[float, float]]:

@@ -10,6 +10,9 @@ export PYTHONUNBUFFERED := 1
 # A process per core, each with one thread.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
+# Tests whose numbers come from the processor's kernels: run a second time with those that every processor has.
+NUMERIC := tests/model $(addprefix tests/pipeline/,engine checkpoint data tasks training weights)
+
 .PHONY: help setup demo test unit lint format clean
 
 help: ## show this list
@@ -21,8 +24,9 @@ setup: ## create or refresh .venv (all other targets do this first)
 demo: setup ## make data, train a small model with DeepSpeed, caption held-out images, write the report (ARGS=--help)
 	@python scripts/demo.py $(ARGS)
 
-test: lint ## lint, then all tests, slow ones last
+test: lint ## lint, then all tests, slow ones last, then the fast numeric ones with the plainest kernels (not with ARGS)
 	@$(PYTEST) $(ARGS)
+	@$(if $(strip $(ARGS)),:,ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" $(NUMERIC))
 
 unit: setup ## only the fast tests
 	@$(PYTEST) -m "not slow" $(ARGS)

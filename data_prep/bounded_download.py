@@ -11,7 +11,12 @@ import urllib.request
 from functools import partial
 from pathlib import Path
 
-import img2dataset.downloader
+from data_prep.lean_imports import leave_out_unused
+
+if __name__ in ("__main__", "__mp_main__"):  # the downloader and the processes that it spawns
+    leave_out_unused()
+
+import img2dataset.downloader  # noqa: E402
 
 TOO_LARGE = "response larger than the bound"
 TOO_SLOW = "timed out: response not complete within the bound"

@@ -65,6 +65,14 @@ ensure_compiler() { # only torch.compile, CPU offload and fused optimizers build
         say "no C++ compiler: torch.compile and DeepSpeed's fused operators will not work; install one with: sudo apt-get install g++"
 }
 
+ensure_room() { # before minutes of downloads that would end in pip's words
+    local needed=3 free
+    [ ! -e /dev/nvidiactl ] || needed=10
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+    [ "${free:-$needed}" -ge $needed ] ||
+        fail "$free GiB are free in $PWD, .venv takes about $needed; make room, or clone the repository onto a larger disk"
+}
+
 torch_index() { # on a machine without NVIDIA GPU, PyTorch's own index saves gigabytes of CUDA packages
     if [ -n "${TORCH_INDEX:-}" ]; then
         echo "$TORCH_INDEX"
@@ -84,7 +92,8 @@ pip_install() {
     fi
 }
 
-mkdir -p .cache
+{ mkdir -p .cache && : >>.cache/setup.lock; } 2>/dev/null ||
+    fail "$(id -un) may not write in $PWD; clone the repository into a folder of your own"
 exec 9>.cache/setup.lock
 command -v flock >/dev/null && flock 9
 if [ ! -e $UNFINISHED ] && [ -x $VENV/bin/python ] &&
@@ -97,6 +106,7 @@ started=$SECONDS
 ensure_python
 ensure_compiler
 if [ "$python" != $VENV/bin/python ]; then
+    ensure_room
     say "creating $VENV with $("$python" -V)"
     "$python" -m venv --clear $VENV >>"$LOG" 2>&1 || fail "python -m venv failed; the whole output is in $LOG"
 fi

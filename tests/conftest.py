@@ -1,4 +1,4 @@
-"""Test settings: few threads, no network trackers, slow tests last with a longer time limit."""
+"""Test settings: few threads, no network trackers, slow tests last, the longest of them first."""
 
 from __future__ import annotations
 
@@ -26,9 +26,24 @@ settings.register_profile("openflm", deadline=None)  # a busy machine is no fail
 settings.load_profile("openflm")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of ``-n logical``: the cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the slow tests after all others and gives them time, unless they ask for a limit of their own."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Runs the slow tests after all others and gives them time, unless they ask for a limit of their own.
+
+    ``slow(seconds)`` is about how long one takes on two cores: the longest begin first, so that no process is left with
+    one of them at the end.
+    """
+    items.sort(key=_turn)
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
+
+
+def _turn(item: pytest.Item) -> tuple[bool, float]:
+    mark = item.get_closest_marker("slow")
+    return mark is not None, -mark.args[0] if mark and mark.args else 0.0

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from pipeline.distributed.launching import reserve_port
+from tests.forked_command import warm
 
 
 @dataclass
@@ -74,9 +75,9 @@ def start_program(
     ``prepare`` is called with the rank in each rank's process first; ``meeting`` are variables of another meeting
     point than the one that this process opens.
     """
-    import deepspeed  # noqa: F401  imported once here, inherited by every fork
-
     from pipeline.train import main as train
+
+    warm()
 
     folder.mkdir(parents=True, exist_ok=True)
     listening, variables = (None, meeting) if meeting else reserve_port()

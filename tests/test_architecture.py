@@ -319,11 +319,13 @@ def test_lawful_imports_pass(path: str, source: str) -> None:
     assert violations(source, path) == []
 
 
+@pytest.mark.slow
 def test_model_works_without_the_training_stack() -> None:
     modules = module_names("model")
     assert_imports(modules, blocked=["deepspeed", "webdataset", "img2dataset", "mpi4py", "pyarrow"])
 
 
+@pytest.mark.slow
 def test_data_prep_works_without_torch() -> None:
     modules = module_names("data_prep")
     assert_imports(modules, blocked=["torch", "torchvision", "deepspeed", "open_clip"])

@@ -98,7 +98,13 @@ def prepare_data(folder: Path) -> None:
 
 
 def run_cell(
-    cell: str, kills: int, steps: int, folder: Path, seed: int, aims: list[str] | None = None
+    cell: str,
+    kills: int,
+    steps: int,
+    folder: Path,
+    seed: int,
+    aims: list[str] | None = None,
+    launcher_class: type[Launcher] = Launcher,
 ) -> dict[str, Any]:
     """The reference run, then runs that are killed and resumed until there were ``kills`` kills and each has finished.
 
@@ -111,7 +117,7 @@ def run_cell(
         "--deepspeed",
         str(REPOSITORY / "ds_configs" / f"zero{stage}.json"),
     ]
-    launcher = Launcher(folder, [*script, *(str(word) for pair in settings.items() for word in pair)], steps)
+    launcher = launcher_class(folder, [*script, *(str(word) for pair in settings.items() for word in pair)], steps)
     reference = folder / f"{cell}-whole"
     launcher.finish(reference)
     chance = random.Random(f"{cell} {seed}")

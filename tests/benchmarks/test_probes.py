@@ -18,6 +18,7 @@ from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.transforms import clip_transform
 from pipeline.tasks.captioning import Captioner, Item
+from tests.rounding import TINY
 from tests.tiny_corpus import make_corpus
 
 
@@ -124,7 +125,7 @@ def test_features_stand_in_the_order_of_what_is_asked(data: Path, name: str) -> 
         ids = model.tokenizer.encode(readers[number].text, 50)
         images = split.items[readers[number].image].pixels[None, None]
         alone = model.objective.features(model.objective.planner(images, [Row(ids, 0, 0, "read")]))[0]
-        assert torch.allclose(features[number], alone, atol=1e-5)
+        assert torch.allclose(features[number], alone, rtol=TINY, atol=TINY)
         assert not torch.allclose(features[number - 1], alone, atol=1e-3)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.cost.released_layout import ReleasedLayout
+from tests.rounding import TINY
 from tests.tiny_flm import MAX_TEXT_LENGTH, caption, images, pair_rows, tiny_flm
 
 
@@ -27,7 +28,7 @@ def test_released_layout_computes_the_released_loss():
     objective.zero_grad()
     ours = sum(objective.term_weights[name] * value / batch.counts[name] for name, value in objective(batch).items())
     ours.backward()
-    assert ours.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert ours.item() == pytest.approx(reference.item(), rel=TINY)
     for name, parameter in objective.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)

@@ -332,6 +332,7 @@ def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers,
         speedrun(data, output, "--budget-minutes", "3", *budget[2:])
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_and_the_same_command_goes_on(data, tmp_path, handlers) -> None:
     output = tmp_path / "out"
     first = speedrun(data, output, "--steps", "600")
@@ -350,6 +351,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(data, tmp_path, handlers)
     assert len((output / "launches").read_text().splitlines()) == 1 + 2 * 6
 
 
+@pytest.mark.slow
 def test_a_failed_training_is_named_with_its_log(data, tmp_path, handlers, capsys) -> None:
     class Broken(Stubbed):
         def _train(self, row: Row, folder: Path, settings: dict) -> list[str]:
@@ -365,6 +367,7 @@ def test_a_failed_training_is_named_with_its_log(data, tmp_path, handlers, capsy
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 5
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(data, tmp_path, capsys) -> None:
     words = ["--data", str(data), "--output", str(tmp_path / "out"), "--steps", "9"]
     assert main([*words, "--rows", "nothing"]) == 2

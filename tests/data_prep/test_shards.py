@@ -213,6 +213,7 @@ def die(item):
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_an_error_and_not_a_hang():
     with pytest.raises(ChildProcessError, match="worker process died"):
         list(ordered_map(die, range(3), workers=2))

@@ -47,6 +47,7 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_other_scenes(tmp_path):
     assert first["train"] != other["train"]
 
 
+@pytest.mark.slow
 def test_worker_processes_change_no_byte(tmp_path):
     write_corpora(tmp_path / "a" / "synth", options(train=600, pair_share=0))
     write_corpora(tmp_path / "b" / "synth", options(train=600, pair_share=0, workers=2))

@@ -21,6 +21,7 @@ from model.plans.mlm import MLMPlanner
 from model.weights.released import RULES_OF, import_released
 from model.weights.start import foreign_names
 from tests.released_fixture import released_fixture
+from tests.rounding import RELEASED
 from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm, with_text
 
 ROUNDING = 1e-11  # float64
@@ -57,7 +58,7 @@ def dumped_batch(objective: torch.nn.Module, name: str, dump: dict[str, Tensor],
 
 @pytest.mark.parametrize("name", ["mlm", "ar"])
 def test_the_release_is_reproduced(name: str) -> None:
-    """Every layer, logit, the loss within 1e-5, gradient norms within 1e-4; every key of the state dict is known."""
+    """Every layer, logit, the loss and gradient norms up to rounding; every key of the state dict is known."""
     dump, state, norms = released_fixture(name)
     inputs, _, _ = released_fixture("flm")
     objective = released(name)
@@ -74,19 +75,20 @@ def test_the_release_is_reproduced(name: str) -> None:
     real = torch.isin(cells_of_real_tokens(inputs["lengths"]), batch.plan.l2r_index)
     assert real.sum() == len(batch.plan.l2r_index) and len(outputs) == 6
     for key, ours in outputs.items():
-        torch.testing.assert_close(ours, dump[f"layers.{key}"][real], rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, dump[f"layers.{key}"][real], rtol=0, atol=RELEASED)
     logits = objective.lm_head.logits(states[batch.terms[name].position])
-    torch.testing.assert_close(logits, dump["logits"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, dump["logits"], rtol=RELEASED, atol=RELEASED)
     loss = objective(batch)[name] / batch.counts[name]
-    assert loss.item() == pytest.approx(dump["loss"].item(), abs=1e-5)
+    assert loss.item() == pytest.approx(dump["loss"].item(), abs=RELEASED)
     loss.backward()
     compared = 0
     for ours_name, parameter in objective.named_parameters():
         parts = foreign_names(ours_name, RULES_OF[name])
         if parameter.grad is None or any(part not in norms for part in parts):
             continue
+        noise = RELEASED * parameter.grad.norm().item()  # what keys' biases have: their gradient is 0
         for part, gradient in zip(parts, parameter.grad.chunk(len(parts)), strict=True):
-            assert gradient.norm().item() == pytest.approx(norms[part], rel=1e-4, abs=1e-7), part
+            assert gradient.norm().item() == pytest.approx(norms[part], rel=2 * RELEASED, abs=noise), part
             compared += 1
     assert compared > 150
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.batch import Row
+from tests.rounding import TINY
 from tests.tiny_flm import caption, images, pair_rows, tiny_flm
 
 OBJECTIVES = [
@@ -109,10 +110,10 @@ def test_features_equal_the_network_run_row_by_row(options: dict) -> None:
     found = objective.features(objective.planner(pictures, rows))
     expected = torch.stack([plain_features(objective, row.token_ids, pictures[row.image]) for row in rows])
     assert found.dtype == torch.float32 and found.shape == (5, 64)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=TINY, atol=TINY)
     one_picture = objective.features(objective.planner(pictures[:1], [Row(texts[0], 0, 9, "read")] * 2))
     torch.testing.assert_close(
-        one_picture, plain_features(objective, texts[0], pictures[0]).expand(2, -1), rtol=1e-4, atol=1e-5
+        one_picture, plain_features(objective, texts[0], pictures[0]).expand(2, -1), rtol=TINY, atol=TINY
     )
 
 
@@ -146,9 +147,9 @@ def test_read_rows_leave_losses_as_they_are(options: dict) -> None:
     assert beside.counts == without.counts and "read" not in without.terms
     assert objective.score(beside).keys() == objective.score(without).keys()
     for name, value in objective(without).items():
-        torch.testing.assert_close(objective(beside)[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(objective(beside)[name], value, rtol=TINY, atol=TINY)
     features = objective.features(beside)
-    torch.testing.assert_close(features, objective.features(objective.planner(pictures, read)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, objective.features(objective.planner(pictures, read)), rtol=TINY, atol=TINY)
     features.sum().backward()
     assert all(
         objective.net.vision.get_parameter(name).grad is not None for name, _ in objective.net.vision.named_parameters()

@@ -12,6 +12,7 @@ from pipeline.engine.veto import StepVeto
 from pipeline.incidents.guard import Guard
 from tests.forked_ranks import run_ranks
 from tests.pipeline.engine.test_engine import make_engine, micro_batches, tiny_config
+from tests.rounding import rounding
 from tests.tiny_objective import TinyObjective
 
 STEPS, BAD = 12, (0, 5, 8)  # the first step too: nothing has moments yet
@@ -97,7 +98,7 @@ def test_skipped_steps_leave_no_trace(stage: int | str, precision: str, clip: fl
     assert "is above" in evidence[5].verdict.reason
     assert evidence[5].modules == poisoned[1]["bad"][5].modules
     total = math.sqrt(sum(row["grad_norm"] ** 2 for row in evidence[5].modules.values()))
-    assert total == pytest.approx(evidence[5].grad_norm, rel=1e-2 if precision == "bf16" else 1e-5)
+    assert total == pytest.approx(evidence[5].grad_norm, rel=1e-2 if precision == "bf16" else rounding(10_000))
     assert evidence[8].modules["head"]["bad_gradients"] > 0 and evidence[8].modules["head"]["bad_weights"] == 0
     assert math.isnan(poisoned[1]["bad"][8].micro_sums[1]["flm"]) and not math.isnan(evidence[8].micro_sums[1]["flm"])
 

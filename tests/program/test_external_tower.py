@@ -38,10 +38,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_an_efficientnet_trains_resumes_and_captions(tmp_path: Path) -> None:
     corpus, given = make_corpus(tmp_path / "data", 64, 8), weights_of(tmp_path)
-    options = [*SHORT, "--data", corpus, "--tracking.report", "false", "--train.eval_every", "0"]
+    options = [*SHORT, "--data", corpus, "--train.eval_every", "0"]
     options += [
         "--train.steps",
         "6",

@@ -194,6 +194,7 @@ def test_a_run_that_starts_from_a_run_can_keep_its_tower_frozen(work: Path) -> N
     assert evaluate(["--run", str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_without_weights_that_can_be_had_again_is_refused(work: Path) -> None:
     config = load_config(work / "run")
     vocabulary = load_tokenizer(work / "data" / "tokenizer").vocabulary

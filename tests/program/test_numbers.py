@@ -19,6 +19,7 @@ from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.pretraining import held_out_pass
 from pipeline.training.meter import StepMeter
 from tests.forked_ranks import run_ranks
+from tests.rounding import rounding
 from tests.tiny_objective import TinyObjective, tiny_batch
 
 
@@ -57,12 +58,12 @@ def test_evaluation_counts_every_sample_once_on_any_number_of_ranks() -> None:
     expected["loss"] = sum(weight * expected[f"{name}_loss"] for name, weight in model.term_weights.items())
     for world_size in (1, 3):
         for found in run_ranks(world_size, held_out):
-            assert found == pytest.approx(expected, abs=1e-5)
+            assert found == pytest.approx(expected, abs=rounding(100))  # fp32 means of fewer than 100 losses
 
 
 def test_shuffled_values_stand_beside_the_true_ones() -> None:
     [found] = run_ranks(1, held_out, True)
-    assert found["shuffled/flm_loss"] == pytest.approx(found["flm_loss"], abs=1e-5)  # the same samples here
+    assert found["shuffled/flm_loss"] == pytest.approx(found["flm_loss"], abs=rounding(100))  # the same samples here
     assert "shuffled/loss" not in found
 
 

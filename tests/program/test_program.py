@@ -18,18 +18,17 @@ from pipeline.checkpoint.files import newest_valid, weights_hash
 from pipeline.checkpoint.restore import load_weights
 from pipeline.reporting.metrics import read_log
 from pipeline.reporting.sample_keys import read_sample_keys
+from tests.forked_command import finish
+from tests.tiny_corpus import make_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, str(REPOSITORY / "pipeline" / "train.py")]
 SHORT = ["--recipe", "flm_tiny", "--train.log_every", "1", "--tracking.tensorboard", "false"]
+SHORT += ["--tracking.report", "false"]
 
 
 def program(*arguments: str | Path) -> list[str]:
     return [*TRAIN, *map(str, arguments)]
-
-
-def finish(command: list[str], folder: Path, seconds: float = 100) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -40,23 +39,13 @@ def losses(run: Path) -> dict[int, float]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared data, as the bare command line finds it."""
     folder = tmp_path_factory.mktemp("work")
-    sizes = ["--train", "120", "--dev", "24", "--test", "2", "--image-size", "32", "--workers", "1"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    for command in (["synth", *sizes, "--pair-share", "0"], ["tokenizer", "--vocab-size", "400"]):
-        subprocess.run(
-            [sys.executable, "-m", "data_prep", *command],
-            cwd=folder,
-            env=environment,
-            check=True,
-            capture_output=True,
-            timeout=100,
-        )
+    make_corpus(folder / "data", train=120, dev=24)
     return folder
 
 
 def test_nothing_prepared_is_one_line_naming_the_command(tmp_path: Path) -> None:
     """Invariant 9."""
-    done = finish(program(), tmp_path)
+    done = subprocess.run(program(), cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "python -m data_prep synth && python -m data_prep tokenizer" in done.stderr
@@ -98,11 +87,11 @@ def test_mistakes_end_before_training(work: Path, arguments: list[str], expected
     assert not (work / "runs" / "never").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_resumed_program_equals_the_uninterrupted_one(work: Path) -> None:
     """Invariant 2: stopped by a signal, continued, and the log, the weights and the evaluation are the same."""
     options = [*SHORT, "--train.steps", "8", "--train.eval_every", "0", "--train.save_every", "0"]
-    whole = finish(program(*options, "--output", "runs/whole"), work)
+    whole = finish(program(*options, "--tracking.report", "true", "--output", "runs/whole"), work)
     assert whole.returncode == 0, whole.stderr
 
     log = work / "runs" / "parts" / "log.jsonl"
@@ -138,13 +127,8 @@ def test_resumed_program_equals_the_uninterrupted_one(work: Path) -> None:
         assert (run / name).is_file(), name
     evaluations = [record for record in read_log(run / "log.jsonl") if record["kind"] == "eval"]
     assert [record["step"] for record in evaluations] == [0, 8]
-    found = subprocess.run(
-        [sys.executable, "-m", "pipeline.evaluate", "--run", str(run), "--data", str(work / "data")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    evaluate = [sys.executable, "-m", "pipeline.evaluate", "--run", str(run), "--data", str(work / "data")]
+    found = finish(evaluate, REPOSITORY)
     assert found.returncode == 0, found.stderr
     for name, value in json.loads(found.stdout).items():
         assert value == pytest.approx(evaluations[-1][name], abs=1e-5), name
@@ -175,7 +159,7 @@ def test_unusable_samples_are_named_and_stop_the_run(work: Path) -> None:
     assert newest_valid(run)[0] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.slow(45)
 @pytest.mark.timeout(300)
 def test_real_launcher_two_ranks(work: Path) -> None:
     """`deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json` trains as one process does."""

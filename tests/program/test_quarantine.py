@@ -135,14 +135,12 @@ def test_what_cannot_be_skipped_ends_all_ranks_in_time(
     job = start(prepared, run, 100_000, "--data.bad_sample_budget", "1000000", "--data.timeout_seconds", patience)
     job.wait_for_step(run, 2)
     workers = job.workers(0) + job.workers(1)
-    began = time.monotonic()
     misfortune(job, prepared)
     assert job.finish(60) == [75, 75], job.output(0) + job.output(1)
     output = [job.output(0), job.output(1)]
     assert any(message in text for text in output), output
     assert "all ranks end with exit code 75" in job.output(0) or misfortune is take_the_folder_away, output
     assert "Traceback" not in "".join(output), output
-    assert time.monotonic() - began < 60
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "loader processes outlive their rank"

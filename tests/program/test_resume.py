@@ -14,7 +14,7 @@ from pipeline.reporting.sample_keys import read_sample_keys
 from tests.program.test_program import SHORT, finish, program, work  # noqa: F401 (a fixture)
 
 OPTIONS = [*SHORT, "--train.steps", "6", "--train.eval_every", "2", "--train.save_every", "2", "--train.keep_last", "9"]
-OPTIONS += ["--tracking.sample_keys", "true", "--tracking.report", "false"]
+OPTIONS += ["--tracking.sample_keys", "true"]
 
 
 def raw_log(run: Path) -> list[tuple[str, int, float]]:

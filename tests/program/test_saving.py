@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from pipeline.checkpoint.restore import read_state
 from pipeline.reporting.metrics import read_log
 from tests.program.test_program import SHORT, finish, program, work  # noqa: F401 (a fixture)
 
-OPTIONS = [*SHORT, "--tracking.report", "false", "--data.num_workers", "0", "--train.steps", "4"]
+OPTIONS = [*SHORT, "--data.num_workers", "0", "--train.steps", "4"]
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -25,13 +24,8 @@ def checkpoints(run: Path) -> list[str]:
 def test_a_disk_that_takes_no_large_files_leaves_the_run_alive(work: Path) -> None:  # noqa: F811
     """Files are limited to 300 kB by the system: every save fails in its thread; all steps are taken and logged."""
     options = [*OPTIONS, "--train.save_every", "1", "--train.eval_every", "0", "--output", "runs/limited"]
-    done = subprocess.run(
-        program(*options),
-        cwd=work,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    done = finish(
+        program(*options), work, prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

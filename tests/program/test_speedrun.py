@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 
+from benchmarks.speedrun import jobs
 from pipeline.reporting.metrics import read_log
+from tests import forked_command
+from tests.forked_command import Forked
+from tests.tiny_corpus import make_corpus
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = ["flm", "mlm_40", "ar", "prefixlm"]
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+def start(folder: Path, output: Path, *options: str) -> Forked:
+    """The speedrun in a fork; its trainings and probes are forks, too."""
     words = ["--data", "data", "--output", "out", "--recipe", "quick.yaml", "--seeds", "0", "--only", *ROWS, *options]
     words += ["--jobs", "2", "--train-images", "60", "--test-images", "20", "--caption-images", "8"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.speedrun", *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+    def fork_jobs() -> None:
+        jobs.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": fork_job})
+
+    with output.open("w") as printed:
+        command = [sys.executable, "-m", "benchmarks.speedrun", *words]
+        return forked_command.start(command, folder, printed.fileno(), printed.fileno(), prepare=fork_jobs)
 
 
-@pytest.mark.slow
+def fork_job(command: list[str], env: Mapping[str, str], stdout: IO, start_new_session: bool, **_: object) -> Forked:
+    streams = stdout.fileno(), stdout.fileno()
+    return forked_command.start(command, Path.cwd(), *streams, env, new_session=start_new_session)
+
+
+@pytest.mark.slow(90)
 @pytest.mark.timeout(900)
 def test_four_objectives_learn_and_are_compared(tmp_path: Path) -> None:
     """Completes after an interruption; each objective's held-out loss falls clearly; probes of all, same for all."""
     prepare(tmp_path)
     budget = ["--steps", "60", "--evaluations", "2"]
-    first = start(tmp_path, *budget)
+    first = start(tmp_path, tmp_path / "first", *budget)
     log, deadline = tmp_path / "out" / "runs" / "flm" / "seed_0" / "log.jsonl", time.monotonic() + 250
     try:
         while not any(record["kind"] == "train" for record in read_log(log)):
@@ -45,16 +55,18 @@ def test_four_objectives_learn_and_are_compared(tmp_path: Path) -> None:
             time.sleep(0.1)
     finally:
         first.send_signal(signal.SIGINT)
-        _, error = first.communicate(timeout=150)
+        first.wait(timeout=150)
+    error = (tmp_path / "first").read_text()
     assert first.returncode == 130 and error.splitlines()[-1].startswith("stopped by SIGINT"), error
     assert list((tmp_path / "out" / "runs" / "flm" / "seed_0" / "checkpoints").glob("step_*"))  # it saved
 
-    second = start(tmp_path, *budget)
+    second = start(tmp_path, tmp_path / "second", *budget)
     try:
-        out, error = second.communicate(timeout=450)
+        second.wait(timeout=450)
     finally:
-        second.terminate()  # if it is not through by now; it ends what it has started
-    assert second.returncode == 0, out + error
+        second.send_signal(signal.SIGTERM)  # if it is not through by now; it ends what it has started
+    out = (tmp_path / "second").read_text()
+    assert second.returncode == 0, out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["row"] for run in results["runs"]] == ROWS
     for run in results["runs"]:
@@ -76,10 +88,6 @@ def test_four_objectives_learn_and_are_compared(tmp_path: Path) -> None:
 
 def prepare(folder: Path) -> None:
     """A synthetic corpus and a recipe that learns it within seconds."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    sizes = ["--train", "400", "--dev", "40", "--test", "0", "--image-size", "32", "--workers", "1"]
-    for verb in (["synth", *sizes, "--pair-share", "0"], ["tokenizer", "--vocab-size", "400"]):
-        command = [sys.executable, "-m", "data_prep", *verb]
-        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=100)
+    make_corpus(folder / "data", train=400, dev=40)
     recipe = "base: flm_tiny\noptim: {learning_rate: 5.0e-3, micro_batch_size: 16}\ntrain: {log_every: 2}\n"
     (folder / "quick.yaml").write_text(recipe)

@@ -60,7 +60,7 @@ def test_a_task_of_two_images_and_soft_targets(tmp_path: Path, pairs: Path) -> N
     assert run_ranks(2, train, parts, pairs, STEPS) == [0, 0]
     found, again = ({r["step"]: r["short_loss"] for r in records(folder, "train")} for folder in (whole, parts))
     assert list(found) == list(range(1, STEPS + 1)) and min(found.values()) < found[1]
-    assert again == pytest.approx(found, rel=1e-5)
+    assert again == pytest.approx(found, rel=1e-4)  # other sums over ranks, steps upon steps: as in test_old_runs.py
 
     distances = {record["step"]: record["distance"] for record in records(whole, "eval")}
     best = json.loads((whole / "run" / "checkpoints" / "best.json").read_text())

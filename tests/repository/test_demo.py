@@ -32,7 +32,7 @@ def demo(folder: Path, *options: str, launcher: Path | None = None) -> subproces
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(150)
 @pytest.mark.timeout(900)
 def test_demo_from_images_to_report(tmp_path: Path) -> None:
     first = demo(tmp_path)

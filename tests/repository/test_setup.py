@@ -113,6 +113,17 @@ def test_what_is_missing_is_named_in_one_line(checkout: Checkout, variables: dic
     assert code == 2 and len(errors) == 1 and message in errors[0]
 
 
+def test_a_full_disk_and_a_folder_of_somebody_else_are_named_before_anything_is_loaded(checkout: Checkout) -> None:
+    checkout._program("df", "#!/bin/bash\necho Filesystem; echo /dev/vda 9999999 9000000 2000000 90% /\n")
+    code, output, calls = checkout.setup()
+    assert code == 2 and "error: 1 GiB are free in " in output and "make room" in output
+    assert not any(call.startswith("-m ") for call in calls)
+    shutil.rmtree(checkout.folder / ".cache")
+    (checkout.folder / ".cache").write_text("")  # root may write in any folder, but not in a file
+    code, output, calls = checkout.setup()
+    assert (code, calls) == (2, []) and output.count("\n") == 1 and "clone the repository into a folder" in output
+
+
 def test_make_lists_its_targets() -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")

@@ -67,7 +67,7 @@ def test_every_file_that_is_no_python_is_among_its_data() -> None:
     assert {folder for folder in folders if "__pycache__" not in folder} <= set(DATA)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_it_trains_reports_and_captions_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     run(installed, tmp_path, "-m", "data_prep", "--help")
     sizes = ["--train", "40", "--dev", "8", "--test", "2", "--image-size", "32", "--workers", "1", "--pair-share", "0"]

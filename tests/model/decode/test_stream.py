@@ -9,6 +9,7 @@ from model.batch import Row
 from model.decode.search import beam, greedy
 from model.decode.stream import decoder_of
 from tests.model.decode.test_search import beam_by_definition, greedy_by_definition
+from tests.rounding import DOUBLE, TINY
 from tests.tiny_flm import VOCABULARY, caption, captioner, images, tiny_flm
 
 EOS = VOCABULARY.eos_id
@@ -26,15 +27,15 @@ def whole_run_scores(objective, picture: torch.Tensor, words: list[int]) -> list
 
 @torch.no_grad()
 def test_cached_states_equal_the_whole_run():
-    objective, pictures = tiny_flm(), images(2)
+    objective, pictures = tiny_flm().double(), images(2)
     captions = [caption(6, seed) for seed in (1, 2)]
     batch = objective.planner(pictures, [Row(ids, number, 0) for number, ids in enumerate(captions)])
     whole = objective.net(batch).l2r
     decoder = decoder_of(objective, pictures)
     for position in range(7):
         states = decoder.states(torch.tensor([ids[position] for ids in captions]))
-        torch.testing.assert_close(states[0], whole[position], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(states[1], whole[7 + position], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states[0], whole[position], rtol=DOUBLE, atol=DOUBLE)
+        torch.testing.assert_close(states[1], whole[7 + position], rtol=DOUBLE, atol=DOUBLE)
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def test_selected_sequences_go_on_from_their_own_words():
         for row, (own, found) in enumerate(zip(words, scores, strict=True)):
             image = row // (len(words) // 2)
             expected = whole_run_scores(objective, pictures[image : image + 1], own)
-            torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, torch.tensor(expected), rtol=TINY, atol=16 * TINY)  # logits up to 16
 
 
 @pytest.mark.parametrize(

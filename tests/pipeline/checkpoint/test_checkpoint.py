@@ -39,7 +39,7 @@ def train(place, config: Config, stage: int, run: Path, stop: int, save_at: int 
     return losses
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16")])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, stage: int, precision: str) -> None:
     """Invariant 2, on one topology: bit for bit."""
@@ -84,6 +84,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_retention_keeps_the_newest(saved: Path) -> None:
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
 

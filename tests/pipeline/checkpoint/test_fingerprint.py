@@ -177,7 +177,7 @@ def test_other_manifests_weights_and_tokenizers_are_named(folder: Path, tmp_path
 @pytest.mark.slow
 def test_a_resumed_program_refuses_other_data_unless_told_otherwise(work: Path) -> None:  # noqa: F811
     run = work / "runs" / "other_data"
-    options = [*SHORT, "--output", run, "--train.eval_every", "0", "--tracking.report", "false"]
+    options = [*SHORT, "--output", run, "--train.eval_every", "0"]
     assert finish(program(*options, "--train.steps", "2"), work).returncode == 0
     before = losses(run)
     other = [*options, "--train.steps", "4", "--data.shuffle", "blocks"]

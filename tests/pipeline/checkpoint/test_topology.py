@@ -14,7 +14,7 @@ from tests.forked_ranks import run_ranks
 from tests.pipeline.engine.test_engine import global_loss, make_engine, micro_batches, tiny_config
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_saved_in_every_cell_and_continued_in_every_other(tmp_path: Path) -> None:
     """A part of the matrix; benchmarks/proof/topology_matrix.py runs all of it, and bf16."""
     result = compare(*run_matrix(tmp_path, "fp32", ranks=(1, 2, 4), stages=(0, 3)), tolerance=1e-5)

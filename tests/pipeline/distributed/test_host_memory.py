@@ -50,12 +50,14 @@ print(sizes[-1] - sizes[0])
 """
 
 
+@pytest.mark.slow
 def test_freed_blocks_are_reused():
     """A step's blocks, freed together as at its end: by default they go back to the system and are faulted in anew."""
     found = {mode: int(output_of(COUNT_FAULTS, mode)) for mode in ("default", "keep")}
     assert found["keep"] < 0.1 * found["default"]
 
 
+@pytest.mark.slow
 def test_the_heap_does_not_grow_by_the_largest_blocks():
     """Two buckets a step, as ZeRO has them; small blocks that stay carve what was freed, and the next need new room."""
     assert float(output_of(GROW)) < 256

@@ -7,22 +7,29 @@ import fcntl
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.distributed import run_lock
 from pipeline.distributed.run_lock import lock_run
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAM = (
-    "import sys, time; from pathlib import Path; from pipeline.distributed.run_lock import lock_run;"
-    "held = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    "import sys; from pathlib import Path; from pipeline.distributed.run_lock import lock_run;"
+    "held = lock_run(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 )
 
 
+def start_holder(run: Path) -> subprocess.Popen[bytes]:
+    """A process that holds the lock until its input ends."""
+    command = [sys.executable, "-c", PROGRAM, run]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 def test_a_second_training_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    first = subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    first = start_holder(tmp_path)
     try:
         assert first.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match=f"is being trained by process {first.pid} on .*another --output"):
@@ -30,18 +37,21 @@ def test_a_second_training_is_refused_until_the_first_is_dead(tmp_path: Path) ->
     finally:
         first.kill()
         first.wait()
-    began = time.monotonic()
-    os.close(lock_run(tmp_path))
-    assert time.monotonic() - began < 1
+    os.close(lock_run(tmp_path, wait_seconds=0))
 
 
-def test_waits_for_one_that_is_ending(tmp_path: Path) -> None:
-    program = PROGRAM.replace("sleep(60)", "sleep(0.5)")
-    first = subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=REPOSITORY, stdout=subprocess.PIPE)
+def test_waits_for_one_that_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = start_holder(tmp_path)
+
+    def first_ends(seconds: float) -> None:
+        first.stdin.close()
+        first.wait()
+
     try:
         assert first.stdout.readline() == b"held\n"
+        monkeypatch.setattr(run_lock, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=first_ends))
         os.close(lock_run(tmp_path, wait_seconds=20))
-        assert first.wait(timeout=5) == 0
+        assert first.poll() == 0
     finally:
         first.kill()
         first.wait()

@@ -11,6 +11,7 @@ import torch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
 from tests.forked_ranks import run_ranks
+from tests.rounding import TINY
 from tests.tiny_flm import flm_batch, tiny_flm
 from tests.tiny_objective import TinyObjective, tiny_batch
 
@@ -95,9 +96,9 @@ def plain_losses(config: Config, steps: int, case: str) -> tuple[list[float], di
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_stages_train_like_plain_torch(stage: int, case: str) -> None:
-    config = tiny_config()
-    found = run_ranks(2, losses_of_run, config, stage, 20, case)
-    expected, _ = plain_losses(config, 20, case)
+    config, steps = tiny_config(), 20 if case == "stand_in" else 8  # a wrong update shows at the next step
+    found = run_ranks(2, losses_of_run, config, stage, steps, case)
+    expected, _ = plain_losses(config, steps, case)
     assert found[0] == found[1]
     assert found[0] == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < 0.9 * expected[0]
@@ -130,9 +131,12 @@ def test_gradients_equal_those_of_the_joined_batch(stage: int, case: str) -> Non
     config = tiny_config(batch_size=8, micro=2)
     found = run_ranks(2, gradients_of_step, config, stage, case)
     _, expected = plain_losses(config, 1, case)
+    largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
+        # There and back, relative to the numbers that were summed: sums may cancel to a hundredth of their terms.
+        tolerance = 2 * TINY * max(gradient.abs().max(), largest / 100)
         for rank in found:
-            torch.testing.assert_close(torch.from_numpy(rank[name]), gradient, atol=1e-6, rtol=0, msg=name)
+            torch.testing.assert_close(torch.from_numpy(rank[name]), gradient, atol=tolerance, rtol=0, msg=name)
 
 
 def losses_and_norms(place, config: Config, stage: int, batches: list[list[int]]) -> list[tuple[float, float]]:
@@ -150,7 +154,7 @@ def test_a_term_without_targets_anywhere_contributes_nothing() -> None:
     assert 0 < norm < 100
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.parametrize(("stage", "case"), [(1, "stand_in"), (2, "stand_in"), (3, "stand_in"), (2, "flm")])
 def test_bf16_trains(stage: int, case: str) -> None:
     config = tiny_config(steps=40, precision="bf16")

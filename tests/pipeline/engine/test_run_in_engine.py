@@ -87,7 +87,7 @@ def batch_of(name: str, samples: list[int]):
     return captioner(name=name).planner(images(len(samples), seed=samples[0]), rows)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 @pytest.mark.parametrize("name", ["flm", "mlm"])
 def test_captions_in_a_zero3_engine_are_those_outside(name: str) -> None:
     found = run_ranks(2, train_and_caption, name, True)

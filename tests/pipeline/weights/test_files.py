@@ -14,6 +14,7 @@ from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import IMAGE_MEAN, IMAGE_STD, VisionTower
 from pipeline.weights.files import read_state_dict
 from pipeline.weights.sources import load_vision
+from tests.rounding import rounding
 
 PLAIN = {"visual.conv1.weight": torch.ones(2), "logit_scale": torch.tensor(3.0)}
 
@@ -90,7 +91,8 @@ def test_transformers_clip_gives_the_same_tokens(tmp_path: Path, text_half: bool
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     with torch.no_grad():
         tokens = theirs(pixel_values=(pixels.float() / 255 - mean) / std).last_hidden_state
-        torch.testing.assert_close(tower(pixels), theirs.post_layernorm(tokens), rtol=1e-4, atol=1e-5)
+        tolerance = rounding(3 * 16 * 16, *[32 * 4 + 64 + 5] * 2)  # patches, then two layers
+        torch.testing.assert_close(tower(pixels), theirs.post_layernorm(tokens), rtol=tolerance, atol=tolerance)
 
 
 def test_a_tag_of_another_activation_is_refused() -> None:

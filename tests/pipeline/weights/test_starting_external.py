@@ -84,6 +84,7 @@ def state_of_rank(place: Place, stage: int, folder: Path) -> dict:
     return {name: value["weight"].numpy() for name, value in engine.named_state() if "net.vision" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_running_statistics_reach_every_rank(published: Path, stage: int) -> None:
     from safetensors.torch import load_file

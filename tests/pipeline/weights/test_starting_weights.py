@@ -246,6 +246,7 @@ def start_of_rank(place: Place, stage: int, published: Path) -> tuple[dict, str 
     return found[0], error, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_all_ranks_train_from_what_rank_0_found(published: Path, stage: int) -> None:
     """Rank 1 reads no file: it gets the weights from the engine, and rank 0's error too."""
@@ -263,7 +264,7 @@ def test_a_run_notes_what_it_started_from_and_a_resumed_one_does_not_ask(work: P
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(work / "empty"))
     run = work / "runs" / "auto"
-    options = [*SHORT, "--tracking.report", "false", "--model.vision.pretrained", "auto", "--train.eval_every", "0"]
+    options = [*SHORT, "--model.vision.pretrained", "auto", "--train.eval_every", "0"]
     options += ["--model.text.pretrained", "auto", "--output", run]
     done = finish(program(*options, "--train.steps", "2"), work)
     assert done.returncode == 0 and done.stderr.count("WARNING: the") == 2, done.stderr

@@ -1,0 +1,22 @@
+"""The downloader's processes start without what img2dataset imports and we never use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import runpy, sys
+runpy.run_module("data_prep.bounded_download", run_name="__mp_main__")  # as a process that the downloader spawned
+print(*sorted({"torch", "scipy", "pydantic", "pandas"} & {name for name, module in sys.modules.items() if module}))
+"""
+
+
+def test_the_downloader_does_not_load_what_it_does_not_use() -> None:
+    """torch alone takes 3 s of CPU and 300 MB in each process; albumentations loads scipy, wandb loads pydantic."""
+    repository = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=repository, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "pandas\n"

@@ -10,12 +10,15 @@ import stat
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# What numpy raises on a damaged header, which it parses as Python source and then makes an array of that shape.
+INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, ArithmeticError, MemoryError, RecursionError, TokenError)
 KNOWN_FIELDS = ("image", "image1", "text", "meta")
 
 
@@ -101,7 +104,7 @@ def open_index(split_dir: Path, manifest: Manifest, shard: Shard) -> np.ndarray:
     path = Path(split_dir) / shard.index_file
     try:
         index = np.load(path, mmap_mode="r" if shard.rows else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, *INDEX_DAMAGE) as error:
         raise ManifestError(f"{path}: not a readable index ({error}); prepare the split again") from error
     expected = (shard.rows, index_columns(manifest.fields).width)
     if index.dtype != np.int64 or index.shape != expected:
@@ -178,13 +181,15 @@ def read_manifest(split_dir: Path) -> Manifest:
 def _read_content(split_dir: Path) -> Manifest:
     path = split_dir / MANIFEST_NAME
     try:
+        if not is_split(split_dir):  # a pipe in its place would never end
+            raise FileNotFoundError(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(
             f"{split_dir}: no {MANIFEST_NAME}: half-written or not a split; run `python -m data_prep synth` "
             "or prepare it again"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not readable as JSON ({error}); prepare the split again") from error
     return _parse(path, content)
 

@@ -45,7 +45,7 @@ def url_rows(
         else:
             try:
                 extra = _extra_cells(row, extra_columns, json_columns)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Rejection("malformed_row", name, str(error)[:200])
                 continue
             yield UrlRow(number, url.strip(), str(caption), extra)

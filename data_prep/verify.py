@@ -162,5 +162,5 @@ def _check_contents(where: str, contents: dict[str, bytes], caption: int, limits
             raise ValueError(f"JSON member holds {type(meta).__name__}, expected an object")
         if not row_text(text, meta, caption).strip():
             raise ValueError("empty caption")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found.problems.append(f"{where}: {error}")

@@ -88,7 +88,14 @@ def load(path: Path, engine: TrainingState) -> RunState:
 
 def read_state(path: Path) -> RunState:
     """The run state of a checkpoint; raises CheckpointError for one that this program cannot have written."""
-    content = json.loads(read_json_bytes(path / STATE))
+    try:
+        content = json.loads(read_json_bytes(path / STATE))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: state.json is not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: state.json holds a {type(content).__name__}, expected an object")
     known = {item.name for item in dataclasses.fields(RunState)}
     if unknown := set(content) - known:
         raise CheckpointError(f"{path}: state.json has unknown entries {sorted(unknown)}; written by a newer version?")

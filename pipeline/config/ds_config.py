@@ -26,7 +26,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except _RepeatedKey as key:
         raise ConfigError(f"--deepspeed {path}: {key} stands there twice; remove one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed {path}: not a readable JSON file ({error}); see ds_configs/") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--deepspeed {path}: found a {type(content).__name__}, expected an object; see ds_configs/")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.manifest import MANIFEST_NAME, Manifest, Shard, index_columns
+from data_prep.manifest import INDEX_DAMAGE, MANIFEST_NAME, Manifest, Shard, index_columns
 
 MISSING, UNREADABLE, TRUNCATED, BAD_INDEX = "missing shard", "unreadable shard", "truncated shard", "unreadable index"
 SHARD_REASONS = (MISSING, UNREADABLE, TRUNCATED, BAD_INDEX)  # reasons that cost a shard, not one sample
@@ -200,7 +200,7 @@ def _first_row(descriptor: int, num_bytes: int, expected: tuple[int, int]) -> in
         shape, by_columns, dtype = read_header[version](head)
     except OSError:
         raise ShardError(UNREADABLE, transient=True) from None
-    except (ValueError, KeyError):
+    except INDEX_DAMAGE:
         raise ShardError(BAD_INDEX) from None
     fits = shape == expected and dtype == np.dtype("<i8") and not by_columns
     if not fits or num_bytes < head.tell() + expected[0] * expected[1] * 8:

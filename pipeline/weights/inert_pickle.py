@@ -106,36 +106,38 @@ def check_archive(path: Path) -> dict[str, type]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            _check_members(path, members)
-            pickles = [member for member in members if member.filename.partition("/")[2] == "data.pkl"]
-            if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-                sizes = [member.file_size for member in pickles]
-                raise ValueError(f"{path}: has data.pkl of {sizes} bytes, expected one of at most {MAX_PICKLE_BYTES}")
-            pickled = archive.read(pickles[0])
-    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be read ({_first_line(error)}); is it whole?") from error
-    try:
-        return _uses(path, pickled)
-    except (IndexError, KeyError, UnicodeDecodeError, MemoryError) as error:
+            name = _pickle_of(archive.infolist(), path.stat().st_size)
+            return _uses(archive.read(name))
+    except _Refused as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # zipfile and pickletools fail in many ways; all mean that the file cannot be used
         raise ValueError(f"{path}: cannot be read ({_first_line(error)}); is it whole?") from error
 
 
-def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+class _Refused(Exception):
+    """Why a file is not read, in words that follow its name."""
+
+
+def _pickle_of(members: list[zipfile.ZipInfo], file_size: int) -> str:
+    """The name of the pickle among the members of an archive, if they are as torch.save writes them."""
     names = [member.filename for member in members]
     if any(name.lower().endswith("/constants.pkl") for name in names):
-        raise ValueError(f"{path}: is a TorchScript program, which reading would run; save its state_dict instead")
+        raise _Refused("is a TorchScript program, which reading would run; save its state_dict instead")
     counts = Counter(name.lower() for name in names)  # PyTorch looks members up without regard to case
     twice = next((name for name, count in counts.items() if count > 1), None)
     folder = names[0].partition("/")[0] if names else ""
     outside = next((name for name in names if not _is_below(name, folder)), None)
     if twice is not None or outside is not None:
         what = f"member {twice!r} twice" if twice is not None else f"a member {outside!r} outside its folder {folder!r}"
-        raise ValueError(f"{path}: has {what}; torch.save writes no such file")
+        raise _Refused(f"has {what}; torch.save writes no such file")
     packed = next((member for member in members if member.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None or sum(member.file_size for member in members) > path.stat().st_size:
+    if packed is not None or sum(member.file_size for member in members) > file_size:
         what = "members larger than the file" if packed is None else f"a compressed member {packed.filename!r}"
-        raise ValueError(f"{path}: has {what}; torch.save compresses nothing, save it again from PyTorch")
+        raise _Refused(f"has {what}; torch.save compresses nothing, save it again from PyTorch")
+    sizes = [member.file_size for member in members if member.filename == f"{folder}/data.pkl"]
+    if len(sizes) != 1 or sizes[0] > MAX_PICKLE_BYTES:
+        raise _Refused(f"has data.pkl of {sizes} bytes, expected one of at most {MAX_PICKLE_BYTES}")
+    return f"{folder}/data.pkl"
 
 
 def _is_below(name: str, folder: str) -> bool:
@@ -143,7 +145,7 @@ def _is_below(name: str, folder: str) -> bool:
     return len(parts) > 1 and parts[0] == folder and not {"", ".", ".."} & set(parts) and "\\" not in name
 
 
-def _uses(path: Path, pickled: bytes) -> dict[str, type]:
+def _uses(pickled: bytes) -> dict[str, type]:
     """What foreign names of a pickle are filled like, found by following its stack without making anything.
 
     Known of each object on the stack: its name, or that of its class, and how many elements it has as a tuple. Python
@@ -161,7 +163,7 @@ def _uses(path: Path, pickled: bytes) -> dict[str, type]:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
             name = f"{module}.{name}"
             if name in known and name not in _PLAIN and not isinstance(known[name], torch.dtype | StorageType):
-                raise ValueError(f"{path}: makes objects by {name}; save plain tensors, as state_dict() gives them")
+                raise _Refused(f"makes objects by {name}; save plain tensors, as state_dict() gives them")
             stack.append((name, 1))
         elif operation == "MARK":
             marks.append(len(stack))
@@ -169,13 +171,13 @@ def _uses(path: Path, pickled: bytes) -> dict[str, type]:
             filled = stack[(begin := marks.pop()) :]
             del stack[begin:]
             if operation == "TUPLE":
-                stack.append(_tuple_of(path, filled))
+                stack.append(_tuple_of(filled))
             else:
                 kinds[stack[-1][0]] = list if operation == "APPENDS" else OrderedDict
         elif operation in _PUSHED:
             filled = stack[-_PUSHED[operation] :]
             del stack[-_PUSHED[operation] :]
-            stack.append(_tuple_of(path, filled))
+            stack.append(_tuple_of(filled))
         elif operation in _POPPED:
             del stack[-_POPPED[operation] :]
             stack[-1] = (stack[-1][0], 1)
@@ -192,10 +194,10 @@ def _uses(path: Path, pickled: bytes) -> dict[str, type]:
     return kinds
 
 
-def _tuple_of(path: Path, parts: list[tuple[str, int]]) -> tuple[str, int]:
+def _tuple_of(parts: list[tuple[str, int]]) -> tuple[str, int]:
     size = 1 + sum(size for _, size in parts)
     if size > MAX_TUPLE:
-        raise ValueError(f"{path}: holds a tuple of over {MAX_TUPLE} elements; torch.save writes none for weights")
+        raise _Refused(f"holds a tuple of over {MAX_TUPLE} elements; torch.save writes none for weights")
     return "", size
 
 

@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "checkpoints", "data")))
-PAGES += tuple(f"docs/{name}.md" for name in ("incidents", "resume", "runbook", "speedrun"))
+PAGES += tuple(f"docs/{name}.md" for name in ("incidents", "resume", "runbook", "security", "speedrun"))
 
 
 def named_files(text: str) -> list[str]:

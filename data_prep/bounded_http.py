@@ -148,19 +148,24 @@ class _BoundedSocket:
         return io.BufferedReader(_BoundedReader(self._connected, self._clock))
 
     def close(self) -> None:
-        self._connected.close()
+        self._connected.close()  # a file that was made of it keeps it open until it is closed, too
 
 
 class _BoundedReader(io.RawIOBase):
     def __init__(self, connected: socket.socket, clock: _Clock) -> None:
         self._connected, self._clock = connected, clock
+        self._file = connected.makefile("rb", buffering=0)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         self._connected.settimeout(self._clock.left())
-        return self._connected.recv_into(buffer)
+        return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _connection(url: str, clock: _Clock, allow_private: bool) -> tuple[_Connection, str]:

@@ -256,11 +256,11 @@ _FAILURES = (
     (r"private address", "private_address"),
     (r"larger than the bound", "image_bytes_too_large"),
     (r"not http\(s\)|unknown url type", "bad_url"),
-    (r"timed out|timeout", "timeout"),
     (r"Name or service|name resolution|nodename|No address", "dns_failure"),
+    (r"timed out|timeout", "timeout"),
     (r"X-Robots-Tag", "disallowed_by_server"),
     (
-        r"refused|reset|unreachable|broke off|IncompleteRead|Remote end closed|Broken pipe|EOF occurred",
+        r"refused|reset|unreachable|No route|broke off|IncompleteRead|Remote end closed|Broken pipe|EOF occurred",
         "connection_failed",
     ),
 )

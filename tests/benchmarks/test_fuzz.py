@@ -57,6 +57,7 @@ for name, use in uses.items():
 """
 
 
+@pytest.mark.slow
 def test_the_fuzz_notices_what_it_looks_for(tmp_path: Path) -> None:
     done = run("-c", CAUGHT, str(tmp_path))
     assert done.returncode == 0, done.stderr

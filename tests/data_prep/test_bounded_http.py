@@ -74,6 +74,8 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_body_comes_whole() -> None:
     assert get_from(sends(OK)) == b"hello"
+    until_the_end = sends(b"HTTP/1.0 200 OK\r\n\r\n", b"x" * 50_000, then=b"y", times=3)
+    assert get_from(until_the_end, max_bytes=60_000) == b"x" * 50_000 + b"yyy"
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
     assert get_from(sends(chunked)) == b"hello"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.config import TextConfig
 from model.weights.released import read_layout
 from pipeline.convert import main
 from pipeline.weights.files import read_state_dict
 from pipeline.weights.inert_pickle import read_foreign
+from pipeline.weights.sources import load_text
 from tests.released_fixture import released_fixture
 
 WEIGHTS = {"state_dict": {"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.ones(3)}}
@@ -311,3 +314,17 @@ def test_a_foreign_import_report_is_one_line(text: str, tmp_path: Path, capsys) 
     (folder / "import.json").write_text(text)
     assert main(["export-flm", str(folder), str(tmp_path / "back.ckpt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "back.ckpt").exists()
+
+
+def test_a_model_s_own_code_is_not_run_whatever_is_answered(tmp_path: Path, monkeypatch) -> None:
+    """Invariant 7: transformers asks at the terminal, unless it is told before."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder, crater = tmp_path / "model", tmp_path / "crater"
+    folder.mkdir()
+    names = {"AutoConfig": "code.Settings", "AutoModel": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": names}))
+    (folder / "code.py").write_text(f"open({str(crater)!r}, 'w').close()")
+    with pytest.raises(ValueError, match="model.text.pretrained .* can't be loaded"):
+        load_text(torch.nn.Module(), TextConfig(pretrained=str(folder)))
+    assert not crater.exists()

@@ -48,6 +48,8 @@ _WORDS += [
     b"%00",
     b"&a *a",
 ]
+_VALUES = (None, True, 0, -1, 2**31, 2**63, 2**70, 1e300, float("nan"), "", "a" * 300, "../" + CANARY.decode(), "/etc")
+_VALUES += ("00000.tar", "manifest.json", ".", "\0", "\ud800", [], {}, [[]], [1, 2], {"a": {"b": None}})
 _NUMBERS = (0, 1, -1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1)
 _PROGRAMS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.", "ctypes.dlopen")
 _CHANGES = (
@@ -64,7 +66,12 @@ _CHANGES = (
 
 
 def mutated(content: bytes, other: bytes, generator: random.Random) -> bytes:
-    """``content`` after one to four changes."""
+    """``content`` after one to four changes; of JSON every other time one value, so that it stays JSON."""
+    if content[:1] in b"{[" and generator.random() < 0.5:
+        try:
+            return mutated_json(json.loads(content), generator)
+        except ValueError:
+            pass
     data = bytearray(content)
     for _ in range(generator.choice((1, 1, 1, 2, 4))):
         place = generator.randrange(len(data) + 1)
@@ -97,6 +104,32 @@ def mutated(content: bytes, other: bytes, generator: random.Random) -> bytes:
         else:
             data[place : place + generator.choice((0, length))] = generator.choice(_WORDS)
     return bytes(data[: 4 * len(content) + 100_000])
+
+
+def mutated_json(tree: object, generator: random.Random) -> bytes:
+    """A JSON document with one to three of its values replaced, removed or doubled."""
+    for _ in range(generator.choice((1, 1, 3))):
+        places, left = [], [tree]
+        while left:
+            node = left.pop()
+            for key, value in (
+                node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+            ):
+                places.append((node, key))
+                left.append(value)
+        if not places:
+            break
+        (node, key), (elsewhere, other) = generator.choice(places), generator.choice(places)
+        change = generator.randrange(4)
+        if change == 0:
+            del node[key]
+        elif change == 1 and isinstance(node, list):
+            node.append(node[key])
+        elif change == 2:
+            node[key] = json.loads(json.dumps(elsewhere[other]))
+        else:
+            node[key] = generator.choice(_VALUES)
+    return json.dumps(tree, indent=1).encode()
 
 
 class Watch:

@@ -114,7 +114,7 @@ def _from_transformers(source: str, local_only: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # files of others make transformers and tokenizers raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = "not readable" if local_only else "neither a folder nor to be had from the Hugging Face hub"
         raise ValueError(f"tokenizer {source}: {where} ({reason}); {_HOW_TO_GET_ONE}") from error

@@ -57,6 +57,20 @@ class ForeignObject:
         pass
 
 
+class ForeignDictionary:
+    """What stands for a class that the file fills by key: a plain dictionary, whatever it is called with."""
+
+    def __new__(cls, *_: Any, **__: Any) -> OrderedDict:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class ForeignList:
+    """What stands for a class that the file appends to: a plain list."""
+
+    def __new__(cls, *_: Any, **__: Any) -> list:  # type: ignore[misc]
+        return []
+
+
 def read_foreign(path: Path) -> dict[str, Any]:
     """The top level of a file saved by torch.save, tensors whole, everything else of foreign types inert.
 
@@ -90,7 +104,10 @@ def is_archive(path: Path) -> bool:
         raise ValueError(f"{path}: no such file ({_first_line(error)})") from error
     if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
         raise ValueError(f"{path}: not a regular file; expected one saved by torch.save, or safetensors")
-    return zipfile.is_zipfile(path)
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: cannot be read ({_first_line(error)}); is it whole?") from error
 
 
 def check_archive(path: Path) -> dict[str, type]:
@@ -99,7 +116,7 @@ def check_archive(path: Path) -> dict[str, type]:
     Members must be stored as they are (nothing grows when read), below one folder, once each, and within the file.
 
     Returns:
-        For each foreign name that the pickle fills like a dictionary or a list, that type.
+        For each foreign name that the pickle fills like a dictionary or a list, what stands for it.
 
     Raises:
         ValueError: it is not as torch.save writes it.
@@ -173,7 +190,7 @@ def _uses(pickled: bytes) -> dict[str, type]:
             if operation == "TUPLE":
                 stack.append(_tuple_of(filled))
             else:
-                kinds[stack[-1][0]] = list if operation == "APPENDS" else OrderedDict
+                kinds[stack[-1][0]] = ForeignList if operation == "APPENDS" else ForeignDictionary
         elif operation in _PUSHED:
             filled = stack[-_PUSHED[operation] :]
             del stack[-_PUSHED[operation] :]
@@ -182,7 +199,7 @@ def _uses(pickled: bytes) -> dict[str, type]:
             del stack[-_POPPED[operation] :]
             stack[-1] = (stack[-1][0], 1)
             if operation in ("APPEND", "SETITEM"):
-                kinds[stack[-1][0]] = list if operation == "APPEND" else OrderedDict
+                kinds[stack[-1][0]] = ForeignList if operation == "APPEND" else ForeignDictionary
         elif operation in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif operation in ("BINGET", "LONG_BINGET"):

@@ -168,15 +168,18 @@ def test_failure_of_everything_is_an_error_and_a_later_run_succeeds(server, tmp_
     assert main(command(other, output, "--restart")) == 0
 
 
-@pytest.mark.slow
-def test_private_addresses_are_downloaded_when_allowed_only(server, tmp_path, capsys):
+def test_private_addresses_are_downloaded_when_allowed_only(server, monkeypatch):
     """Invariant 7: a table of URLs from outside does not reach into one's own network."""
-    table = write_table(tmp_path / "rows.tsv", [(url(server, f"ok a/ü?{i}"), "x") for i in range(3)])
-    arguments = command(table, tmp_path / "web")
-    assert main([word for word in arguments if word != "--allow-private-addresses"]) == 3
-    assert "3 private_address" in capsys.readouterr().err and server.hits == []
-    assert main(arguments) == 0
-    assert read_manifest(tmp_path / "web" / "train").rows == 3
+    given = []
+    monkeypatch.setattr("data_prep.fetch.download", lambda plan, options: given.append(options) or sys.exit(9))
+    monkeypatch.setattr("data_prep.fetch.plan_download", lambda *arguments: None)
+    arguments = ["urls", "--input", __file__, "--format", "tsv", "--output", "nowhere"]
+    for more, expected in (([], False), (["--allow-private-addresses"], True)):
+        with pytest.raises(SystemExit):
+            main([*arguments, *more])
+        assert given[-1].allow_private_addresses is expected
+    _, stream, error = download_bounded((0, url(server, "ok")), 1, None, None, 10**6)
+    assert stream is None and "private address (127.0.0.1)" in error and server.hits == []
 
 
 @pytest.mark.slow

@@ -161,3 +161,15 @@ def test_tokenizer_without_words_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer", **SPECIALS}))
     with pytest.raises(ValueError, match="special tokens only"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "{}", "null", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}']
+)
+def test_a_tokenizer_file_that_is_none_is_one_line(tmp_path, text):
+    """Invariant 7."""
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer .*not readable") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import enum
+import functools
 import io
 import json
 import os
 import pickle
 import subprocess
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -44,6 +48,10 @@ class Settings(dict):
 
 class Stages(list):
     """A list of a framework's own."""
+
+
+class Mode(enum.Enum):
+    ON = 1
 
 
 class Slots:
@@ -93,7 +101,15 @@ def test_what_frameworks_leave_in_their_files_is_passed_over(tmp_path: Path) -> 
         "seen": {1},
         "optimizer": OrderedDict(betas=(1, 2)),
     }
+    other |= {
+        "logged": defaultdict(list, loss=[1.0]),
+        "counts": Counter("ab"),
+        "score": np.float64(0.5),
+        "mode": Mode.ON,
+    }
+    other |= {"schedule": functools.partial(int, base=2), "args": argparse.Namespace(lr=0.1), "array": np.ones(3)}
     found = read_foreign(saved(tmp_path / "a.ckpt", WEIGHTS | other))
+    assert found["logged"] == {"loss": [1.0]} and found["counts"] == {"a": 1, "b": 1}
     assert all(torch.equal(found["state_dict"][name], value) for name, value in WEIGHTS["state_dict"].items())
     assert found["hyper_parameters"] == {"num_heads": 4, "stages": [1, 2]} and isinstance(
         found["hyper_parameters"], dict
@@ -214,6 +230,10 @@ def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -
             assert "not a regular file" in refused(tmp_path / f"{name}.{suffix}")
     assert "no such file" in refused(tmp_path / "none.ckpt")
     assert "no such file" in refused(tmp_path / "a\0b.ckpt")
+    spanned = bytearray(saved(tmp_path / "a.ckpt").read_bytes())
+    spanned[spanned.rindex(b"PK\6\7") + 16] = 2  # of two disks
+    (tmp_path / "a.ckpt").write_bytes(spanned)
+    assert "cannot be read" in refused(tmp_path / "a.ckpt")
 
 
 def nested(depth: int) -> bytes:

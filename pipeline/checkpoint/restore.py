@@ -101,13 +101,20 @@ def read_state(path: Path) -> RunState:
         raise CheckpointError(f"{path}: state.json has unknown entries {sorted(unknown)}; written by a newer version?")
     state, default = RunState(**content), RunState()
     for name in content:
-        expected = type(getattr(default, name))
-        if expected is not type(None) and type(getattr(state, name)) is not expected:
-            found = getattr(state, name)
+        found, usual = getattr(state, name), getattr(default, name)
+        expected = dict if usual is None else type(usual)
+        if type(found) is not expected and not (usual is None and found is None):
             raise CheckpointError(f"{path}: state.json has {name} {found!r}, expected {expected.__name__}")
+    if state.frozen is not None and not _refers_to_weights(state.frozen):
+        raise CheckpointError(f"{path}: state.json has frozen {state.frozen!r}, expected source, names and sha256")
     if state.step != step_of(path) or min(state.samples_seen, state.optimizer_steps, state.skipped_steps) < 0:
         raise CheckpointError(f"{path}: state.json is of step {state.step}, sample {state.samples_seen}")
     return state
+
+
+def _refers_to_weights(frozen: dict[str, Any]) -> bool:
+    names, texts = frozen.get("names"), (frozen.get("source"), frozen.get("sha256"))
+    return isinstance(names, list) and bool(names) and all(isinstance(text, str) for text in (*names, *texts))
 
 
 def resolve(path: Path) -> Path:

@@ -150,7 +150,22 @@ def test_links_are_no_files_of_a_checkpoint(run: Path, name: str) -> None:
     assert found.name == "step_00000002" and "link" in skipped[0]
 
 
-@pytest.mark.parametrize("text", ["", "[", "[]", "null", "[" * 100_000, "\xff", '{"step": 1e999}', '{"step": null}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[",
+        "[]",
+        "null",
+        "[" * 100_000,
+        "\xff",
+        '{"step": 1e999}',
+        '{"step": null}',
+        '{"step": 3, "frozen": 3}',
+        '{"step": 3, "frozen": {"names": []}}',
+    ],
+    ids=lambda text: text[:20],
+)
 def test_a_state_that_is_none_is_an_error_of_one_line(run: Path, text: str) -> None:
     """Invariant 7: also where somebody gave it a fitting hash."""
     folder = run / "checkpoints" / "step_00000003"

@@ -164,7 +164,9 @@ def test_tokenizer_without_words_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, "{}", "null", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}']
+    "text",
+    ["[" * 100_000, "{}", "null", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}'],
+    ids=lambda text: text[:20],
 )
 def test_a_tokenizer_file_that_is_none_is_one_line(tmp_path, text):
     """Invariant 7."""

@@ -325,7 +325,9 @@ def test_layers_are_counted_without_gaps() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "{}", '{"used": 3}', "[" * 100_000, '{"used": {"a": ["b"]}, "aliased": {}, "dead": []}']
+    "text",
+    ["", "[]", "null", "{}", '{"used": 3}', "[" * 100_000, '{"used": {"a": ["b"]}, "aliased": {}, "dead": []}'],
+    ids=lambda text: text[:20],
 )
 def test_a_foreign_import_report_is_one_line(text: str, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "imported"

@@ -17,6 +17,7 @@ _SPECIAL_NAMES = {  # role -> attributes of a Hugging Face tokenizer that may ho
     "mask": ("mask_token",),
 }
 _HOW_TO_GET_ONE = "`python -m data_prep tokenizer` trains one from prepared captions"
+MAX_IDS_PER_TOKEN = 10  # gaps between ids are rare and small
 MIN_TEXT_LENGTH = 3  # <s>, one word, </s>
 
 
@@ -91,7 +92,13 @@ def load_tokenizer(source: str | Path) -> TextTokenizer:
         raise ValueError(
             f"tokenizer {source}: knows special tokens only, its vocabulary was not read; {_HOW_TO_GET_ONE}"
         )
-    return TextTokenizer(type(engine).from_str(engine.to_str()), special_ids, source)
+    highest = max(engine.get_vocab(with_added_tokens=True).values())
+    if highest > MAX_IDS_PER_TOKEN * len(tokenizer):  # tables are made for every id up to it
+        raise ValueError(f"tokenizer {source}: numbers {len(tokenizer)} tokens up to {highest}; {_HOW_TO_GET_ONE}")
+    try:
+        return TextTokenizer(type(engine).from_str(engine.to_str()), special_ids, source)
+    except Exception as error:  # tokenizers may write a file that it does not read
+        raise ValueError(f"tokenizer {source}: not readable ({error}); {_HOW_TO_GET_ONE}") from error
 
 
 def _word_starts(tokens: dict[str, int]) -> bytes:

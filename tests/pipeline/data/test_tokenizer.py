@@ -175,3 +175,13 @@ def test_a_tokenizer_file_that_is_none_is_one_line(tmp_path, text):
     with pytest.raises(ValueError, match="tokenizer .*not readable") as error:
         load_tokenizer(folder)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_tokens_are_bounded_by_their_number(tmp_path):
+    """Invariant 7: tables are made for every id up to the highest."""
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = 4_000_000_000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="up to 4000000000"):
+        load_tokenizer(folder)

@@ -18,7 +18,8 @@ import numpy as np
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 # What numpy raises on a damaged header, which it parses as Python source and then makes an array of that shape.
-INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, ArithmeticError, MemoryError, RecursionError, TokenError)
+INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, TokenError, ArithmeticError, EOFError)
+INDEX_DAMAGE += (MemoryError, RecursionError)
 KNOWN_FIELDS = ("image", "image1", "text", "meta")
 
 

@@ -194,8 +194,10 @@ def test_a_header_of_an_index_that_numpy_cannot_parse_is_a_broken_index(tmp_path
     index = tmp_path / "train" / "00000.index.npy"
     content = index.read_bytes()
     index.write_bytes(content[:10] + text.ljust(118) + content[128:])
-    with pytest.raises(ManifestError, match="not a readable index"):
-        open_index(tmp_path / "train", manifest, manifest.shards[0])
+    for damaged in (index.read_bytes(), b""):
+        index.write_bytes(damaged)
+        with pytest.raises(ManifestError, match="not a readable index"):
+            open_index(tmp_path / "train", manifest, manifest.shards[0])
 
 
 @pytest.mark.parametrize("shape", [(10**12, 7), (2**62, 2**62), (-1, 7)])

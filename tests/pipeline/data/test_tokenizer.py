@@ -185,3 +185,22 @@ def test_numbers_of_tokens_are_bounded_by_their_number(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="up to 4000000000"):
         load_tokenizer(folder)
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it where a check fails in Rust: no Exception."""
+
+
+def test_a_panic_of_a_library_is_one_line_and_ctrl_c_is_not(tmp_path, monkeypatch):
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    for error, expected in (
+        (PanicException("range end index 10"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+
+        def failing(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(TextTokenizer, "__init__", failing)
+        with pytest.raises(expected):
+            load_tokenizer(folder)

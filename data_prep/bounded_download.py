@@ -1,4 +1,4 @@
-"""Runs img2dataset with a bound on the bytes and the time of each download, which it lacks."""
+"""Runs img2dataset with bounds on each download, which it lacks (``bounded_http``)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib
 import io
 import json
 import sys
-import time
-import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -18,65 +16,48 @@ if __name__ in ("__main__", "__mp_main__"):  # the downloader and the processes 
 
 import img2dataset.downloader  # noqa: E402
 
-TOO_LARGE = "response larger than the bound"
-TOO_SLOW = "timed out: response not complete within the bound"
-NO_HTTP = "address is not http(s)"
+from data_prep.bounded_http import Bounds, fetch
+
 _USER_AGENT = "Mozilla/5.0 (compatible; img2dataset)"
-_CHUNK_BYTES = 1 << 16
 _TOTAL_TIMEOUTS = 3  # a whole download may take so many times the timeout of a single read
 
 
 class BoundedDownloader(img2dataset.downloader.Downloader):
     """img2dataset's shard worker; it is pickled into the worker processes and sets the bounded step there."""
 
-    max_bytes = 0  # set on the class by main()
+    bounds: dict = {}  # keyword arguments of download_bounded, set on the class by main()
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
-        self._max_bytes = self.max_bytes
+        self._bounds = self.bounds
 
     def __call__(self, row):
-        img2dataset.downloader.download_image = partial(download_bounded, max_bytes=self._max_bytes)
+        img2dataset.downloader.download_image = partial(download_bounded, **self._bounds)
         return super().__call__(row)
 
 
-def download_bounded(row, timeout, user_agent_token, disallowed_header_directives, max_bytes):
+def download_bounded(
+    row, timeout, user_agent_token, disallowed_header_directives, max_bytes: int, allow_private: bool = False
+):
     """Stands in for ``img2dataset.downloader.download_image``: (key, stream or None, error message or None)."""
     key, url = row
-    deadline = time.monotonic() + _TOTAL_TIMEOUTS * timeout
+
+    def accept(headers) -> bool:
+        return not disallowed_header_directives or not img2dataset.downloader.is_disallowed(
+            headers, user_agent_token, disallowed_header_directives
+        )
+
+    bounds = Bounds(timeout, _TOTAL_TIMEOUTS * timeout, max_bytes, allow_private)
     try:
-        if not url.lower().startswith(("http://", "https://")):
-            return key, None, NO_HTTP
-        request = urllib.request.Request(url, headers={"User-Agent": _USER_AGENT})
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            if disallowed_header_directives and img2dataset.downloader.is_disallowed(
-                response.headers, user_agent_token, disallowed_header_directives
-            ):
-                return key, None, "Use of image disallowed by X-Robots-Tag directive"
-            return _read(key, response, deadline, max_bytes)
+        return key, io.BytesIO(fetch(url, bounds, {"User-Agent": _USER_AGENT}, accept)), None
     except Exception as error:  # whatever a server can provoke is this row's failure, and is reported as such
         return key, None, str(error) or type(error).__name__
 
 
-def _read(key, response, deadline, max_bytes):
-    content = io.BytesIO()
-    while chunk := response.read1(_CHUNK_BYTES):
-        content.write(chunk)
-        if content.tell() > max_bytes:
-            return key, None, TOO_LARGE
-        if time.monotonic() > deadline:
-            return key, None, TOO_SLOW
-    expected = response.headers.get("Content-Length")
-    if expected is not None and expected.isdecimal() and int(expected) != content.tell():
-        return key, None, f"connection broke off after {content.tell()} of {expected} bytes"
-    content.seek(0)
-    return key, content, None
-
-
 def main(options_file: str) -> None:
-    """Run img2dataset with the options of a JSON file; ``max_image_bytes`` is ours, the others its own."""
+    """Run img2dataset with the options of a JSON file; ``bounds`` are ours, the others its own."""
     options = json.loads(Path(options_file).read_text())
-    BoundedDownloader.max_bytes = options.pop("max_image_bytes")
+    BoundedDownloader.bounds = options.pop("bounds")
     # By name: the package overwrites its attribute `main` by a function.
     img2dataset_main = importlib.import_module("img2dataset.main")
     img2dataset_main.Downloader = BoundedDownloader

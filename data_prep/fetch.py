@@ -35,6 +35,7 @@ _MAX_ROWS_PER_PART = 5000
 @dataclass(frozen=True)
 class FetchOptions:
     """``timeout`` seconds per read (three times that for a whole download), ``retries`` after a failure;
+    ``allow_private_addresses`` to download from one's own network;
     ``min_yield`` the share of downloads that must succeed; ``stall_seconds`` without any progress end the run, as does
     ``deadline_seconds`` in all."""
 
@@ -44,6 +45,7 @@ class FetchOptions:
     retries: int = 1
     min_yield: float = 0.1
     max_image_bytes: int = 50_000_000
+    allow_private_addresses: bool = False
     stall_seconds: float = 300.0
     deadline_seconds: float | None = None
 
@@ -150,7 +152,7 @@ def _run_downloader(plan: Plan, parts: Path, options: FetchOptions) -> None:
         "number_sample_per_shard": plan.rows_per_part,
         "timeout": options.timeout,
         "retries": options.retries,
-        "max_image_bytes": options.max_image_bytes,
+        "bounds": {"max_bytes": options.max_image_bytes, "allow_private": options.allow_private_addresses},
     }
     (work / "options.json").write_text(json.dumps(arguments))
     root = str(Path(__file__).resolve().parent.parent)
@@ -251,12 +253,16 @@ def _yield_message(succeeded: int, seen: int, reasons: Counter[str], options: Fe
 
 _FAILURES = (
     (r"HTTP Error (\d{3})", r"http_\1"),
+    (r"private address", "private_address"),
     (r"larger than the bound", "image_bytes_too_large"),
     (r"not http\(s\)|unknown url type", "bad_url"),
-    (r"timed out|timeout", "timeout"),
     (r"Name or service|name resolution|nodename|No address", "dns_failure"),
+    (r"timed out|timeout", "timeout"),
     (r"X-Robots-Tag", "disallowed_by_server"),
-    (r"refused|reset|unreachable|broke off|IncompleteRead|Remote end closed|Broken pipe", "connection_failed"),
+    (
+        r"refused|reset|unreachable|No route|broke off|IncompleteRead|Remote end closed|Broken pipe|EOF occurred",
+        "connection_failed",
+    ),
 )
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import struct
-import warnings
-import zlib
 from dataclasses import dataclass, replace
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from data_prep.images import ImageProblem, image_problems, open_image, upright_rgb
 from data_prep.record import Record, Rejection
 
 REASONS = {
@@ -22,8 +20,11 @@ REASONS = {
     "truncated_image": "the image ends before its last row",
     "undecodable_image": "the image has a valid header but its content cannot be decoded",
     "too_many_pixels": "the header announces more than --max-pixels; the image was refused before decoding",
+    "too_many_scans": "a JPEG with so many scans that decoding it would take minutes",
+    "too_many_parts": "a file of many tiny parts or tables, which no encoder writes; it was refused before decoding",
+    "unsupported_pixel_format": "floating-point pixels, or a run-length coded BMP",
     "image_too_small": "a side is shorter than --min-side pixels",
-    "aspect_ratio": "the longer side is more than --max-aspect times the shorter",
+    "aspect_ratio": "the longer side is more than --max-aspect times the shorter, or more than 100 times",
     "empty_caption": "the caption is missing or holds only white space",
     "nul_in_caption": "the caption holds a NUL character: a damaged or binary table",
     "invalid_utf8": "a text is not valid UTF-8",
@@ -31,6 +32,7 @@ REASONS = {
     "duplicate_pair": "the same image bytes came with the same caption before (--drop-duplicates)",
     "malformed_row": "the input row has the wrong number of cells, or is not a JSON object",
     "bad_url": "the address is missing or not http(s)",
+    "private_address": "the address leads to a private, local or reserved network (--allow-private-addresses takes it)",
     "http_NNN": "the server answered with status NNN",
     "timeout": "the server did not answer, or not completely, in time",
     "dns_failure": "the host name could not be resolved",
@@ -40,21 +42,9 @@ REASONS = {
     "lost_by_downloader": "img2dataset reported nothing about this row",
 }
 
-# Formats decoded by self-contained code; others (EPS, PDF, ...) may start programs or read further files.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
-_DECODE_ERRORS += (struct.error, zlib.error, AttributeError, MemoryError)
 _JPEG_QUALITY = 92
 _MAX_KEY_LENGTH = 80
-
-
-class UnusableImage(ValueError):
-    """Bytes that cannot be used as an image; ``reason`` is one of REASONS."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ def check_record(record: Record, limits: Limits) -> tuple[Record | None, list[Re
     for image in record.images:
         try:
             content, extension = check_image(image, limits)
-        except UnusableImage as error:
+        except ImageProblem as error:
             rejections.append(Rejection(error.reason, name, error.detail, rows=len(captions)))
             return None, rejections
         images.append(content)
@@ -113,72 +103,30 @@ def check_image(content: bytes, limits: Limits) -> tuple[bytes, str]:
     """Decode an image completely; returns the bytes to store and their extension.
 
     JPEG, PNG and WebP bytes are kept, whatever their colour mode; other formats become a JPEG of their first frame.
-    Raises UnusableImage, by the header before any pixel is decoded.
+    Raises ImageProblem, by the header before any pixel is decoded.
     """
-    if not content:
-        raise UnusableImage("empty_image")
     if len(content) > limits.max_image_bytes:
-        raise UnusableImage("image_bytes_too_large", f"{len(content)} bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns below our own bound, and about harmless metadata
-        with _open(content, limits) as image:
-            return _decode(image, content, limits)
-
-
-def _open(content: bytes, limits: Limits) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise UnusableImage("too_many_pixels", str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise UnusableImage("not_an_image", f"starts with {content[:12]!r}") from error
-    except _DECODE_ERRORS as error:
-        raise _damage(error) from error
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        raise UnusableImage("too_many_pixels", f"{width}x{height}")
-    if min(width, height) < limits.min_side:
-        raise UnusableImage("image_too_small", f"{width}x{height}")
-    if limits.max_aspect is not None and max(width, height) > limits.max_aspect * min(width, height):
-        raise UnusableImage("aspect_ratio", f"{width}x{height}")
-    return image
-
-
-def _decode(image: Image.Image, content: bytes, limits: Limits) -> tuple[bytes, str]:
-    try:
-        image.load()
-        extension = _KEPT_FORMATS.get(image.format or "")
+        raise ImageProblem("image_bytes_too_large", f"{len(content)} bytes")
+    with image_problems(), open_image(content, limits.max_pixels) as image:
+        width, height = image.size
+        if min(width, height) < limits.min_side:
+            raise ImageProblem("image_too_small", f"{width}x{height}")
+        if limits.max_aspect is not None and max(width, height) > limits.max_aspect * min(width, height):
+            raise ImageProblem("aspect_ratio", f"{width}x{height}")
+        extension, decoded = _KEPT_FORMATS.get(image.format or ""), upright_rgb(image)
         shrink = limits.image_size is not None and min(image.size) > limits.image_size
         if extension is not None and not shrink:
             return content, extension
-        return _as_jpeg(image, limits.image_size if shrink else None), "jpg"
-    except _DECODE_ERRORS as error:
-        raise _damage(error) from error
-
-
-def _damage(error: BaseException) -> UnusableImage:
-    message = str(error)
-    ends_early = isinstance(error, EOFError) or re.search("truncated|end of file", message, re.IGNORECASE)
-    return UnusableImage("truncated_image" if ends_early else "undecodable_image", message)
+        return _as_jpeg(decoded, limits.image_size if shrink else None), "jpg"
 
 
 def _as_jpeg(image: Image.Image, shorter_side: int | None) -> bytes:
-    image = flatten(ImageOps.exif_transpose(image))
     if shorter_side is not None:
         scale = shorter_side / min(image.size)
         image = image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=_JPEG_QUALITY)
     return stream.getvalue()
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """RGB; transparent parts become white."""
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def safe_key(key: str) -> str:

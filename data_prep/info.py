@@ -7,16 +7,25 @@ import itertools
 import json
 import os
 import statistics
-import warnings
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from data_prep.manifest import Manifest, ManifestError, index_columns, is_split, open_index, read_manifest, row_text
+from data_prep.images import image_problems, open_image
+from data_prep.manifest import (
+    IndexColumns,
+    Manifest,
+    ManifestError,
+    index_columns,
+    is_split,
+    open_index,
+    read_manifest,
+    row_text,
+)
 
 _IMAGE_SAMPLE = 200
+_MAX_MEMBER_BYTES = 256 * 2**20  # as in training
 
 
 def all_splits(path: Path) -> list[Path]:
@@ -46,21 +55,32 @@ def row_texts(split_dir: Path, manifest: Manifest) -> Iterator[str]:
     for shard in manifest.shards:
         index = open_index(split_dir, manifest, shard)
         with open(split_dir / shard.file, "rb") as stream:
-            for row in index.tolist():
-                text = _read(stream, row, columns.offset["text"], columns.size["text"])
-                meta = _read(stream, row, columns.offset["meta"], columns.size["meta"])
-                yield row_text(
-                    None if text is None else text.decode(),
-                    None if meta is None else json.loads(meta),
-                    row[columns.caption],
-                )
+            for number, row in enumerate(index.tolist()):
+                try:
+                    text, meta = (_read(stream, row, columns, name) for name in ("text", "meta"))
+                    caption = row_text(
+                        None if text is None else text.decode(),
+                        None if meta is None else json.loads(meta),
+                        row[columns.caption],
+                    )
+                except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
+                    raise ManifestError(
+                        f"{split_dir / shard.file}: row {number} of its index has no caption ({error}); "
+                        "`python -m data_prep verify` says what is damaged"
+                    ) from error
+                yield caption
 
 
-def _read(stream: io.BufferedReader, row: list[int], offset: int, size: int) -> bytes | None:
-    if row[offset] < 0:
+def _read(
+    stream: io.BufferedReader, row: Sequence[int] | dict[int, int], columns: IndexColumns, name: str
+) -> bytes | None:
+    if name not in columns.offset or row[columns.offset[name]] < 0:
         return None
-    stream.seek(row[offset])
-    return stream.read(row[size])
+    size = row[columns.size[name]]
+    if not 0 <= size <= _MAX_MEMBER_BYTES:
+        raise ValueError(f"{name} of {size} bytes")
+    stream.seek(row[columns.offset[name]])
+    return stream.read(size)
 
 
 def describe_split(split_dir: Path) -> dict[str, Any]:
@@ -98,19 +118,21 @@ def _summary(lengths: list[int]) -> dict[str, float]:
 
 def _image_sizes(split_dir: Path, manifest: Manifest) -> dict[str, int]:
     sizes: dict[str, int] = {}
+    if not manifest.shards:
+        return {}
     shard = manifest.shards[0]
     columns = index_columns(manifest.fields)
     index = open_index(split_dir, manifest, shard)
-    with open(split_dir / shard.file, "rb") as stream, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        offsets = dict.fromkeys(tuple(row) for row in index[:, [0, 1]].tolist())
-        for offset, size in itertools.islice(offsets, _IMAGE_SAMPLE):
-            assert columns.offset["image"] == 0
-            stream.seek(offset)
+    if "image" not in columns.offset:
+        return {}
+    place = [columns.offset["image"], columns.size["image"]]
+    with open(split_dir / shard.file, "rb") as stream:
+        for row in itertools.islice(dict.fromkeys(tuple(row) for row in index[:, place].tolist()), _IMAGE_SAMPLE):
             try:
-                with Image.open(io.BytesIO(stream.read(size))) as image:
+                content = _read(stream, dict(zip(place, row)), columns, "image")
+                with image_problems(), open_image(content or b"", sys.maxsize) as image:
                     name = f"{image.width}x{image.height}"
-            except (OSError, ValueError, SyntaxError):
+            except (OSError, ValueError):  # ImageProblem is one
                 name = "unreadable"
             sizes[name] = sizes.get(name, 0) + 1
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))

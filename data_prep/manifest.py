@@ -10,6 +10,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from data_prep.shard_table import Shard, ShardTable
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# What numpy raises on a damaged header, which it parses as Python source and then makes an array of that shape.
+INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, TokenError, ArithmeticError, EOFError)
+INDEX_DAMAGE += (MemoryError, RecursionError)
 KNOWN_FIELDS = ("image", "image1", "text", "meta")
 _CHECKED_AT_A_TIME, _CHECKING_THREADS = 1000, 16
 
@@ -95,7 +99,7 @@ def open_index(split_dir: Path, manifest: Manifest, shard: Shard) -> np.ndarray:
     path = Path(split_dir) / shard.index_file
     try:
         index = np.load(path, mmap_mode="r" if shard.rows else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, *INDEX_DAMAGE) as error:
         raise ManifestError(f"{path}: not a readable index ({error}); prepare the split again") from error
     expected = (shard.rows, index_columns(manifest.fields).width)
     if index.dtype != np.int64 or index.shape != expected:

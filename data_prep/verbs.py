@@ -120,6 +120,9 @@ def add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-yield", type=_share, default=0.1, help="fail below this share of usable rows")
     parser.add_argument("--stall-seconds", type=float, default=300, help="give up after so long without progress")
     parser.add_argument("--deadline-seconds", type=float, help="give up after so long in all; resume by running again")
+    parser.add_argument(
+        "--allow-private-addresses", action="store_true", help="download from one's own machine or network too"
+    )
     parser.add_argument("--restart", action="store_true", help="forget an unfinished download")
     _add_filters(parser)
     _add_writing(parser)

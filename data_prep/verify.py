@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.filters import Limits, UnusableImage, check_image, safe_key
+from data_prep.filters import Limits, check_image, safe_key
+from data_prep.images import ImageProblem
 from data_prep.manifest import (
     Manifest,
     ManifestError,
@@ -152,7 +153,7 @@ def _check_contents(where: str, contents: dict[str, bytes], caption: int, limits
         found.images += 1
         try:
             check_image(content, limits)
-        except UnusableImage as error:
+        except ImageProblem as error:
             found.problems.append(f"{where}: {name}: {error}")
     try:
         meta: Any = json.loads(contents["meta"]) if "meta" in contents else None
@@ -161,5 +162,5 @@ def _check_contents(where: str, contents: dict[str, bytes], caption: int, limits
             raise ValueError(f"JSON member holds {type(meta).__name__}, expected an object")
         if not row_text(text, meta, caption).strip():
             raise ValueError("empty caption")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found.problems.append(f"{where}: {error}")

@@ -121,6 +121,7 @@ def prepare(demo: Demo) -> None:
                     demo.command(
                         *(PYTHON, "-m", "data_prep", "urls", "--input", demo.web / f"{split}.tsv"),
                         *("--output", demo.corpus, "--split", split, "--extra-columns", "main_colour,main_shape"),
+                        "--allow-private-addresses",  # the server is this machine
                         "--restart",  # the port, and with it every URL, is another one each time
                     )
     if not (demo.tokenizer / "tokenizer.json").is_file():

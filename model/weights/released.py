@@ -114,24 +114,30 @@ def read_layout(state: Mapping[str, Tensor], text_heads: int | None = None) -> L
     ``text_heads`` is the one size that no shape tells; None means 64 channels a head.
 
     Raises:
-        ValueError: a name that every released checkpoint has is missing.
+        ValueError: a name that every released checkpoint has is missing, or its tensor has no size that fits.
     """
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, num_dimensions: int = 2) -> torch.Size:
         if name not in state:
             raise ValueError(
                 f"no tensor {name}; expected the state dict of a released FLM, MLM or AR checkpoint, found "
                 f"{', '.join(sorted(state)[:3])} .."
             )
-        return state[name].shape
+        found = state[name].shape
+        if len(found) != num_dimensions or min(found) < 1:
+            raise ValueError(f"{name} has shape {tuple(found)}, expected {num_dimensions} sizes from 1")
+        return found
 
     def count(pattern: str) -> int:
-        numbers = (re.match(pattern, key) for key in state)
-        return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+        """Layers, numbered from 0, each of which has keys: a number in a name must not make a network of that depth."""
+        numbers = {found[1] for key in state if (found := re.match(pattern, key))}
+        if numbers != {str(number) for number in range(len(numbers))}:
+            raise ValueError(f"layers {', '.join(sorted(numbers)[:5])} .. of {pattern}, expected all from 0")
+        return len(numbers)
 
     vocabulary_size, width = shape("text_transformer.embeddings.word_embeddings.weight")
-    vision_width, _, patch, _ = shape("vit_model.visual.conv1.weight")
-    grid = round((shape("vit_model.visual.positional_embedding")[0] - 1) ** 0.5)
+    vision_width, _, patch, _ = shape("vit_model.visual.conv1.weight", 4)
+    grid = max(round((shape("vit_model.visual.positional_embedding")[0] - 1) ** 0.5), 1)
     firsts = {key.split(".")[0] for key in state}
     if any(first.startswith("fusion_layers") for first in firsts):
         objective = "flm"

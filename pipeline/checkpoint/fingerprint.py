@@ -12,6 +12,15 @@ from pipeline.config.mistakes import of_other_objectives
 from pipeline.config.options import Config, ConfigError, leaves, to_plain
 
 MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batch size is another run
+# Changes of this program that every run may go on over, said and recorded: name, was, is, and what it means.
+_OF_THE_PROGRAM = (
+    (
+        "data.images.version",
+        1,
+        2,
+        "what is transparent is white now, orientation in XMP counts; other images as before",
+    ),
+)
 
 
 def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +62,10 @@ def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], config: Con
     old = {name: before[name] for name in new if name in before} | {n: old[n] for n in old if n not in foreign}
     names = [name for name in [*new, *(name for name in old if name not in new)] if old.get(name) != new.get(name)]
     found = {name: f"{_short(old.get(name))} -> {_short(new.get(name))}" for name in names}
+    for name, was, now, meaning in _OF_THE_PROGRAM:
+        if name in names and (old.get(name), new.get(name)) == (was, now):
+            found[name] += f" ({meaning})"
+            names.remove(name)
     final = [name for name in names if not name.startswith(MAY_CHANGE)]
     if final or (names and not config.data.allow_change):
         listed = final or names

@@ -94,19 +94,33 @@ def load(path: Path, engine: TrainingState, agreement: Agreement | None = None) 
 
 def read_state(path: Path) -> RunState:
     """The run state of a checkpoint; raises CheckpointError for one that this program cannot have written."""
-    content = json.loads(read_json_bytes(path / STATE))
+    try:
+        content = json.loads(read_json_bytes(path / STATE))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: state.json is not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: state.json holds a {type(content).__name__}, expected an object")
     known = {item.name for item in dataclasses.fields(RunState)}
     if unknown := set(content) - known:
         raise CheckpointError(f"{path}: state.json has unknown entries {sorted(unknown)}; written by a newer version?")
     state, default = RunState(**content), RunState()
     for name in content:
-        expected = type(getattr(default, name))
-        if expected is not type(None) and type(getattr(state, name)) is not expected:
-            found = getattr(state, name)
+        found, usual = getattr(state, name), getattr(default, name)
+        expected = dict if usual is None else type(usual)
+        if type(found) is not expected and not (usual is None and found is None):
             raise CheckpointError(f"{path}: state.json has {name} {found!r}, expected {expected.__name__}")
+    if state.frozen is not None and not _refers_to_weights(state.frozen):
+        raise CheckpointError(f"{path}: state.json has frozen {state.frozen!r}, expected source, names and sha256")
     if state.step != step_of(path) or min(state.samples_seen, state.optimizer_steps, state.skipped_steps) < 0:
         raise CheckpointError(f"{path}: state.json is of step {state.step}, sample {state.samples_seen}")
     return state
+
+
+def _refers_to_weights(frozen: dict[str, Any]) -> bool:
+    names, texts = frozen.get("names"), (frozen.get("source"), frozen.get("sha256"))
+    return isinstance(names, list) and bool(names) and all(isinstance(text, str) for text in (*names, *texts))
 
 
 def resolve(path: Path) -> Path:

@@ -13,6 +13,7 @@ from pipeline.config.mistakes import nearest, of_other_objectives, refuse_of_oth
 from pipeline.config.options import ConfigError, leaves
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+MAX_NODES = 100_000  # of a YAML file: a few anchors of anchors can stand for billions
 RUN_CONFIG = "config.yaml"  # the settings of a run, all of them, written by the program
 
 
@@ -85,13 +86,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML file; raises ConfigError for anything else, and for a key that stands there twice."""
     try:
         text = path.read_text(encoding="utf-8")
-        content, tree = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.compose(text, yaml.SafeLoader)
+        if _written_out(tree, {}) > MAX_NODES:
+            raise ConfigError(f"{path}: its anchors stand for more than {MAX_NODES} values; write out what is meant")
+        content = yaml.safe_load(text) or {}
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # 2001-99-99 is a ValueError
         raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: found a {type(content).__name__}, expected `section: {{key: value}}` lines")
     _refuse_repeated(tree, path, set())
     return content
+
+
+def _written_out(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """Nodes of a tree with every anchor replaced by what it stands for; one that holds itself is without end."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_NODES  # until it is known
+        children = node.value if isinstance(node, yaml.SequenceNode) else (part for pair in node.value for part in pair)
+        sizes[id(node)] = min(1 + sum(_written_out(child, sizes) for child in children), MAX_NODES + 1)
+    return sizes[id(node)]
 
 
 def _refuse_repeated(node: yaml.Node | None, path: Path, seen: set[str], prefix: str = "") -> None:

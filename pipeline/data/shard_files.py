@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import MANIFEST_NAME, Manifest, Shard, index_columns
+from data_prep.manifest import INDEX_DAMAGE, MANIFEST_NAME, Manifest, Shard, index_columns
 from pipeline.data.open_shards import (
     BAD_INDEX,
     MISSING,
@@ -176,7 +176,7 @@ def _first_row(descriptor: int, num_bytes: int, expected: tuple[int, int]) -> in
         shape, by_columns, dtype = read_header[version](head)
     except OSError as error:
         raise refused(error, UNREADABLE) from None
-    except (ValueError, KeyError):
+    except INDEX_DAMAGE:
         raise ShardError(BAD_INDEX) from None
     fits = shape == expected and dtype == np.dtype("<i8") and not by_columns
     if not fits or num_bytes < head.tell() + expected[0] * expected[1] * 8:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ _SPECIAL_NAMES = {  # role -> attributes of a Hugging Face tokenizer that may ho
     "mask": ("mask_token",),
 }
 _HOW_TO_GET_ONE = "`python -m data_prep tokenizer` trains one from prepared captions"
+MAX_IDS_PER_TOKEN = 10  # gaps between ids are rare and small
 MIN_TEXT_LENGTH = 3  # <s>, one word, </s>
 
 
@@ -91,7 +94,23 @@ def load_tokenizer(source: str | Path) -> TextTokenizer:
         raise ValueError(
             f"tokenizer {source}: knows special tokens only, its vocabulary was not read; {_HOW_TO_GET_ONE}"
         )
-    return TextTokenizer(type(engine).from_str(engine.to_str()), special_ids, source)
+    highest = max(engine.get_vocab(with_added_tokens=True).values())
+    if highest > MAX_IDS_PER_TOKEN * len(tokenizer):  # tables are made for every id up to it
+        raise ValueError(f"tokenizer {source}: numbers {len(tokenizer)} tokens up to {highest}; {_HOW_TO_GET_ONE}")
+    with _readable(source, "not readable"):  # tokenizers may write a file that it does not read
+        return TextTokenizer(type(engine).from_str(engine.to_str()), special_ids, source)
+
+
+@contextmanager
+def _readable(source: str, otherwise: str) -> Iterator[None]:
+    """Around what reads files of others: whatever their libraries raise becomes a ValueError of one line."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a failed check in Rust
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"tokenizer {source}: {otherwise} ({reason}); {_HOW_TO_GET_ONE}") from error
 
 
 def _word_starts(tokens: dict[str, int]) -> bytes:
@@ -112,12 +131,9 @@ def _word_starts(tokens: dict[str, int]) -> bytes:
 def _from_transformers(source: str, local_only: bool) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    where = "not readable" if local_only else "neither a folder nor to be had from the Hugging Face hub"
+    with _readable(source, where):
         return AutoTokenizer.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        where = "not readable" if local_only else "neither a folder nor to be had from the Hugging Face hub"
-        raise ValueError(f"tokenizer {source}: {where} ({reason}); {_HOW_TO_GET_ONE}") from error
 
 
 def _special_ids(tokenizer: Any, source: str) -> dict[str, int]:

@@ -1,37 +1,21 @@
-"""Decodes untrusted image bytes safely and resizes them to a uint8 tensor of the model's resolution."""
+"""Decodes stored images and resizes them to a uint8 tensor of the model's resolution."""
 
 from __future__ import annotations
 
-import io
-import struct
-import warnings
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what data_prep writes and users caption; rare decoders are a risk
-TRANSFORM_VERSION = 1  # part of a run's fingerprint: raise it with any change that moves a pixel
+from data_prep.images import TRAINING_FORMATS, ImageProblem, image_problems, open_image, upright_rgb
+
+TRANSFORM_VERSION = 2  # part of a run's fingerprint: raise it with any change that moves a pixel
+# What version 2 changed, if a run of version 1 goes on: transparency was dropped, orientation in XMP was not applied.
 DEFAULT_MAX_PIXELS = 100_000_000
-MAX_SCANS = 10  # of a progressive JPEG of max_pixels, more of a smaller one: each scan is decoded on its own
-MAX_ASPECT = 100  # longer over shorter side: resizing the shorter one would blow up the longer
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
-_DECODE_ERRORS += (struct.error, zlib.error, MemoryError)  # what Pillow raises on damaged data
-_TRUNCATION_WORDS = ("truncated", "unexpected end", "not enough image data")
-_ORIENTATION_TAG = 0x0112  # of EXIF; its values and what turns each upright
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_WORDS = {"undecodable_image": "broken image", "aspect_ratio": "extreme aspect ratio"}  # else those of data_prep
 
 
 class UnusableSample(ValueError):
@@ -48,36 +32,22 @@ class UnusableSample(ValueError):
 def decode_image(
     data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, key: str = "", draft_size: int | None = None
 ) -> Image.Image:
-    """The image as mode RGB, or RGBA where it has transparency (``ClipTransform`` drops alpha after the resize).
+    """The image in mode RGB, as preparing decodes it (``data_prep.images``).
 
-    Size and aspect are checked in the header before anything is decoded. Greyscale, palette, CMYK and 16-bit images
-    are converted; of an animation the first frame is taken; the EXIF orientation is applied, because captions describe
-    the upright picture (NOTE release: ignores it). ``draft_size`` lets the JPEG decoder shrink images whose shorter
-    side stays at least that long. Raises UnusableSample with one of the reasons "empty image", "not an image",
-    "too many pixels", "too many scans", "extreme aspect ratio", "truncated image", "broken image",
-    "unsupported pixel format".
+    Captions describe the upright picture, with its logo visible (NOTE release: ignores the EXIF orientation, and drops
+    alpha after the resize, so that what is black on transparent becomes black on black). ``draft_size`` lets the JPEG
+    decoder shrink images whose shorter side stays at least that long. Raises UnusableSample with one of the reasons
+    "empty image", "not an image", "too many pixels", "too many scans", "too many parts", "extreme aspect ratio",
+    "truncated image", "broken image", "unsupported pixel format".
     """
-    if not data:
-        raise UnusableSample(key, "empty image")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # size is checked by max_pixels below, odd metadata is harmless
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(image.size, max_pixels, key)
-            _check_scans(image, data, max_pixels, key)
+        with image_problems():
+            image = open_image(data, max_pixels, TRAINING_FORMATS)
             if draft_size is not None:
                 image.draft("RGB", (draft_size, draft_size))
-            image.load()
-            return _upright(_as_rgb(image, key))
-    except UnusableSample:
-        raise
-    except Image.DecompressionBombError:
-        raise UnusableSample(key, "too many pixels") from None
-    except UnidentifiedImageError:
-        raise UnusableSample(key, "not an image") from None
-    except _DECODE_ERRORS as error:
-        truncated = any(word in str(error).lower() for word in _TRUNCATION_WORDS)
-        raise UnusableSample(key, "truncated image" if truncated else "broken image") from error
+            return upright_rgb(image)
+    except ImageProblem as error:
+        raise UnusableSample(key, _WORDS.get(error.reason, error.reason.replace("_", " "))) from error
 
 
 @dataclass(frozen=True)
@@ -153,49 +123,3 @@ def draft_size(image_size: int, fast_decode: bool) -> int | None:
     pixels, which differs from the exact resize by little and saves most of the decoding time.
     """
     return 2 * image_size if fast_decode else None
-
-
-def _check_size(size: tuple[int, int], max_pixels: int, key: str) -> None:
-    width, height = size
-    if min(size) < 1:
-        raise UnusableSample(key, "broken image")
-    if width * height > max_pixels:
-        raise UnusableSample(key, "too many pixels")
-    if max(size) > MAX_ASPECT * min(size):
-        raise UnusableSample(key, "extreme aspect ratio")
-
-
-def _check_scans(image: Image.Image, data: bytes, max_pixels: int, key: str) -> None:
-    """Refuse progressive JPEGs with many scans: a few kilobytes of empty scans keep the decoder busy for minutes.
-
-    The bytes 0xFF 0xDA begin a scan and occur nowhere else but in embedded thumbnails.
-    """
-    if image.format == "JPEG" and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANS * max_pixels:
-        raise UnusableSample(key, "too many scans")
-
-
-def _as_rgb(image: Image.Image, key: str) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it to white
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return _keep_exif(image, Image.fromarray(levels.astype(np.uint8)).convert("RGB"))
-    if image.mode == "F":
-        raise UnusableSample(key, "unsupported pixel format")
-    return _keep_exif(image, image.convert("RGBA" if image.has_transparency_data else "RGB"))
-
-
-def _keep_exif(source: Image.Image, converted: Image.Image) -> Image.Image:
-    if "exif" in source.info:
-        converted.info["exif"] = source.info["exif"]
-    return converted
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    if "exif" not in image.info:
-        return image
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _DECODE_ERRORS:
-        return image  # damaged metadata, sound pixels
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig
@@ -24,6 +25,7 @@ from pipeline.weights.inert_pickle import read_foreign
 from pipeline.weights.sources import IMPORTED
 
 REPORT_NAME, RECIPE_NAME = "import.json", "recipe.yaml"
+_DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # RecursionError is one
 
 
 def import_flm(checkpoint: Path, folder: Path, text_heads: int | None = None) -> Layout:
@@ -58,9 +60,15 @@ def export_flm(folder: Path, checkpoint: Path) -> None:
             raise ConfigError(f"{folder}: no {name} in it; expected a folder made by `import-flm`")
     if checkpoint.exists():
         raise ConfigError(f"{checkpoint} exists; choose another name or remove it")
-    read = json.loads((folder / REPORT_NAME).read_text())
-    report = ImportReport({name: tuple(keys) for name, keys in read["used"].items()}, read["aliased"], read["dead"])
-    state = to_released(load_file(folder / IMPORTED), report)
+    try:
+        read = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        report = ImportReport({name: tuple(keys) for name, keys in read["used"].items()}, read["aliased"], read["dead"])
+        state = to_released(load_file(folder / IMPORTED), report)
+    except _DAMAGE as error:
+        raise ConfigError(
+            f"{folder}: {IMPORTED} and {REPORT_NAME} do not belong together ({type(error).__name__}: {error}); import "
+            "the checkpoint again"
+        ) from error
     torch.save({"state_dict": state}, checkpoint)
     print(f"{checkpoint}: {len(state)} tensors under the released names")
 

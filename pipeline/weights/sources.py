@@ -125,9 +125,11 @@ def load_text(net: nn.Module, config: TextConfig) -> Loaded:
 
     source = f"model.text.pretrained {config.pretrained}"
     try:
-        foreign = transformers.AutoModel.from_pretrained(config.pretrained, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        foreign = transformers.AutoModel.from_pretrained(
+            config.pretrained, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # settings of others make transformers raise anything; all mean that it can't be used
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"{source} can't be loaded ({reason}); give a folder with a RoBERTa or BERT model in safetensors, or null"
             " for random initialisation"

@@ -7,7 +7,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from data_prep.filters import REASONS, DuplicateFilter, Limits, UnusableImage, check_image, check_record, safe_key
+from data_prep.filters import REASONS, DuplicateFilter, Limits, check_image, check_record, safe_key
+from data_prep.images import ImageProblem
 from data_prep.record import Record
 
 
@@ -31,7 +32,7 @@ def png_bomb(width=60000, height=60000):
 
 
 def reason(content, **limits):
-    with pytest.raises(UnusableImage) as caught:
+    with pytest.raises(ImageProblem) as caught:
         check_image(content, Limits(**limits))
     assert caught.value.reason in REASONS
     return caught.value.reason
@@ -119,7 +120,7 @@ def test_flipped_and_cut_bytes_never_raise_anything_else():
             for damaged in (bytes(flipped), content[:position]):
                 try:
                     check_image(damaged, Limits(max_pixels=10**6))
-                except UnusableImage as error:
+                except ImageProblem as error:
                     assert error.reason in REASONS
 
 

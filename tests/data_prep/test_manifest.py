@@ -282,6 +282,61 @@ def test_index_layout_and_shape_check(tmp_path):
         open_index(tmp_path / "train", manifest, manifest.shards[0])
 
 
+BROKEN_HEADERS = (b"{'descr': '<i8', 'shape': (3, 7", b"  {\n x", b"'" * 60, b"(" * 60, b"{'a': 9" + b"9" * 30)
+
+
+@pytest.mark.parametrize("text", BROKEN_HEADERS)
+def test_a_header_of_an_index_that_numpy_cannot_parse_is_a_broken_index(tmp_path, text):
+    """Invariant 7: numpy reads the header as Python source, and raises what a parser raises."""
+    manifest = make_split(tmp_path / "train")
+    index = tmp_path / "train" / "00000.index.npy"
+    content = index.read_bytes()
+    index.write_bytes(content[:10] + text.ljust(118) + content[128:])
+    for damaged in (index.read_bytes(), b""):
+        index.write_bytes(damaged)
+        with pytest.raises(ManifestError, match="not a readable index"):
+            open_index(tmp_path / "train", manifest, manifest.shards[0])
+
+
+@pytest.mark.parametrize("shape", [(10**12, 7), (2**62, 2**62), (-1, 7)])
+def test_an_index_that_claims_more_rows_than_it_has_is_refused(tmp_path, shape):
+    """Invariant 7: no memory is taken for a number that a file names."""
+    make_split(tmp_path / "train")
+    index = tmp_path / "train" / "00000.index.npy"
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    index.write_bytes(index.read_bytes()[:10] + header.ljust(118))
+    for rows in (3, 0):  # a shard without rows is read, not mapped
+        edit(tmp_path / "train", rows=rows, shards=[shard_of(tmp_path / "train") | {"rows": rows}])
+        manifest = read_manifest(tmp_path / "train")
+        with pytest.raises(ManifestError, match="not a readable index|expected int64"):
+            open_index(tmp_path / "train", manifest, manifest.shards[0])
+
+
+def shard_of(folder):
+    return json.loads((folder / "manifest.json").read_text())["shards"][0]
+
+
+def test_an_index_with_objects_is_not_unpickled(tmp_path):
+    """Invariant 7."""
+    manifest = make_split(tmp_path / "train")
+    np.save(tmp_path / "train" / "00000.index.npy", np.array([{}, print], dtype=object), allow_pickle=True)
+    with pytest.raises(ManifestError, match="not a readable index .*objects"):
+        open_index(tmp_path / "train", manifest, manifest.shards[0])
+
+
+def test_deep_json_and_pipes_are_no_manifests(tmp_path):
+    """Invariant 7."""
+    make_split(tmp_path / "train")
+    for text in ("[" * 100_000, '{"a":' * 100_000, '{"format_version": 1e999}', '{"rows": ' + "9" * 5000 + "}"):
+        (tmp_path / "train" / "manifest.json").write_text(text)
+        with pytest.raises(ManifestError):
+            read_manifest(tmp_path / "train")
+    (tmp_path / "train" / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "train" / "manifest.json")
+    with pytest.raises(ManifestError, match="no manifest.json"):
+        read_manifest(tmp_path / "train")
+
+
 def test_captions_rule():
     assert row_text("t", None, 0) == row_text("t", {}, 3) == "t"
     assert row_text("t", {"captions": ["a", "b"]}, 1) == "b"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.filters import Limits
 from data_prep.info import all_splits, describe_split, format_table, row_texts
-from data_prep.manifest import index_columns, open_index, read_manifest, row_text
+from data_prep.manifest import ManifestError, index_columns, open_index, read_manifest, row_text
 from data_prep.parallel import ordered_map
 from data_prep.prepare import fill_split
 from data_prep.record import LowYieldError, PrepError, Record, Rejection
@@ -217,3 +217,20 @@ def die(item):
 def test_a_dead_worker_is_an_error_and_not_a_hang():
     with pytest.raises(ChildProcessError, match="worker process died"):
         list(ordered_map(die, range(3), workers=2))
+
+
+@pytest.mark.parametrize(("column", "value"), [(0, -5), (1, -1), (1, 2**40), (2, 2**62), (3, 2**40), (4, 512), (6, 9)])
+def test_info_and_tokenizer_say_in_one_line_that_an_index_is_damaged(tmp_path, column, value):
+    """Invariant 7: offsets and sizes of a file are no places to read from before they are checked."""
+    split = tmp_path / "c" / "train"
+    manifest = write(split, records())
+    index = np.load(split / "00000.index.npy")
+    index[0, column] = value
+    np.save(split / "00000.index.npy", index)
+    if column in (0, 1):  # of the image
+        assert describe_split(split)["image_pixels"] == {"24x24": 2, "unreadable": 1}
+        return
+    for read in (lambda: describe_split(split), lambda: list(row_texts(split, manifest))):
+        with pytest.raises(ManifestError, match="row 0 of its index has no caption") as error:
+            read()
+        assert "\n" not in str(error.value)

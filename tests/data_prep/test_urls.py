@@ -23,7 +23,7 @@ from data_prep.verify import verify_split
 from tests.data_prep.test_filters import encode, png_bomb
 
 JPEG = encode(size=(64, 48))
-FAST = ["--processes", "1", "--workers", "1", "--timeout", "1", "--retries", "0"]
+FAST = ["--processes", "1", "--workers", "1", "--timeout", "1", "--retries", "0", "--allow-private-addresses"]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -102,7 +102,7 @@ def command(table, output, *more):
 
 
 def fetch_one(server, path, timeout=1, max_bytes=10**6):
-    _, stream, error = download_bounded((0, url(server, path)), timeout, None, ["noai"], max_bytes)
+    _, stream, error = download_bounded((0, url(server, path)), timeout, None, ["noai"], max_bytes, True)
     return stream.getvalue() if stream else error
 
 
@@ -115,7 +115,7 @@ def test_a_download_is_bounded_in_bytes_time_and_kind_of_address(server):
     assert "timed out" in fetch_one(server, "drip")
     assert time.monotonic() - started < 6
     assert "broke off" in fetch_one(server, "cut")
-    assert "file" in fetch_one(server, "local")
+    assert "not http" in fetch_one(server, "local")
     assert "X-Robots-Tag" in fetch_one(server, "noai")
     assert "404" in fetch_one(server, "404")
     assert download_bounded((0, "file:///etc/passwd"), 1, None, None, 100)[1:] == (None, "address is not http(s)")
@@ -166,6 +166,20 @@ def test_failure_of_everything_is_an_error_and_a_later_run_succeeds(server, tmp_
     other = write_table(tmp_path / "other.tsv", [(url(server, "ok"), "x")])
     assert main(command(other, output)) == 2 and "--restart" in capsys.readouterr().err
     assert main(command(other, output, "--restart")) == 0
+
+
+def test_private_addresses_are_downloaded_when_allowed_only(server, monkeypatch):
+    """Invariant 7: a table of URLs from outside does not reach into one's own network."""
+    given = []
+    monkeypatch.setattr("data_prep.fetch.download", lambda plan, options: given.append(options) or sys.exit(9))
+    monkeypatch.setattr("data_prep.fetch.plan_download", lambda *arguments: None)
+    arguments = ["urls", "--input", __file__, "--format", "tsv", "--output", "nowhere"]
+    for more, expected in (([], False), (["--allow-private-addresses"], True)):
+        with pytest.raises(SystemExit):
+            main([*arguments, *more])
+        assert given[-1].allow_private_addresses is expected
+    _, stream, error = download_bounded((0, url(server, "ok")), 1, None, None, 10**6)
+    assert stream is None and "private address (127.0.0.1)" in error and server.hits == []
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,36 @@ def test_links_are_no_files_of_a_checkpoint(run: Path, name: str) -> None:
     path.symlink_to(run / "elsewhere")
     found, skipped = newest_valid(run)
     assert found.name == "step_00000002" and "link" in skipped[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[",
+        "[]",
+        "null",
+        "[" * 100_000,
+        "\xff",
+        '{"step": 1e999}',
+        '{"step": null}',
+        '{"step": 3, "frozen": 3}',
+        '{"step": 3, "frozen": {"names": []}}',
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_state_that_is_none_is_an_error_of_one_line(run: Path, text: str) -> None:
+    """Invariant 7: also where somebody gave it a fitting hash."""
+    folder = run / "checkpoints" / "step_00000003"
+    (folder / "state.json").write_bytes(text.encode("latin-1"))
+    content = json.loads((folder / "manifest.json").read_bytes())
+    content.pop("sha256")
+    content["files"]["state.json"] = checkpoint_files.seal(folder / "state.json")
+    (folder / "manifest.json").write_bytes(checkpoint_files._with_own_hash(content))
+    assert checkpoint_files.defect(folder) is None
+    with pytest.raises(CheckpointError, match="state.json") as error:
+        restore.load_weights(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_renamed_checkpoint_is_noticed(run: Path) -> None:

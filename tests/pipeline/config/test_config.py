@@ -135,6 +135,12 @@ def test_command_line_mistakes(arguments: list[str], expected: str, monkeypatch:
     assert expected in str(refused.value) and "\n" not in str(refused.value)
 
 
+# Each line lists the one before nine times: a billion values in 600 bytes.
+NINE_TIMES_NINE = "\n".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi")
+)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -146,6 +152,11 @@ def test_command_line_mistakes(arguments: list[str], expected: str, monkeypatch:
         ("base: nothing_like_it", "no recipe named 'nothing_like_it'"),
         ("a: [", "not a YAML file"),
         ("[1]", "found a list"),
+        ("optim: {lr: 2026-99-99}", "not a YAML file"),
+        pytest.param("a: " + "[" * 5000, "not a YAML file", id="deep"),
+        ("a: &a {b: *a}", "anchors stand for more than 100000 values"),
+        pytest.param("a: &a [1]\n" + NINE_TIMES_NINE, "anchors stand for more than 100000 values", id="anchors"),
+        ("!!python/object/apply:os.system ['touch crater']", "not a YAML file"),
         ("objective: {mask_rate: 0.3}", "bad.yaml: objective flm has no mask_rate (an option of mlm)"),
         ("objective: {name: ar, prefix_share: 0.3}", "objective ar has no prefix_share (an option of prefixlm)"),
         ("base: demo\nobjective: {name: mlm, corruption_rate: 0.3}", "objective mlm has no corruption_rate"),

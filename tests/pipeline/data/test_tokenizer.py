@@ -161,3 +161,46 @@ def test_tokenizer_without_words_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer", **SPECIALS}))
     with pytest.raises(ValueError, match="special tokens only"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "{}", "null", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}'],
+    ids=lambda text: text[:20],
+)
+def test_a_tokenizer_file_that_is_none_is_one_line(tmp_path, text):
+    """Invariant 7."""
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer .*not readable") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_tokens_are_bounded_by_their_number(tmp_path):
+    """Invariant 7: tables are made for every id up to the highest."""
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = 4_000_000_000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="up to 4000000000"):
+        load_tokenizer(folder)
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it where a check fails in Rust: no Exception."""
+
+
+def test_a_panic_of_a_library_is_one_line_and_ctrl_c_is_not(tmp_path, monkeypatch):
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    for error, expected in (
+        (PanicException("range end index 10"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+
+        def failing(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(TextTokenizer, "__init__", failing)
+        with pytest.raises(expected):
+            load_tokenizer(folder)

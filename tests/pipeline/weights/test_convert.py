@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,11 @@ class Callback:
 
 
 class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, function: Callable, argument: object) -> None:
+        self.function, self.argument = function, argument
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return self.function, (self.argument,)
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +135,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, tmp_path) -> N
         started(model, vocabulary_size=300)
 
 
-def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path) -> None:
-    """Invariant 7."""
+def test_nothing_in_a_foreign_file_is_run(released_state, tmp_path: Path, capsys) -> None:
+    """Invariant 7: functions of Python's libraries stay uncalled, those of the system are not even tolerated."""
     path, crater = tmp_path / "evil.ckpt", tmp_path / "crater"
-    torch.save({"state_dict": released_state, "hyper_parameters": Bomb(crater), "callbacks": [Bomb(crater)]}, path)
-    assert main(["import-flm", str(path), str(tmp_path / "imported"), "--text-heads", "4"]) == 0
-    assert not crater.exists()
-    with pytest.raises(Exception, match="Unsupported global|Weights only"):
-        torch.load(path, weights_only=True)
+    bombs = Bomb(subprocess.check_call, ["mkdir", str(crater)]), Bomb(os.mkdir, str(crater))
+    for number, bomb in enumerate(bombs):
+        content = {"hyper_parameters": bomb, "callbacks": [bomb]}
+        torch.save({"state_dict": released_state, **content}, path)
+        out = tmp_path / f"imported{number}"
+        assert main(["import-flm", str(path), str(out), "--text-heads", "4"]) == (0, 2)[number]
+        assert not crater.exists() and out.exists() == (number == 0)
+    error = capsys.readouterr().err
+    assert "asks for posix.mkdir: no file of weights does" in error and error.count("\n") == 1
 
 
 class WritesFile(torch.nn.Module):

@@ -103,6 +103,8 @@ fi
 
 started=$SECONDS
 : >"$LOG"
+cache=${PIP_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/pip}
+{ mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || export PIP_NO_CACHE_DIR=1 # or it cannot build DeepSpeed's wheel
 ensure_python
 ensure_compiler
 if [ "$python" != $VENV/bin/python ]; then

@@ -18,7 +18,9 @@ case "$*" in
     *-venv*version_info*) echo python3.11-venv ;;
     *version_info*) [ -z "${TOO_OLD:-}" ] ;;
     "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-    "-m pip "*) [ -z "${PIP_FAILS:-}" ] || { echo "ERROR: no space left"; exit 1; } ;;
+    "-m pip "*)
+        echo "cache: ${PIP_NO_CACHE_DIR:-kept}" >>"$CALLS"
+        [ -z "${PIP_FAILS:-}" ] || { echo "ERROR: no space left"; exit 1; } ;;
     *urlopen*) exit 1 ;;
     *mpi4py*) [ -z "${NO_MPI:-}" ] ;;
 esac
@@ -122,6 +124,13 @@ def test_a_full_disk_and_a_folder_of_somebody_else_are_named_before_anything_is_
     (checkout.folder / ".cache").write_text("")  # root may write in any folder, but not in a file
     code, output, calls = checkout.setup()
     assert (code, calls) == (2, []) and output.count("\n") == 1 and "clone the repository into a folder" in output
+
+
+def test_a_home_that_may_not_be_written_to_needs_no_cache(checkout: Checkout) -> None:
+    """pip fails on a wheel that it has to build, if it can't make its cache."""
+    assert "cache: kept" in checkout.setup()[2]
+    shutil.rmtree(checkout.folder / ".venv")
+    assert "cache: 1" in checkout.setup(HOME="/dev/null/home")[2]
 
 
 def test_make_lists_its_targets() -> None:

@@ -199,6 +199,8 @@ class Watch:
             if not secrets.compare_digest(str(token), self._token):
                 raise ValueError("another token")
             peer.rank, peer.host = int(rank), str(host)
+            if self.ending is not None:  # it comes when another rank has ended already
+                peer.send(self.ending.to_json())
             if len({one.rank for one in self._peers} - {None}) == self.place.world_size - 1:
                 self._complete.set()
             return

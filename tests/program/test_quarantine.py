@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.order import SampleOrder
+from tests.data_prep.test_images import with_scans
 from tests.forked_program import Job, start_program
 from tests.pipeline.data.test_reader import jpeg, meta, records, special, write_raw_split, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
-from tests.pipeline.data.test_transforms import png_header, scan_bomb
+from tests.pipeline.data.test_transforms import png_header
 
 SHARDS = 100  # of one sample each: more than a process keeps open, so that shards are opened all the time
 BATCH = 16
@@ -36,7 +37,7 @@ def damaged_samples() -> list[tuple[str, dict]]:
         ("bad key", {"image": ("../a.jpg", jpeg(2)), "meta": words}),
         ("not a regular file", {"image": special(b"2"), "meta": words}),
         ("too many pixels", {"image": ("a.png", png_header(60_000, 60_000)), "meta": words}),
-        ("too many scans", {"image": ("a.jpg", scan_bomb(4000, 200)), "meta": words}),
+        ("too many scans", {"image": ("a.jpg", with_scans("JPEG", 4000, 200)), "meta": words}),
         ("truncated image", {"image": ("a.jpg", jpeg(3)[:200]), "meta": words}),
     ]
 

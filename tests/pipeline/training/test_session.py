@@ -32,7 +32,8 @@ class FakeEngine:
         return {"w": (2,)} if kind == "weight" or has_moments else {}
 
     def load_named_state(self, read, optimizer_steps: int) -> None:
-        self.loaded, self.optimizer_steps = read("weight", "w").tolist(), optimizer_steps
+        [held] = read("weight", [("w", 0, 2)])
+        self.loaded, self.optimizer_steps = held.tolist(), optimizer_steps
 
 
 @pytest.fixture(scope="module")

@@ -202,8 +202,9 @@ class BatchLoader:
             yield batch
 
     def _give_up(self) -> None:
-        where = f"rank {os.environ.get('RANK', 0)} on {host_name()}"
-        print(f"error: {where}: {self._explain('timed out')}", file=sys.stderr, flush=True)
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
+        where = f"rank {os.environ.get('RANK')} on {host_name()}: " if several else ""
+        print(f"error: {where}{self._explain('timed out')}", file=sys.stderr, flush=True)
         os._exit(EXIT_REQUEUE)
 
     def _explain(self, found: str) -> str:

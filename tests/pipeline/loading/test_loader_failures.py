@@ -75,11 +75,7 @@ def test_a_read_that_hangs_in_the_training_process_ends_it(data, monkeypatch, ca
         list(data.train(options=replace(HERE, timeout_seconds=0.3)))
         os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
-<<<<<<< HEAD
     assert "error: no batch within 0.3 s, while reading a/train/0000" in capfd.readouterr().err
-=======
-    assert ": no batch within 0.3 s, while reading a/train/0000" in capfd.readouterr().err
->>>>>>> machine
 
 
 @pytest.mark.parametrize("found", ["worker (pid 7) is killed by signal: Killed.", "worker (pid(s) 7, 8) exited"])

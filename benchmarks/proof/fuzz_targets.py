@@ -32,6 +32,7 @@ from data_prep.verify import verify_split
 from pipeline.checkpoint import files as checkpoint_files
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import CheckpointError
+from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.state import RunState
 from pipeline.config.options import ConfigError
 from pipeline.config.recipes import load_recipe
@@ -158,10 +159,10 @@ def checkpoints() -> Target:
             raise CheckpointError(skipped[0].partition(": ")[2] if skipped else "no checkpoint")
         restore.read_state(path)
         restore.load_weights(folder)
-        with checkpoint_files.Reader(path) as reader:
-            for kind in checkpoint_files.KINDS:
-                for _name, tensor in reader.read_all(kind):
-                    tensor.sum()
+        reader = Reader(path)
+        for kind in checkpoint_files.KINDS:
+            for _name, tensor in reader.read_all(kind):
+                tensor.sum()
         return None
 
     return Target("checkpoints", lambda _: dict(made), use, (CheckpointError, ConfigError), (), _checkpoint_amended)

@@ -98,6 +98,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         session = prepared
         code = train(session)
     except BaseException as error:  # said, and the process ended: the other ranks would wait for this one for ever
+        stop.ignore()  # a launcher signals the ranks that are left
         known = None if session is None else session.batches.failure(error)
         watch.end_by(known or error, setting_up=session is None)
     watch.finish(code, ranks.agreement.wait)

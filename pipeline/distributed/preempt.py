@@ -59,6 +59,12 @@ class StopRequest:
         self._at_once = False
         signal.set_wakeup_fd(-1)
 
+    def ignore(self) -> None:
+        """From now on signals change nothing: the process is about to end, with a code of its own."""
+        self.poll_from_here()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def close(self) -> None:
         """Listen no more; what listened before does again."""
         self.poll_from_here()

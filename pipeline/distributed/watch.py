@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from pipeline.distributed.endings import (
@@ -169,9 +170,10 @@ class Watch:
             while True:
                 for key, _ in selector.select():
                     if key.data is None:
-                        peer = _Peer(self._server.accept()[0])
-                        self._peers.append(peer)
-                        selector.register(peer.connection, selectors.EVENT_READ, peer)
+                        with suppress(OSError):  # gone again, or no descriptor left: it is asked for again
+                            peer = _Peer(self._server.accept()[0])
+                            self._peers.append(peer)
+                            selector.register(peer.connection, selectors.EVENT_READ, peer)
                     elif not self._receive(key.data):
                         selector.unregister(key.data.connection)
                         self._peers.remove(key.data)
@@ -232,7 +234,5 @@ class _Peer:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, line: bytes) -> None:
-        try:
+        with suppress(OSError):  # gone, which its connection tells the thread
             self.connection.sendall(line)
-        except OSError:  # gone, which its connection tells the thread
-            pass

@@ -73,6 +73,16 @@ def test_before_the_first_step_a_signal_raises_at_once_and_once() -> None:
     assert [signal.getsignal(number) for number in preempt.SIGNALS] == before
 
 
+def test_signals_change_nothing_once_the_process_is_about_to_end() -> None:
+    stop = StopRequest()
+    try:
+        stop.listen(at_once=True).ignore()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not stop.requested
+    finally:
+        stop.close()
+
+
 def test_a_failure_handler_of_a_library_does_not_swallow_it() -> None:
     assert not issubclass(Stopped, Exception)
 

@@ -9,6 +9,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: not pipeline/, whose names shadow others
 
+from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once  # noqa: E402
+
+if __name__ == "__main__":
+    end_at_once()  # what follows takes seconds to import
+
 import faulthandler  # noqa: E402
 import os  # noqa: E402
 from datetime import timedelta  # noqa: E402
@@ -21,7 +26,6 @@ from pipeline.config.options import ConfigError, tokenizer_source, weighted_path
 from pipeline.distributed.endings import say  # noqa: E402
 from pipeline.distributed.host_memory import keep_freed_memory  # noqa: E402
 from pipeline.distributed.places import Place, discover  # noqa: E402
-from pipeline.distributed.preempt import Stopped, StopRequest  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,6 +94,12 @@ class StopRequest:
                     self.when_stuck(Stopped(signal.Signals(numbers[0]).name))
 
 
+def end_at_once() -> None:
+    """Let signals end this process with EXIT_PREEMPTED while it has nothing but imports to do (main thread only)."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: _end(Stopped(signal.Signals(number).name)))
+
+
 def _end(stopped: Stopped) -> None:
     os.write(2, f"error: {stopped}\n".encode())
     os._exit(EXIT_PREEMPTED)

@@ -104,6 +104,18 @@ def test_a_main_thread_inside_a_library_is_ended_by_a_thread() -> None:
     assert end_of(process) == (75, "error: told to stop by SIGTERM before the first step: nothing to save\n")
 
 
+def test_the_training_program_listens_from_its_first_line_on(tmp_path: Path) -> None:
+    """Here the import of a library that the command line needs never ends."""
+    (tmp_path / "jsonargparse.py").write_text("print('ready')\nimport time\nwhile True: time.sleep(60)")
+    command = [sys.executable, "-u", str(REPOSITORY / "pipeline" / "train.py")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (75, "error: told to stop by SIGTERM before the first step: nothing to save\n")
+
+
 def test_the_training_program_listens_before_it_imports_anything_large() -> None:
     """A signal that comes while torch is imported ends it with 75; here torch never comes."""
     program = (

@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -155,6 +156,9 @@ def make_cell(phase: str, fault: str, world: int, data: Path, run: Path, expecte
     ended = time.time()
     happened = (notes / "happened").stat().st_mtime if (notes / "happened").exists() else ended
     said = [next((line for line in job.output(rank).splitlines() if _SAID.search(line)), "") for rank in range(world)]
+    places = {str(run): "RUN", str(data): "DATA", socket.gethostname(): "HOST"}
+    for place, name in places.items():
+        said = [line.replace(place, name) for line in said]
     left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if is_leftover(path))
     heal(run)
     again = start_program(world, arguments, notes / "again")

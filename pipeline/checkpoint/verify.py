@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.files import HASHING_THREADS, listed, wrong_hash, wrong_size
-from pipeline.distributed.preempt import Stopped
 from pipeline.distributed.ranks import Agreement
 from pipeline.distributed.sharing import owners_of
 
@@ -21,26 +20,21 @@ POLL_SECONDS = 1.0  # between two words of the ranks while they hash, far below 
 SAY_SECONDS = 30.0  # between two lines on how far it is
 
 
-def newest_whole(
-    paths: Sequence[Path], agreement: Agreement, stopping: Callable[[], bool] = lambda: False
-) -> tuple[Path | None, list[str]]:
+def newest_whole(paths: Sequence[Path], agreement: Agreement) -> tuple[Path | None, list[str]]:
     """The first of rank 0's ``paths`` that passes verification, and those skipped, with the reason.
 
     Every rank must call it; all get the same. A checkpoint is read once, however many ranks there are.
-
-    Raises:
-        Stopped: on every rank, when ``stopping()`` holds on any of them.
     """
     skipped = []
     for path in agreement.gather(list(paths))[0]:
-        reason = shared_defect(path, agreement, stopping)
+        reason = shared_defect(path, agreement)
         if reason is None:
             return path, skipped
         skipped.append(f"{path.name}: {reason}")
     return None, skipped
 
 
-def shared_defect(path: Path, agreement: Agreement, stopping: Callable[[], bool] = lambda: False) -> str | None:
+def shared_defect(path: Path, agreement: Agreement) -> str | None:
     """Why a checkpoint is invalid, None if it is whole; rank 0 reads the manifest, each rank its share of the files."""
     entries, reason = agreement.gather(listed(path) if agreement.is_main else None)[0]
     if reason is not None:
@@ -52,7 +46,7 @@ def shared_defect(path: Path, agreement: Agreement, stopping: Callable[[], bool]
         return min(reasons)
     hashing = _Hashing(path, own)
     try:
-        _until_hashed(hashing, sum(entry["bytes"] for entry in entries.values()), agreement, stopping)
+        _until_hashed(hashing, sum(entry["bytes"] for entry in entries.values()), agreement)
     finally:
         hashing.end()
     return min(filter(None, agreement.gather(hashing.reason)), default=None)
@@ -87,15 +81,13 @@ class _Hashing:
         return digest.hexdigest()
 
 
-def _until_hashed(hashing: _Hashing, num_bytes: int, agreement: Agreement, stopping: Callable[[], bool]) -> None:
-    """Return when all ranks have hashed their files, or one has found a wrong one; raises Stopped."""
+def _until_hashed(hashing: _Hashing, num_bytes: int, agreement: Agreement) -> None:
+    """Return when all ranks have hashed their files, or one has found a wrong one."""
     said = time.monotonic()
     while True:
         is_left = hashing.poll(POLL_SECONDS)
-        own = (is_left, stopping(), hashing.reason is not None, sum(hashing.num_bytes.values()))
-        left, told, wrong, hashed = agreement.total(own)
-        if told:
-            raise Stopped("a signal to one of the ranks")
+        own = (is_left, hashing.reason is not None, sum(hashing.num_bytes.values()))
+        left, wrong, hashed = agreement.total(own)
         if wrong or not left:
             return
         if agreement.is_main and time.monotonic() - said >= SAY_SECONDS:

@@ -1,4 +1,4 @@
-"""Ranks divide the files of a checkpoint to verify them: each is hashed once, the verdict is one, a stop is heard."""
+"""Ranks divide the files of a checkpoint to verify them: each is hashed once, the verdict is one, progress is said."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from pipeline.checkpoint import verify
 from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
 from pipeline.checkpoint.restore import find
-from pipeline.distributed.preempt import Stopped
 from pipeline.distributed.ranks import Agreement
 from tests.forked_ranks import run_ranks
 
@@ -88,36 +87,29 @@ def test_damage_that_any_rank_finds_is_known_to_all(tmp_path: Path) -> None:
         assert {chosen for _, chosen in found[:-1]} == {"step_00000001"} and found[-1] == ("", "step_00000002")
 
 
-def told_to_stop(place, run: Path) -> str:
-    """Rank 1 is told to stop while rank 0 hashes a file that never ends."""
-    ended, words = threading.Event(), []
-    verify.POLL_SECONDS, verify.SAY_SECONDS = 0.01, -1.0
-    verify.print = lambda *line, **_: words.append(*line)
+def slowly_hashed(place, run: Path) -> tuple[str, list[str]]:
+    """What is found and said when rank 0 hashes until it has said how far it is."""
+    said, words, hashed = threading.Event(), [], verify._Hashing._sha256
+
+    def note(line: str, **_: object) -> None:
+        words.append(line)
+        said.set()
 
     def slow(self, path: Path) -> str:
-        while not self._ended:
-            ended.wait(0.01)
-        return "cut off"
+        assert said.wait(60)
+        return hashed(self, path)
 
+    verify.POLL_SECONDS, verify.SAY_SECONDS, verify.print = 0.01, -1.0, note
     if place.is_main:
         verify._Hashing._sha256 = slow
-    asked = []
-
-    def stopping() -> bool:
-        asked.append(None)
-        return place.rank == 1 and len(asked) > 2
-
-    with pytest.raises(Stopped) as error:
-        find(run, Agreement(), place.is_main, stopping)
-    assert len(asked) == 3 and (not words) == (place.rank == 1)
-    return str(error.value) + (words[0] if words else "")
+    return find(run, Agreement(), place.is_main).name, words
 
 
-def test_one_rank_that_is_told_to_stop_stops_all(tmp_path: Path) -> None:
+def test_ranks_wait_for_the_slowest_which_says_how_far_it_is(tmp_path: Path) -> None:
     write_checkpoints(tmp_path, 1)
-    first, second = run_ranks(2, told_to_stop, tmp_path)
-    assert second == "told to stop by a signal to one of the ranks before the first step: nothing to save"
-    assert first == second + "checking step_00000001: 0.0 of 0.0 GiB hashed"
+    (first, words), (second, silent) = run_ranks(2, slowly_hashed, tmp_path)
+    assert first == second == "step_00000001" and silent == []
+    assert words[0] == "checking step_00000001: 0.0 of 0.0 GiB hashed"
 
 
 def test_a_manifest_that_lists_no_sizes_is_refused(tmp_path: Path) -> None:

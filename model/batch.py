@@ -10,7 +10,7 @@ M targets of a term, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -81,6 +81,7 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     plan: TextPlan | None = None
+    positions: list[int] = field(default_factory=list)  # of the samples in the order of training or evaluation
 
     @property
     def counts(self) -> dict[str, int]:
@@ -96,7 +97,7 @@ class Batch:
         plan = self.plan
         if plan is not None:
             plan = TextPlan(*(value if isinstance(value, int) else function(value) for value in vars(plan).values()))
-        return Batch(images, terms, self.keys, self.problems, plan)
+        return replace(self, images=images, terms=terms, plan=plan)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with every tensor on ``device``; images stay uint8."""

@@ -78,15 +78,19 @@ class ToyTask:
     def scores(self, objective: nn.Module) -> tuple[Score, ...]:
         return (Score("distance", higher_is_better=False),)
 
-    def passes(self, config, objective, preparation, held_out, place, pin) -> list[EvaluationPass]:
-        loader, spare = eval_loader(config, held_out, preparation, place, pin), placeholder_batch(preparation, 2)
+    def passes(self, config, objective, preparation, held_out, ranks) -> list[EvaluationPass]:
+        loader = eval_loader(config, held_out, preparation, ranks.place, ranks.pin)
+        spare = placeholder_batch(preparation, 2)
         write = lambda found: Path("predictions.json").write_text(json.dumps(found))  # noqa: E731
         return [EvaluationPass(loader, spare, measure, ("distance", "samples"), mean, write=write)]
 
 
 def measure(objective: nn.Module, batch: Batch) -> Measurement:
     guess, term = objective.guess(batch).exp()[batch.terms["short"].position], batch.terms["short"]
-    found = list(zip(batch.keys, guess[:, 0].tolist(), strict=True))
+    found = [
+        {"position": position, "key": key, "share": share}
+        for position, key, share in zip(batch.positions, batch.keys, guess[:, 0].tolist(), strict=True)
+    ]
     return Measurement({"distance": (guess - term.target).abs().sum(), "samples": len(found)}, found)
 
 

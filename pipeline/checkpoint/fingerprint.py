@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.mistakes import of_other_objectives
+from pipeline.config.mistakes import of_other_choices
 from pipeline.config.options import Config, ConfigError, leaves, to_plain
+from pipeline.config.task_options import TaskOptions, names_of_scoring
 
 MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batch size is another run
 # Changes of this program that every run may go on over, said and recorded: name, was, is, and what it means.
@@ -36,12 +37,15 @@ def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     plain["model"]["vision"].pop("pretrained")
     plain["model"]["text"].pop("pretrained")
     plain["model"].pop("weights")
+    for name in names_of_scoring(config.task):
+        plain["task"].pop(name)
     optim = {"batch_size": config.optim.batch_size}
     if config.objective.negatives == "in_batch_hard":
         optim["micro_batch_size"] = config.optim.micro_batch_size
     return json.loads(json.dumps({
         "model": plain["model"],
         "objective": plain["objective"],
+        "task": plain["task"],
         "optim": optim,
         "data": data,
     }))  # fmt: skip
@@ -57,8 +61,10 @@ def accept(run: Path, saved: dict[str, Any], wanted: dict[str, Any], config: Con
         ConfigError: there are differences and they are not allowed; the message names them.
     """
     old, new = dict(leaves(saved)), dict(leaves(wanted))
-    before = json.loads(json.dumps(_before(config.model, "model.") | _before(config.objective, "objective.")))
-    foreign = of_other_objectives(old, config.objective.name)
+    sections = {"model.": config.model, "objective.": config.objective, "task.": config.task}
+    before = json.loads(json.dumps({n: v for prefix, one in sections.items() for n, v in _before(one, prefix).items()}))
+    before["task.name"] = TaskOptions.name  # runs begun before there were others pretrained
+    foreign = of_other_choices(old, {name: new[name] for name in ("objective.name", "task.name")})
     old = {name: before[name] for name in new if name in before} | {n: old[n] for n in old if n not in foreign}
     names = [name for name in [*new, *(name for name in old if name not in new)] if old.get(name) != new.get(name)]
     found = {name: f"{_short(old.get(name))} -> {_short(new.get(name))}" for name in names}

@@ -11,8 +11,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import SUPPRESS, ArgumentParser
 
-from model.config import OPTIONS_OF, ObjectiveOptions
-from pipeline.config.mistakes import nearest, option_types, refuse_unknown, type_in_words
+from pipeline.config.mistakes import CHOICES, SECTIONS, nearest, option_types, refuse_unknown, type_in_words
 from pipeline.config.options import Config, ConfigError, flatten, leaves, refuse_address, validate
 from pipeline.config.recipes import (
     RUN_CONFIG,
@@ -21,7 +20,7 @@ from pipeline.config.recipes import (
     load_recipe,
     read_yaml,
     recipe_names,
-    without_other_objectives,
+    without_other_choices,
 )
 
 DEFAULT_RECIPE = "flm_base_4m"
@@ -36,7 +35,7 @@ class Launch:
 
     config: Config
     sources: dict[str, str]  # option -> "recipe NAME" or "command line"
-    idle: dict[str, str]  # option of another objective than the chosen one -> recipe that sets it
+    idle: dict[str, str]  # option of another objective or task than the chosen one -> recipe that sets it
     recipe: str
     output: Path
     deepspeed: Path
@@ -79,8 +78,8 @@ def _sources(
     config: Config, on_command_line: Mapping[str, Any], in_recipe: Mapping[str, Any], recipe: str
 ) -> dict[str, str]:
     """Where each setting that is not at its default comes from."""
-    defaults = dict(flatten(Config(objective=type(config.objective)())))
-    defaults["objective.name"] = ObjectiveOptions.name
+    defaults = dict(flatten(Config(objective=type(config.objective)(), task=type(config.task)())))
+    defaults |= {f"{section}.name": base.name for section, base in SECTIONS.items()}
     sources = {}
     for key, value in flatten(config):
         if key in on_command_line:
@@ -100,7 +99,7 @@ def load_config(run: Path) -> Config:
 
 def config_of(content: dict[str, Any], where: Path) -> Config:
     """The configuration of a run, written down as nested dicts in the file ``where``."""
-    settings = without_other_objectives(dict(leaves(content)))
+    settings = without_other_choices(dict(leaves(content)))
     refuse_unknown(settings, str(where))
     return _build(Config, _parse(_parser(), settings, str(where)))
 
@@ -114,9 +113,9 @@ def describe(launch: Launch) -> str:
         return head + " | every setting at its default"
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     table = [f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {source}" for key, value, source in rows]
-    objective = launch.config.objective.name
+    chosen = {section: getattr(launch.config, section).name for section in SECTIONS}
     idle = [
-        f"  {option} of recipe {name} is not used: {objective} has no such option"
+        f"  {option} of recipe {name} is not used: {chosen[option.partition('.')[0]]} has no such option"
         for option, name in launch.idle.items()
     ]
     return "\n".join([head, *table, *idle])
@@ -138,9 +137,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # written by the deepspeed launcher
     for section, hint in get_type_hints(Config).items():
         parser.add_class_arguments(hint, section)
-        for name, cls in OPTIONS_OF.items() if hint is ObjectiveOptions else ():
-            group = parser.add_argument_group(f"Options of objective.name {name}")
-            group.add_class_arguments(cls, section, as_group=False, skip={item.name for item in fields(hint)})
+        for name, cls in CHOICES.get(hint, {}).items():
+            own = {item.name for item in fields(cls)} - {item.name for item in fields(hint)}
+            if own:
+                group = parser.add_argument_group(f"Options of {section}.name {name}")
+                group.add_class_arguments(cls, section, as_group=False, skip={item.name for item in fields(hint)})
     for action in parser._actions:
         if action.metavar == "CONFIG":
             action.help = SUPPRESS
@@ -209,8 +210,8 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str = "") -> Any:
     arguments = {}
     for name, hint in get_type_hints(cls).items():
         key = f"{prefix}{name}"
-        if hint is ObjectiveOptions:
-            hint = OPTIONS_OF[settings.get(f"{key}.name", ObjectiveOptions.name)]
+        if hint in CHOICES:
+            hint = CHOICES[hint][settings.get(f"{key}.name", hint.name)]
         if is_dataclass(hint):
             arguments[name] = _build(hint, settings, f"{key}.")
         elif key in settings:

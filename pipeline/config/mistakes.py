@@ -9,17 +9,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from model.config import OPTIONS_OF
+from model.config import OPTIONS_OF, ObjectiveOptions
 from pipeline.config.options import Config, ConfigError
+from pipeline.config.task_options import TASK_OPTIONS_OF, TaskOptions
 
-OBJECTIVE = "objective."
+CHOICES: dict[type, dict[str, Any]] = {ObjectiveOptions: OPTIONS_OF, TaskOptions: TASK_OPTIONS_OF}
+SECTIONS = {"objective": ObjectiveOptions, "task": TaskOptions}  # whose options depend on SECTION.name
 
 
 def option_types() -> dict[str, Any]:
-    """Type of every option by its dotted name, the options of all objectives among them."""
+    """Type of every option by its dotted name, the options of all objectives and tasks among them."""
     result: dict[str, Any] = {}
     for section, hint in get_type_hints(Config).items():
-        for cls in [*OPTIONS_OF.values(), hint] if f"{section}." == OBJECTIVE else [hint]:
+        for cls in [*CHOICES.get(hint, {}).values(), hint]:
             result |= _types(cls, f"{section}.")
     return result
 
@@ -32,21 +34,29 @@ def _types(cls: type, prefix: str) -> dict[str, Any]:
     return result
 
 
-def of_other_objectives(options: Iterable[str], objective: Any) -> list[str]:
-    """Those of ``options`` that other objectives have and this one has not; none where there is no such objective."""
-    if objective not in list(OPTIONS_OF):
-        return []
-    own, known = _types(OPTIONS_OF[objective], OBJECTIVE), option_types()
-    return [option for option in options if option.startswith(OBJECTIVE) and option in known and option not in own]
+def of_other_choices(options: Iterable[str], chosen: Mapping[str, Any]) -> list[str]:
+    """Those of ``options`` that other objectives, or other tasks, have and the ``chosen`` one has not.
+
+    ``chosen`` are settings by dotted option; where one names no such objective or task, none.
+    """
+    found, known = [], option_types()
+    for section, base in SECTIONS.items():
+        name = chosen.get(f"{section}.name", base.name)
+        if name in list(CHOICES[base]):  # in a list, for a name that can't be hashed
+            own = _types(CHOICES[base][name], f"{section}.")
+            found += [one for one in options if one.startswith(f"{section}.") and one in known and one not in own]
+    return found
 
 
-def refuse_of_other_objectives(options: Iterable[str], objective: Any, where: str) -> None:
-    """Raises ConfigError that names an option of another objective than the chosen one."""
-    for option in of_other_objectives(options, objective):
-        owners = [name for name, cls in OPTIONS_OF.items() if option in _types(cls, OBJECTIVE)]
+def refuse_of_other_choices(options: Iterable[str], chosen: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError that names an option of another objective or task than the chosen one."""
+    for option in of_other_choices(options, chosen):
+        section, _, name = option.partition(".")
+        base = SECTIONS[section]
+        owners = [owner for owner, cls in CHOICES[base].items() if option in _types(cls, f"{section}.")]
         raise ConfigError(
-            f"{where}: objective {objective} has no {option.removeprefix(OBJECTIVE)} (an option of "
-            f"{', '.join(owners)}); leave it out, or choose objective.name {owners[0]}"
+            f"{where}: {section} {chosen.get(f'{section}.name', base.name)} has no {name} (an option of "
+            f"{', '.join(owners)}); leave it out, or choose {section}.name {owners[0]}"
         )
 
 

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from model.config import FLMOptions, ModelConfig, ObjectiveOptions
+from pipeline.config.task_options import PretrainingOptions, TaskOptions
 
 
 class ConfigError(ValueError):
@@ -190,6 +191,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveOptions = field(default_factory=FLMOptions)
+    task: TaskOptions = field(default_factory=PretrainingOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -209,6 +211,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{name}: found {value}, expected a finite number")
     try:
         config.objective.check()
+        config.task.check()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.objective.negatives == "in_batch_hard" and config.optim.micro_batch_size < 2:

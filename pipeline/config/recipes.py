@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from model.config import ObjectiveOptions
-from pipeline.config.mistakes import nearest, of_other_objectives, refuse_of_other_objectives, refuse_unknown
+from pipeline.config.mistakes import nearest, of_other_choices, refuse_of_other_choices, refuse_unknown
 from pipeline.config.options import ConfigError, leaves
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -19,7 +18,8 @@ RUN_CONFIG = "config.yaml"  # the settings of a run, all of them, written by the
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings by dotted option; ``idle`` are those of an objective that a recipe on top replaced by another."""
+    """Settings by dotted option; ``idle`` are those of an objective or task that a recipe on top
+    replaced by another."""
 
     name: str = "defaults"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -29,12 +29,11 @@ class Recipe:
         """This recipe with ``settings`` on top.
 
         Raises:
-            ConfigError: ``settings`` has an option of another objective than the one chosen now.
+            ConfigError: ``settings`` has an option of another objective or task than the one chosen now.
         """
         merged = {**self.settings, **settings}
-        objective = merged.get("objective.name", ObjectiveOptions.name)
-        refuse_of_other_objectives(settings, objective, where)
-        idle = of_other_objectives(self.settings, objective)
+        refuse_of_other_choices(settings, merged, where)
+        idle = of_other_choices(self.settings, merged)
         kept = {option: value for option, value in merged.items() if option not in idle}
         unused = {**self.idle, **dict.fromkeys(idle, self.name)}
         return Recipe(name, kept, {option: recipe for option, recipe in unused.items() if option not in kept})
@@ -58,7 +57,8 @@ def load_recipe(path: Path, seen: tuple[Path, ...] = ()) -> Recipe:
     """The recipe in the file ``path`` on top of its ``base``: a recipe's name, or a file beside it.
 
     Raises:
-        ConfigError: not such a file, an option that does not exist, or one of another objective than the recipe's.
+        ConfigError: not such a file, an option that does not exist, or one of another objective or task than the
+            recipe's.
     """
     if path in seen:
         raise ConfigError(f"{path}: the recipe is its own base; remove one `base:` line")
@@ -71,14 +71,14 @@ def load_recipe(path: Path, seen: tuple[Path, ...] = ()) -> Recipe:
         lower = load_recipe(beside if is_beside else find_recipe(str(base)), (*seen, path))
     settings = dict(leaves(content))
     if path.name == RUN_CONFIG:
-        settings = without_other_objectives(settings)
+        settings = without_other_choices(settings)
     refuse_unknown(settings, str(path))
     return lower.under(path.stem, settings, str(path))
 
 
-def without_other_objectives(settings: dict[str, Any]) -> dict[str, Any]:
+def without_other_choices(settings: dict[str, Any]) -> dict[str, Any]:
     """A run's settings by dotted option; earlier runs wrote down the options of all objectives, not of theirs only."""
-    other = of_other_objectives(settings, settings.get("objective.name", ObjectiveOptions.name))
+    other = of_other_choices(settings, settings)
     return {option: value for option, value in settings.items() if option not in other}
 
 

@@ -16,6 +16,7 @@ from data_prep.manifest import (
     find_manifests,
     first_bad_file,
     index_columns,
+    open_index,
     read_manifest,
     row_text,
 )
@@ -29,12 +30,13 @@ _FIELD_OF = {"txt": "text", "json": "meta"}  # by extension; all others are imag
 
 
 class RawSample(NamedTuple):
-    """One row as stored: encoded images and its caption."""
+    """One row as stored: encoded images and one text, the ``number``-th of those that the images share."""
 
     key: str
     images: list[bytes]
     text: str
     meta: dict[str, Any]
+    number: int = 0
 
 
 class Corpus:
@@ -74,6 +76,15 @@ class Corpus:
     def read_text(self, index: int) -> str:
         """The caption of row ``index``; raises as ``read`` does."""
         return self._read(index, ()).text
+
+    def first_rows(self) -> np.ndarray:
+        """Rows int64 [samples], one for each image (or pair): that of its first text. Raises ManifestError."""
+        found, start = [], 0
+        for shard in self.manifest.shards:
+            numbers = open_index(self.split_dir, self.manifest, shard)[:, self._columns.caption]
+            found.append(start + np.flatnonzero(numbers == 0))
+            start += shard.rows
+        return np.concatenate(found)
 
     def place(self, index: int) -> tuple[int, int, str]:
         """Shard number, row in the shard, and a name for reports until the sample's key is known."""
@@ -133,7 +144,8 @@ class Corpus:
         if "captions" not in meta:
             data, key = self._member(shard, row, "text", name, key, shard_bytes)
             text = None if data is None else _as_text(data, key)
-        return RawSample(key, images, _caption(text, meta, int(row[self._columns.caption]), key), meta)
+        number = int(row[self._columns.caption])
+        return RawSample(key, images, _caption(text, meta, number, key), meta, number)
 
     def _member(
         self, shard: OpenShard, row: np.ndarray, field: str, name: str, key: str, shard_bytes: int

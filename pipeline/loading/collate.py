@@ -23,7 +23,7 @@ class Item(NamedTuple):
     problem: str | None = None
 
 
-def collate(items: Sequence[Item], images: Tensor, planner: Planner) -> Batch:
+def collate(items: Sequence[Item], images: Tensor, planner: Planner, positions: Sequence[int] = ()) -> Batch:
     """B items and their images, uint8 [B, I, 3, S, S], to a batch: rows sample by sample, then all negatives.
 
     An unusable item keeps its slot; its name stands in ``Batch.problems``.
@@ -35,6 +35,6 @@ def collate(items: Sequence[Item], images: Tensor, planner: Planner) -> Batch:
         for row in item.rows
     ]
     batch = planner(images, sorted(rows, key=lambda row: row.role == "negative"))
-    batch.keys = [item.key for item in items]
+    batch.keys, batch.positions = [item.key for item in items], list(positions)
     batch.problems = [(item.key, item.problem) for item in items if item.problem is not None]
     return batch

@@ -127,30 +127,38 @@ class EvalDataset:
     """Positions of a fixed, evenly spaced choice of ``max_samples`` rows (null: all) to items, seeded as in epoch 0.
 
     ``shuffle_images`` pairs each text with the image half the corpus's choice away: nobody keeps the own image, and the
-    other captions of an image, which stand beside it, do not either.
+    other captions of an image, which stand beside it, do not either. ``per_image`` chooses from images, not from texts,
+    and takes the first text of each.
     """
 
     reader: SampleReader
     seed: int
     max_samples: int | None = None
     shuffle_images: bool = False
+    per_image: bool = False
     _chosen: list[np.ndarray] = field(init=False)  # per corpus, row numbers
 
     def __post_init__(self) -> None:
-        ends = np.cumsum([len(corpus) for corpus in self.reader.corpora])
+        corpora = self.reader.corpora
+        rows_of = [corpus.first_rows() if self.per_image else np.arange(len(corpus)) for corpus in corpora]
+        ends = np.cumsum([len(rows) for rows in rows_of])
         total = int(ends[-1])
         count = total if self.max_samples is None else min(self.max_samples, total)
         if count < 1:
             raise ValueError(f"{count} samples to evaluate: expected at least 1")
-        rows = np.arange(count) * total // count
-        split = np.split(rows, np.searchsorted(rows, ends[:-1]))
-        chosen = [part - (end - len(corpus)) for part, end, corpus in zip(split, ends, self.reader.corpora)]
+        numbers = np.arange(count) * total // count
+        split = np.split(numbers, np.searchsorted(numbers, ends[:-1]))
+        chosen = [rows[part - (end - len(rows))] for part, end, rows in zip(split, ends, rows_of)]
         if self.shuffle_images and any(len(part) == 1 for part in chosen):
             raise ValueError("one sample of a corpus to evaluate: shuffled images need at least 2 of each")
         object.__setattr__(self, "_chosen", chosen)
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._chosen)
+
+    def rows(self) -> list[tuple[int, int]]:
+        """(corpus, row) at each position."""
+        return [(corpus, row) for corpus, part in enumerate(self._chosen) for row in part.tolist()]
 
     def items(self, positions: Sequence[int], out: Tensor, started: Started = lambda corpus, index: None) -> list[Item]:
         """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""

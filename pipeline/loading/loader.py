@@ -74,6 +74,14 @@ class TrainBatches:
     accumulation: int
     skipped: frozenset[int] = frozenset()
 
+    @property
+    def most(self) -> int:
+        return len(self)
+
+    @property
+    def largest(self) -> int:
+        return self.micro_batch
+
     def __len__(self) -> int:
         num_skipped = sum(self.start_step <= step < self.num_steps for step in self.skipped)
         return (max(self.num_steps - self.start_step, 0) - num_skipped) * self.accumulation
@@ -86,6 +94,36 @@ class TrainBatches:
                 yield micro_batch_positions(step, micro, self.rank, self.world, self.micro_batch, self.accumulation)
 
 
+@dataclass(frozen=True)
+class EvalBatches:
+    """Positions of the batches of an evaluation, dealt to the ranks in turn: which positions share a batch does not
+    depend on the number of ranks."""
+
+    all: tuple[Sequence[int], ...]
+    rank: int
+    world: int
+
+    @property
+    def most(self) -> int:
+        """The largest number of batches of any rank."""
+        return -(-len(self.all) // self.world)
+
+    @property
+    def largest(self) -> int:
+        return max(map(len, self.all))
+
+    def without(self, done: Collection[int]) -> EvalBatches:
+        """The batches that are left, the positions ``done`` taken out."""
+        left = ([position for position in batch if position not in done] for batch in self.all)
+        return EvalBatches(tuple(batch for batch in left if batch), self.rank, self.world)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.all), self.world))
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return iter(self.all[self.rank :: self.world])
+
+
 class BatchLoader:
     """An iterable of ``Batch`` in order; ``most_batches`` is the largest number any rank gets, so that all ranks can
     agree on a number of collectives. Raises LoaderError when a worker hangs or dies."""
@@ -93,8 +131,7 @@ class BatchLoader:
     def __init__(
         self,
         dataset: TrainDataset | EvalDataset,
-        batches: Sequence[range] | TrainBatches,
-        most_batches: int,
+        batches: EvalBatches | TrainBatches,
         planner: Planner,
         options: LoaderOptions,
         held_batches: int = 1,
@@ -102,7 +139,7 @@ class BatchLoader:
     ) -> None:
         """``held_batches``: how many batches the caller keeps at a time; ``persistent`` keeps the workers for the next
         iteration, which saves a fork of this process (docs/scale.md)."""
-        self.most_batches = most_batches
+        self.most_batches = batches.most
         self._dataset, self._batches, self._planner, self._options = dataset, batches, planner, options
         self._num_workers = options.num_workers if len(batches) else 0
         self._held_batches, self._persistent = held_batches, persistent and self._num_workers > 0
@@ -113,6 +150,16 @@ class BatchLoader:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def dataset(self) -> TrainDataset | EvalDataset:
+        """What turns positions into samples."""
+        return self._dataset
+
+    def without(self, done: Collection[int]) -> BatchLoader:
+        """A loader of an evaluation that leaves out the positions ``done``; every rank must leave out the same."""
+        left = self._batches.without(done)
+        return BatchLoader(self._dataset, left, self._planner, self._options, persistent=self._persistent)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
@@ -168,7 +215,7 @@ class BatchLoader:
     def _data_loader(self) -> tuple[DataLoader, ImagePool | None]:
         options, workers, pool = self._options, self._num_workers, None
         if workers:
-            largest = len(next(iter(self._batches)))  # the first batch; only the last can be smaller
+            largest = self._batches.largest
             per_worker = options.prefetch + 1 + -(-self._held_batches // workers)
             pool = ImagePool(workers, per_worker, (largest, *self._image_shape))
         loader = DataLoader(
@@ -246,7 +293,7 @@ def build_train_loader(
     reader = _reader(corpora, preparation, options)
     batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(skipped))
     dataset = TrainDataset(reader, order, seed)
-    return BatchLoader(dataset, batches, len(batches), preparation.planner, options, accumulation)
+    return BatchLoader(dataset, batches, preparation.planner, options, accumulation)
 
 
 def build_eval_loader(
@@ -260,16 +307,17 @@ def build_eval_loader(
     options: LoaderOptions,
     max_samples: int | None = None,
     shuffle_images: bool = False,
+    per_image: bool = False,
 ) -> BatchLoader:
     """Every chosen sample exactly once over all ranks; batch k belongs to rank k mod world, the last may be smaller.
 
     Ranks may get different numbers of batches, also none: see ``BatchLoader.most_batches``.
     """
     reader = _reader(corpora, preparation, options)
-    dataset = EvalDataset(reader, seed, max_samples, shuffle_images)
-    all_batches = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
-    most = -(-len(all_batches) // world)
-    return BatchLoader(dataset, all_batches[rank::world], most, preparation.planner, options, persistent=True)
+    dataset = EvalDataset(reader, seed, max_samples, shuffle_images, per_image)
+    starts = range(0, len(dataset), batch_size)
+    batches = EvalBatches(tuple(range(start, min(start + batch_size, len(dataset))) for start in starts), rank, world)
+    return BatchLoader(dataset, batches, preparation.planner, options, persistent=True)
 
 
 def _reader(corpora: Sequence[Corpus], preparation: Preparation, options: LoaderOptions) -> SampleReader:
@@ -296,7 +344,7 @@ class _BatchMaker:
         self._dataset, self._planner, self._image_shape, self._pool = dataset, planner, image_shape, pool
         self._worker_positions = worker_positions
 
-    def __getitem__(self, task: tuple[int | None, range]) -> Batch | SharedBatch | Failure:
+    def __getitem__(self, task: tuple[int | None, Sequence[int]]) -> Batch | SharedBatch | Failure:
         slot, positions = task
         if slot is None:
             images = torch.empty((len(positions), *self._image_shape), dtype=torch.uint8)
@@ -308,7 +356,7 @@ class _BatchMaker:
                 items = self._dataset.items(positions, images, started)
         except DataError as error:
             return Failure(str(error), EXIT_MEND if isinstance(error, OutOfDescriptors) else EXIT_REQUEUE)
-        batch = collate(items, images, self._planner)
+        batch = collate(items, images, self._planner, positions)
         assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"
         return batch if self._pool is None else SharedBatch(batch, slot, self._pool)
 

@@ -177,8 +177,9 @@ def eval_loader(
     place: Place,
     pin: bool,
     shuffle_images: bool = False,
+    per_image: bool = False,
 ) -> BatchLoader:
-    """Each held-out sample once over all ranks, with its own image or with another sample's."""
+    """Each held-out text, or image, once over all ranks; texts with their own image or with another sample's."""
     options = loader_options(config, pin)
     return build_eval_loader(
         corpora,
@@ -190,6 +191,7 @@ def eval_loader(
         options=replace(options, num_workers=min(options.num_workers, MAX_EVAL_WORKERS)),
         max_samples=config.train.eval_samples,
         shuffle_images=shuffle_images,
+        per_image=per_image,
     )
 
 

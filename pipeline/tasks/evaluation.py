@@ -17,7 +17,7 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.loading.open_data import open_held_out
-from pipeline.tasks.task import EvaluationPass, Measurement, Task
+from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Task
 from pipeline.weights.starting import load_trained
 
 Run = Callable[[Callable[[Any, Batch], Measurement], Batch], Measurement]  # a function of objective and batch, applied
@@ -46,12 +46,14 @@ def evaluate(
 
 def _sweep(
     run: Run, one: EvaluationPass, agreement: Agreement, stop: StopRequest
-) -> tuple[dict[str, float], list[Any], int] | None:
+) -> tuple[dict[str, float], list[Prediction], int] | None:
     """Sums of the quantities, predictions and number of unusable samples of a pass, over all ranks."""
     on_device: dict[str, list[Tensor]] = {name: [] for name in one.quantities}
     on_host = dict.fromkeys(one.quantities, 0.0)
-    predictions: list[Any] = []
+    predictions: list[Prediction] = []
     bad_samples = 0
+    if one.begin is not None:
+        run(lambda objective, _: one.begin(objective), one.placeholder)
     batches = iter(one.batches)
     for _ in range(one.batches.most_batches):
         if agreement.total([stop.requested])[0]:
@@ -71,6 +73,7 @@ def _sweep(
     *totals, bad = agreement.total([*local, bad_samples])
     has_predictions = agreement.total([len(predictions)])[0] > 0
     gathered = [item for rank in agreement.gather(predictions) for item in rank] if has_predictions else []
+    gathered.sort(key=lambda item: item["position"])
     return dict(zip(one.quantities, totals, strict=True)), gathered, int(bad)
 
 
@@ -94,6 +97,7 @@ def evaluate_run(
     load_trained(objective, config.model, checkpoint)
     objective.eval().to(device)
     preparation = task.preparation(config, objective, tokenizer)
-    passes = task.passes(config, objective, preparation, corpora, Place(0, 1, 0, "single"), device.type == "cuda")
+    ranks = EvaluationRanks(Place(0, 1, 0, "single"), device.type == "cuda")
+    passes = task.passes(config, objective, preparation, corpora, ranks)
     with torch.no_grad():
         return evaluate(lambda function, batch: function(objective, batch.to(device)), passes, Agreement(), stop)

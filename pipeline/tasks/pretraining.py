@@ -14,11 +14,10 @@ from model.config import Vocabulary
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.distributed.places import Place
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.open_data import eval_loader, placeholder_batch
 from pipeline.tasks.caption_rows import CaptionRows
-from pipeline.tasks.task import EvaluationPass, Measurement, Score
+from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Score
 
 SHUFFLED = "shuffled/"  # before the names of values measured with other samples' images
 MEASURED = ("loss", "correct", "targets")  # of every term
@@ -48,8 +47,7 @@ class Pretraining:
         objective: nn.Module,
         preparation: Preparation,
         held_out: Sequence[Corpus],
-        place: Place,
-        pin: bool,
+        ranks: EvaluationRanks,
     ) -> list[EvaluationPass]:
         """With the own image, then with another sample's: there, what the image tells is lost.
 
@@ -61,7 +59,10 @@ class Pretraining:
         of_language = {name: weight for name, weight in weights.items() if name not in classes}
         return [
             held_out_pass(
-                eval_loader(config, list(held_out), preparation, place, pin, bool(name)), placeholder, kept, name
+                eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin, bool(name)),
+                placeholder,
+                kept,
+                name,
             )
             for name, kept in (("", weights), (SHUFFLED, of_language))
         ]

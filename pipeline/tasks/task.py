@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from model.batch import Batch
 from model.config import Vocabulary
+from model.decode.search import alone
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.distributed.places import Place
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.loader import BatchLoader
+
+Prediction = dict[str, Any]
 
 
 class Score(NamedTuple):
@@ -41,12 +44,23 @@ class Score(NamedTuple):
 class Measurement(NamedTuple):
     """What one batch adds to an evaluation.
 
-    ``sums`` are added up over batches and ranks (scalars on the device, or host numbers); ``predictions``, picklable
-    and one for each item that was judged, are gathered from all ranks.
+    ``sums`` are added up over batches and ranks (scalars on the device, or host numbers). ``predictions``, one for each
+    item that was judged, are gathered from all ranks in the order of the evaluation: dicts of what JSON holds, and of
+    numpy arrays, each with the item's "position" (``Batch.positions``).
     """
 
     sums: Mapping[str, Tensor | float]
-    predictions: Sequence[Any] = ()
+    predictions: Sequence[Prediction] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationRanks:
+    """Who evaluates: this rank, whether batches are pinned, and how ranks that share one network agree that all are
+    done (``model.decode.search``)."""
+
+    place: Place
+    pin: bool = False
+    all_agree: Callable[[bool], bool] = alone
 
 
 @dataclass(frozen=True)
@@ -54,17 +68,19 @@ class EvaluationPass:
     """One sweep over held-out samples, each exactly once on any number of ranks.
 
     ``measure`` runs inside the engine's forward, in evaluation mode and without gradients, as often on every rank;
-    ``placeholder`` is for ranks that have run dry. ``summarise`` turns the sums of ``quantities`` and the predictions
-    of all ranks into values by name, and runs on every rank alike. ``write``, if given, gets the predictions on rank 0.
+    ``placeholder`` is for ranks that have run dry. ``begin``, if given, runs there once before, for what all batches
+    share. ``summarise`` turns the sums of ``quantities`` and the predictions of all ranks into values by name, and runs
+    on every rank alike. ``write``, if given, gets the predictions on rank 0.
     """
 
     batches: BatchLoader
     placeholder: Batch
     measure: Callable[[nn.Module, Batch], Measurement]
     quantities: tuple[str, ...]
-    summarise: Callable[[Mapping[str, float], list[Any]], dict[str, float]]
+    summarise: Callable[[Mapping[str, float], list[Prediction]], dict[str, float]]
     name: str = ""  # stands before the names of its values, like "shuffled/"
-    write: Callable[[list[Any]], None] | None = None
+    write: Callable[[list[Prediction]], None] | None = None
+    begin: Callable[[nn.Module], None] | None = None
 
 
 class Task(Protocol):
@@ -89,7 +105,6 @@ class Task(Protocol):
         objective: nn.Module,
         preparation: Preparation,
         held_out: Sequence[Corpus],
-        place: Place,
-        pin: bool,
+        ranks: EvaluationRanks,
     ) -> list[EvaluationPass]:
         """The passes of an evaluation over the ``held_out`` corpora (at least one)."""

@@ -40,7 +40,7 @@ from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.reporting.trackers import check_trackers
-from pipeline.tasks.task import EvaluationPass, Score, Task
+from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
 
@@ -161,7 +161,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     preparation = task.preparation(config, objective, opened.data.tokenizer)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
-    passes = task.passes(config, objective, preparation, held_out, place, pin) if held_out else []
+    evaluating = EvaluationRanks(place, pin, lambda done: agreement.total([not done])[0] == 0)
+    passes = task.passes(config, objective, preparation, held_out, evaluating) if held_out else []
     return Session(
         config=config,
         ranks=ranks,

@@ -69,7 +69,8 @@ def test_a_task_of_two_images_and_soft_targets(tmp_path: Path, pairs: Path) -> N
     assert (whole / "run" / "checkpoints" / f"step_{lowest:08d}").is_dir()
 
     predictions = json.loads((whole / "predictions.json").read_text())
-    assert len({key for key, _ in predictions}) == len(predictions) == 13, "each held-out item once"
+    assert [one["position"] for one in predictions] == list(range(13)), "each held-out item once"
+    assert len({one["key"] for one in predictions}) == 13
     page = (whole / "run" / "report.html").read_text()
     assert "Held-out distance" in page and "lower is better" in page
 

@@ -26,6 +26,7 @@ from pipeline.loading.open_data import open_held_out
 from pipeline.loading.shared_batches import SlotSampler
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.pretraining import Pretraining
+from pipeline.tasks.task import EvaluationRanks
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
@@ -223,7 +224,7 @@ def score(place: Place, folder: Path) -> dict[str, float]:
     corpora = open_held_out(config)
     task = Pretraining()
     preparation = task.preparation(config, objective, tokenizer)
-    passes = task.passes(config, objective, preparation, corpora, place, pin=False)
+    passes = task.passes(config, objective, preparation, corpora, EvaluationRanks(place))
     return evaluate(lambda function, batch: function(objective, batch), passes, Agreement(), StopRequest())
 
 

@@ -270,3 +270,32 @@ def test_corpora_of_pairs_and_single_images_do_not_mix(tmp_path, data):
         replace(data, corpora=[data.corpora[0], pairs]).train()
     (batch,) = replace(data, corpora=[pairs]).train(micro_batch=3, stop=1)
     assert batch.images.shape == (3, 2, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_evaluation_leaves_out_what_is_done(data, world: int) -> None:
+    """Batches keep their samples whatever is done and however many ranks share what is left."""
+    whole = {tuple(batch.positions): batch for batch in data.evaluate(batch_size=3)}
+    done = {1, 3, 4, 5}
+    left = [list(data.evaluate(world, rank, batch_size=3).without(done)) for rank in range(world)]
+    found = sorted(tuple(batch.positions) for part in left for batch in part)
+    assert found == sorted(kept for one in whole if (kept := tuple(p for p in one if p not in done)))
+    keys = {position: key for one, batch in whole.items() for position, key in zip(one, batch.keys)}
+    assert all(keys[p] == key for part in left for b in part for p, key in zip(b.positions, b.keys))
+    assert {len(range(rank, len(found), world)) for rank in range(world)} == {len(part) for part in left}
+
+
+def test_an_evaluation_of_images_sees_each_once_with_its_first_text(data) -> None:
+    batches = list(data.evaluate(per_image=True))
+    keys = [(position, key) for batch in batches for position, key in zip(batch.positions, batch.keys)]
+    expected = []
+    for corpus in data.corpora:
+        assert [corpus.read(int(row)).number for row in corpus.first_rows()] == [0] * corpus.manifest.samples
+        expected += [corpus.read(int(row)).key for row in corpus.first_rows()]
+    assert keys == list(enumerate(expected)) and sum(len(corpus) for corpus in data.corpora) > len(keys)
+
+
+def test_a_row_says_which_of_its_texts_it_is(data) -> None:
+    samples = [corpus.read(row) for corpus in data.corpora for row in range(len(corpus))]
+    assert all(one.text == one.meta["captions"][one.number] for one in samples)
+    assert max(one.number for one in samples) > 0

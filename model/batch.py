@@ -30,7 +30,8 @@ class Row:
     sample and have no targets. ``read`` rows hold any text about any image of the batch: it goes in as it is, nothing
     is predicted, and ``Pretraining.features`` returns what was understood. Rows with the same ``sample`` (a key; ""
     says nothing) are about the same sample, none is a negative of another. ``target`` is what a task wants to be
-    predicted from the row besides its own tokens: a class, a distribution, an answer's tokens.
+    predicted from the row besides its own tokens: a class, a distribution, an answer's tokens. ``note`` is what a
+    prediction about the sample will repeat (its question and answers); nothing computes with it.
     """
 
     token_ids: list[int]
@@ -39,6 +40,7 @@ class Row:
     role: Role = "pair"
     sample: str = ""
     target: Any = None
+    note: Any = None
 
 
 class Term(NamedTuple):
@@ -81,6 +83,7 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     plan: TextPlan | None = None
+    notes: list[Any] = field(default_factory=list)  # of each sample's first row
     positions: list[int] = field(default_factory=list)  # of the samples in the order of training or evaluation
 
     @property

@@ -36,5 +36,6 @@ def collate(items: Sequence[Item], images: Tensor, planner: Planner, positions: 
     ]
     batch = planner(images, sorted(rows, key=lambda row: row.role == "negative"))
     batch.keys, batch.positions = [item.key for item in items], list(positions)
+    batch.notes = [item.rows[0].note for item in items]
     batch.problems = [(item.key, item.problem) for item in items if item.problem is not None]
     return batch

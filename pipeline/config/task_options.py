@@ -50,7 +50,7 @@ class VQAOptions(TaskOptions):
     """
 
     name: Literal["vqa"] = "vqa"
-    answers: str | None = None
+    answers: str | None = scoring(None)  # its content is in a run's fingerprint, not its path
     generative: bool = False
     max_answer_tokens: PositiveInt = scoring(10)
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pipeline.config.options import Config
+from pipeline.tasks.nlvr2 import NLVR2
 from pipeline.tasks.pretraining import Pretraining
+from pipeline.tasks.snli_ve import SNLIVE
 from pipeline.tasks.task import Task
+from pipeline.tasks.vqa import VQA
+
+TASKS: dict[str, type[Task]] = {"pretraining": Pretraining, "vqa": VQA, "nlvr2": NLVR2, "snli_ve": SNLIVE}
 
 
 def task_of(config: Config) -> Task:
-    """The task of a run; a fine-tuning task gets its line here."""
-    return Pretraining()
+    """The task of a run, by ``task.name``."""
+    return TASKS[config.task.name]()

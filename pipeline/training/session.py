@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from data_prep.manifest import write_atomically
 from model.census import Census, parameter_census
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
@@ -23,7 +25,7 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
-from pipeline.config.options import Config, ConfigError, save_config, to_plain, tokenizer_source
+from pipeline.config.options import Config, ConfigError, flatten, save_config, to_plain, tokenizer_source
 from pipeline.distributed.devices import choose_device, refuse_shared_gpu
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
@@ -138,7 +140,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     """
     config, place, agreement = launch.config, ranks.place, ranks.agreement
     check_trackers(config.tracking.wandb)
-    opened = open_run(launch, task.num_images, ranks)
+    opened = open_run(launch, task.num_images, ranks, task.fingerprint(config) if hasattr(task, "fingerprint") else {})
     with build_device(ds_config, place):
         objective = task.build(config, opened.data.tokenizer.vocabulary)
     scores = task.scores(objective)
@@ -156,6 +158,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     if place.is_main:
         _announce(opened, state, census, engine, changes, starting)
         _write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
+        copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)
     records = open_records(opened, engine, state, ranks)
     preparation = task.preparation(config, objective, opened.data.tokenizer)
@@ -176,8 +179,12 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     )
 
 
-def open_run(launch: Launch, num_images: int, ranks: Ranks) -> Opened:
+def open_run(
+    launch: Launch, num_images: int, ranks: Ranks, of_task: Mapping[str, Any] = MappingProxyType({})
+) -> Opened:
     """Open the data and find the checkpoint to go on from; every rank must call it.
+
+    ``of_task``: what of the task's own files decides what a step computes, by name.
 
     Raises:
         ValueError: data that is missing, a run of other settings, one that another process holds, one that is done.
@@ -186,7 +193,7 @@ def open_run(launch: Launch, num_images: int, ranks: Ranks) -> Opened:
     data = open_training_data(config, num_images, ranks.agreement)
     lock = _lock(output, ranks) if ranks.agreement.gather(output.is_dir())[0] else None
     torch.manual_seed(config.train.seed)
-    wanted, data_changes = run_fingerprint(config, data_fingerprint(config, data)), {}
+    wanted, data_changes = run_fingerprint(config, data_fingerprint(config, data) | of_task), {}
     passed_by = SkippedBatches.read(output).steps  # on every rank, so that a damaged file ends all alike
     for name in finish_setting_aside(output) if is_main else ():
         ranks.say(f"guard: finished a rewind that was cut off: set aside {name}", error=True)
@@ -345,6 +352,14 @@ def copy_tokenizer(source: str | Path, output: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(source, beside, ignore=_not_of_a_tokenizer)
         os.rename(beside, final)
+
+
+def copy_files(names: Mapping[str, str], config: Config, output: Path) -> None:
+    """A copy in the run folder of each file of the task's that an option names; what is there stays."""
+    options = dict(flatten(config))
+    for name, option in names.items():
+        if not (output / name).exists():
+            write_atomically(output / name, Path(options[option]).read_text(encoding="utf-8"))
 
 
 def _not_of_a_tokenizer(folder: str, names: list[str]) -> list[str]:

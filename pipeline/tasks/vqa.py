@@ -1,0 +1,126 @@
+"""The task of visual question answering: a classifier over a list of answers, scored by VQA's evaluator.
+
+Recipe and head: specification sections 6.3 and 7.1. Scores: ``pipeline/metrics/vqa.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from data_prep.vqa_answers import EVALUATOR, answers_hash, read_vocabulary, soft_scores
+from model.build import build_classification
+from model.config import Vocabulary
+from pipeline.config.options import Config, ConfigError, weighted_paths
+from pipeline.data.shard_reader import Corpus, RawSample
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.loading.datasets import Preparation
+from pipeline.metrics import vqa as metrics
+from pipeline.metrics.submissions import vqa_submission
+from pipeline.tasks.classification import Label, TextRows, classification_pass, entry
+from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Prediction, Score
+
+ANSWERS_NAME = "answers.json"
+
+
+@dataclass(frozen=True)
+class AnswerLabels:
+    """Soft targets of a question from its ten answers, each looked up in ``classes``; None where none is in it.
+
+    ``normalised``: answers are normalised as the evaluator does before they are looked up.
+    # NOTE release: they are looked up as they stand, so that "Yes" and "two" are no votes; here: only if ``released``.
+    """
+
+    classes: Mapping[str, int]
+    normalised: bool = True
+
+    def __call__(self, sample: RawSample) -> Label:
+        answers = entry(sample, "answers", optional=True)
+        scores = [] if answers is None else soft_scores(answers, self.classes, self.normalised)
+        note = {"question_id": entry(sample, "question_id"), "question": sample.text}
+        note |= {} if answers is None else {"answers": answers}
+        for name in ("answer_type", "question_type"):
+            value = entry(sample, name, optional=True)
+            note |= {} if value is None else {name: value}
+        return scores or None, note
+
+
+class VQA:
+    """Answers to questions about an image, out of the list of the run."""
+
+    num_images = 1
+    run_files = {ANSWERS_NAME: "task.answers"}
+
+    def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
+        config.task.answers = str(answers_file(config))  # for RUN/config.yaml, and for the copy in RUN
+        classes = len(read_vocabulary(answers_file(config)))
+        length = config.data.max_text_length
+        return build_classification(config.model, config.objective, vocabulary, length, "vqa", classes, kind="soft")
+
+    def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
+        classes = {answer: number for number, answer in enumerate(read_vocabulary(answers_file(config)))}
+        labels = AnswerLabels(classes, normalised=config.model.behaviour == "default")
+        maker = TextRows(tokenizer, config.data.max_text_length, self.num_images, labels)
+        return Preparation(maker, objective.planner, config.model.vision.image_size)
+
+    def scores(self, objective: nn.Module) -> tuple[Score, ...]:
+        return Score("vqa_accuracy", True), Score("loss", False)
+
+    def passes(
+        self,
+        config: Config,
+        objective: nn.Module,
+        preparation: Preparation,
+        held_out: Sequence[Corpus],
+        ranks: EvaluationRanks,
+    ) -> list[EvaluationPass]:
+        judge = partial(_judge, read_vocabulary(answers_file(config)))
+        return [classification_pass(config, preparation, held_out, ranks, judge, _summarise)]
+
+    def fingerprint(self, config: Config) -> dict[str, Any]:
+        return {"answers": answers_hash(read_vocabulary(answers_file(config)))}
+
+    def protocol(self, config: Config) -> dict[str, Any]:
+        answers = read_vocabulary(answers_file(config))
+        return {
+            "evaluator": EVALUATOR,
+            "accuracy": "mean over leave-one-out sets of nine answers of min(matches / 3, 1)",
+            "answers": f"one of {len(answers)} (sha256 {answers_hash(answers)[:12]})",
+        }
+
+    def submission(self, config: Config, predictions: Sequence[Prediction], items: Iterable[RawSample]) -> Any:
+        """What EvalAI takes: a list of {"question_id", "answer"}."""
+        expected = [entry(item, "question_id") for item in items]
+        return vqa_submission([(one["question_id"], one["answer"]) for one in predictions], expected)
+
+
+def _judge(answers: Sequence[str], logits: Tensor, number: int) -> dict[str, Any]:
+    chosen = int(logits[number].argmax())
+    return {"answer": answers[chosen], "confidence": float(logits[number, chosen].sigmoid())}
+
+
+def _summarise(predictions: list[Prediction]) -> dict[str, float]:
+    """Scores of the questions whose answers are known; each prediction is told its own."""
+    for one in predictions:
+        if "answers" in one:
+            one["score"] = metrics.accuracy(one["answer"], one["answers"])
+    return metrics.summarise([one for one in predictions if "answers" in one])
+
+
+def answers_file(config: Config) -> Path:
+    """The list of answers of a run: ``task.answers``, or answers.json in or above the first data path."""
+    if config.task.answers:
+        return Path(config.task.answers)
+    first = weighted_paths(config.data)[0][0]
+    for folder in (first, first.resolve().parent, first.resolve().parent.parent):
+        if (folder / ANSWERS_NAME).is_file():
+            return folder / ANSWERS_NAME
+    raise ConfigError(
+        f"{first / ANSWERS_NAME}: no such file; `python -m data_prep vqav2` writes it beside the data, or name one by "
+        "--task.answers FILE"
+    )

@@ -74,10 +74,11 @@ def stream_states(
     return outputs
 
 
-def plain_features(objective: nn.Module, ids: list[int], picture: Tensor) -> Tensor:
-    """[2D] of one text about one picture, uint8 [1, 3, S, S]."""
+def plain_features(objective: nn.Module, ids: list[int], picture: Tensor, image_type: int = 1) -> Tensor:
+    """[2D] of one text about one picture, uint8 [1, 3, S, S]; ``image_type``: 1 + its number in its sample."""
     net, length = objective.net, len(ids)
-    image = (net.image_projection(net.vision(picture)) + net.type_embedding.weight[1])[0]
+    planner = getattr(objective.planner, "planner", objective.planner)
+    image = (net.image_projection(net.vision(picture)) + net.type_embedding.weight[image_type])[0]
     l2r_kind, words = net.type_embedding.weight[0], slice(1, length - 1)
     left = [list(range(i + 1)) for i in range(length)]
     right = [list(range(i, length)) for i in range(length)]
@@ -85,7 +86,7 @@ def plain_features(objective: nn.Module, ids: list[int], picture: Tensor) -> Ten
         left = [list(range(length)), *(list(range(1, i + 1)) for i in range(1, length))]
         right[0] = list(range(length))
     if objective.name != "flm":
-        num_words, share = length - 2, objective.planner.prefix_share if objective.name == "prefixlm" else 0.0
+        num_words, share = length - 2, planner.prefix_share if objective.name == "prefixlm" else 0.0
         readers = [list(range(length))] * length if objective.name == "mlm" else left
         if objective.name == "prefixlm":
             prefix = num_words + 1 if share is None else int(share * num_words) + 1

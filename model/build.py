@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.frozen import freeze
+from model.objectives.classification import Classification
+from model.objectives.parts import Parts
 from model.objectives.pretraining import Pretraining
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
+from model.plans.tasks import ClassKind
 
 
 def build_objective(
@@ -20,16 +23,56 @@ def build_objective(
     Raises:
         ValueError: an option out of range, or options that do not fit each other.
     """
-    _check(model, objective, vocabulary, max_text_length)
     matching = objective.itm_weight and model.behaviour == "default"  # the release has none
     share = objective.negative_share if matching else 0.0
     in_batch = objective.negatives == "in_batch_hard"
-    built = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, 0.0 if in_batch else share)
     if in_batch:
-        built.planner = HardNegatives(built.planner, share)
+        _check_hard_negatives(model, objective)
+    parts = build_parts(model, objective, vocabulary, max_text_length, 0.0 if in_batch else share)
+    if in_batch:
+        parts = parts._replace(planner=HardNegatives(parts.planner, share))
+    return Pretraining(model, objective, *parts)
+
+
+def build_classification(
+    model: ModelConfig,
+    objective: ObjectiveOptions,
+    vocabulary: Vocabulary,
+    max_text_length: int,
+    term: str,
+    num_classes: int,
+    num_images: int = 1,
+    kind: ClassKind = "class",
+) -> Classification:
+    """Choosing one of ``num_classes`` for a text about ``num_images``, on the network of a pretraining objective.
+
+    ``term`` names the loss, and with it the head (``model/objectives/classification.py``); ``kind`` says whether
+    targets are classes or scores of several ("soft"). Weights are random, as of :func:`build_objective`.
+
+    Raises:
+        ValueError: an option out of range, or options that do not fit each other.
+    """
+    parts = build_parts(model, objective, vocabulary, max_text_length, num_images=num_images)
+    return Classification(model, objective, parts, term, num_classes, num_images, kind)
+
+
+def build_parts(
+    model: ModelConfig,
+    objective: ObjectiveOptions,
+    vocabulary: Vocabulary,
+    max_text_length: int,
+    share: float = 0.0,
+    num_images: int = 1,
+) -> Parts:
+    """Network and planner of a pretraining objective, its vision tower frozen where the options say so.
+
+    ``share`` of the samples get a negative caption from the corpus; raises as :func:`build_objective`.
+    """
+    _check(model, objective, vocabulary, max_text_length)
+    parts = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, share, num_images)
     if model.vision.frozen:
-        freeze(built.net.vision, source=model.weights or model.vision.pretrained)
-    return built
+        freeze(parts.net.vision, source=model.weights or model.vision.pretrained)
+    return parts
 
 
 def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabulary, max_text_length: int) -> None:
@@ -46,8 +89,6 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
             "objective.whole_words needs a tokenizer whose tokens show where a word begins (byte-level BPE, WordPiece"
             " or SentencePiece); use another data.tokenizer or objective.whole_words false"
         )
-    if objective.negatives == "in_batch_hard":
-        _check_hard_negatives(model, objective)
     if not 0 <= model.text.dropout < 1:
         raise ValueError(f"model.text.dropout is {model.text.dropout}, expected 0 to below 1")
     if max_text_length < 3:

@@ -32,8 +32,8 @@ class Features(NamedTuple):
 class FLM(nn.Module):
     """Encodes captions in both directions in one pass and reconstructs freely hidden targets from the states."""
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
-        """``config`` with resolved vision sizes.
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, num_images: int = 1) -> None:
+        """``config`` with resolved vision sizes; ``num_images`` of a sample.
 
         Raises:
             ValueError: sizes that do not fit each other.
@@ -44,7 +44,7 @@ class FLM(nn.Module):
         self.released = config.behaviour == "released"
         self.vocabulary = vocabulary
         self.dropout = text.dropout
-        add_towers(self, config, vocabulary)
+        add_towers(self, config, vocabulary, num_images)
         self.stream_embedding = nn.Embedding(2, text.width)  # r2l text, reconstruction queries
         self.reconstructor_bottom = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_bottom))
         self.reconstructor_top = nn.ModuleList(ReconstructorLayer(text) for _ in range(num_top))

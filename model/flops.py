@@ -8,13 +8,25 @@ not counted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from model.batch import Batch
 from model.config import ModelConfig
 from model.vision.tower import Tower
 
 
 def forward_macs(config: ModelConfig, tower: Tower, vocabulary_size: int, batch: Batch, streams: int) -> dict[str, int]:
-    """Multiply-accumulates of one forward pass, by part of the model; FLM has 2 ``streams``."""
+    """Multiply-accumulates of one forward pass of pretraining, by part of the model; FLM has 2 ``streams``."""
+    square = config.text.width**2
+    targets = {kind: sum(len(t.target) for t in batch.terms.values() if t.kind == kind) for kind in ("token", "class")}
+    return network_macs(config, tower, batch, streams) | {
+        "lm_head": targets["token"] * (square + config.text.width * vocabulary_size),
+        "matching": targets["class"] * (square + 2 * config.text.width),
+    }
+
+
+def network_macs(config: ModelConfig, tower: Tower, batch: Batch, streams: int) -> dict[str, int]:
+    """The same of the network alone, without pooler and heads."""
     text, image_tokens = config.text, tower.num_tokens
     width, ffn = text.width, 2 * text.width * text.ffn_width
     plan, num_images = batch.plan, batch.images.shape[0] * batch.images.shape[1]
@@ -31,7 +43,6 @@ def forward_macs(config: ModelConfig, tower: Tower, vocabulary_size: int, batch:
     reconstruction = queries * (2 * square + ffn) + states * 2 * square + 2 * num_rows * length * 2 * length * width
     rb, rt = config.reconstructor.bottom_layers, config.reconstructor.top_layers
     layers = (text.bottom_layers if rb is None else rb) + (text.top_layers if rt is None else rt) if streams == 2 else 0
-    targets = {kind: sum(len(t.target) for t in batch.terms.values() if t.kind == kind) for kind in ("token", "class")}
     return {
         "vision": num_images * tower.macs,
         "bottom_text": text.bottom_layers * (self_attention + states * ffn),
@@ -39,12 +50,11 @@ def forward_macs(config: ModelConfig, tower: Tower, vocabulary_size: int, batch:
         + (states + queries) * square
         + num_images * image_tokens * tower.width * width,
         "reconstructor": layers * reconstruction,
-        "lm_head": targets["token"] * (square + width * vocabulary_size),
-        "matching": targets["class"] * (square + 2 * width),
     }
 
 
-def training_flops(config: ModelConfig, tower: Tower, vocabulary_size: int, batch: Batch, streams: int) -> int:
-    """Floating-point operations of forward and backward; a frozen tower has no backward."""
-    macs = forward_macs(config, tower, vocabulary_size, batch, streams)
+def training_flops(config: ModelConfig, macs: Mapping[str, int]) -> int:
+    """Floating-point operations of forward and backward, given the ``macs`` of a forward pass; a frozen tower has no
+    backward.
+    """
     return 6 * sum(macs.values()) - (4 * macs["vision"] if config.vision.frozen else 0)

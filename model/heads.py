@@ -1,4 +1,4 @@
-"""Output heads: the vocabulary head of language terms, and the pooler of the CLS feature.
+"""Output heads: of words, of classes, of one number, and the pooler of the CLS feature.
 
 Legend: M targets, D width, V vocabulary.
 """
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from model.cpu.door import KeptMemory
 from model.cross_entropy import chunked_cross_entropy
 from model.layers import TOP_EPS, initial_std
+
+CLASSIFIER_EPS = 1e-5
 
 
 class LanguageModelHead(nn.Module):
@@ -62,6 +64,35 @@ class MatchingHead(nn.Linear):
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 2)
+        nn.init.normal_(self.weight, std=initial_std(width))
+        nn.init.zeros_(self.bias)
+
+
+class ClassifierHead(nn.Sequential):
+    """Linear, LayerNorm, GELU, linear on the pooled CLS features of a text with each of its images, side by side.
+
+    Hidden width, eps and parameter names are the release's (specification sections 7.1 and 7.2).
+    """
+
+    learning_rate_group = "head"
+
+    def __init__(self, width: int, num_classes: int, num_images: int = 1) -> None:
+        """``width``: D of one feature; the head takes [M, num_images * D]."""
+        hidden = 2 * width
+        norm = nn.LayerNorm(hidden, eps=CLASSIFIER_EPS)
+        super().__init__(nn.Linear(num_images * width, hidden), norm, nn.GELU(), nn.Linear(hidden, num_classes))
+        for linear in (self[0], self[3]):
+            nn.init.normal_(linear.weight, std=initial_std(width))
+            nn.init.zeros_(linear.bias)
+
+
+class RankHead(nn.Linear):
+    """One number of the pooled CLS feature, by which texts of an image, or images of a text, are ranked."""
+
+    learning_rate_group = "rest"  # as in the release, whose other heads learn faster
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
         nn.init.normal_(self.weight, std=initial_std(width))
         nn.init.zeros_(self.bias)
 

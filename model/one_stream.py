@@ -26,14 +26,16 @@ class StreamFeatures(NamedTuple):
 class OneStream(nn.Module):
     """Encodes captions over an image; which states see each other is ``TextPlan.prefix`` (specification section 4)."""
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, causal: bool) -> None:
-        """``causal`` matters to the released behaviour only, where `<s>` sees all words and is seen by none."""
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, causal: bool, num_images: int = 1) -> None:
+        """``causal`` matters to the released behaviour only, where `<s>` sees all words and is seen by none;
+        ``num_images`` of a sample.
+        """
         super().__init__()
         self.released = config.behaviour == "released"
         self.vocabulary = vocabulary
         self.dropout = config.text.dropout
         self._hidden_start = self.released and causal
-        add_towers(self, config, vocabulary)
+        add_towers(self, config, vocabulary, num_images)
         reset_parameters(self)
 
     def forward(self, batch: Batch) -> StreamFeatures:

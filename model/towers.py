@@ -11,8 +11,8 @@ from model.learning_rate_groups import declare_group
 from model.vision.tower import build_tower
 
 
-def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> None:
-    """Gives ``net`` its towers under the names that checkpoints and importers know.
+def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary, num_images: int = 1) -> None:
+    """Gives ``net`` its towers under the names that checkpoints and importers know; samples have ``num_images``.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -27,7 +27,7 @@ def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary) -> N
     net.bottom = nn.ModuleList(BottomLayer(text) for _ in range(text.bottom_layers))
     net.text_projection = nn.Linear(text.width, text.width)
     net.image_projection = nn.Linear(net.vision.width, text.width)
-    net.type_embedding = nn.Embedding(2, text.width)  # l2r text, image
+    net.type_embedding = nn.Embedding(1 + num_images, text.width)  # l2r text, image, second image ..
     net.top = nn.ModuleList(TopLayer(text) for _ in range(text.top_layers))
     net.pooler = Pooler(text.width)
     declare_group("rest", net.vision, net.embedding, net.bottom, net.type_embedding)
@@ -48,5 +48,15 @@ def reset_parameters(net: nn.Module, keep: tuple[str, ...] = ()) -> None:
 
 
 def encode_images(net: nn.Module, images: Tensor) -> Tensor:
-    """Projected tokens [B*I, P, D] of images uint8 [B, I, 3, S, S]."""
-    return net.image_projection(net.vision(images.flatten(0, 1))) + net.type_embedding.weight[1]
+    """Projected tokens [B*I, P, D] of images uint8 [B, I, 3, S, S]; image i of a sample has type 1 + i.
+
+    Raises:
+        ValueError: samples have more images than the network was built for.
+    """
+    num_images, num_types = images.shape[1], net.type_embedding.num_embeddings
+    if num_images >= num_types:
+        raise ValueError(f"samples have {num_images} images, the network knows {num_types - 1}; build it for as many")
+    tokens = net.image_projection(net.vision(images.flatten(0, 1)))
+    if num_images == 1:
+        return tokens + net.type_embedding.weight[1]
+    return (tokens.unflatten(0, (-1, num_images)) + net.type_embedding.weight[1 : 1 + num_images, None]).flatten(0, 1)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from model.batch import Planner
 from model.config import FLMOptions, ModelConfig, Vocabulary
 from model.flm import FLM
-from model.objectives.pretraining import Pretraining
+from model.objectives.parts import Parts
 from model.plans.flm import FLMPlanner, ReleasedPlanner
 
 
 def flm(
-    model: ModelConfig, objective: FLMOptions, vocabulary: Vocabulary, max_text_length: int, share: float
-) -> Pretraining:
+    model: ModelConfig,
+    objective: FLMOptions,
+    vocabulary: Vocabulary,
+    max_text_length: int,
+    share: float,
+    num_images: int = 1,
+) -> Parts:
     """Reconstruction of all words and the two language-model losses (specification section 5).
 
     Total = (flm + a l2r + b r2l) / (1 + a + b) + c itm, each a mean over its targets.
@@ -24,4 +29,4 @@ def flm(
         planner = FLMPlanner(vocabulary, objective.corruption_rate, share, centred=centred)
     total = 1 + objective.l2r_weight + objective.r2l_weight
     weights = {"flm": 1 / total, "l2r": objective.l2r_weight / total, "r2l": objective.r2l_weight / total}
-    return Pretraining(model, objective, FLM(model, vocabulary), planner, weights)
+    return Parts(FLM(model, vocabulary, num_images), planner, weights)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Planner, Term, TextPlan
 from model.config import ModelConfig, ObjectiveOptions
-from model.flops import training_flops
+from model.flops import forward_macs, training_flops
 from model.heads import LanguageModelHead, MatchingHead
 from model.learning_rate_groups import declared_group
 
@@ -91,7 +91,8 @@ class Pretraining(nn.Module):
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
         streams = 2 if self.name == "flm" else 1
-        return training_flops(self.config, self.net.vision, self.net.vocabulary.size, batch, streams)
+        macs = forward_macs(self.config, self.net.vision, self.net.vocabulary.size, batch, streams)
+        return training_flops(self.config, macs)
 
     def parameter_group(self, name: str) -> str:
         """Learning-rate group of a parameter, as its module declares it (specification section 7)."""

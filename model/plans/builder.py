@@ -118,11 +118,5 @@ def row_generator(seed: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=stream << 64 | seed & (2**64 - 1)))
 
 
-def refuse_read_rows(rows: Sequence[Row]) -> None:
-    """Raises ValueError where a row has the role "read", which released planners do not know."""
-    if any(row.role == "read" for row in rows):
-        raise ValueError("released behaviour computes no features of read rows; use model.behaviour default")
-
-
 def _joined(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0, dtype=torch.int64)

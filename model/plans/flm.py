@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.batch import Batch, Row
 from model.config import Vocabulary
-from model.plans.builder import PlanBuilder, matched_rows, padded_length, refuse_read_rows, round_up, row_generator
+from model.plans.builder import PlanBuilder, matched_rows, padded_length, round_up, row_generator
 from model.plans.spans import centred_spans, centred_word_spans, uniform_spans
 
 LANGUAGE_TERMS = {"flm": ("queries", "token"), "l2r": ("l2r", "token"), "r2l": ("r2l", "token")}
@@ -39,20 +39,12 @@ class FLMPlanner:
         matched = matched_rows(rows)
         for number, row in enumerate(rows):
             if row.role == "read":
-                builder.add_feature("queries", number, self._add_cls_query(builder, row, number))
+                builder.add_feature("queries", number, add_cls_query(builder, row, number))
             if number in matched:
-                builder.add_targets("itm", self._add_cls_query(builder, row, number), [matched[number]])
+                builder.add_targets("itm", add_cls_query(builder, row, number), [matched[number]])
             if row.role == "pair":
                 self._predict_words(builder, row, number, all_states=number in matched)
         return builder.build(images, rows, self.vocabulary)
-
-    def _add_cls_query(self, builder: PlanBuilder, row: Row, number: int) -> np.ndarray:
-        """A row's CLS query and the states it reads, which a pair has anyway; returns its packed position."""
-        length = len(row.token_ids)
-        if row.role != "pair":
-            builder.add_states("l2r", number, np.arange(length))
-            builder.add_states("r2l", number, np.arange(length))
-        return builder.add_queries(number, np.array([0]), np.array([[length, -1]]))
 
     def _predict_words(self, builder: PlanBuilder, row: Row, number: int, all_states: bool) -> None:
         """Targets of a pair. Without a CLS query nobody reads the l2r state of `</s>`, nor r2l's of `<s>` and w1."""
@@ -74,6 +66,8 @@ class ReleasedPlanner:
 
     # NOTE release: a query whose span hides everything attends to everything, its own target included; here: such a
     target is dropped, because no output may depend on the token it predicts beyond the quirks that fixed parity needs.
+    # NOTE release: a text that is only read has all its queries run; here: the CLS query, the only one whose output is
+    used. It reads every real state of both streams, those of `<s>` too, which see the whole text.
     """
 
     vocabulary: Vocabulary
@@ -83,15 +77,12 @@ class ReleasedPlanner:
     full_stop: bool = True
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`FLMPlanner`; the first pad of a padded row is computed too, the r2l loss reads its state.
-
-        Raises:
-            ValueError: a row has the role "read".
-        """
-        refuse_read_rows(rows)
+        """As :class:`FLMPlanner`; the first pad of a padded pair is computed too, the r2l loss reads its state."""
         longest = max(len(row.token_ids) for row in rows)
         builder = PlanBuilder(round_up(min(longest + 1, self.max_text_length)), LANGUAGE_TERMS)
         for number, row in enumerate(rows):
+            if row.role == "read":
+                builder.add_feature("queries", number, add_cls_query(builder, row, number))
             if row.role == "pair":
                 self._predict_words(builder, row, number)
         return builder.build(images, rows, self.vocabulary)
@@ -107,3 +98,12 @@ class ReleasedPlanner:
         builder.add_targets("flm", builder.add_queries(number, targets[seen], spans[seen]), ids[targets[seen]])
         builder.add_targets("l2r", l2r[targets[:-1]], ids[2:])
         builder.add_targets("r2l", r2l[2:], ids[np.arange(1, stop - 1)])
+
+
+def add_cls_query(builder: PlanBuilder, row: Row, number: int) -> np.ndarray:
+    """A row's CLS query and the states it reads, which a pair has anyway; returns its packed position."""
+    length = len(row.token_ids)
+    if row.role != "pair":
+        builder.add_states("l2r", number, np.arange(length))
+        builder.add_states("r2l", number, np.arange(length))
+    return builder.add_queries(number, np.array([0]), np.array([[length, -1]]))

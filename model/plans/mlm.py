@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.batch import Batch, Kind, Row
 from model.config import Vocabulary
-from model.plans.builder import PlanBuilder, matched_rows, padded_length, refuse_read_rows, row_generator
+from model.plans.builder import PlanBuilder, matched_rows, padded_length, row_generator
 
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stays as it is (BERT, arXiv 1810.04805)
 
@@ -124,14 +124,15 @@ class ReleasedMLMPlanner(MLMPlanner):
     max_text_length: int = 50
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`MLMPlanner`, without image-text matching; raises ValueError for read rows."""
-        refuse_read_rows(rows)
+        """As :class:`MLMPlanner`, without image-text matching."""
         return super().__call__(images, [row for row in rows if row.role != "negative"])
 
     def _terms(self) -> dict[str, tuple[str, Kind]]:
         return {"mlm": ("l2r", "token")}
 
     def _maskings(self, row: Row) -> list[tuple[Row, np.ndarray, np.ndarray]]:
+        if row.role == "read":
+            return super()._maskings(row)
         generator = row_generator(row.seed)
         chosen = generator.permutation(self.max_text_length)[: max(1, round(self.max_text_length * self.mask_rate))]
         positions = np.sort(chosen[(chosen >= 1) & (chosen < len(row.token_ids) - 1)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.batch import Batch, Row
 from model.config import Vocabulary
-from model.plans.builder import PlanBuilder, matched_rows, padded_length, refuse_read_rows, row_generator
+from model.plans.builder import PlanBuilder, matched_rows, padded_length, row_generator
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,23 @@ class PrefixPlanner:
 
 @dataclass(frozen=True)
 class ReleasedARPlanner:
-    """AR as released: `<s>` sees all and is seen by none, so the first word is never predicted."""
+    """AR as released: `<s>` sees all and is seen by none, so the first word is never predicted; in read rows it is the
+    CLS state."""
 
     vocabulary: Vocabulary
     negative_share: float = 0.0
     full_stop: bool = True
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """As :class:`PrefixPlanner`; there are no negatives. Raises ValueError for read rows."""
-        refuse_read_rows(rows)
+        """As :class:`PrefixPlanner`; there are no negatives."""
         builder = PlanBuilder(padded_length(rows), {"ar": ("l2r", "token")})
         for number, row in enumerate(rows):
-            if row.role == "pair":
-                ids = np.array(row.token_ids)
-                states = builder.add_states("l2r", number, np.arange(len(ids)))
+            if row.role not in ("pair", "read"):
+                continue
+            ids = np.array(row.token_ids)
+            states = builder.add_states("l2r", number, np.arange(len(ids)))
+            if row.role == "read":
+                builder.add_feature("l2r", number, states[:1])
+            else:
                 builder.add_targets("ar", states[1:-1], ids[2:])
         return builder.build(images, rows, self.vocabulary)

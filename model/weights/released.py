@@ -17,6 +17,7 @@ from model.config import (
     Vocabulary,
     objective_options,
 )
+from model.objectives.pretraining import Pretraining
 from model.objectives.table import OBJECTIVES
 from model.weights.start import RESIZES, Rules, foreign_names, joined, resize, start_from
 from model.weights.towers import CLIP_RULES, ROBERTA_RULES, bert_layer
@@ -198,7 +199,8 @@ def _shapes(layout: Layout) -> dict[str, torch.Size]:
     vocabulary = Vocabulary(layout.vocabulary_size, bos_id=0, pad_id=1, eos_id=2, mask_id=layout.vocabulary_size - 1)
     objective = objective_options(layout.objective)
     with torch.device("meta"):
-        built = OBJECTIVES[layout.objective](layout.model, objective, vocabulary, 50, 0.0)
+        parts = OBJECTIVES[layout.objective](layout.model, objective, vocabulary, 50, 0.0)
+        built = Pretraining(layout.model, objective, *parts)
     named = built.named_parameters()
     return {name: value.shape for name, value in named if layout.has_lm_head or not name.startswith("lm_head")}
 

@@ -19,6 +19,9 @@ OBJECTIVES = [
     dict(name="ar"),
     dict(name="prefixlm"),
     dict(name="prefixlm", prefix_share=0.5),
+    dict(behaviour="released", name="flm", corruption_rate=0.4),
+    dict(behaviour="released", name="mlm"),
+    dict(behaviour="released", name="ar"),
 ]
 
 
@@ -71,22 +74,26 @@ def stream_states(
     return outputs
 
 
-def plain_features(objective: nn.Module, ids: list[int], picture: Tensor) -> Tensor:
-    """[2D] of one text about one picture, uint8 [1, 3, S, S]."""
+def plain_features(objective: nn.Module, ids: list[int], picture: Tensor, image_type: int = 1) -> Tensor:
+    """[2D] of one text about one picture, uint8 [1, 3, S, S]; ``image_type``: 1 + its number in its sample."""
     net, length = objective.net, len(ids)
-    image = (net.image_projection(net.vision(picture)) + net.type_embedding.weight[1])[0]
+    planner = getattr(objective.planner, "planner", objective.planner)
+    image = (net.image_projection(net.vision(picture)) + net.type_embedding.weight[image_type])[0]
     l2r_kind, words = net.type_embedding.weight[0], slice(1, length - 1)
     left = [list(range(i + 1)) for i in range(length)]
+    right = [list(range(i, length)) for i in range(length)]
+    if released := objective.config.behaviour == "released":  # `<s>` sees all and is seen by none
+        left = [list(range(length)), *(list(range(1, i + 1)) for i in range(1, length))]
+        right[0] = list(range(length))
     if objective.name != "flm":
-        num_words, share = length - 2, objective.planner.prefix_share if objective.name == "prefixlm" else 0.0
+        num_words, share = length - 2, planner.prefix_share if objective.name == "prefixlm" else 0.0
         readers = [list(range(length))] * length if objective.name == "mlm" else left
         if objective.name == "prefixlm":
             prefix = num_words + 1 if share is None else int(share * num_words) + 1
             readers = [list(range(max(i + 1, prefix if i < prefix else 0))) for i in range(length)]
         states = stream_states(net, ids, image, readers, l2r_kind)[-1]
-        return torch.cat([states[0 if objective.name == "mlm" else -1], states[words].mean(0)])
+        return torch.cat([states[0 if released or objective.name == "mlm" else -1], states[words].mean(0)])
     l2r = stream_states(net, ids, image, left, l2r_kind)
-    right = [list(range(i, length)) for i in range(length)]
     r2l = stream_states(net, ids, image, right, net.stream_embedding.weight[0])
     query = net.embedding(torch.tensor([ids[0]]), torch.tensor([0]))
     reconstructors = [*net.reconstructor_bottom, *net.reconstructor_top]
@@ -162,10 +169,9 @@ def test_a_text_without_words_has_no_mean() -> None:
     assert features[0, :32].abs().min() > 0 and not features[0, 32:].any()
 
 
-@pytest.mark.parametrize("name", ["flm", "mlm", "ar"])
-def test_released_planners_refuse_read_rows(name: str) -> None:
-    with pytest.raises(ValueError, match="released behaviour computes no features"):
-        tiny_flm("released", name=name).planner(images(1), [Row(caption(3), 0, 0, "read")])
+def test_released_flm_runs_one_query_for_a_text_that_is_only_read() -> None:
+    batch = tiny_flm("released").planner(images(2), [Row(caption(n), n % 2, 0, "read") for n in (3, 7)])
+    assert batch.plan.query_index.tolist() == [0, 16] and batch.plan.query_span.tolist() == [[5, -1], [9, -1]]
 
 
 def test_what_cannot_be_read_is_refused() -> None:

@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from model.cpu.kept_memory import KeptMemory
 from model.cross_entropy import chunked_cross_entropy
-from model.heads import LanguageModelHead
-from tests.rounding import rounding
+from model.heads import ClassifierHead, LanguageModelHead
+from tests.rounding import DOUBLE, rounding
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 32, 100])
@@ -178,3 +178,22 @@ def test_under_autocast_gradients_are_those_of_a_linear_layer():
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
         torch.testing.assert_close(again, theirs, rtol=0.03, atol=0.03)
+
+
+def test_a_classifier_is_linear_layer_norm_gelu_linear():
+    """By definition and with features so small that the eps of the LayerNorm, 1e-5, shows."""
+    torch.manual_seed(0)
+    head = ClassifierHead(8, 5, num_images=2).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        head[0].bias.fill_(0.5)
+        features = 1e-3 * torch.randn(3, 16, dtype=torch.float64)
+        hidden = features @ head[0].weight.T + head[0].bias
+        centred = hidden - hidden.mean(1, keepdim=True)
+        assert hidden.shape == (3, 16) and centred.square().mean(1).max() < 1e-4
+        hidden = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * head[1].weight + head[1].bias
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        expected = hidden @ head[3].weight.T + head[3].bias
+        torch.testing.assert_close(head(features), expected, rtol=DOUBLE, atol=DOUBLE)
+    assert [*dict(head.named_parameters())] == ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]

@@ -30,15 +30,16 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
     "data_prep": {"all": ()},
     "pipeline": {
         "config": (),
+        "metrics": (),
         "distributed": ("config",),
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
         "incidents": ("config", "checkpoint"),
         "engine": ("config", "distributed", "checkpoint", "incidents"),
-        "reporting": ("config", "incidents"),
+        "reporting": ("config", "incidents", "metrics"),
         "weights": ("config", "distributed", "data", "checkpoint"),
         "loading": ("config", "distributed", "data", "reporting"),
-        "tasks": ("config", "distributed", "data", "checkpoint", "weights", "loading"),
+        "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading"),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
             "tasks.task",
@@ -46,7 +47,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
-            *("tasks", "training"),
+            *("tasks", "training", "metrics"),
         ),
     },
 }

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.probes.cider import cider_d
 from benchmarks.probes.data import ProbeData, Reader, Split, choose
 from benchmarks.probes.logistic import Reading, read
 from model.batch import Row
@@ -35,6 +34,7 @@ from pipeline.data.tokenizer import clean_caption
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
 from pipeline.loading.open_data import open_held_out
+from pipeline.metrics.cider import cider_d
 from pipeline.reporting.step_lines import StepLines
 from pipeline.reporting.step_lines import step_of as step_of_line
 from pipeline.tasks.caption_scores import summarise

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data_prep.vqa_answers import EVALUATOR, answers_hash, read_vocabulary, soft_scores
+from data_prep.vqa_answers import answers_hash, read_vocabulary, soft_scores
 from model.build import build_classification
 from model.config import Vocabulary
 from pipeline.config.options import Config, ConfigError, weighted_paths
@@ -87,11 +87,7 @@ class VQA:
 
     def protocol(self, config: Config) -> dict[str, Any]:
         answers = read_vocabulary(answers_file(config))
-        return {
-            "evaluator": EVALUATOR,
-            "accuracy": "mean over leave-one-out sets of nine answers of min(matches / 3, 1)",
-            "answers": f"one of {len(answers)} (sha256 {answers_hash(answers)[:12]})",
-        }
+        return metrics.PROTOCOL | {"answers": f"one of {len(answers)} (sha256 {answers_hash(answers)[:12]})"}
 
     def submission(self, config: Config, predictions: Sequence[Prediction], items: Iterable[RawSample]) -> Any:
         """What EvalAI takes: a list of {"question_id", "answer"}."""
@@ -105,11 +101,19 @@ def _judge(answers: Sequence[str], logits: Tensor, number: int) -> dict[str, Any
 
 
 def _summarise(predictions: list[Prediction]) -> dict[str, float]:
-    """Scores of the questions whose answers are known; each prediction is told its own."""
-    for one in predictions:
-        if "answers" in one:
-            one["score"] = metrics.accuracy(one["answer"], one["answers"])
-    return metrics.summarise([one for one in predictions if "answers" in one])
+    """Accuracy over the questions whose answers are known, and by type of answer; each is told its "score"."""
+    known = [one for one in predictions if "answers" in one]
+    if not known:
+        return {}
+    for one in known:
+        one["score"] = metrics.accuracy(one["answer"], one["answers"])
+    found = metrics.summarise(
+        metrics.VQAItem(one["answer"], one["answers"], one.get("answer_type"), image=one["key"]) for one in known
+    )
+    values = {"vqa_accuracy": found["vqa_accuracy"], "questions": found["items"]}
+    if found["standard_error"] is not None:
+        values["vqa_accuracy_standard_error"] = found["standard_error"]
+    return values | {f"vqa_accuracy/{kind}": of["accuracy"] for kind, of in found["by_answer_type"].items()}
 
 
 def answers_file(config: Config) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.options import Config, ConfigError, flatten
+from pipeline.config.options import Config, ConfigError, TrainConfig, flatten
 
 # Not compared here: another batch size is refused (fingerprint.py), another micro-batch size is part of the topology.
 NOT_COMPARED = {"optim.batch_size", "optim.micro_batch_size"}
@@ -23,13 +23,13 @@ def schedule_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def refuse_fewer_steps(output: Path, done: int, steps: int) -> None:
+def refuse_fewer_steps(output: Path, done: int, train: TrainConfig) -> None:
     """Raise ConfigError when a run is asked to end before the step it has reached."""
-    if done > steps:
-        raise ConfigError(
-            f"{output} has done {done} steps, train.steps is {steps}; use --train.steps {done} or more, or another "
-            "--output"
-        )
+    if done > train.steps:
+        asked, mend = f"train.steps is {train.steps}", f"--train.steps {done} or more"
+        if train.epochs is not None:
+            asked, mend = f"train.epochs {train.epochs:g} are {train.steps} steps", "more --train.epochs"
+        raise ConfigError(f"{output} has done {done} steps, {asked}; use {mend}, or another --output")
 
 
 def describe_changes(

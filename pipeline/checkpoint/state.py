@@ -31,6 +31,7 @@ class RunState:
     data_changes: list[dict[str, Any]] = field(default_factory=list)  # allowed changes of data, each with its step
     frozen: dict[str, Any] | None = None  # weights that are not in the files: their source, names and SHA-256
     best: dict[str, Any] | None = None  # best held-out value so far: metric, value, step
+    not_better: list[int] = field(default_factory=list)  # steps of the evaluations after the best
     guard: dict[str, Any] = field(default_factory=dict)  # Guard.state()
     passed_by: list[int] = field(default_factory=list)  # steps whose batch is skipped
     eval_seconds: float = 0.0  # duration of the last evaluation

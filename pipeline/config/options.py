@@ -102,6 +102,7 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
+        epochs: passes over the training samples, instead of steps; null goes by steps. What is named last counts.
         seed: seed of initialisation, sample order, spans and dropout.
         precision: auto is bf16 where the device has it and ZeRO's stage allows it, else fp32.
         compile: compile the model with torch.compile.
@@ -115,10 +116,12 @@ class TrainConfig:
         keep_last: newest checkpoints to keep.
         keep_every: keep the checkpoint of every n-th step for good; 0 keeps none.
         keep_best: held-out value whose best checkpoint is kept, like flm_loss (lower is better) or flm_accuracy.
+        patience: end after so many evaluations in a row without a better keep_best; 0 never does.
         collective_timeout_minutes: after so long a rank that does not answer ends the run, with all ranks' stacks.
     """
 
     steps: PositiveInt = 30_000
+    epochs: PositiveFloat | None = None
     seed: NonNegativeInt = 2022
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
@@ -132,6 +135,7 @@ class TrainConfig:
     keep_last: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str | None = None
+    patience: NonNegativeInt = 0
     collective_timeout_minutes: PositiveFloat = 30.0
 
 
@@ -209,6 +213,7 @@ def validate(config: Config) -> None:
     for name, value in flatten(config.optim, "optim."):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}: found {value}, expected a finite number")
+    _check_length(config.train)
     try:
         config.objective.check()
         config.task.check()
@@ -228,6 +233,21 @@ def validate(config: Config) -> None:
     if config.data.max_text_length < 3:
         raise ConfigError(
             f"data.max_text_length: found {config.data.max_text_length}, expected at least 3 (<s> word </s>)"
+        )
+
+
+def _check_length(train: TrainConfig) -> None:
+    if train.epochs is not None and not math.isfinite(train.epochs):
+        raise ConfigError(f"train.epochs: found {train.epochs}, expected a finite number, or null to go by train.steps")
+    if train.patience and train.keep_best is None:
+        raise ConfigError(
+            f"train.patience {train.patience} needs a held-out value that must get better; name it by "
+            "--train.keep_best, like flm_loss, or use --train.patience 0"
+        )
+    if train.patience and not train.eval_every:
+        raise ConfigError(
+            f"train.patience {train.patience} counts evaluations, and train.eval_every 0 makes none before the end; "
+            "use --train.eval_every N, or --train.patience 0"
         )
 
 

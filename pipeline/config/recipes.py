@@ -26,12 +26,14 @@ class Recipe:
     idle: dict[str, str] = field(default_factory=dict)  # option -> the recipe that sets it
 
     def under(self, name: str, settings: dict[str, Any], where: str) -> Recipe:
-        """This recipe with ``settings`` on top.
+        """This recipe with ``settings`` on top; steps on top of epochs mean the steps.
 
         Raises:
             ConfigError: ``settings`` has an option of another objective or task than the one chosen now.
         """
         merged = {**self.settings, **settings}
+        if "train.steps" in settings and "train.epochs" not in settings:
+            merged.pop("train.epochs", None)
         refuse_of_other_choices(settings, merged, where)
         idle = of_other_choices(self.settings, merged)
         kept = {option: value for option, value in merged.items() if option not in idle}

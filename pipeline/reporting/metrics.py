@@ -17,7 +17,13 @@ from pipeline.reporting.step_lines import StepLines, cut_back
 from pipeline.reporting.trackers import TensorBoardTracker, Tracker, Trackers, WandbTracker
 
 LOG_NAME = "log.jsonl"
-EVENTS = {"incident": "step skipped", "rewind": "went back", "alarm": "alarm", "data_change": "data changed"}  # by kind
+EVENTS = {  # by kind
+    "incident": "step skipped",
+    "rewind": "went back",
+    "alarm": "alarm",
+    "data_change": "data changed",
+    "early_stop": "ended early",
+}
 SUPERSEDED_NAME = "log.superseded.jsonl"
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -166,11 +172,10 @@ class MetricsWriter:
         self._lines = StepLines(self._output / LOG_NAME)
         return len(overtaken)
 
-    def has(self, step: int, kind: str) -> bool:
-        """Whether log.jsonl holds a record of that kind for ``step``; only the main rank knows."""
-        if self._lines is None:
-            return False
-        return any(record["step"] == step and record["kind"] == kind for record in read_log(self._output / LOG_NAME))
+    def record(self, step: int, kind: str) -> dict[str, Any] | None:
+        """The record of that kind that log.jsonl has for ``step``, None if it has none; only the main rank knows."""
+        records = [] if self._lines is None else read_log(self._output / LOG_NAME)
+        return next((one for one in records if one["step"] == step and one["kind"] == kind), None)
 
     def progress(self, total: int, start: int = 0, unit: str = "step") -> Progress:
         """A progress display of steps ``start`` .. ``total``; it shows nothing on other ranks."""

@@ -28,6 +28,8 @@ def train(s: Session) -> int:
     try:
         code = _steps(s, progress) if _evaluate_what_is_due(s) else EXIT_REQUEUE
         progress.close()
+        if code == EXIT_DONE and s.state.step < total:
+            _say_early_stop(s)
         if code == EXIT_DONE and s.state.step and not _evaluate(s):
             code = EXIT_REQUEUE
         if code in (EXIT_DONE, EXIT_REQUEUE):
@@ -57,7 +59,7 @@ def _steps(s: Session, progress: Progress) -> int:
     settings, state, records = s.config.train, s.state, s.records
     meter = StepMeter(s.engine.term_weights, s.ranks.agreement, s.engine.device, s.engine.precision)
     batches = s.batches.start(state.step, state.passed_by)
-    while state.step < settings.steps:
+    while state.step < settings.steps and not _out_of_patience(s):
         if state.step in state.passed_by:  # without a batch and a step, position and schedule advance
             _advance(s)
             continue
@@ -74,6 +76,7 @@ def _steps(s: Session, progress: Progress) -> int:
         if result.bad is not None and s.guard.over_quota:
             if not bad_steps.go_on(s):
                 return EXIT_MEND
+            _note_logged(s)
             batches = s.batches.start(state.step, state.passed_by)
             meter.restart()
             continue
@@ -145,7 +148,7 @@ def _evaluate_what_is_due(s: Session) -> bool:
 def _evaluate(s: Session) -> bool:
     """Evaluate and log, once a step; False when told to stop meanwhile. Nothing held out counts as done."""
     passes, agreement = s.evaluation.passes, s.ranks.agreement
-    if not passes or agreement.gather(s.records.writer.has(s.state.step, "eval"))[0]:
+    if not passes or _note_logged(s):
         return True
     limit = s.config.train.save_before_eval_seconds
     if s.state.step and 0 < limit < s.state.eval_seconds:
@@ -166,17 +169,52 @@ def _evaluate(s: Session) -> bool:
     return True
 
 
+def _note_logged(s: Session) -> bool:
+    """Whether this step's evaluation is in the log; what follows from it may be missing in the checkpoint of the step,
+    which can be written before the evaluation."""
+    values = s.ranks.agreement.gather(s.records.writer.record(s.state.step, "eval"))[0]
+    if values is not None:
+        _note_best(s, values)
+    return values is not None
+
+
 def _note_best(s: Session, values: dict[str, Any]) -> None:
-    """Save what scores better than everything before, so that retention can keep it."""
-    metric = s.config.train.keep_best
-    if metric is None or metric not in values or not s.state.step:
+    """Save what scores better than everything before, so that retention can keep it; count what does not."""
+    metric, step = s.config.train.keep_best, s.state.step
+    if metric is None or metric not in values or not step:
         return
     score = next(score for score in s.evaluation.scores if score.name == metric)
-    best = s.state.best
-    if score.improves(values[metric], best["value"] if best and best["metric"] == metric else None):
-        s.state.best = {"metric": metric, "value": values[metric], "step": s.state.step}
+    best = _best(s)
+    if score.improves(values[metric], best["value"] if best else None):
+        s.state.best, s.state.not_better = {"metric": metric, "value": values[metric], "step": step}, []
         _save(s, reason="best")
         s.records.saver.note_best(s.state.best)
+    else:
+        s.state.not_better = sorted({*s.state.not_better, step})
+
+
+def _best(s: Session) -> dict[str, Any] | None:
+    """The best evaluation so far, None if it was judged by another value than now."""
+    best = s.state.best
+    return best if best and best["metric"] == s.config.train.keep_best else None
+
+
+def _out_of_patience(s: Session) -> bool:
+    """Whether train.patience evaluations in a row were not better than the best."""
+    patience, best = s.config.train.patience, _best(s)
+    if not patience or (s.state.best and not best):
+        return False
+    return sum(step > (best["step"] if best else 0) for step in s.state.not_better) >= patience
+
+
+def _say_early_stop(s: Session) -> None:
+    """Say it, and log it once: the run ends here at every further start with the same patience."""
+    train, best, step = s.config.train, _best(s), s.state.step
+    before = f"better than {best['value']:.4f} of step {best['step']}" if best else "a finite number"
+    reason = f"{train.keep_best} was not {before} in {train.patience} evaluations (train.patience)"
+    s.ranks.say(f"ends after step {step} of {train.steps}: {reason}")
+    if not s.ranks.agreement.gather(s.records.writer.record(step, "early_stop"))[0]:
+        s.records.writer.log(step, {"reason": reason}, kind="early_stop")
 
 
 def _name_unusable(s: Session) -> None:

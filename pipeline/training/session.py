@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -191,6 +193,7 @@ def open_run(
     """
     config, output, is_main = launch.config, launch.output, ranks.place.is_main
     data = open_training_data(config, num_images, ranks.agreement)
+    settle_length(config, data)
     lock = _lock(output, ranks) if ranks.agreement.gather(output.is_dir())[0] else None
     torch.manual_seed(config.train.seed)
     wanted, data_changes = run_fingerprint(config, data_fingerprint(config, data) | of_task), {}
@@ -201,8 +204,24 @@ def open_run(
     if saved is not None:
         before = restore.read_state(saved)
         data_changes = accept(output, before.fingerprint, wanted, config)
-        refuse_fewer_steps(output, before.step, config.train.steps)
+        refuse_fewer_steps(output, before.step, config.train)
     return Opened(launch, data, wanted, saved, data_changes, passed_by, lock)
+
+
+def settle_length(config: Config, data: TrainingData) -> None:
+    """Set ``train.steps`` to what ``train.epochs`` means for the samples that were found.
+
+    Raises:
+        ConfigError: ``train.patience`` waits for evaluations, and nothing is held out.
+    """
+    train, samples = config.train, sum(len(corpus) for corpus in data.corpora)
+    if train.epochs is not None:
+        train.steps = math.ceil(Fraction(str(train.epochs)) * samples / config.optim.batch_size)
+    if train.patience and not data.held_out:
+        raise ConfigError(
+            f"train.patience {train.patience} counts evaluations, and there is no split {config.data.eval_split!r} "
+            f"(data.eval_split) in {', '.join(config.data.paths)}; prepare one, or use --train.patience 0"
+        )
 
 
 def continue_run(opened: Opened, engine: TrainEngine, ranks: Ranks) -> tuple[RunState, list[str]]:
@@ -300,6 +319,10 @@ def _announce(
     held_out = sum(len(corpus) for corpus in data.held_out)
     print(f"model: {census.line()}; {engine.precision}, ZeRO {engine.stage}, {engine.device}")
     print(f"data: {sizes} training samples, {held_out} held out")
+    if config.train.epochs is not None:
+        samples = sum(len(corpus) for corpus in data.corpora)
+        batches = f"batches of {config.optim.batch_size}"
+        print(f"length: {config.train.epochs:g} epochs of {samples} samples in {batches}, {config.train.steps} steps")
     if config.objective.negatives == "in_batch_hard":
         size = config.optim.micro_batch_size
         print(f"negatives: out of {size} captions, those of a micro-batch; with another micro-batch it is another run")

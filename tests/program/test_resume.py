@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
-from pipeline.config.options import Config, ConfigError
+from pipeline.config.options import Config, ConfigError, TrainConfig
 from pipeline.reporting.sample_keys import read_sample_keys
 from tests.program.test_program import SHORT, finish, program, work  # noqa: F401 (a fixture)
 
@@ -104,9 +104,11 @@ def test_settings_survive_json() -> None:
 
 
 def test_a_run_cannot_end_before_where_it_is(tmp_path: Path) -> None:
-    refuse_fewer_steps(tmp_path, 5, 5)
-    with pytest.raises(ConfigError, match="use --train.steps 6 or more"):
-        refuse_fewer_steps(tmp_path, 6, 5)
+    refuse_fewer_steps(tmp_path, 5, TrainConfig(steps=5))
+    with pytest.raises(ConfigError, match="train.steps is 5; use --train.steps 6 or more"):
+        refuse_fewer_steps(tmp_path, 6, TrainConfig(steps=5))
+    with pytest.raises(ConfigError, match="train.epochs 0.5 are 5 steps; use more --train.epochs"):
+        refuse_fewer_steps(tmp_path, 6, TrainConfig(steps=5, epochs=0.5))
 
 
 def test_the_fp16_loss_scale_continues() -> None:

@@ -53,6 +53,23 @@ def test_precedence_and_sources(recipe: Path) -> None:
     assert launch.output == Path("runs/mine")
 
 
+def test_steps_on_top_of_epochs_mean_the_steps(tmp_path: Path) -> None:
+    for name, content in {
+        "steps": "train: {steps: 7}",
+        "epochs": "base: steps.yaml\ntrain: {epochs: 2.5}",
+        "again": "base: epochs.yaml\ntrain: {steps: 5}",
+        "both": "train: {steps: 7, epochs: 3}",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+
+    def length(name: str, *words: str) -> tuple[int, float | None]:
+        train = parse_command_line(["--recipe", str(tmp_path / f"{name}.yaml"), *words]).config.train
+        return train.steps, train.epochs
+
+    assert [length(name) for name in ("steps", "epochs", "again", "both")] == [(7, None), (7, 2.5), (5, None), (7, 3)]
+    assert length("epochs", "--train.steps", "9") == (9, None) and length("again", "--train.epochs", "4") == (5, 4)
+
+
 def test_bare_line_is_the_paper() -> None:
     launch = parse_command_line([])
     assert launch.recipe == "flm_base_4m" and launch.output == Path("runs/flm_base_4m")
@@ -113,6 +130,10 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lr", "1"], "did you mean --optim.learning_rate?"),
         (["--optim.learning_rate", "inf"], "optim.learning_rate: found inf, expected a finite number"),
         (["--optim.weight_decay=inf"], "optim.weight_decay: found inf, expected a finite number"),
+        (["--train.patience", "2"], "needs a held-out value that must get better; name it by --train.keep_best"),
+        (["--train.patience=2", "--train.keep_best=loss", "--train.eval_every=0"], "train.eval_every 0 makes none"),
+        (["--train.epochs", "inf"], "train.epochs: found inf, expected a finite number"),
+        (["--train.epochs", "0"], "train.epochs: found '0', expected a number above 0 or null"),
         (["--output", "s3://bucket/run"], "--output s3://bucket/run: found an address, expected a folder"),
         (["--output", "README.md"], "--output README.md: README.md is a file, expected a folder"),
         (["--output", "README.md/run"], "README.md is a file, expected a folder"),

@@ -86,6 +86,22 @@ def test_a_run_goes_on_from_its_checkpoint_or_says_why_not(data: Path, tmp_path:
         open_run(launch(data, others[1], "--train.steps", "2"), 1, ALONE)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [("3", 4), ("0.8", 1), ("1.6", 2), ("0.01", 1), ("5.6", 7), ("5.61", 8)],  # of 20 samples, 16 to a batch
+)
+def test_epochs_are_passes_over_the_samples_the_last_batch_included(data: Path, epochs: str, steps: int) -> None:
+    asked = launch(data, Path("nowhere"), "--train.epochs", epochs)
+    open_run(asked, 1, ALONE)
+    assert asked.config.train.steps == steps
+
+
+def test_patience_without_anything_held_out_is_refused(data: Path) -> None:
+    words = ["--train.keep_best", "flm_loss", "--train.patience", "2", "--data.eval_split", "test"]
+    with pytest.raises(ConfigError, match="counts evaluations, and there is no split 'test'"):
+        open_run(launch(data, Path("nowhere"), *words), 1, ALONE)
+
+
 def test_a_position_that_the_steps_do_not_lead_to_is_refused(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     save(run, RunState(step=3, samples_seen=47, fingerprint=open_run(launch(data, run), 1, ALONE).fingerprint))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ class ToyTask:
     def passes(self, config, objective, preparation, held_out, ranks) -> list[EvaluationPass]:
         loader = eval_loader(config, held_out, preparation, ranks.place, ranks.pin)
         spare = placeholder_batch(preparation, 2)
-        write = lambda found: Path("predictions.json").write_text(json.dumps(found))  # noqa: E731
+        write = lambda folder, found: (folder / "shares.json").write_text(json.dumps(found))  # noqa: E731
         return [EvaluationPass(loader, spare, measure, ("distance", "samples"), mean, write=write)]
 
 

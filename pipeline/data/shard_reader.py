@@ -77,6 +77,10 @@ class Corpus:
         """The caption of row ``index``; raises as ``read`` does."""
         return self._read(index, ()).text
 
+    def read_without_images(self, index: int) -> RawSample:
+        """Row ``index``, its ``images`` empty; raises as ``read`` does."""
+        return self._read(index, ())
+
     def first_rows(self) -> np.ndarray:
         """Rows int64 [samples], one for each image (or pair): that of its first text. Raises ManifestError."""
         found, start = [], 0

@@ -24,9 +24,13 @@ Run = Callable[[Callable[[Any, Batch], Measurement], Batch], Measurement]  # a f
 
 
 def evaluate(
-    run: Run, passes: Sequence[EvaluationPass], agreement: Agreement, stop: StopRequest
+    run: Run,
+    passes: Sequence[EvaluationPass],
+    agreement: Agreement,
+    stop: StopRequest,
+    folder: Path | None = None,
 ) -> dict[str, float] | None:
-    """The values of all passes by name; None when told to stop.
+    """The values of all passes by name; None when told to stop. Passes that write do so in ``folder``, if it is given.
 
     Equal on every rank; every rank must call it. Samples that could not be used are counted as ``bad_samples``, once.
     """
@@ -38,8 +42,9 @@ def evaluate(
             return None
         totals, predictions, bad = found
         bad_samples = bad if number == 0 else bad_samples
-        if one.write is not None and agreement.is_main:
-            one.write(predictions)
+        if one.write is not None and folder is not None and agreement.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            one.write(folder, predictions)
         values |= {f"{one.name}{name}": value for name, value in one.summarise(totals, predictions).items()}
     return values | ({"bad_samples": bad_samples} if bad_samples else {})
 

@@ -7,8 +7,9 @@ defines these functions, and a line in ``tasks/table.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from model.batch import Batch
 from model.config import Vocabulary
 from model.decode.search import alone
 from pipeline.config.options import Config
-from pipeline.data.shard_reader import Corpus
+from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.distributed.places import Place
 from pipeline.loading.datasets import Preparation
@@ -45,8 +46,9 @@ class Measurement(NamedTuple):
     """What one batch adds to an evaluation.
 
     ``sums`` are added up over batches and ranks (scalars on the device, or host numbers). ``predictions``, one for each
-    item that was judged, are gathered from all ranks in the order of the evaluation: dicts of what JSON holds, and of
-    numpy arrays, each with the item's "position" (``Batch.positions``).
+    item that was judged, are gathered from all ranks in the order of the evaluation: dicts by name of what JSON holds
+    and of numpy arrays, each with the item's "position" (``Batch.positions``) and "key" (``Batch.keys``). What a name
+    with "_" before it holds is for ``summarise``, ``write`` and ``submission``, and stays out of predictions.jsonl.
     """
 
     sums: Mapping[str, Tensor | float]
@@ -69,8 +71,10 @@ class EvaluationPass:
 
     ``measure`` runs inside the engine's forward, in evaluation mode and without gradients, as often on every rank;
     ``placeholder`` is for ranks that have run dry. ``begin``, if given, runs there once before, for what all batches
-    share. ``summarise`` turns the sums of ``quantities`` and the predictions of all ranks into values by name, and runs
-    on every rank alike. ``write``, if given, gets the predictions on rank 0.
+    share. ``summarise`` turns the sums of ``quantities`` and the predictions of all ranks, in order, into values by
+    name, and runs on every rank alike; a value NAME_standard_error is the standard error of NAME. ``write``, if given,
+    runs on rank 0 with the folder of the evaluation, which is there, and the predictions: for files of the task's own
+    beside predictions.jsonl, which the program writes.
     """
 
     batches: BatchLoader
@@ -79,7 +83,7 @@ class EvaluationPass:
     quantities: tuple[str, ...]
     summarise: Callable[[Mapping[str, float], list[Prediction]], dict[str, float]]
     name: str = ""  # stands before the names of its values, like "shuffled/"
-    write: Callable[[list[Prediction]], None] | None = None
+    write: Callable[[Path, list[Prediction]], None] | None = None
     begin: Callable[[nn.Module], None] | None = None
 
 
@@ -108,3 +112,31 @@ class Task(Protocol):
         ranks: EvaluationRanks,
     ) -> list[EvaluationPass]:
         """The passes of an evaluation over the ``held_out`` corpora (at least one)."""
+
+
+class ForScorecards(Protocol):
+    """What a task may have besides for ``python -m pipeline.evaluate``, each by itself. All run on rank 0 only."""
+
+    run_files: Mapping[str, str]
+    """Files beside the checkpoints of a run that belong to its model, and the options that name them, such as
+    {"answers.json": "task.answers"}. Where RUN has the file, an evaluation sets the option to it."""
+
+    def protocol(self, config: Config) -> dict[str, Any]:
+        """How the numbers are made, for those who compare them: names and values that JSON holds, for the scorecard.
+
+        Such as the evaluator and its revision, the tokenization, the revision of the labels. The entry "decoding", if
+        there is one, is {"name": "beam", "beams": 3, ...}: it has a place of its own in the scorecard, and its name is
+        part of the folder's. Evaluations with different protocols are different ones: none goes on with another's
+        batches.
+        """
+
+    def submission(self, config: Config, predictions: Sequence[Prediction], items: Iterable[RawSample]) -> Any:
+        """The official results file: a list or dict, for submission.json, or the text of submission.csv.
+
+        ``predictions`` are those of the first pass, in order; ``items`` all samples of the evaluation, also those
+        without a prediction, in order and without their images.
+
+        Raises:
+            ValueError: an item is missing, there twice or of a wrong type, or the task has no such file; one line that
+                names the item.
+        """

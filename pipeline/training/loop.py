@@ -156,7 +156,8 @@ def _evaluate(s: Session) -> bool:
         s.records.saver.wait()
     began = time.perf_counter()
     with s.engine.scoring() as run:
-        values = evaluate(run, passes, agreement, s.ranks.stop)
+        folder = s.records.output / "evaluations" / f"held_out-step_{s.state.step:08d}"
+        values = evaluate(run, passes, agreement, s.ranks.stop, folder)
     if values is None:
         return False
     s.state.eval_seconds = agreement.largest(time.perf_counter() - began)

@@ -68,7 +68,7 @@ def test_a_task_of_two_images_and_soft_targets(tmp_path: Path, pairs: Path) -> N
     assert (best["metric"], best["step"]) == ("distance", lowest) and distances[lowest] < distances[0]
     assert (whole / "run" / "checkpoints" / f"step_{lowest:08d}").is_dir()
 
-    predictions = json.loads((whole / "predictions.json").read_text())
+    predictions = json.loads((whole / "run" / "evaluations" / f"held_out-step_{STEPS:08d}" / "shares.json").read_text())
     assert [one["position"] for one in predictions] == list(range(13)), "each held-out item once"
     assert len({one["key"] for one in predictions}) == 13
     page = (whole / "run" / "report.html").read_text()

@@ -63,7 +63,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "all": (
             *("__main__", "bounded_download", "bounded_http", "drawing", "fetch", "filters", "images", "info"),
             *("lean_imports", "manifest", "parallel", "prepare", "program", "record", "scenes", "shard_table"),
-            *("shard_writer", "sources", "synth", "tables", "tokenizer", "verbs", "verify"),
+            *("shard_writer", "sources", "synth", "tables", "tokenizer", "verbs", "verify", "vqa_answers"),
         )
     },
     "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census")},
@@ -74,7 +74,7 @@ LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
 MAY_IMPORT = {
     "model": set(),
     "data_prep": set(),
-    "pipeline": {"model", "data_prep.manifest", "data_prep.images", "data_prep.program"},
+    "pipeline": {"model", *(f"data_prep.{name}" for name in ("manifest", "images", "program", "vqa_answers"))},
 }
 OURS = {"model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}
 FOREIGN_TO = {

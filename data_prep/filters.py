@@ -30,7 +30,15 @@ REASONS = {
     "invalid_utf8": "a text is not valid UTF-8",
     "duplicate_key": "another record has the same key (after its name was made safe for a tar)",
     "duplicate_pair": "the same image bytes came with the same caption before (--drop-duplicates)",
-    "malformed_row": "the input row has the wrong number of cells, or is not a JSON object",
+    "malformed_row": "the input row has the wrong number of cells, is no JSON object, or misses or mistypes a field",
+    "answers_missing": "a question without annotation, or with another number of answers than ten",
+    "question_missing": "an annotation of a question that is not in the file of questions",
+    "captions_missing": "an image whose list of sentence ids names sentences that are not there",
+    "other_image": "a question and its answers, or two statements about a pair, name different images",
+    "duplicate_id": "an id that must be unique comes again; the earlier entry counts",
+    "unknown_label": "a label other than those of the set",
+    "unknown_split": "an entry of a split that the set does not have, or of another than the file's first entry",
+    "held_out_image": "a further training row whose image is in a held-out split",
     "bad_url": "the address is missing or not http(s)",
     "private_address": "the address leads to a private, local or reserved network (--allow-private-addresses takes it)",
     "http_NNN": "the server answered with status NNN",
@@ -73,21 +81,21 @@ def check_record(record: Record, limits: Limits) -> tuple[Record | None, list[Re
             return None, rejections
         images.append(content)
         extensions.append(extension)
-    kept = replace(record, key=name, images=tuple(images), captions=captions, extensions=tuple(extensions))
+    kept = replace(record.with_captions(captions), key=name, images=tuple(images), extensions=tuple(extensions))
     return kept, rejections
 
 
-def _check_captions(name: str, captions: tuple[str, ...]) -> tuple[tuple[str, ...], list[Rejection]]:
+def _check_captions(name: str, captions: tuple[str, ...]) -> tuple[dict[int, str], list[Rejection]]:
     if not captions:
-        return (), [Rejection("empty_caption", name)]
-    kept, rejections = [], []
-    for caption in captions:
+        return {}, [Rejection("empty_caption", name)]
+    kept, rejections = {}, []
+    for number, caption in enumerate(captions):
         reason = caption_problem(caption)
         if reason is None:
-            kept.append(" ".join(caption.split()))
+            kept[number] = " ".join(caption.split())
         else:
             rejections.append(Rejection(reason, name, ascii(caption[:80])))
-    return tuple(kept), rejections
+    return kept, rejections
 
 
 def caption_problem(caption: str | None) -> str | None:
@@ -154,15 +162,15 @@ class DuplicateFilter:
         if not self._drop_pairs:
             return record, []
         image = b"".join(_digest(content) for content in record.images)
-        kept, rejections = [], []
-        for caption in record.captions:
+        kept, rejections = {}, []
+        for number, caption in enumerate(record.captions):
             pair = _digest(image + caption.encode())
             if pair in self._pairs:
                 rejections.append(Rejection("duplicate_pair", record.key, caption[:80]))
             else:
                 self._pairs.add(pair)
-                kept.append(caption)
-        return (replace(record, captions=tuple(kept)) if kept else None), rejections
+                kept[number] = caption
+        return (record.with_captions(kept) if kept else None), rejections
 
 
 def _digest(content: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -22,7 +22,9 @@ class LowYieldError(PrepError):
 class Record:
     """One sample: one image or an image pair, its captions (a row each), and its metadata.
 
-    ``extensions`` names the image formats as tar members (jpg, png, webp); the filters fill it in.
+    ``meta`` is of the sample. ``per_caption`` holds what is of a row (a label, an id): lists as long as ``captions``,
+    which lose an entry with its caption and stand in KEY.json beside ``captions``. ``extensions`` names the image
+    formats as tar members (jpg, png, webp); the filters fill it in.
     """
 
     key: str
@@ -30,6 +32,15 @@ class Record:
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     extensions: tuple[str, ...] = ()
+    per_caption: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert all(len(values) == len(self.captions) for values in self.per_caption.values()), self.key
+
+    def with_captions(self, captions: dict[int, str]) -> Record:
+        """The record with these of its captions alone: number in ``self.captions`` -> text."""
+        kept = {name: [values[number] for number in captions] for name, values in self.per_caption.items()}
+        return replace(self, captions=tuple(captions.values()), per_caption=kept)
 
 
 @dataclass(frozen=True)

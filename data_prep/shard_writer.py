@@ -41,12 +41,14 @@ class SplitWriter:
     ) -> None:
         self._split_dir = Path(split_dir)
         self._corpus, self._split = corpus, split
+        self._num_images = num_images
         self._fields = ("image", "image1", "text", "meta") if num_images == 2 else ("image", "text", "meta")
         self._samples_per_shard = samples_per_shard
         self._provenance = provenance or {}
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
         self.rejected: Counter[str] = Counter()
+        self.examples: dict[str, Rejection] = {}  # reason -> the first that was rejected for it
         self.rows = 0
         self.manifest: Manifest | None = None
         refuse_existing(self._split_dir, overwrite)
@@ -62,7 +64,10 @@ class SplitWriter:
         return self
 
     def add(self, record: Record) -> None:
-        """Write a checked record (safe key, known extensions)."""
+        """Write a checked record (safe key, known extensions); raises PrepError for another number of images."""
+        if len(record.images) != self._num_images:
+            found = f"{len(record.images)} image(s), expected {self._num_images} as in the rest of the split"
+            raise PrepError(f"{self._split_dir}: record {record.key} has {found}; prepare it as a corpus of its own")
         if self._shard is None:
             self._shard = _ShardWriter(self._folder, len(self._shards), self._fields)
         self._shard.add(record)
@@ -73,6 +78,7 @@ class SplitWriter:
     def reject(self, rejection: Rejection) -> None:
         """Count and name a record that is not written."""
         self.rejected[rejection.reason] += rejection.rows
+        self.examples.setdefault(rejection.reason, rejection)
         line = {"reason": rejection.reason, "name": rejection.name, "rows": rejection.rows, "detail": rejection.detail}
         self._rejected_stream.write(json.dumps(line) + "\n")
 
@@ -99,7 +105,12 @@ class SplitWriter:
         self._close_shard()
         _sync_and_close(self._rejected_stream)
         if not self._shards:
-            raise PrepError(f"{self._split_dir}: no usable record ({describe_counts(self.rejected)}); nothing written")
+            first = next(iter(self.examples.values()), None)
+            example = (
+                "" if first is None else f", such as {first.name}" + (f" ({first.detail})" if first.detail else "")
+            )
+            found = describe_counts(self.rejected) + example
+            raise PrepError(f"{self._split_dir}: no usable record ({found}); nothing written")
         self.manifest = Manifest(
             corpus=self._corpus,
             split=self._split,
@@ -153,7 +164,8 @@ class _ShardWriter:
 
     def add(self, record: Record) -> None:
         captions = list(record.captions)
-        meta = json.dumps({**record.meta, "captions": captions}, ensure_ascii=False, allow_nan=False).encode()
+        content = {**record.meta, **record.per_caption, "captions": captions}
+        meta = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         members = {"text": ("txt", captions[0].encode()), "meta": ("json", meta)}
         for number, (content, extension) in enumerate(zip(record.images, record.extensions, strict=True)):
             paired = len(record.images) == 2

@@ -7,13 +7,13 @@ import decimal
 import itertools
 import json
 import math
-import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.annotations.annotated import is_plain_file
 from data_prep.fetch import UrlRow
 from data_prep.filters import caption_problem, safe_key
 from data_prep.record import PrepError, Record, Rejection
@@ -101,7 +101,7 @@ def flickr8k_records(images: Path, captions: dict[str, list[str]], names: list[s
     for name in names:
         texts = tuple(captions.get(name, ()))
         path = images / name
-        if Path(name).name != name or not _is_plain_file(path):
+        if Path(name).name != name or not is_plain_file(path):
             yield Rejection("missing_image", name, str(path), rows=max(1, len(texts)))
         else:
             yield Record(keys[name], (path.read_bytes(),), texts, {"file": name})
@@ -119,13 +119,6 @@ def distinct_keys(names: Iterable[str]) -> dict[str, str]:
         keys[name] = next(key for key in candidates if key not in taken)
         taken.add(keys[name])
     return keys
-
-
-def _is_plain_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
 
 
 def read_flickr8k_captions(path: Path) -> tuple[dict[str, list[str]], list[Rejection]]:

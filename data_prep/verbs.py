@@ -3,62 +3,63 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
-from data_prep import fetch, info, sources, synth, tokenizer
+from data_prep import fetch, info, overlap, sources, synth, tokenizer
+from data_prep.annotation_verbs import ANNOTATION_VERBS
 from data_prep.filters import Limits
-from data_prep.manifest import Manifest, file_sha256, find_splits
+from data_prep.manifest import file_sha256, find_splits
 from data_prep.parallel import default_workers
-from data_prep.prepare import fill_split, provenance
+from data_prep.prepare import fill_split
 from data_prep.record import PrepError
-from data_prep.shard_writer import SplitWriter, describe_counts, refuse_existing
+from data_prep.shard_writer import refuse_existing
 from data_prep.tables import FORMATS, table_files
+from data_prep.verb_options import (
+    DATA,
+    Verb,
+    add_filters,
+    add_writing,
+    from_arguments,
+    limits_of,
+    local_path,
+    name_list,
+    plain_name,
+    positive_number,
+    report_split,
+    share,
+    split_writer,
+    whole_number,
+)
 from data_prep.verify import verify_split
-
-Options = TypeVar("Options")
-Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
-
-
-class Folders(list[Path]):
-    """A list of folders that ``--help`` shows as a user would type it."""
-
-    def __str__(self) -> str:
-        return " ".join(map(str, self))
-
-
-DATA = Folders([Path("data")])
 
 
 def run_synth(args: argparse.Namespace) -> int:
     counts = {"train": args.train, "dev": args.dev, "test": args.test}
-    options = _from_arguments(synth.SynthOptions, args, counts=counts)
+    options = from_arguments(synth.SynthOptions, args, counts=counts)
     if args.urls is not None:
         for table in synth.write_url_tables(args.urls, args.base_url, options):
             print(table)
         return 0
     for manifest in synth.write_corpora(args.output, options):
-        _report(args.output.parent / manifest.corpus / manifest.split, manifest)
+        report_split(args.output.parent / manifest.corpus / manifest.split, manifest)
     return 0
 
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=_path, default=Path("data/synth"), help="corpus; pairs go to OUTPUT_pairs")
-    parser.add_argument("--train", type=_count, default=20000, help="training scenes")
-    parser.add_argument("--dev", type=_count, default=1000, help="scenes of the dev split")
-    parser.add_argument("--test", type=_count, default=1000, help="scenes of the test split")
-    parser.add_argument("--image-size", type=_positive, default=64, help="pixels a side")
-    parser.add_argument("--captions-per-image", type=_positive, default=1, help="the first is the canonical one")
+    parser.add_argument("--output", type=local_path, default=Path("data/synth"), help="corpus; pairs: OUTPUT_pairs")
+    parser.add_argument("--train", type=whole_number, default=20000, help="training scenes")
+    parser.add_argument("--dev", type=whole_number, default=1000, help="scenes of the dev split")
+    parser.add_argument("--test", type=whole_number, default=1000, help="scenes of the test split")
+    parser.add_argument("--image-size", type=positive_number, default=64, help="pixels a side")
+    parser.add_argument("--captions-per-image", type=positive_number, default=1, help="the first is the canonical one")
     parser.add_argument("--pair-share", type=float, default=0.25, help="image pairs for each scene; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--urls", type=_path, metavar="DIR", help="write loose images and DIR/SPLIT.tsv instead")
+    parser.add_argument("--urls", type=local_path, metavar="DIR", help="write loose images and DIR/SPLIT.tsv instead")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where DIR will be served (with --urls)")
-    _add_writing(parser)
+    add_writing(parser)
 
 
 def run_urls(args: argparse.Namespace) -> int:
@@ -84,12 +85,14 @@ def run_urls(args: argparse.Namespace) -> int:
         table_format=args.format,
     )
     plan = fetch.plan_download(work, request, rows, args.processes)
-    fetch.download(plan, _from_arguments(fetch.FetchOptions, args))
-    writer = _writer(args, args.output, args.split, {**request, **_limits(args).__dict__}, ("img2dataset", "pillow"))
+    fetch.download(plan, from_arguments(fetch.FetchOptions, args))
+    writer = split_writer(
+        args, args.output, args.split, {**request, **limits_of(args).__dict__}, ("img2dataset", "pillow")
+    )
     manifest = fill_split(
         writer,
         fetch.results(plan),
-        _limits(args),
+        limits_of(args),
         args.workers,
         args.drop_duplicates,
         min_yield=args.min_yield,
@@ -97,35 +100,35 @@ def run_urls(args: argparse.Namespace) -> int:
         label=args.split,
     )
     shutil.rmtree(work)
-    _report(split_dir, manifest)
+    report_split(split_dir, manifest)
     return 0
 
 
 def add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", type=_path, required=True, help="TSV, CSV, JSONL, parquet (.gz too), or a folder of them"
+        "--input", type=local_path, required=True, help="TSV, CSV, JSONL, parquet (.gz too), or a folder of them"
     )
-    parser.add_argument("--output", type=_path, default=Path("data/urls"), help="corpus folder")
-    parser.add_argument("--split", default="train", type=_plain_name)
+    parser.add_argument("--output", type=local_path, default=Path("data/urls"), help="corpus folder")
+    parser.add_argument("--split", default="train", type=plain_name)
     parser.add_argument("--format", choices=FORMATS, help="of the input, where its suffix does not say")
-    parser.add_argument("--columns", type=_names, help="cells of a file without header line: caption,url for CC3M")
+    parser.add_argument("--columns", type=name_list, help="cells of a file without header line: caption,url for CC3M")
     parser.add_argument("--url-column", default="url")
     parser.add_argument("--caption-column", default="caption")
-    parser.add_argument("--extra-columns", type=_names, default=[], help="kept in KEY.json, as A,B,...")
-    parser.add_argument("--json-columns", type=_names, default=[], help="kept too, their cells parsed as JSON")
-    parser.add_argument("--processes", type=_positive, default=min(16, default_workers()))
-    parser.add_argument("--threads", type=_positive, default=32, help="downloads at a time in each process")
-    parser.add_argument("--timeout", type=_positive, default=10, help="seconds for a read; a download may take 3x")
-    parser.add_argument("--retries", type=_count, default=1, help="further tries of a failed download")
-    parser.add_argument("--min-yield", type=_share, default=0.1, help="fail below this share of usable rows")
+    parser.add_argument("--extra-columns", type=name_list, default=[], help="kept in KEY.json, as A,B,...")
+    parser.add_argument("--json-columns", type=name_list, default=[], help="kept too, their cells parsed as JSON")
+    parser.add_argument("--processes", type=positive_number, default=min(16, default_workers()))
+    parser.add_argument("--threads", type=positive_number, default=32, help="downloads at a time in each process")
+    parser.add_argument("--timeout", type=positive_number, default=10, help="seconds for a read; thrice for a download")
+    parser.add_argument("--retries", type=whole_number, default=1, help="further tries of a failed download")
+    parser.add_argument("--min-yield", type=share, default=0.1, help="fail below this share of usable rows")
     parser.add_argument("--stall-seconds", type=float, default=300, help="give up after so long without progress")
     parser.add_argument("--deadline-seconds", type=float, help="give up after so long in all; resume by running again")
     parser.add_argument(
         "--allow-private-addresses", action="store_true", help="download from one's own machine or network too"
     )
     parser.add_argument("--restart", action="store_true", help="forget an unfinished download")
-    _add_filters(parser)
-    _add_writing(parser)
+    add_filters(parser)
+    add_writing(parser)
 
 
 def run_flickr8k(args: argparse.Namespace) -> int:
@@ -143,25 +146,27 @@ def run_flickr8k(args: argparse.Namespace) -> int:
         refuse_existing(args.output / split, args.overwrite)
     for split, path in found.items():
         names = sources.read_names(path)
-        writer = _writer(args, args.output, split, {"list": path.name, **_limits(args).__dict__}, ("pillow",))
+        writer = split_writer(args, args.output, split, {"list": path.name, **limits_of(args).__dict__}, ("pillow",))
         records = sources.flickr8k_records(images, captions, names)
         # An unreadable line belongs to no split; it is counted in the split with most captions.
         extra = problems if split == next(iter(found)) else []
         source = (item for part in (extra, records) for item in part)
         manifest = fill_split(
-            writer, source, _limits(args), args.workers, args.drop_duplicates, total=len(names), label=split
+            writer, source, limits_of(args), args.workers, args.drop_duplicates, total=len(names), label=split
         )
-        _report(args.output / split, manifest)
+        report_split(args.output / split, manifest)
     return 0
 
 
 def add_flickr8k(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=_path, required=True, help="folder of images/, Flickr8k.token.txt, split lists")
-    parser.add_argument("--images", type=_path, help="folder of the images, where it is another one")
-    parser.add_argument("--captions", type=_path, help="file of the captions, where it is another one")
-    parser.add_argument("--output", type=_path, default=Path("data/flickr8k"), help="corpus folder")
-    _add_filters(parser)
-    _add_writing(parser)
+    parser.add_argument(
+        "--input", type=local_path, required=True, help="folder: images/, Flickr8k.token.txt, split lists"
+    )
+    parser.add_argument("--images", type=local_path, help="folder of the images, where it is another one")
+    parser.add_argument("--captions", type=local_path, help="file of the captions, where it is another one")
+    parser.add_argument("--output", type=local_path, default=Path("data/flickr8k"), help="corpus folder")
+    add_filters(parser)
+    add_writing(parser)
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
@@ -172,16 +177,16 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=_path, nargs="+", default=DATA, help="train splits at or below these")
-    parser.add_argument("--output", type=_path, default=Path("data/tokenizer"))
-    parser.add_argument("--vocab-size", type=_positive, default=8192, help="at most; special tokens included")
+    parser.add_argument("--data", type=local_path, nargs="+", default=DATA, help="train splits at or below these")
+    parser.add_argument("--output", type=local_path, default=Path("data/tokenizer"))
+    parser.add_argument("--vocab-size", type=positive_number, default=8192, help="at most; special tokens included")
     parser.add_argument("--overwrite", action="store_true")
 
 
 def run_verify(args: argparse.Namespace) -> int:
     num_problems = 0
     for split_dir in [split for path in args.data for split in info.all_splits(path)]:
-        found = verify_split(split_dir, _limits(args), args.workers)
+        found = verify_split(split_dir, limits_of(args), args.workers)
         state = "ok" if not found.problems else f"{len(found.problems)} problem(s)"
         print(f"{split_dir}: {found.rows} rows, {found.samples} samples, {found.images} images decoded: {state}")
         for problem in found.problems[: args.max_problems]:
@@ -193,10 +198,10 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=_path, nargs="*", default=DATA, help="split, corpus or root folders")
-    parser.add_argument("--max-problems", type=_positive, default=20, help="lines shown for each split")
-    parser.add_argument("--workers", type=_positive, default=default_workers())
-    parser.add_argument("--max-pixels", type=_positive, default=Limits.max_pixels)
+    parser.add_argument("data", type=local_path, nargs="*", default=DATA, help="split, corpus or root folders")
+    parser.add_argument("--max-problems", type=positive_number, default=20, help="lines shown for each split")
+    parser.add_argument("--workers", type=positive_number, default=default_workers())
+    parser.add_argument("--max-pixels", type=positive_number, default=Limits.max_pixels)
     parser.set_defaults(max_image_bytes=sys.maxsize, min_side=1, max_aspect=None, image_size=None)
 
 
@@ -207,97 +212,27 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=_path, nargs="*", default=DATA, help="split, corpus or root folders")
+    parser.add_argument("data", type=local_path, nargs="*", default=DATA, help="split, corpus or root folders")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
+
+
+def run_overlap(args: argparse.Namespace) -> int:
+    found = overlap.compare_splits([split for path in args.data for split in info.all_splits(path)])
+    print("\n".join(found.lines))
+    return 1 if found.shared else 0
+
+
+def add_overlap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=local_path, nargs="*", default=DATA, help="split, corpus or root folders")
 
 
 VERBS: dict[str, Verb] = {
     "synth": ("make the synthetic corpora (no network, no files needed)", add_synth, run_synth),
     "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
     "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
+    **ANNOTATION_VERBS,
     "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
+    "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
 }
-
-
-def _add_filters(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is kept (docs/data.md explains each reason)")
-    group.add_argument("--image-size", type=_positive, help="shrink the shorter side to this; default: keep the bytes")
-    group.add_argument("--max-pixels", type=_positive, default=Limits.max_pixels, help="refused before decoding")
-    group.add_argument("--max-image-bytes", type=_positive, default=Limits.max_image_bytes)
-    group.add_argument("--min-side", type=_positive, default=Limits.min_side, help="pixels")
-    group.add_argument("--max-aspect", type=float, help="longer over shorter side; default: any")
-    group.add_argument("--drop-duplicates", action="store_true", help="drop a caption that an equal image had before")
-
-
-def _add_writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples-per-shard", type=_positive, default=2000)
-    parser.add_argument("--workers", type=_positive, default=default_workers(), help="processes")
-    parser.add_argument("--overwrite", action="store_true", help="replace a split that is there already")
-
-
-def _limits(args: argparse.Namespace) -> Limits:
-    return _from_arguments(Limits, args)
-
-
-def _from_arguments(options: type[Options], args: argparse.Namespace, **given: Any) -> Options:
-    """A dataclass of options, its fields ``given`` or taken from the arguments of the same name."""
-    named = {field.name: getattr(args, field.name) for field in dataclasses.fields(options) if field.name not in given}
-    return options(**named, **given)
-
-
-def _writer(
-    args: argparse.Namespace, corpus: Path, split: str, arguments: dict[str, Any], packages: tuple[str, ...]
-) -> SplitWriter:
-    return SplitWriter(
-        corpus / split,
-        corpus.resolve().name,
-        split,
-        samples_per_shard=args.samples_per_shard,
-        overwrite=args.overwrite,
-        provenance=provenance(f"data_prep {args.verb}", arguments, packages),
-    )
-
-
-def _report(split_dir: Path, manifest: Manifest) -> None:
-    rejected = f"; rejected: {describe_counts(manifest.rejected)}" if manifest.rejected else ""
-    print(f"{split_dir}: {manifest.rows} rows, {manifest.samples} samples, {len(manifest.shards)} shards{rejected}")
-
-
-def _count(text: str) -> int:
-    return _bounded(int, text, "a whole number from 0", lambda value: value >= 0)
-
-
-def _positive(text: str) -> int:
-    return _bounded(int, text, "a whole number from 1", lambda value: value >= 1)
-
-
-def _share(text: str) -> float:
-    return _bounded(float, text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-
-
-def _bounded(kind: type, text: str, expected: str, accept: Callable[[Any], bool]) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
-    return value
-
-
-def _path(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a path; mount or copy what is not on a file system")
-    return Path(text)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _plain_name(text: str) -> str:
-    if not text or text.startswith(".") or "/" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a plain folder name")
-    return text

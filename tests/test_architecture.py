@@ -27,7 +27,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "weights": ("core", "vision", "objectives"),
         "programs": ("core", "vision", "plans", "networks", "objectives", "decode", "weights"),
     },
-    "data_prep": {"all": ()},
+    "data_prep": {"splits": (), "annotations": ("splits",), "all": ("splits", "annotations")},
     "pipeline": {
         "config": (),
         "metrics": (),
@@ -61,11 +61,12 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("build",),
     },
     "data_prep": {
+        "splits": ("filters", "images", "manifest", "parallel", "prepare", "record", "shard_table", "shard_writer"),
         "all": (
-            *("__main__", "bounded_download", "bounded_http", "drawing", "fetch", "filters", "images", "info"),
-            *("lean_imports", "manifest", "parallel", "prepare", "program", "record", "scenes", "shard_table"),
-            *("shard_writer", "sources", "synth", "tables", "tokenizer", "verbs", "verify", "vqa_answers"),
-        )
+            *("__main__", "annotation_verbs", "bounded_download", "bounded_http", "drawing", "fetch", "info"),
+            *("lean_imports", "overlap", "program", "scenes", "sources", "synth", "tables", "tokenizer"),
+            *("verb_options", "verbs", "verify", "vqa_answers"),
+        ),
     },
     "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census")},
 }

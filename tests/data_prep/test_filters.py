@@ -160,3 +160,17 @@ def test_duplicates():
     assert kept.captions == ("three",) and [r.reason for r in rejections] == ["duplicate_pair"]
     assert judge(Record("c", (image,), ("one",)))[0] is None
     assert DuplicateFilter(drop_pairs=False)(Record("c", (image,), ("one", "one")))[0].captions == ("one", "one")
+
+
+def test_what_is_of_a_caption_goes_with_it():
+    """A label or an id never moves to another caption, whichever filter drops one before it."""
+    captions = ("a dog", " ", "two  dogs", "a\0cat", "a dog", "a hen")
+    record = Record("k", (encode(),), captions, {"file": "k.jpg"}, per_caption={"label": list(range(6))})
+    kept, rejections = check_record(record, Limits())
+    assert (kept.captions, kept.per_caption) == (("a dog", "two dogs", "a dog", "a hen"), {"label": [0, 2, 4, 5]})
+    assert [rejection.reason for rejection in rejections] == ["empty_caption", "nul_in_caption"]
+    unique, rejections = DuplicateFilter(True)(kept)
+    assert (unique.captions, unique.per_caption) == (("a dog", "two dogs", "a hen"), {"label": [0, 2, 5]})
+    assert len(rejections) == 1 and unique.meta == record.meta
+    with pytest.raises(AssertionError):
+        Record("k", (encode(),), ("a", "b"), per_caption={"label": [0]})

@@ -234,3 +234,19 @@ def test_info_and_tokenizer_say_in_one_line_that_an_index_is_damaged(tmp_path, c
         with pytest.raises(ManifestError, match="row 0 of its index has no caption") as error:
             read()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(1, 2), (2, 1), (2, 3)])
+def test_a_record_with_another_number_of_images_is_named(tmp_path, wanted, given):
+    items = [Record(f"k{n}", (jpeg(),) * count, ("x",)) for n, count in enumerate((wanted, given))]
+    with pytest.raises(PrepError, match=rf"record k1 has {given} image\(s\), expected {wanted}"):
+        write(tmp_path / "c" / "train", items, num_images=wanted)
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_what_is_of_a_caption_stands_beside_the_captions(tmp_path):
+    record = Record("k", (jpeg(),), ("a", "", "c"), {"file": "k.jpg"}, per_caption={"label": ["x", "y", "z"]})
+    write(tmp_path / "c" / "train", [record])
+    with tarfile.open(tmp_path / "c" / "train" / "00000.tar") as tar:
+        meta = json.load(tar.extractfile("k.json"))
+    assert meta == {"file": "k.jpg", "label": ["x", "z"], "captions": ["a", "c"]}

@@ -1,0 +1,289 @@
+"""The verbs that prepare sets for tasks from annotation files and folders of images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.annotations.annotated import AnnotatedSplit, records
+from data_prep.annotations.easy_pairs import make_pairs
+from data_prep.annotations.easy_vqa import read_easy_vqa
+from data_prep.annotations.karpathy import held_out_images as held_out_by_karpathy
+from data_prep.annotations.karpathy import read_karpathy
+from data_prep.annotations.nlvr2 import read_nlvr2
+from data_prep.annotations.published import compare
+from data_prep.annotations.snli_ve import label_revision, read_snli_ve
+from data_prep.annotations.visual_genome import read_visual_genome
+from data_prep.annotations.vqav2 import held_out_images, read_vqav2, vocabulary_answers
+from data_prep.manifest import file_sha256, write_atomically
+from data_prep.prepare import fill_split
+from data_prep.record import PrepError, Rejection
+from data_prep.shard_writer import refuse_existing
+from data_prep.verb_options import (
+    Verb,
+    add_filters,
+    add_writing,
+    limits_of,
+    local_path,
+    name_list,
+    plain_name,
+    positive_number,
+    report_split,
+    share,
+    split_writer,
+    whole_number,
+)
+from data_prep.vqa_answers import MIN_COUNT, build_vocabulary, vocabulary_file
+
+VOCABULARY_NAME = "answers.json"
+
+
+@dataclass
+class Part:
+    """A split to write: where to, what the annotation files say of it, where its images are, what its counts are of."""
+
+    corpus: Path
+    annotated: AnnotatedSplit
+    images: list[Path]
+    set_name: str
+    published: str = ""  # the name of the split among the published counts, where it is another
+
+
+def run_vqav2(args: argparse.Namespace) -> int:
+    splits = read_vqav2(args.questions, args.annotations, args.split)
+    parts = [Part(args.output, split, args.images, "vqav2") for split in splits]
+    files = [*args.questions, *args.annotations]
+    if args.vg_qa is not None:
+        if args.vg_image_data is None:
+            raise PrepError(
+                "--vg-qa: give Visual Genome's image_data.json by --vg-image-data: it says which are of COCO"
+            )
+        held_out = {image.meta["image_id"] for split in splits if split.split != "train" for image in split.images}
+        held_out = held_out.union(*map(_held_out, args.held_out))
+        if not held_out:
+            raise PrepError("--vg-qa: no held-out images of COCO are known; give --questions of val too, or --held-out")
+        annotated = read_visual_genome(args.vg_qa, args.vg_image_data, held_out)
+        parts.append(Part(args.vg_output, annotated, args.vg_images or args.images, "vg_qa"))
+        files += [args.vg_qa, args.vg_image_data, *args.held_out]
+    return _prepare(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
+
+
+def _held_out(path: Path) -> set[int]:
+    try:
+        return held_out_by_karpathy(path)
+    except PrepError:
+        return held_out_images(path)
+
+
+def add_vqav2(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--questions", type=local_path, nargs="+", required=True, help="v2_OpenEnded_mscoco_*_questions.json, several")
+    add("--annotations", type=local_path, nargs="+", default=[], help="v2_mscoco_*_annotations.json; none for test")
+    add("--split", type=plain_name, nargs="+", help="names of the splits in the order of --questions, for own ones")
+    add("--answer-splits", type=name_list, default=["train", "dev"], help="whose answers are counted; as A,B,...")
+    add("--min-answer-count", type=positive_number, default=MIN_COUNT, help="questions that an answer must have")
+    add("--vg-qa", type=local_path, help="Visual Genome's question_answers.json: a training corpus of its own beside")
+    add("--vg-image-data", type=local_path, help="Visual Genome's image_data.json, which names its images of COCO")
+    add("--vg-images", type=local_path, nargs="+", help="folders of Visual Genome's images; default: those of --images")
+    add("--vg-output", type=local_path, default=Path("data/vg_qa"), help="corpus folder of Visual Genome's questions")
+    add(
+        "--held-out", type=local_path, nargs="+", default=[], help="further VQAv2 questions, or Karpathy's file of COCO"
+    )
+    _add_options(parser, "data/vqav2", "COCO's images (train2014, val2014, test2015, or 2017's)")
+
+
+def run_nlvr2(args: argparse.Namespace) -> int:
+    annotated = read_nlvr2(args.input, args.split, args.balanced, args.unbalanced)
+    files = [path for path in (args.input, args.balanced, args.unbalanced) if path is not None]
+    return _prepare(args, [Part(args.output, annotated, args.images, "nlvr2")], files, num_images=2)
+
+
+def add_nlvr2(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=local_path, required=True, help="train.json, dev.json or test1.json")
+    parser.add_argument("--split", type=plain_name, help="its name; default: that of the identifiers, test for test1")
+    parser.add_argument("--balanced", type=local_path, help="the published list of balanced statements of this split")
+    parser.add_argument("--unbalanced", type=local_path, help="the published list of unbalanced statements")
+    _add_options(parser, "data/nlvr2", "images like dev-850-0-img0.png")
+
+
+def run_coco(args: argparse.Namespace) -> int:
+    splits = read_karpathy(args.karpathy, "coco", restval=not args.without_restval)
+    published = {"train": "train, without restval"} if args.without_restval else {}
+    parts = [Part(args.output, split, args.images, "coco", published.get(split.split, "")) for split in splits]
+    return _prepare(args, parts, [args.karpathy])
+
+
+def add_coco(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--karpathy", type=local_path, required=True, help="dataset_coco.json")
+    parser.add_argument("--without-restval", action="store_true", help="train on train2014 alone, 82,783 images")
+    _add_options(parser, "data/coco", "COCO's images (train2014 and val2014, or the folder of both)")
+
+
+def run_flickr30k(args: argparse.Namespace) -> int:
+    splits = read_karpathy(args.karpathy, "flickr30k")
+    return _prepare(args, [Part(args.output, split, args.images, "flickr30k") for split in splits], [args.karpathy])
+
+
+def add_flickr30k(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--karpathy", type=local_path, required=True, help="dataset_flickr30k.json")
+    _add_options(parser, "data/flickr30k", "Flickr30k's images (flickr30k_images)")
+
+
+def run_snli_ve(args: argparse.Namespace) -> int:
+    if args.split is not None and len(args.split) != len(args.input):
+        raise PrepError(f"--split {' '.join(args.split)}: expected a name for each of the {len(args.input)} --input")
+    splits = [read_snli_ve(path, split) for path, split in zip(args.input, args.split or [None] * len(args.input))]
+    if len({split.split for split in splits}) < len(splits):
+        raise PrepError("--input: two files of the same split; give each once")
+    revisions = {split.split: label_revision(split) for split in splits}
+    parts = [Part(args.output, split, args.images, "snli_ve") for split in splits]
+    print("labels:", ", ".join(f"{split} {revision}" for split, revision in revisions.items()))
+    return _prepare(args, parts, args.input, label_revision=revisions)
+
+
+def add_snli_ve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=local_path, nargs="+", required=True, help="snli_ve_{train,dev,test}.jsonl")
+    parser.add_argument("--split", choices=("train", "dev", "test"), nargs="+", help="where a file's name doesn't say")
+    _add_options(parser, "data/snli_ve", "Flickr30k's images (flickr30k_images)")
+
+
+def run_easy_vqa(args: argparse.Namespace) -> int:
+    splits, whole = read_easy_vqa(args.input, args.dev_share, args.seed)
+    print(f"easy_vqa train and dev: {compare('easy_vqa', 'train and dev', whole)}")
+    parts = [Part(args.output, split, args.images or [args.input], "easy_vqa") for split in splits]
+    files = sorted(args.input.glob("*/questions.json"))
+    return _prepare(args, parts, files, vocabulary=(splits, ["train"], args.min_answer_count))
+
+
+def add_easy_vqa(parser: argparse.ArgumentParser) -> None:
+    _add_easy(parser, "data/easy_vqa")
+    parser.add_argument(
+        "--min-answer-count", type=positive_number, default=MIN_COUNT, help="questions an answer must have"
+    )
+
+
+def run_easy_pairs(args: argparse.Namespace) -> int:
+    splits, _ = read_easy_vqa(args.input, args.dev_share, args.seed)
+    wanted = {"train": args.train, "dev": args.dev}
+    pairs = [make_pairs(split, wanted[split.split], args.seed) for split in splits if wanted.get(split.split)]
+    parts = [Part(args.output, split, args.images or [args.input], "easy_pairs") for split in pairs]
+    return _prepare(args, parts, [args.input / "train" / "questions.json"], num_images=2)
+
+
+def add_easy_pairs(parser: argparse.ArgumentParser) -> None:
+    _add_easy(parser, "data/easy_pairs")
+    parser.add_argument("--train", type=whole_number, default=20000, help="training pairs, each with a statement")
+    parser.add_argument("--dev", type=whole_number, default=2000, help="pairs of held-out images")
+
+
+def _add_easy(parser: argparse.ArgumentParser, output: str) -> None:
+    parser.add_argument("--input", type=local_path, required=True, help="easy-VQA's data folder: train/, maybe test/")
+    parser.add_argument("--dev-share", type=share, default=0.1, help="of the training images, for the dev split")
+    parser.add_argument("--seed", type=int, default=0, help="which images are held out")
+    _add_options(parser, output, "a folder of train/images and test/images; default: --input")
+
+
+def _add_options(parser: argparse.ArgumentParser, output: str, images: str) -> None:
+    parser.add_argument("--images", type=local_path, nargs="+", default=[], help=images)
+    parser.add_argument("--output", type=local_path, default=Path(output), help="corpus folder")
+    parser.add_argument("--check", action="store_true", help="read the annotation files alone, print what they hold")
+    add_filters(parser, duplicates=False)
+    add_writing(parser)
+
+
+def _prepare(
+    args: argparse.Namespace,
+    parts: Sequence[Part],
+    files: Sequence[Path],
+    num_images: int = 1,
+    vocabulary: tuple[Sequence[AnnotatedSplit], list[str], int] | None = None,
+    **arguments: Any,
+) -> int:
+    """Print the counts of the parts and, unless only to be checked, write them and the vocabulary of answers."""
+    for part in parts:
+        split = part.annotated
+        print(f"{part.set_name} {split.split}: {compare(part.set_name, part.published or split.split, split.counts)}")
+    answers = None if vocabulary is None else _vocabulary(args, *vocabulary)
+    if args.check:
+        for part in parts:
+            examples, counted = _by_reason(part.annotated.problems)
+            _name_problems(f"{part.set_name} {part.annotated.split}", examples, counted)
+        return 0
+    if any(not part.images for part in parts):
+        raise PrepError("--images: none given; name the folders of the images, or --check the annotation files alone")
+    for part in parts:
+        refuse_existing(part.corpus / part.annotated.split, args.overwrite)
+    arguments |= {"files": {path.name: file_sha256(path) for path in files}, **limits_of(args).__dict__}
+    for part in parts:
+        _write(args, part, num_images, {**arguments, "counts": part.annotated.counts})
+    if answers is not None:
+        write_atomically(args.output / VOCABULARY_NAME, answers)
+        print(f"{args.output / VOCABULARY_NAME}: written")
+    return 0
+
+
+def _write(args: argparse.Namespace, part: Part, num_images: int, arguments: dict[str, Any]) -> None:
+    annotated = part.annotated
+    writer = split_writer(args, part.corpus, annotated.split, arguments, ("pillow",), num_images)
+    source = records(annotated, part.images)
+    total = len(annotated.problems) + len(annotated.images)
+    manifest = fill_split(writer, source, limits_of(args), args.workers, total=total, label=annotated.split)
+    report_split(part.corpus / annotated.split, manifest)
+    _name_problems(str(part.corpus / annotated.split), writer.examples, writer.rejected)
+
+
+def _vocabulary(
+    args: argparse.Namespace, splits: Sequence[AnnotatedSplit], wanted: list[str], min_count: int
+) -> str | None:
+    """What answers.json will hold, from those of the ``wanted`` splits that are here; None without a training split.
+
+    Raises PrepError where no answer is frequent enough, and where another vocabulary is there already.
+    """
+    counted = [split for split in splits if split.split in wanted]
+    if "train" not in [split.split for split in counted]:
+        print(f"{VOCABULARY_NAME}: not made, as the training split is not among --answer-splits or not read here")
+        return None
+    vocabulary = build_vocabulary((a for split in counted for a in vocabulary_answers(split)), min_count)
+    names = [split.split for split in counted]
+    described = f"{len(vocabulary):,} answers of at least {min_count} questions in {', '.join(names)}"
+    print(f"{VOCABULARY_NAME}: {described}")
+    if not vocabulary:
+        raise PrepError(f"{described}; lower --min-answer-count")
+    path = args.output / VOCABULARY_NAME
+    content = json.dumps(vocabulary_file(vocabulary, names, min_count), indent=1) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != content and not (args.overwrite or args.check):
+        raise PrepError(f"{path}: another vocabulary is there, which trained models depend on; give --overwrite")
+    return content
+
+
+def _by_reason(problems: Sequence[Rejection]) -> tuple[dict[str, Rejection], Counter[str]]:
+    counts: Counter[str] = Counter()
+    examples: dict[str, Rejection] = {}
+    for problem in problems:
+        examples.setdefault(problem.reason, problem)
+        counts[problem.reason] += problem.rows
+    return examples, counts
+
+
+def _name_problems(where: str, examples: dict[str, Rejection], counts: dict[str, int]) -> None:
+    """A line for each reason, that names the first row of it and says how many more there are."""
+    for reason, first in examples.items():
+        detail = f" ({first.detail})" if first.detail else ""
+        more = counts[reason] - first.rows
+        print(f"{where}: {reason}: {first.name}{detail}{f', and {more:,} more rows' if more > 0 else ''}")
+
+
+ANNOTATION_VERBS: dict[str, Verb] = {
+    "vqav2": ("prepare VQAv2 from its questions, annotations and COCO's images", add_vqav2, run_vqav2),
+    "nlvr2": ("prepare a split of NLVR2 from its JSON lines and images", add_nlvr2, run_nlvr2),
+    "coco": ("prepare COCO's captions in Karpathy's splits", add_coco, run_coco),
+    "flickr30k": ("prepare Flickr30k's captions in Karpathy's splits", add_flickr30k, run_flickr30k),
+    "snli_ve": ("prepare SNLI-VE from its JSON lines and Flickr30k's images", add_snli_ve, run_snli_ve),
+    "easy_vqa": ("prepare easy-VQA, part of its training images held out", add_easy_vqa, run_easy_vqa),
+    "easy_pairs": ("make statements about pairs of easy-VQA's images, in NLVR2's form", add_easy_pairs, run_easy_pairs),
+}

@@ -1,0 +1,120 @@
+"""Options, argument types and output lines that the verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_prep.filters import Limits
+from data_prep.manifest import Manifest
+from data_prep.parallel import default_workers
+from data_prep.prepare import provenance
+from data_prep.shard_writer import SplitWriter, describe_counts
+
+Options = TypeVar("Options")
+Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+
+
+class Folders(list[Path]):
+    """A list of folders that ``--help`` shows as a user would type it."""
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+
+DATA = Folders([Path("data")])
+
+
+def add_filters(parser: argparse.ArgumentParser, duplicates: bool = True) -> None:
+    group = parser.add_argument_group("what is kept (docs/data.md explains each reason)")
+    group.add_argument(
+        "--image-size", type=positive_number, help="shrink the shorter side to this; default: keep the bytes"
+    )
+    group.add_argument("--max-pixels", type=positive_number, default=Limits.max_pixels, help="refused before decoding")
+    group.add_argument("--max-image-bytes", type=positive_number, default=Limits.max_image_bytes)
+    group.add_argument("--min-side", type=positive_number, default=Limits.min_side, help="pixels")
+    group.add_argument("--max-aspect", type=float, help="longer over shorter side; default: any")
+    if duplicates:
+        group.add_argument("--drop-duplicates", action="store_true", help="drop a caption an equal image had before")
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples-per-shard", type=positive_number, default=2000)
+    parser.add_argument("--workers", type=positive_number, default=default_workers(), help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a split that is there already")
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    return from_arguments(Limits, args)
+
+
+def from_arguments(options: type[Options], args: argparse.Namespace, **given: Any) -> Options:
+    """A dataclass of options, its fields ``given`` or taken from the arguments of the same name."""
+    named = {field.name: getattr(args, field.name) for field in dataclasses.fields(options) if field.name not in given}
+    return options(**named, **given)
+
+
+def split_writer(
+    args: argparse.Namespace,
+    corpus: Path,
+    split: str,
+    arguments: dict[str, Any],
+    packages: tuple[str, ...],
+    num_images: int = 1,
+) -> SplitWriter:
+    """The writer of one split, that names the verb and its ``arguments`` as where the split comes from."""
+    return SplitWriter(
+        corpus / split,
+        corpus.resolve().name,
+        split,
+        num_images=num_images,
+        samples_per_shard=args.samples_per_shard,
+        overwrite=args.overwrite,
+        provenance=provenance(f"data_prep {args.verb}", arguments, packages),
+    )
+
+
+def report_split(split_dir: Path, manifest: Manifest) -> None:
+    rejected = f"; rejected: {describe_counts(manifest.rejected)}" if manifest.rejected else ""
+    print(f"{split_dir}: {manifest.rows} rows, {manifest.samples} samples, {len(manifest.shards)} shards{rejected}")
+
+
+def whole_number(text: str) -> int:
+    return _bounded(int, text, "a whole number from 0", lambda value: value >= 0)
+
+
+def positive_number(text: str) -> int:
+    return _bounded(int, text, "a whole number from 1", lambda value: value >= 1)
+
+
+def share(text: str) -> float:
+    return _bounded(float, text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def _bounded(kind: type, text: str, expected: str, accept: Callable[[Any], bool]) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+    return value
+
+
+def local_path(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a path; mount or copy what is not on a file system")
+    return Path(text)
+
+
+def name_list(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def plain_name(text: str) -> str:
+    if not text or text.startswith(".") or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a plain folder name")
+    return text

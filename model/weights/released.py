@@ -93,19 +93,20 @@ class Layout:
     """What a released state dict holds: the objective and sizes of its network, the head of a task if there is one."""
 
     objective: str  # flm, mlm or ar
-    task: str | None  # vqa, nlvr2, retrieval; None for pretraining and captioning
+    task: str | None  # vqa, nlvr2, retrieval or captioning; None for pretraining
     has_lm_head: bool
     model: ModelConfig
     vocabulary_size: int
 
 
-# First part of the key of a task's head; such tensors keep their names, below "task.".
+# First part of the key of a head that no language loss has, and the task it shows (image-text matching is pretrained
+# too). Such tensors keep their names, below "task."; which head of ours they are: model/weights/heads.py.
 TASK_HEADS = {
     "vqa_classifier": "vqa",
     "nlvr2_classifier": "nlvr2",
     "rank_output": "retrieval",
-    "itm_score": "retrieval",
-    "itm_score_flm": "retrieval",
+    "itm_score": None,
+    "itm_score_flm": None,
 }
 
 
@@ -166,9 +167,9 @@ def read_layout(state: Mapping[str, Tensor], text_heads: int | None = None) -> L
         if objective == "flm"
         else ReconstructorConfig(),
     )
-    task = next((TASK_HEADS[first] for first in sorted(firsts) if first in TASK_HEADS), None)
-    if task is None and "itm_score" in firsts:
-        task = "retrieval"
+    task = next((task for first in sorted(firsts) if (task := TASK_HEADS.get(first))), None)
+    if objective == "flm" and "lm_score" in firsts and "lm_score_r" not in firsts:
+        task = "captioning"  # which has one of pretraining's three language heads
     return Layout(objective, task, bool(firsts & {"lm_score", "mlm_score"}), model, vocabulary_size)
 
 

@@ -22,9 +22,9 @@ from model.weights.released import ImportReport, Layout, from_released, read_lay
 from pipeline.config.options import ConfigError
 from pipeline.weights.files import tensors_of, without_prefixes
 from pipeline.weights.inert_pickle import read_foreign
-from pipeline.weights.sources import IMPORTED
+from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED
 
-REPORT_NAME, RECIPE_NAME = "import.json", "recipe.yaml"
+REPORT_NAME = "import.json"
 _DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # RecursionError is one
 
 
@@ -43,7 +43,8 @@ def import_flm(checkpoint: Path, folder: Path, text_heads: int | None = None) ->
     save_file(tensors, partial / IMPORTED)
     recipe = {"model": _differences(dataclasses.asdict(layout.model)), "objective": {"name": layout.objective}}
     recipe["model"]["weights"] = str(folder.resolve())
-    (partial / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False))
+    recipe |= {"task": {"name": layout.task}} if layout.task else {}
+    (partial / IMPORT_RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (partial / REPORT_NAME).write_text(json.dumps(_as_json(report, layout), indent=1))
     os.rename(partial, folder)
     print(

@@ -11,15 +11,17 @@ from model.config import ModelConfig, TextConfig, VisionConfig
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
 from model.vision.tower import build_tower
+from model.weights.heads import head_resizes, head_rules
 from model.weights.start import Loaded, named_tensors, start_from
 from model.weights.towers import bert_bottom, clip_image_encoder, refuse_other_network
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import CheckpointError, run_of
 from pipeline.config.command_line import load_config
+from pipeline.config.options import Config
 from pipeline.weights.external import load_external
 from pipeline.weights.files import read_state_dict
 
-IMPORTED = "weights.safetensors"  # in the folder of an imported model
+IMPORTED, IMPORT_RECIPE = "weights.safetensors", "recipe.yaml"  # in the folder of an imported model
 HEAD = r"(?!net\.).+"  # whatever is not of the network: what a task or objective puts on top
 TOWER = "net.vision."
 
@@ -27,13 +29,48 @@ TOWER = "net.vision."
 def load_model(objective: nn.Module, weights: str) -> Loaded:
     """Starts a whole objective from ``model.weights``: a run or checkpoint folder of ours, or an imported model.
 
-    Heads that the source lacks stay as they are, heads that only the source has are left out; the vision tower's
-    position table is resized.
+    A head starts from the source's head for the same purpose (``model/weights/heads.py``). Heads that the source lacks,
+    and layers of another number of classes, stay as they are; heads that only the source has are left out; the vision
+    tower's position table is resized. An objective may leave more of a source unread (``not_read``, patterns of names),
+    or give further ``resizes``.
 
     Raises:
         ValueError: nothing of the kind is there, or the networks differ.
     """
-    return start_from(objective, read_model(weights), source=f"model.weights {weights}", fresh=[HEAD], dropped=[HEAD])
+    return _start(objective, weights, fresh=[HEAD])
+
+
+def load_whole(objective: nn.Module, weights: str) -> Loaded:
+    """The same for a model that is used as it is: all of it, heads included, must be in the source.
+
+    Raises:
+        ValueError: nothing of the kind is there, or something is missing.
+    """
+    return _start(objective, weights, fresh=[])
+
+
+def is_import(folder: Path) -> bool:
+    """Whether it was made by `python -m pipeline.convert import-flm`."""
+    return (folder / IMPORTED).is_file()
+
+
+def import_config(folder: Path) -> Config:
+    """The configuration that an imported model is used with: its sizes, its objective, and its task if it has one.
+
+    Raises:
+        ConfigError: there is none, or it holds what no configuration has.
+    """
+    config = load_config(folder / IMPORT_RECIPE)
+    config.model.weights = str(folder)  # which may have been moved
+    return config
+
+
+def _start(objective: nn.Module, weights: str, fresh: list[str]) -> Loaded:
+    state, source = read_model(weights), f"model.weights {weights}"
+    dropped = [HEAD, *getattr(objective, "not_read", ())]
+    released = getattr(getattr(objective, "net", None), "released", False)
+    resizes = (*head_resizes(released), *getattr(objective, "resizes", ()))
+    return start_from(objective, state, head_rules(state), source, fresh, dropped, resizes)
 
 
 def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:
@@ -57,7 +94,7 @@ def read_model(weights: str) -> dict[str, Tensor]:
         ValueError: there is no such thing, or its frozen parts are no longer those it was trained with.
     """
     folder = Path(weights)
-    if (folder / IMPORTED).is_file():
+    if is_import(folder):
         return read_state_dict(folder / IMPORTED)
     try:
         checkpoint = restore.resolve(folder)

@@ -26,7 +26,7 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
 from pipeline.weights.external import published_files
 from pipeline.weights.hub import Hub, HubError
-from pipeline.weights.sources import load_model, load_text, load_vision, load_vision_tower
+from pipeline.weights.sources import is_import, load_model, load_text, load_vision, load_vision_tower, load_whole
 
 CLIP_TAG, CLIP_FILE = "openai", "open_clip_model.safetensors"
 ROBERTA, ROBERTA_LAYERS, ROBERTA_TOKENS = "roberta-base", 12, 50265
@@ -78,12 +78,16 @@ def load_frozen(objective: nn.Module, config: ModelConfig, place: Place, agreeme
 
 
 def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) -> None:
-    """Give a model, built without an engine, all weights of a checkpoint, its frozen parts included.
+    """Give a model, built without an engine, all weights of a checkpoint, its frozen parts included; or of an imported
+    model, its task's head included.
 
     Raises:
         ValueError: the checkpoint is damaged or of another model, or frozen weights are no longer those it was
             trained with.
     """
+    if is_import(checkpoint):
+        load_whole(objective, str(checkpoint))
+        return
     load_frozen(objective, config, Place(0, 1, 0, "single"), Agreement())
     load_into(objective, checkpoint)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from model.learning_rate_groups import declare_group, declared_group
+from model.weights.released import RELEASED_RULES
+from model.weights.start import foreign_names
 from pipeline.config.options import OptimConfig
 from pipeline.engine.optim import parameter_groups
+from tests.model.weights.test_released import released_objective
+from tests.oracle import oracle_file
 from tests.tiny_flm import tiny_flm
 
 HEAD = ("lm_head", "itm_head")
@@ -26,6 +32,23 @@ def test_groups_are_the_papers(name: str, behaviour: str) -> None:
         first, _, rest = parameter.partition(".")
         expected = "head" if first in HEAD else "cross" if rest.split(".")[0] in CROSS else "rest"
         assert objective.parameter_group(parameter) == expected, parameter
+
+
+def test_groups_are_those_of_the_release() -> None:
+    """Name by name; weight decay too, but for vectors, of which the release decays the vision tower's (NOTE)."""
+    groups = json.loads(oracle_file("d_param_groups_tiny.json").read_text())
+    fast = {name for group in groups if group["lr_multiplier"] == 5 for name in group["names"]}
+    decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+    heads = {name for name in fast if name.startswith("lm_score")}
+    objective, different = released_objective(), set()
+    for ours, value in objective.named_parameters():
+        for name in foreign_names(ours, RELEASED_RULES):
+            expected = "head" if name in heads else "cross" if name in fast else "rest"
+            assert objective.parameter_group(ours) == expected, name
+            different |= {name} if objective.decays(ours, value) != (name in decayed) else set()
+    vectors = {name for name in decayed if ".ln_" in name or name.endswith(("class_embedding", "token_type"))}
+    table_of_one = "text_transformer.embeddings.token_type_embeddings.weight"  # a vector here
+    assert different == {name for name in vectors if not name.startswith("vit_model.ln_final")} | {table_of_one}
 
 
 class Head(nn.Sequential):

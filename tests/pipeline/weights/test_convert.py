@@ -215,7 +215,7 @@ REAL = {
     "pretrain_flm_4m": ("flm", None, 288),
     "vqa_train": ("flm", "vqa", 576),
     "nlvr2_train": ("flm", "nlvr2", 288),
-    "caption_train": ("flm", None, 288),
+    "caption_train": ("flm", "captioning", 288),
     "irtr_f30k_train": ("flm", "retrieval", 384),
     "mlm_baseline(named configs only)": ("mlm", None, 224),
 }

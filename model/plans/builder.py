@@ -95,13 +95,16 @@ class PlanBuilder:
 
 
 def matched_rows(rows: Sequence[Row]) -> dict[int, int]:
-    """Number -> class of the rows that image-text matching judges: negatives (0) and the pairs on their images (1)."""
+    """Number -> class of the rows that image-text matching judges: negatives (0), and of the pairs on the image of one
+    that which comes first (1)."""
     contrasted = {row.image for row in rows if row.role == "negative"}
-    return {
-        number: int(row.role == "pair")
-        for number, row in enumerate(rows)
-        if row.role == "negative" or (row.role == "pair" and row.image in contrasted)
-    }
+    found: dict[int, int] = {}
+    for number, row in enumerate(rows):
+        if row.role == "negative" or (row.role == "pair" and row.image in contrasted):
+            found[number] = int(row.role == "pair")
+            if row.role == "pair":
+                contrasted.discard(row.image)
+    return found
 
 
 def padded_length(rows: Sequence[Row]) -> int:

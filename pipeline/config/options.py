@@ -31,6 +31,8 @@ class DataConfig:
         train_split: split to train on.
         eval_split: split held out for evaluation; null or a missing split evaluates nothing.
         tokenizer: tokenizer folder or Hugging Face name; null is the folder tokenizer inside the first data path.
+        texts_per_image: above 1 a sample is an image with up to so many of its texts (captions, questions), which share
+            one pass of the vision tower; batch sizes and epochs count images then.
         max_text_length: longest caption in tokens, with <s> and </s>; longer ones are cut.
         shuffle: full draws every sample from anywhere; blocks reads few places at a time (for slow disks and stores).
         shuffle_block: rows that shuffle blocks keeps together.
@@ -49,6 +51,7 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str | None = "dev"
     tokenizer: str | None = None
+    texts_per_image: PositiveInt = 1
     max_text_length: PositiveInt = 50
     shuffle: Literal["full", "blocks"] = "full"
     shuffle_block: PositiveInt = 1024

@@ -38,6 +38,16 @@ class RawSample(NamedTuple):
     meta: dict[str, Any]
     number: int = 0
 
+    @property
+    def num_texts(self) -> int:
+        """How many texts the images have; 1 where the metadata do not list them."""
+        texts = self.meta.get("captions")
+        return len(texts) if isinstance(texts, list) else 1
+
+    def with_text(self, number: int) -> RawSample:
+        """The row of another text of the same images; raises UnusableSample as reading that row does."""
+        return self._replace(text=_caption(self.text, self.meta, number, self.key), number=number)
+
 
 class Corpus:
     """Rows 0..len-1 of one split. Opening checks the split, or with a ``manifest`` asks for no file; shards are

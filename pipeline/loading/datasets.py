@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from model.batch import Planner, Row
-from pipeline.data.order import SampleOrder, sample_seed
+from pipeline.data.order import SampleOrder, mix_words, sample_seed
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.transforms import ClipTransform, UnusableSample, decode_image
 from pipeline.loading.collate import Item
@@ -82,18 +82,24 @@ class SampleReader:
         out: Tensor,
         image_index: int | None = None,
         near: range | None = None,
+        num_texts: int = 1,
     ) -> Item:
         """Row ``index`` of a corpus; its images, or those of row ``image_index``, are written into ``out``.
 
         ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder. Where ``near`` names
-        rows that are read together, other texts are theirs.
+        rows that are read together, other texts are theirs. With ``num_texts`` above 1 the item has up to so many of
+        the texts of the row's images.
         """
         read = self.corpora[corpus]
         numbers = near if near is not None and len(near) > 1 else range(len(read))
         try:
             sample = read.read(index)
             encoded = sample.images if image_index is None else read.read(image_index).images
-            rows = self.maker.rows(sample, seed, OtherRows(read, index, numbers))
+            others = OtherRows(read, index, numbers)
+            if num_texts == 1:
+                rows = self.maker.rows(sample, seed, others)
+            else:
+                rows = self._rows_of_texts(sample, seed, others, num_texts)
             for slot, data in enumerate(encoded):
                 self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size), out[slot])
         except UnusableSample as error:
@@ -101,14 +107,39 @@ class SampleReader:
             return Item(error.key, self.maker.placeholder(error.key), error.reason)
         return Item(sample.key, rows)
 
+    def _rows_of_texts(self, sample: RawSample, seed: int, others: OtherRows, num_texts: int) -> list[Row]:
+        """Rows of some of the texts of a sample, drawn by ``seed``; negatives are those of the first of them.
+
+        Texts that are unusable by themselves are passed over; raises UnusableSample where none is left.
+        """
+        generator = np.random.Generator(np.random.Philox(key=mix_words(seed, "texts")))
+        rows: list[Row] = []
+        problem = UnusableSample(sample.key, "missing caption")
+        for number in generator.permutation(sample.num_texts)[:num_texts].tolist():
+            try:
+                found = self.maker.rows(sample.with_text(number), mix_words(seed, "text", number), others)
+            except UnusableSample as error:
+                problem = error
+                continue
+            rows += [row for row in found if not rows or row.role != "negative"]
+        if not rows:
+            raise problem
+        return rows
+
 
 @dataclass(frozen=True)
 class TrainDataset:
-    """Positions of the training stream to items; within a batch they are read in the order of the shards."""
+    """Positions of the training stream to items; within a batch they are read in the order of the shards.
+
+    ``rows``, with ``num_texts`` above 1, are the first rows of the images of each corpus, int64 [samples]: the order
+    counts images then, and an item has up to so many of the texts of one.
+    """
 
     reader: SampleReader
     order: SampleOrder
     seed: int
+    num_texts: int = 1
+    rows: Sequence[np.ndarray] | None = None
 
     def items(self, positions: Sequence[int], out: Tensor, started: Started = lambda corpus, index: None) -> list[Item]:
         """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
@@ -116,9 +147,14 @@ class TrainDataset:
         items: list[Item | None] = [None] * len(positions)
         for slot in np.lexsort((indices, corpora)).tolist():
             corpus, index, epoch = int(corpora[slot]), int(indices[slot]), int(epochs[slot])
-            started(corpus, index)
             seed, near = sample_seed(self.seed, epoch, corpus, index), self.order.read_together(corpus, index)
-            items[slot] = self.reader.item(corpus, index, seed, out[slot], near=near)
+            if self.rows is not None:
+                first = self.rows[corpus]
+                end = near is not None and near.stop < len(first) and int(first[near.stop])
+                near = near and range(int(first[near.start]), end or len(self.reader.corpora[corpus]))
+                index = int(first[index])
+            started(corpus, index)
+            items[slot] = self.reader.item(corpus, index, seed, out[slot], near=near, num_texts=self.num_texts)
         return items
 
 

@@ -284,15 +284,18 @@ def build_train_loader(
     seed: int,
     options: LoaderOptions,
     skipped: Collection[int] = (),
+    num_texts: int = 1,
 ) -> BatchLoader:
     """Micro-batches of ``rank`` for steps ``start_step`` .. ``num_steps``-1, ``accumulation`` per step, in order;
     the ``skipped`` steps are left out.
 
     Whatever the topology, step s holds the samples at positions [s*G, (s+1)*G) of ``order``, G the global batch.
+    With ``num_texts`` above 1 a sample is an image with up to so many of its texts, and ``order`` counts images.
     """
     reader = _reader(corpora, preparation, options)
     batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(skipped))
-    dataset = TrainDataset(reader, order, seed)
+    rows = None if num_texts == 1 else [corpus.first_rows() for corpus in corpora]
+    dataset = TrainDataset(reader, order, seed, num_texts, rows)
     return BatchLoader(dataset, batches, preparation.planner, options, accumulation)
 
 

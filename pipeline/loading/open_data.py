@@ -33,6 +33,12 @@ class TrainingData:
     weights: list[float] | None
     held_out: list[Corpus]
     tokenizer: TextTokenizer
+    texts_per_image: int = 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each training corpus: its texts, or its images where several texts of one are a sample."""
+        return [len(one) if self.texts_per_image == 1 else one.manifest.samples for one in self.corpora]
 
 
 def open_training_data(config: Config, num_images: int = 1, agreement: Agreement | None = None) -> TrainingData:
@@ -50,14 +56,16 @@ def open_training_data(config: Config, num_images: int = 1, agreement: Agreement
     for found, (_, weight) in zip(by_path, weighted):
         rows = [manifest.rows for _, manifest in found]
         weights += [(1.0 if weight is None else weight) * own / sum(rows) for own in rows]
-    samples = sum(len(corpus) for corpus in corpora)
+    explicit = any(weight is not None for _, weight in weighted)
+    held_out = [Corpus(*split) for split in held_out]
+    data = TrainingData(corpora, weights if explicit else None, held_out, tokenizer, config.data.texts_per_image)
+    samples = sum(data.sizes)
     if samples < config.optim.batch_size:
         raise ConfigError(
             f"the training data has {samples} samples, fewer than one batch of optim.batch_size "
             f"{config.optim.batch_size}; use a smaller batch or prepare more data"
         )
-    explicit = any(weight is not None for _, weight in weighted)
-    return TrainingData(corpora, weights if explicit else None, [Corpus(*split) for split in held_out], tokenizer)
+    return data
 
 
 def open_held_out(config: Config, num_images: int = 1) -> list[Corpus]:
@@ -91,7 +99,7 @@ def _find_held_out(config: Config, num_images: int) -> list[Split]:
 
 def sample_order(config: Config, data: TrainingData) -> SampleOrder:
     """The order in which a run sees its samples."""
-    settings, sizes = config.data, [len(corpus) for corpus in data.corpora]
+    settings, sizes = config.data, data.sizes
     return SampleOrder(
         sizes,
         config.train.seed,
@@ -107,7 +115,7 @@ def data_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     settings, shuffle = config.data, config.data.shuffle
     if shuffle == "blocks":
         shuffle = f"blocks of {settings.shuffle_block} rows, {settings.shuffle_window} to a window"
-    return {
+    found = {
         "corpora": {
             f"{number} {corpus.name}/{corpus.manifest.split}": {
                 "rows": len(corpus),
@@ -127,6 +135,7 @@ def data_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
             "max_pixels": settings.max_pixels,
         },
     }
+    return found if data.texts_per_image == 1 else found | {"texts_per_image": data.texts_per_image}
 
 
 class TrainingBatches:
@@ -156,6 +165,7 @@ class TrainingBatches:
             seed=config.train.seed,
             options=loader_options(config, self._pin),
             skipped=skipped,
+            num_texts=self._data.texts_per_image,
         )
         return iter(self._loader)
 

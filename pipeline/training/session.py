@@ -214,7 +214,7 @@ def settle_length(config: Config, data: TrainingData) -> None:
     Raises:
         ConfigError: ``train.patience`` waits for evaluations, and nothing is held out.
     """
-    train, samples = config.train, sum(len(corpus) for corpus in data.corpora)
+    train, samples = config.train, sum(data.sizes)
     if train.epochs is not None:
         train.steps = math.ceil(Fraction(str(train.epochs)) * samples / config.optim.batch_size)
     if train.patience and not data.held_out:
@@ -315,12 +315,12 @@ def _announce(
         print(line, flush=True)
         for warning in warnings:
             print(warning, file=sys.stderr, flush=True)
-    sizes = ", ".join(f"{corpus.name} {len(corpus)}" for corpus in data.corpora)
+    sizes = ", ".join(f"{corpus.name} {size}" for corpus, size in zip(data.corpora, data.sizes, strict=True))
     held_out = sum(len(corpus) for corpus in data.held_out)
     print(f"model: {census.line()}; {engine.precision}, ZeRO {engine.stage}, {engine.device}")
     print(f"data: {sizes} training samples, {held_out} held out")
     if config.train.epochs is not None:
-        samples = sum(len(corpus) for corpus in data.corpora)
+        samples = sum(data.sizes)
         batches = f"batches of {config.optim.batch_size}"
         print(f"length: {config.train.epochs:g} epochs of {samples} samples in {batches}, {config.train.steps} steps")
     if config.objective.negatives == "in_batch_hard":

@@ -32,7 +32,7 @@ class Data:
         order = changes.pop("order", SampleOrder([len(corpus) for corpus in self.corpora], seed=5))
         arguments = dict(micro_batch=micro_batch, accumulation=accumulation)
         arguments |= dict(rank=rank, world=world, start_step=start, num_steps=stop, seed=7, options=options)
-        arguments |= dict(skipped=changes.pop("skipped", ()))
+        arguments |= dict(skipped=changes.pop("skipped", ()), num_texts=changes.pop("num_texts", 1))
         return build_train_loader(self.corpora, order, self.preparation(**changes), **arguments)
 
     def evaluate(self, world=1, rank=0, batch_size=4, options=HERE, **changes) -> BatchLoader:

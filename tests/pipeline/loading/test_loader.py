@@ -17,6 +17,7 @@ import torch
 from data_prep.record import Record
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus
+from pipeline.data.tokenizer import clean_caption
 from pipeline.data.transforms import clip_transform, decode_image
 from pipeline.loading.loader import LoaderError, LoaderOptions
 from tests.pipeline.data.test_reader import jpeg, records, write_split
@@ -299,3 +300,26 @@ def test_a_row_says_which_of_its_texts_it_is(data) -> None:
     samples = [corpus.read(row) for corpus in data.corpora for row in range(len(corpus))]
     assert all(one.text == one.meta["captions"][one.number] for one in samples)
     assert max(one.number for one in samples) > 0
+
+
+@pytest.mark.parametrize("num_texts", [2, 9])
+def test_an_image_with_several_of_its_texts_is_one_sample(data, num_texts: int) -> None:
+    """Every image once an epoch, up to so many different texts of its own with it, on any topology the same."""
+    data = replace(data, corpora=data.corpora[:1])  # two captions an image
+    (corpus,), images = data.corpora, [9]
+    changes = dict(order=SampleOrder(images, seed=5), num_texts=num_texts, micro_batch=9, stop=1)
+    (batch,) = data.train(**changes)
+    texts = {corpus.read(int(row)).key: corpus.read(int(row)).meta["captions"] for row in corpus.first_rows()}
+    assert sorted(batch.keys) == sorted(texts)
+    found: dict[str, list[str]] = {key: [] for key in texts}
+    for row, image in enumerate(batch.plan.image_of_row.tolist()):
+        ids = batch.plan.text[row, : batch.plan.lengths[row]].tolist()
+        found[batch.keys[image]].append(ids)
+    for key, captions in texts.items():
+        own = [data.tokenizer.encode(clean_caption(text, False), 12) for text in captions]
+        mine = [ids for ids in found[key] if ids in own]
+        assert len(mine) == min(num_texts, len(captions)) == len({tuple(ids) for ids in mine})
+    matched = batch.terms["itm"].target.tolist()
+    assert matched.count(0) == matched.count(1) > 0, "a pair for each negative, not each text of its image"
+    alone = [one for one in data.train(**changes | dict(micro_batch=1, accumulation=9))]
+    assert rows_by_sample(alone) == rows_by_sample([batch])

@@ -59,7 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     for verb, (summary, add_options, _) in VERBS.items():
         verb_parser = subparsers.add_parser(
-            verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False, formatter_class=_Formatter
+            verb,
+            help=summary,
+            description=f"{summary[:1].upper()}{summary[1:]}.",
+            allow_abbrev=False,
+            formatter_class=_Formatter,
         )
         add_options(verb_parser)
         verb_parser.set_defaults(parser=verb_parser)

@@ -244,12 +244,12 @@ def _vocabulary(
 
     Raises PrepError where no answer is frequent enough, and where another vocabulary is there already.
     """
-    counted = [split for split in splits if split.split in wanted]
-    if "train" not in [split.split for split in counted]:
+    by_name = {split.split: split for split in splits}
+    names = [name for name in dict.fromkeys(wanted) if name in by_name]
+    if "train" not in names:
         print(f"{VOCABULARY_NAME}: not made, as the training split is not among --answer-splits or not read here")
         return None
-    vocabulary = build_vocabulary((a for split in counted for a in vocabulary_answers(split)), min_count)
-    names = [split.split for split in counted]
+    vocabulary = build_vocabulary((a for name in names for a in vocabulary_answers(by_name[name])), min_count)
     described = f"{len(vocabulary):,} answers of at least {min_count} questions in {', '.join(names)}"
     print(f"{VOCABULARY_NAME}: {described}")
     if not vocabulary:

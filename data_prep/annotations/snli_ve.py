@@ -36,8 +36,8 @@ def read_snli_ve(path: Path, split: str | None = None) -> AnnotatedSplit:
         try:
             counts[_add(entry, images, seen)] += 1
         except BadEntry as error:
-            shown = entry.get("pairID") if isinstance(entry.get("pairID"), str) else None
-            problems.append(Rejection(error.reason, f"{name}: {ascii(shown)[1:81]}" if shown else name, error.detail))
+            shown = ascii(entry["pairID"]).strip("'")[:80] if isinstance(entry.get("pairID"), str) else ""
+            problems.append(Rejection(error.reason, f"{name}: {shown}" if shown else name, error.detail))
     counts["images"] = len(images)
     return AnnotatedSplit(split, list(images.values()), problems, counts)
 

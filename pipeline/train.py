@@ -84,10 +84,11 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     session = None
     try:
         watch.wait_for_all(MEETING_SECONDS)
+        from pipeline.distributed.connecting import connect_ranks
         from pipeline.distributed.host_cores import share_cores
         from pipeline.tasks.table import task_of
         from pipeline.training.loop import train
-        from pipeline.training.session import connect_ranks, resolve_ds_config, set_up
+        from pipeline.training.session import resolve_ds_config, set_up
 
         silence = timedelta(minutes=launch.config.train.collective_timeout_minutes)
         ranks = connect_ranks(place, stop, meeting, watch.own_address, silence)

@@ -40,6 +40,9 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "weights": ("config", "distributed", "data", "checkpoint"),
         "loading": ("config", "distributed", "data", "reporting"),
         "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading"),
+        "scoring": (
+            *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "reporting", "tasks"),
+        ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
             "tasks.task",
@@ -47,7 +50,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
-            *("tasks", "training", "metrics"),
+            *("tasks", "training", "metrics", "scoring"),
         ),
     },
 }

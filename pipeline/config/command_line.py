@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from jsonargparse import SUPPRESS, ArgumentParser
@@ -15,6 +16,7 @@ from pipeline.config.mistakes import CHOICES, SECTIONS, nearest, option_types, r
 from pipeline.config.options import Config, ConfigError, flatten, leaves, refuse_address, validate
 from pipeline.config.recipes import (
     RUN_CONFIG,
+    Recipe,
     existing,
     find_recipe,
     load_recipe,
@@ -89,19 +91,31 @@ def _sources(
     return sources
 
 
-def load_config(run: Path) -> Config:
-    """The resolved configuration of a run folder (or of a config.yaml)."""
+def load_config(run: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """The resolved configuration of a run folder (or of a config.yaml), with other values by dotted option.
+
+    Raises:
+        ConfigError: no such run, or a change of an option that its objective or task does not have.
+    """
     path = run / RUN_CONFIG if run.is_dir() else run
     if not path.is_file():
         raise ConfigError(f"{run}: found no config.yaml; expected the folder of a run (--output of pipeline/train.py)")
-    return config_of(read_yaml(path), path)
+    return config_of(read_yaml(path), path, changes)
 
 
-def config_of(content: dict[str, Any], where: Path) -> Config:
+def config_of(content: dict[str, Any], where: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """The configuration of a run, written down as nested dicts in the file ``where``."""
     settings = without_other_choices(dict(leaves(content)))
     refuse_unknown(settings, str(where))
-    return _build(Config, _parse(_parser(), settings, str(where)))
+    own = Recipe(where.stem, _parse(_parser(), settings, str(where)))
+    return _build(Config, own.under("command line", dict(changes), "command line").settings)
+
+
+def changed_options(words: Sequence[str]) -> dict[str, Any]:
+    """The options that words like ``--task.beams 5`` set, each value of its type; raises ConfigError."""
+    argv = _expand_data(list(words))
+    _refuse_unknown_words(argv, [*option_types(), "data"])
+    return _parse(_parser(), argv, "command line")
 
 
 def describe(launch: Launch) -> str:

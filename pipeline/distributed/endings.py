@@ -82,9 +82,9 @@ def judge(error: BaseException, setting_up: bool) -> Verdict:
     return Verdict(EXIT_BUG, f"{type(error).__name__}: {text}", is_bug=True)
 
 
-def say(error: BaseException, place: Place | None) -> int:
+def say(error: BaseException, place: Place | None, setting_up: bool = True) -> int:
     """Print what ended this process before it could talk to other ranks, once a node; returns the exit code."""
-    verdict = judge(error, setting_up=True)
+    verdict = judge(error, setting_up)
     if verdict.is_bug:
         traceback.print_exception(error)
     if place is None or place.world_size == 1:

@@ -49,6 +49,14 @@ class Agreement:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """On rank 0 the values of all ranks in order of rank, on the others nothing (pickled, as above)."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self._group)
+        return values if self.is_main else []
+
     def from_main(self, value: Any) -> Any:
         """The value that rank 0 gives, on every rank (pickled, between our own processes)."""
         if self.alone:

@@ -16,11 +16,11 @@ WAIT_SECONDS = 20.0  # a process that is being killed may still hold it
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def lock_run(run: Path, wait_seconds: float = WAIT_SECONDS) -> int | None:
+def lock_run(run: Path, wait_seconds: float = WAIT_SECONDS, doing: str = "trained") -> int | None:
     """Take the lock of a run folder; the returned file descriptor holds it until it is closed or the process ends.
 
     It guards against ranks that train on for a while after their launcher was killed. Returns None, with a warning,
-    where the file system has no locks.
+    where the file system has no locks. ``doing`` says in messages what is done there.
 
     Raises:
         ValueError: the folder can't be written, or another process still holds the lock after ``wait_seconds``.
@@ -42,7 +42,7 @@ def lock_run(run: Path, wait_seconds: float = WAIT_SECONDS) -> int | None:
                 time.sleep(0.2)
                 continue
             raise ValueError(
-                f"{run} is being trained by {_holder(run)}; wait for it, stop it, or use another --output"
+                f"{run} is being {doing} by {_holder(run)}; wait for it, stop it, or use another --output"
             ) from None
         except OSError as error:
             os.close(file)

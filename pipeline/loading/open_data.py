@@ -68,11 +68,14 @@ def open_training_data(config: Config, num_images: int = 1, agreement: Agreement
     return data
 
 
-def open_held_out(config: Config, num_images: int = 1) -> list[Corpus]:
-    """The corpora of ``data.eval_split``, in this process; paths without that split are passed over, half-written ones
-    refused."""
-    found = _find_held_out(config, num_images)
-    check_in_shares(found, Agreement())
+def open_held_out(config: Config, num_images: int = 1, agreement: Agreement | None = None) -> list[Corpus]:
+    """The corpora of ``data.eval_split``; paths without that split are passed over, half-written ones refused.
+
+    Opened with all ranks of ``agreement`` (None: alone); every rank must call it.
+    """
+    agreement = agreement or Agreement()
+    found = found_by_main(lambda: _find_held_out(config, num_images), agreement)
+    check_in_shares(found, agreement)
     return [Corpus(*split) for split in found]
 
 

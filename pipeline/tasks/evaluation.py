@@ -1,26 +1,75 @@
-"""Runs the passes of an evaluation: in training on all ranks through the engine, or on a finished run by itself."""
+"""Runs the passes of an evaluation: in training on all ranks through the engine, or on ranks that work alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch
-from pipeline.checkpoint.restore import resolve
-from pipeline.config.options import Config, tokenizer_source
-from pipeline.data.tokenizer import load_tokenizer
-from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
-from pipeline.loading.open_data import open_held_out
-from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Task
-from pipeline.weights.starting import load_trained
+from pipeline.tasks.task import EvaluationPass, Measurement, Prediction
 
 Run = Callable[[Callable[[Any, Batch], Measurement], Batch], Measurement]  # a function of objective and batch, applied
+
+
+class BatchRecord(NamedTuple):
+    """What one batch gave: its positions in the evaluation's order, sums of the quantities (scalars on the device, or
+    numbers), predictions, and the unusable samples, (key, reason)."""
+
+    positions: list[int]
+    sums: Mapping[str, Tensor | float]
+    predictions: list[Prediction]
+    problems: list[tuple[str, str]]
+
+
+class Course(Protocol):
+    """How an evaluation proceeds: what is done already, what becomes of a batch's record, whether to stop."""
+
+    def finished(self, number: int) -> list[BatchRecord]:
+        """On rank 0: what earlier processes found in pass ``number``."""
+
+    def add(self, number: int, record: BatchRecord) -> BatchRecord:
+        """Take note of a batch; returns what counts for it."""
+
+    def stopped(self) -> bool:
+        """Whether to stop, asked before every batch."""
+
+    def wait(self, number: int) -> None:
+        """This rank has no batch of pass ``number`` left: wait for the others as long as they work."""
+
+
+class Outcome(NamedTuple):
+    """Of an evaluation, on every rank: values by name. On rank 0: the predictions and unusable samples of the first
+    pass, in order."""
+
+    values: dict[str, float]
+    predictions: list[Prediction]
+    problems: list[tuple[str, str]]
+
+
+class Lockstep:
+    """The course in training: nothing is kept, and the ranks agree before every batch, as they compute together."""
+
+    def __init__(self, agreement: Agreement, stop: StopRequest) -> None:
+        self._agreement, self._stop = agreement, stop
+
+    def finished(self, number: int) -> list[BatchRecord]:
+        return []
+
+    def add(self, number: int, record: BatchRecord) -> BatchRecord:
+        return record
+
+    def stopped(self) -> bool:
+        return self._agreement.total([self._stop.requested])[0] > 0
+
+    def wait(self, number: int) -> None:
+        pass
 
 
 def evaluate(
@@ -34,75 +83,92 @@ def evaluate(
 
     Equal on every rank; every rank must call it. Samples that could not be used are counted as ``bad_samples``, once.
     """
-    values: dict[str, float] = {}
-    bad_samples = 0
+    outcome = run_passes(run, passes, agreement, Lockstep(agreement, stop), folder)
+    return None if outcome is None else outcome.values
+
+
+def run_passes(
+    run: Run,
+    passes: Sequence[EvaluationPass],
+    agreement: Agreement,
+    course: Course,
+    folder: Path | None = None,
+) -> Outcome | None:
+    """The same with the predictions, by any ``course``."""
+    outcome = Outcome({}, [], [])
     for number, one in enumerate(passes):
-        found = _sweep(run, one, agreement, stop)
-        if found is None:
+        records = _sweep(run, one, number, agreement, course)
+        if records is None:
             return None
-        totals, predictions, bad = found
-        bad_samples = bad if number == 0 else bad_samples
-        if one.write is not None and folder is not None and agreement.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            one.write(folder, predictions)
-        values |= {f"{one.name}{name}": value for name, value in one.summarise(totals, predictions).items()}
-    return values | ({"bad_samples": bad_samples} if bad_samples else {})
+        values, predictions, problems = {}, [], []
+        if agreement.is_main:
+            predictions = sorted((item for record in records for item in record.predictions), key=_position)
+            problems = [problem for record in sorted(records, key=_positions) for problem in record.problems]
+            values = one.summarise(_totals(one.quantities, records), predictions)
+            if one.write is not None and folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                one.write(folder, predictions)
+        outcome.values.update({f"{one.name}{name}": value for name, value in agreement.from_main(values).items()})
+        if number == 0:
+            outcome.predictions.extend(predictions)
+            outcome.problems.extend(problems)
+    if bad := int(agreement.total([len(outcome.problems)])[0]):
+        outcome.values["bad_samples"] = bad
+    return outcome
 
 
 def _sweep(
-    run: Run, one: EvaluationPass, agreement: Agreement, stop: StopRequest
-) -> tuple[dict[str, float], list[Prediction], int] | None:
-    """Sums of the quantities, predictions and number of unusable samples of a pass, over all ranks."""
-    on_device: dict[str, list[Tensor]] = {name: [] for name in one.quantities}
-    on_host = dict.fromkeys(one.quantities, 0.0)
-    predictions: list[Prediction] = []
-    bad_samples = 0
-    if one.begin is not None:
+    run: Run, one: EvaluationPass, number: int, agreement: Agreement, course: Course
+) -> list[BatchRecord] | None:
+    """On rank 0 the records of all batches of a pass, whoever computed them; None, on every rank, when told to stop."""
+    records = course.finished(number)
+    done = agreement.from_main({position for record in records for position in record.positions})
+    loader = one.batches.without(done) if done else one.batches
+    if one.begin is not None and loader.most_batches:
         run(lambda objective, _: one.begin(objective), one.placeholder)
-    batches = iter(one.batches)
-    for _ in range(one.batches.most_batches):
-        if agreement.total([stop.requested])[0]:
-            return None
+    batches, told_to_stop = iter(loader), False
+    for _ in range(loader.most_batches):
+        if told_to_stop := course.stopped():
+            break
         batch = next(batches, None)
         measured = run(one.measure, one.placeholder if batch is None else batch)
-        if batch is None:
-            continue
-        bad_samples += len(batch.problems)
-        predictions += measured.predictions
-        for name, value in measured.sums.items():
-            if isinstance(value, Tensor):
-                on_device[name].append(value)
-            else:
-                on_host[name] += value
-    local = [on_host[name] + _total(on_device[name]) for name in one.quantities]
-    *totals, bad = agreement.total([*local, bad_samples])
-    has_predictions = agreement.total([len(predictions)])[0] > 0
-    gathered = [item for rank in agreement.gather(predictions) for item in rank] if has_predictions else []
-    gathered.sort(key=lambda item: item["position"])
-    return dict(zip(one.quantities, totals, strict=True)), gathered, int(bad)
+        if batch is not None:
+            found = BatchRecord(batch.positions, measured.sums, list(measured.predictions), batch.problems)
+            records.append(course.add(number, found))
+    if loader is not one.batches:
+        loader.close()
+    course.wait(number)
+    if agreement.total([told_to_stop])[0]:
+        return None
+    records = [record._replace(sums=sums) for record, sums in zip(records, as_numbers(records), strict=True)]
+    return [record for part in agreement.gather_to_main(records) for record in part]
 
 
-def _total(values: list[Tensor]) -> float:
-    return float(torch.stack(values).double().sum(0)) if values else 0.0
+def as_numbers(records: Sequence[BatchRecord]) -> list[dict[str, float]]:
+    """The sums of all records as numbers of the host; the device is waited for once."""
+    waiting = [value for record in records for value in record.sums.values() if isinstance(value, Tensor)]
+    found = iter(torch.stack([value.detach().double() for value in waiting]).tolist() if waiting else [])
+    return [
+        {name: next(found) if isinstance(value, Tensor) else float(value) for name, value in record.sums.items()}
+        for record in records
+    ]
 
 
-def evaluate_run(
-    run: Path, config: Config, task: Task, device: torch.device, stop: StopRequest
-) -> dict[str, float] | None:
-    """Evaluate the newest checkpoint of a run (or a checkpoint folder) in this process, without DeepSpeed."""
-    checkpoint = resolve(run)
-    copy = checkpoint.parent.parent / "tokenizer"
-    tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
-    corpora = open_held_out(config, task.num_images)
-    if not corpora:
-        raise ValueError(
-            f"no split {config.data.eval_split!r} in {', '.join(config.data.paths)}; give --data or --split"
-        )
-    objective = task.build(config, tokenizer.vocabulary)
-    load_trained(objective, config.model, checkpoint)
-    objective.eval().to(device)
-    preparation = task.preparation(config, objective, tokenizer)
-    ranks = EvaluationRanks(Place(0, 1, 0, "single"), device.type == "cuda")
-    passes = task.passes(config, objective, preparation, corpora, ranks)
-    with torch.no_grad():
-        return evaluate(lambda function, batch: function(objective, batch.to(device)), passes, Agreement(), stop)
+def _totals(quantities: Iterable[str], records: Sequence[BatchRecord]) -> dict[str, float]:
+    """The exact sum of each quantity, rounded once: it does not depend on which rank had which batch."""
+    return {name: _sum(record.sums.get(name, 0.0) for record in records) for name in quantities}
+
+
+def _sum(values: Iterable[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # infinities of both signs
+        return math.nan
+
+
+def _position(prediction: Prediction) -> int:
+    return prediction["position"]
+
+
+def _positions(record: BatchRecord) -> list[int]:
+    return record.positions

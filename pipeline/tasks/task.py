@@ -72,9 +72,9 @@ class EvaluationPass:
     ``measure`` runs inside the engine's forward, in evaluation mode and without gradients, as often on every rank;
     ``placeholder`` is for ranks that have run dry. ``begin``, if given, runs there once before, for what all batches
     share. ``summarise`` turns the sums of ``quantities`` and the predictions of all ranks, in order, into values by
-    name, and runs on every rank alike; a value NAME_standard_error is the standard error of NAME. ``write``, if given,
-    runs on rank 0 with the folder of the evaluation, which is there, and the predictions: for files of the task's own
-    beside predictions.jsonl, which the program writes.
+    name, on rank 0 only; a value NAME_standard_error is the standard error of NAME, and what it adds to a prediction is
+    written down. ``write``, if given, runs after it, on rank 0 with the folder of the evaluation, which is there, and
+    the predictions: for files of the task's own beside predictions.jsonl, which the program writes.
     """
 
     batches: BatchLoader

@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -28,11 +27,8 @@ from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, ConfigError, flatten, save_config, to_plain, tokenizer_source
-from pipeline.distributed.devices import choose_device, refuse_shared_gpu
+from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.places import Place
-from pipeline.distributed.preempt import StopRequest
-from pipeline.distributed.ranks import Agreement
-from pipeline.distributed.rendezvous import Meeting, connect
 from pipeline.distributed.run_lock import lock_run
 from pipeline.engine.ds_check import check_ds_config
 from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed
@@ -46,21 +42,6 @@ from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.reporting.trackers import check_trackers
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This rank among the others, and what they agree by."""
-
-    place: Place
-    device: torch.device
-    agreement: Agreement
-    stop: StopRequest
-
-    def say(self, line: str, error: bool = False) -> None:
-        """Print a line once, on the main rank."""
-        if self.place.is_main:
-            print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 @dataclass
@@ -108,21 +89,6 @@ class Opened:
     data_changes: dict[str, str]
     passed_by: list[int]
     lock: int | None
-
-
-def connect_ranks(
-    place: Place, stop: StopRequest, meeting: Meeting, own_address: str | None, silence: timedelta
-) -> Ranks:
-    """Choose the device and connect the ranks; every rank must call it.
-
-    Raises:
-        ValueError: a rank has no device of its own.
-    """
-    place, device = choose_device(place)
-    connect(place, device, meeting, own_address, silence)
-    agreement = Agreement(silence)
-    refuse_shared_gpu(place, device, agreement)
-    return Ranks(place, device, agreement, stop)
 
 
 def resolve_ds_config(launch: Launch, place: Place, device: torch.device) -> dict[str, Any]:

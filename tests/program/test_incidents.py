@@ -27,6 +27,7 @@ from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.restore import load_weights, read_state
 from pipeline.config.command_line import parse_command_line
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.incidents.records import read_incident
@@ -36,7 +37,7 @@ from pipeline.reporting.metrics import read_log
 from pipeline.tasks.table import task_of
 from pipeline.training import bad_steps
 from pipeline.training.loop import train as loop
-from pipeline.training.session import Ranks, resolve_ds_config, set_up
+from pipeline.training.session import resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer

@@ -12,11 +12,12 @@ import torch
 from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from pipeline.config.command_line import parse_command_line
+from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.reporting.metrics import read_log
 from pipeline.training.loop import train as loop
-from pipeline.training.session import Ranks, resolve_ds_config, set_up
+from pipeline.training.session import resolve_ds_config, set_up
 from tests import toy_task
 from tests.forked_ranks import run_ranks
 

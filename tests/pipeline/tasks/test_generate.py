@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -13,27 +12,15 @@ import torch
 from PIL import Image
 
 from data_prep.tokenizer import train_tokenizer
-from model.build import build_objective
-from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
-from pipeline.checkpoint.state import RunState
-from pipeline.config.command_line import load_config
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.distributed.preempt import StopRequest
+from pipeline.evaluate import main as evaluate
 from pipeline.generate import main
 from pipeline.reporting.page import write_report
 from pipeline.tasks.caption_lengths import QUANTILES
 from pipeline.tasks.captioning import load_captioner
-from pipeline.tasks.evaluation import evaluate_run
-from pipeline.tasks.pretraining import Pretraining
 from tests.tiny_corpus import make_corpus
-
-CONFIG = """
-model:
-  vision: {{name: null, image_size: 32, patch_size: 16, width: 16, layers: 2, head_width: 8}}
-  text: {{width: 16, heads: 2, ffn_width: 32, bottom_layers: 1, top_layers: 1, max_positions: 40, dropout: 0.0}}
-data: {{paths: ["{data}"], max_text_length: 20}}
-"""
+from tests.written_run import TINY, write_run
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +28,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with prepared data, a tokenizer and the checkpoint of an untrained model; beside it one of mlm."""
     folder = tmp_path_factory.mktemp("generate")
     data = make_corpus(folder / "data", train=40, dev=12, vocabulary_size=300)
-    write_run(folder / "mlm", data, CONFIG + "objective: {{name: mlm}}\n")
-    return write_run(folder / "run", data, CONFIG)
-
-
-def write_run(run: Path, data: Path, settings: str) -> Path:
-    run.mkdir()
-    (run / "config.yaml").write_text(settings.format(data=data))
-    config = load_config(run)
-    torch.manual_seed(0)
-    vocabulary = load_tokenizer(data / "tokenizer").vocabulary
-    objective = build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
-    folder = run / "checkpoints" / "step_00000001.tmp"
-    folder.mkdir(parents=True)
-    writer = PartWriter(folder, rank=0)
-    for name, parameter in objective.named_parameters():
-        writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": parameter.detach()}))
-    publish(folder, checkpoint_path(run, 1), dataclasses.asdict(RunState(step=1)), writer.finish())
-    return run
+    write_run(folder / "mlm", data, TINY + "objective: {{name: mlm}}\n")
+    return write_run(folder / "run", data, TINY)
 
 
 @pytest.fixture
@@ -154,7 +125,7 @@ def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tm
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     shutil.copytree(run.parent / "data" / "tokenizer", moved / "tokenizer")
-    (moved / "config.yaml").write_text(CONFIG.format(data=tmp_path / "gone"))
+    (moved / "config.yaml").write_text(TINY.format(data=tmp_path / "gone"))
     assert main(["--run", str(moved), str(image)]) == 0
 
 
@@ -167,7 +138,7 @@ def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tm
     ],
 )
 def test_a_checkpoint_of_another_width_resolution_or_vocabulary_is_refused(
-    run: Path, tmp_path: Path, setting: str, other: str, named: str
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, setting: str, other: str, named: str
 ) -> None:
     """In one line that names the first difference, by everything that loads a run's weights without its engine."""
     moved = tmp_path / "moved"
@@ -175,13 +146,12 @@ def test_a_checkpoint_of_another_width_resolution_or_vocabulary_is_refused(
     (moved / "config.yaml").write_text((run / "config.yaml").read_text().replace(setting, other))
     if setting == "tokenizer":
         train_tokenizer([run.parent / "data" / "synth" / "train"], moved / "tokenizer", 290)
-    for load in (
-        lambda: load_captioner(moved, torch.device("cpu")),
-        lambda: evaluate_run(moved, load_config(moved), Pretraining(), torch.device("cpu"), StopRequest()),
-    ):
-        with pytest.raises(ValueError, match="restore the config.yaml and tokenizer it was trained with") as refused:
-            load()
-        assert named in str(refused.value) and "\n" not in str(refused.value)
+    wanted = "restore the config.yaml and tokenizer it was trained with"
+    with pytest.raises(ValueError, match=wanted) as refused:
+        load_captioner(moved, torch.device("cpu"))
+    assert evaluate(["--run", str(moved)]) == 2
+    for said in (str(refused.value), capsys.readouterr().err.removesuffix("\n")):
+        assert wanted in said and named in said and "\n" not in said
 
 
 def test_mlm_tries_the_lengths_of_its_training_captions(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
@@ -207,7 +177,7 @@ def test_mlm_without_its_data_asks_for_lengths(
     moved = tmp_path / "moved"
     shutil.copytree(run.parent / "mlm", moved)
     shutil.copytree(run.parent / "data" / "tokenizer", moved / "tokenizer")
-    (moved / "config.yaml").write_text((CONFIG + "objective: {{name: mlm}}\n").format(data=tmp_path / "gone"))
+    (moved / "config.yaml").write_text((TINY + "objective: {{name: mlm}}\n").format(data=tmp_path / "gone"))
     assert main(["--run", str(moved), str(image)]) == 2
     error = capsys.readouterr().err
     assert "gone" in error and "give --lengths" in error and error.count("\n") == 1

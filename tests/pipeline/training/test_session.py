@@ -14,10 +14,11 @@ from pipeline.checkpoint.files import CheckpointError, PartWriter, Piece, checkp
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import Launch, parse_command_line
 from pipeline.config.options import ConfigError
+from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
-from pipeline.training.session import Ranks, continue_run, open_records, open_run
+from pipeline.training.session import continue_run, open_records, open_run
 from tests.tiny_corpus import make_corpus
 
 ALONE = Ranks(Place(0, 1, 0, "single"), torch.device("cpu"), Agreement(), StopRequest())

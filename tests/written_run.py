@@ -1,0 +1,44 @@
+"""A run folder with the checkpoint of an untrained model, for tests of programs that read runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
+from pipeline.checkpoint.state import RunState
+from pipeline.config.command_line import load_config
+from pipeline.config.options import tokenizer_source
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.tasks.table import task_of
+from pipeline.tasks.task import Task
+
+TINY = """
+model:
+  vision: {{name: null, image_size: 32, patch_size: 16, width: 16, layers: 2, head_width: 8}}
+  text: {{width: 16, heads: 2, ffn_width: 32, bottom_layers: 1, top_layers: 1, max_positions: 40, dropout: 0.0}}
+data: {{paths: ["{data}"], max_text_length: 20}}
+"""
+
+
+def write_run(
+    run: Path, data: Path, settings: str = TINY, task: Task | None = None, fingerprint: Mapping[str, Any] | None = None
+) -> Path:
+    """``run`` with config.yaml, ``settings`` with {data} filled in, and step 1 of the model of its task."""
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(settings.format(data=data))
+    config = load_config(run)
+    torch.manual_seed(0)
+    objective = (task or task_of(config)).build(config, load_tokenizer(tokenizer_source(config.data)).vocabulary)
+    folder = run / "checkpoints" / "step_00000001.tmp"
+    folder.mkdir(parents=True)
+    writer = PartWriter(folder, rank=0)
+    for name, parameter in objective.named_parameters():
+        writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": parameter.detach()}))
+    state = RunState(step=1, fingerprint=dict(fingerprint or {}))
+    publish(folder, checkpoint_path(run, 1), dataclasses.asdict(state), writer.finish())
+    return run

@@ -1,12 +1,12 @@
 """Scores of every image with every caption: what either side gives is computed once, per pair only what reads both.
 
-Once a caption: the bottom half, and of the first top layer what does not see the image. Once an image: the tower and the
-keys and values of its tokens in every top layer. Per pair: the top layers and the CLS query. States of a block's captions
-that read the same words at the same places are equal, and are computed once: captions share their beginnings.
+Once a caption: the bottom half, and of the first top layer what does not see the image. Once an image: the tower, and
+the keys and values of its tokens in every top layer. Per pair: the top layers and the CLS query. States of a block's
+captions that read the same words at the same places are equal and are computed once: captions share their beginnings.
 
 A tile is one image with one block of captions. Its shapes follow from the captions alone, so a score does not depend on
-ranks or batches. Legend: M captions of a block, S streams, T positions, U shared states, D width, H heads, C channels of
-a head, P image tokens.
+ranks or batches. Legend: M captions of a block, S streams, T positions, U shared states, D width, H heads, C channels
+of a head, P image tokens.
 """
 
 from __future__ import annotations
@@ -56,13 +56,17 @@ def encode_captions(net: nn.Module, planner: Planner, captions: Sequence[list[in
 
 
 @torch.no_grad()
-def score_image(net: nn.Module, head: Head, captions: Captions, pixels: Tensor) -> Tensor:
-    """Scores fp32 [all M] of one image, uint8 [3, S, S], with all captions in their order."""
+def encode_image(net: nn.Module, pixels: Tensor) -> list[tuple[Tensor, ...]]:
+    """Keys and values [1, H, P, C] of an image, uint8 [3, S, S], in every top layer."""
     tokens = encode_images(net, pixels[None, None])
-    image = [
-        [part.contiguous() for part in split_heads(attention.key_value(tokens), attention.num_heads, 2)]
-        for attention in (layer.cross_attention for layer in net.top)
-    ]
+    attentions = [layer.cross_attention for layer in net.top]
+    both = [split_heads(attention.key_value(tokens), attention.num_heads, 2) for attention in attentions]
+    return [tuple(part.contiguous() for part in parts) for parts in both]
+
+
+@torch.no_grad()
+def score_captions(net: nn.Module, head: Head, captions: Captions, image: list[tuple[Tensor, ...]]) -> Tensor:
+    """Scores fp32 [all M] of all captions, in their order, with the ``image`` of :func:`encode_image`."""
     return torch.cat([head(_fuse(net, block, image)).float() for block in captions.blocks])[captions.place]
 
 
@@ -85,7 +89,7 @@ class _Block:
 
 
 class _Shared:
-    """A :class:`model.attention.Packing` whose states stand in several cells of the grid; ``pack`` takes one of each."""
+    """A :class:`model.attention.Packing` of states that stand in several cells of the grid; ``pack`` reads one each."""
 
     def __init__(self, state_of_cell: Tensor, cells: Tensor, num_positions: int) -> None:
         self._state_of_cell, self._cells, self._num_positions = state_of_cell, cells, num_positions
@@ -173,7 +177,7 @@ def _replaced(block: _Block, **changes: Tensor | None) -> _Block:
     return _Block(**{**vars(block), **changes})
 
 
-def _fuse(net: nn.Module, block: _Block, image: list[list[Tensor]]) -> Tensor:
+def _fuse(net: nn.Module, block: _Block, image: list[tuple[Tensor, ...]]) -> Tensor:
     """CLS features [M, D] of a block's captions with an image, given by its keys and values in every top layer."""
     states, queries = block.states, block.queries
     for number, (layer, (key, value)) in enumerate(zip(net.top, image, strict=True)):

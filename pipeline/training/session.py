@@ -27,7 +27,15 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
-from pipeline.config.options import Config, ConfigError, flatten, save_config, to_plain, tokenizer_source
+from pipeline.config.options import (
+    Config,
+    ConfigError,
+    flatten,
+    in_batch_negatives,
+    save_config,
+    to_plain,
+    tokenizer_source,
+)
 from pipeline.distributed.devices import choose_device, refuse_shared_gpu
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
@@ -323,7 +331,7 @@ def _announce(
         samples = sum(len(corpus) for corpus in data.corpora)
         batches = f"batches of {config.optim.batch_size}"
         print(f"length: {config.train.epochs:g} epochs of {samples} samples in {batches}, {config.train.steps} steps")
-    if config.objective.negatives == "in_batch_hard":
+    if in_batch_negatives(config) is not None:
         size = config.optim.micro_batch_size
         print(f"negatives: out of {size} captions, those of a micro-batch; with another micro-batch it is another run")
     if state.step:

@@ -7,6 +7,7 @@ from model.frozen import freeze
 from model.objectives.classification import Classification
 from model.objectives.parts import Parts
 from model.objectives.pretraining import Pretraining
+from model.objectives.ranking import Ranking
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
 from model.plans.tasks import ClassKind
@@ -54,6 +55,21 @@ def build_classification(
     """
     parts = build_parts(model, objective, vocabulary, max_text_length, num_images=num_images)
     return Classification(model, objective, parts, term, num_classes, num_images, kind)
+
+
+def build_ranking(
+    model: ModelConfig,
+    objective: ObjectiveOptions,
+    vocabulary: Vocabulary,
+    max_text_length: int,
+    in_batch_negatives: int | None = None,
+) -> Ranking:
+    """Ranking the texts of an image, and with ``in_batch_negatives`` so many pairs of the micro-batch both ways.
+
+    Raises as :func:`build_objective`.
+    """
+    parts = build_parts(model, objective, vocabulary, max_text_length)
+    return Ranking(model, objective, parts, in_batch_negatives)
 
 
 def build_parts(

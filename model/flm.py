@@ -79,6 +79,11 @@ class FLM(nn.Module):
                 queries = self.reconstructor_top[number - skip](queries, states, attend_states)
         return Features(*streams.split(states), queries)
 
+    def stream_masks(self, plan: TextPlan) -> Tensor:
+        """Which states see each other, bool [2, R, T, T]: l2r, r2l."""
+        of_streams = masks.released_streams if self.released else masks.causal_streams
+        return of_streams(plan.lengths, plan.text.shape[1])
+
     def _attentions(self, plan: TextPlan, streams: _Streams, num_images: int, num_tokens: int) -> tuple[Attention, ...]:
         """From states to states of their stream, from queries to the states of both streams, from states to images."""
         num_rows, num_positions = plan.text.shape
@@ -87,8 +92,7 @@ class FLM(nn.Module):
         row_start = (streams.index // num_positions + streams.is_r2l) * num_positions
         side_by_side = Packing(streams.index + row_start, num_rows, 2 * num_positions)
         queries = Packing(plan.query_index, num_rows, num_positions)
-        stream_masks = masks.released_streams if self.released else masks.causal_streams
-        mask = stream_masks(plan.lengths, num_positions).flatten(0, 1)
+        mask = self.stream_masks(plan).flatten(0, 1)
         spans = queries.pad(plan.query_span)
         query_mask = masks.reconstructor(plan.lengths, spans, bos_visible=not self.released)
         return (

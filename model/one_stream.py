@@ -46,10 +46,7 @@ class OneStream(nn.Module):
         """The text side, given projected tokens [B*I, P, D] of all images."""
         (num_rows, num_positions), (num_images, num_tokens) = plan.text.shape, images.shape[:2]
         packing = Packing(plan.l2r_index, num_rows, num_positions)
-        if self._hidden_start:
-            mask = masks.released_streams(plan.lengths, num_positions)[0]
-        else:
-            mask = masks.prefix_stream(plan.lengths, plan.prefix, num_positions)
+        mask = self.stream_masks(plan)[0]
         rate = self.dropout if self.training else 0.0
         attend_text = text_attention(packing, packing, mask, num_rows, rate)
         attend_images = image_attention(packing, plan.image_of_row, plan.num_paired, num_images, num_tokens, rate)
@@ -62,3 +59,9 @@ class OneStream(nn.Module):
         for layer in self.top:
             states = layer(states, attend_text, images, attend_images)
         return StreamFeatures(states)
+
+    def stream_masks(self, plan: TextPlan) -> Tensor:
+        """Which states see each other, bool [1, R, T, T]."""
+        if self._hidden_start:
+            return masks.released_streams(plan.lengths, plan.text.shape[1])[:1]
+        return masks.prefix_stream(plan.lengths, plan.prefix, plan.text.shape[1])[None]

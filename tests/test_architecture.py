@@ -24,8 +24,9 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "networks": ("core", "vision"),
         "objectives": ("core", "plans", "networks"),
         "decode": ("core", "plans", "networks"),
+        "scoring": ("core", "networks"),
         "weights": ("core", "vision", "objectives"),
-        "programs": ("core", "vision", "plans", "networks", "objectives", "decode", "weights"),
+        "programs": ("core", "vision", "plans", "networks", "objectives", "decode", "scoring", "weights"),
     },
     "data_prep": {"splits": (), "annotations": ("splits",), "all": ("splits", "annotations")},
     "pipeline": {

@@ -29,6 +29,10 @@ class ReleasedLayout(nn.Module):
 
     def forward(self, images: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
         """images uint8 [B, 3, S, S], text int64 [B, L] padded to full length, lengths int64 [B] -> scalar loss."""
+        return self._loss(*self.states(images, text, lengths), text)
+
+    def states(self, images: Tensor, text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs [B, L, D] of the reconstructor (row 0 is the CLS query), the l2r and the r2l stream."""
         net, vocabulary = self.objective.net, self.objective.net.vocabulary
         num_positions = text.shape[1]
         position = torch.arange(num_positions, device=text.device)
@@ -50,7 +54,7 @@ class ReleasedLayout(nn.Module):
             l2r = self._text_layer(layer, l2r, l2r_mask, image)
             r2l = self._text_layer(layer, r2l, r2l_mask, image)
             query = self._read(reader, query, torch.cat([l2r, r2l], 1), query_mask)
-        return self._loss(query, l2r, r2l, text)
+        return query, l2r, r2l
 
     def _embed(self, ids: Tensor, position: Tensor) -> Tensor:
         """ids and positions int64 [B, L], -1 for padding -> [B, L, D]."""

@@ -63,6 +63,23 @@ def hard_negatives(rows: list[Row], share: float) -> list[Row]:
     return negatives
 
 
+def most_alike(pairs: list[Row], count: int) -> list[list[int]]:
+    """For each pair the numbers of up to ``count`` others whose captions resemble its own most, the most alike first.
+
+    Among equals a draw from the seed of the pair decides. Who does not count: see :func:`hard_negatives`.
+    """
+    if not pairs:
+        return []
+    every = list(range(len(pairs)))
+    likeness = resemblance([row.token_ids[1:-1] for row in pairs], every)
+    likeness[_not_allowed(pairs, every)] = -1
+    found = []
+    for values, row in zip(likeness, pairs, strict=True):
+        order = np.lexsort((row_generator(row.seed, DRAWS).permutation(len(pairs)), -values))
+        found.append([int(number) for number in order[:count] if values[number] >= 0])
+    return found
+
+
 def resemblance(captions: list[list[int]], wanted: list[int]) -> np.ndarray:
     """How much the captions ``wanted`` resemble each of all: weighted Jaccard index of their sets of tokens, 0 to 1.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.mistakes import of_other_choices
-from pipeline.config.options import Config, ConfigError, leaves, to_plain
+from pipeline.config.options import Config, ConfigError, in_batch_negatives, leaves, to_plain
 from pipeline.config.task_options import TaskOptions, names_of_scoring
 
 MAY_CHANGE = "data."  # with data.allow_change; a run with another model or batch size is another run
@@ -40,7 +40,7 @@ def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     for name in names_of_scoring(config.task):
         plain["task"].pop(name)
     optim = {"batch_size": config.optim.batch_size}
-    if config.objective.negatives == "in_batch_hard":
+    if in_batch_negatives(config) is not None:
         optim["micro_batch_size"] = config.optim.micro_batch_size
     return json.loads(json.dumps({
         "model": plain["model"],

@@ -222,10 +222,12 @@ def validate(config: Config) -> None:
         config.task.check()
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.objective.negatives == "in_batch_hard" and config.optim.micro_batch_size < 2:
+    chosen = in_batch_negatives(config)
+    if chosen is not None and config.optim.micro_batch_size < 2:
+        option, _, value = chosen.partition(" ")
         raise ConfigError(
-            "objective.negatives in_batch_hard finds no other caption in an optim.micro_batch_size of 1; use 2 or "
-            "more, or --objective.negatives corpus"
+            f"{option} {value} finds no other caption in an optim.micro_batch_size of 1; use 2 or more, or --{option}"
+            " corpus"
         )
     limit = config.model.text.max_positions - 2
     if config.data.max_text_length > limit:
@@ -252,6 +254,13 @@ def _check_length(train: TrainConfig) -> None:
             f"train.patience {train.patience} counts evaluations, and train.eval_every 0 makes none before the end; "
             "use --train.eval_every N, or --train.patience 0"
         )
+
+
+def in_batch_negatives(config: Config) -> str | None:
+    """The option by which wrong captions come out of the micro-batch, so that its size is part of the run."""
+    if config.task.name == "pretraining" and config.objective.negatives == "in_batch_hard":
+        return "objective.negatives in_batch_hard"
+    return "task.negatives in_batch" if getattr(config.task, "negatives", None) == "in_batch" else None
 
 
 def accumulation_steps(optim: OptimConfig, world_size: int) -> int:

@@ -85,7 +85,7 @@ class Corpus:
 
     def read_text(self, index: int) -> str:
         """The caption of row ``index``; raises as ``read`` does."""
-        return self._read(index, ()).text
+        return self.read_without_images(index).text
 
     def read_without_images(self, index: int) -> RawSample:
         """Row ``index``, its ``images`` empty; raises as ``read`` does."""

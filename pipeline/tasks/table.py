@@ -5,11 +5,18 @@ from __future__ import annotations
 from pipeline.config.options import Config
 from pipeline.tasks.nlvr2 import NLVR2
 from pipeline.tasks.pretraining import Pretraining
+from pipeline.tasks.retrieval import Retrieval
 from pipeline.tasks.snli_ve import SNLIVE
 from pipeline.tasks.task import Task
 from pipeline.tasks.vqa import VQA
 
-TASKS: dict[str, type[Task]] = {"pretraining": Pretraining, "vqa": VQA, "nlvr2": NLVR2, "snli_ve": SNLIVE}
+TASKS: dict[str, type[Task]] = {
+    "pretraining": Pretraining,
+    "vqa": VQA,
+    "nlvr2": NLVR2,
+    "snli_ve": SNLIVE,
+    "retrieval": Retrieval,
+}
 
 
 def task_of(config: Config) -> Task:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.batch import Batch
 from pipeline.checkpoint.files import defect
 from pipeline.config.command_line import config_of, load_config
-from pipeline.config.options import Config, flatten
+from pipeline.config.options import Config, flatten, in_batch_negatives
 from pipeline.distributed.places import Place
 from pipeline.incidents.module_statistics import module_statistics
 from pipeline.incidents.records import IncidentError, read_incident
@@ -172,7 +172,7 @@ def run_sample(replay: Replay, key: str) -> int:
     with _FirstBroken(replay.objective) as broken:
         sums = replay.objective(batch.to(replay.device))
     sum(replay.objective.term_weights[name] * value for name, value in sums.items()).backward()
-    without = ", without a negative" if replay.config.objective.negatives == "in_batch_hard" else ""
+    without = ", without a negative" if in_batch_negatives(replay.config) is not None else ""
     print(f"sample {batch.keys[0]} alone{without}, other dropout than in its batch:")
     for name, value in sums.items():
         print(f"  {name}: {float(value.detach()) / max(batch.counts.get(name, 0), 1):.6g} a target")

@@ -26,7 +26,15 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
-from pipeline.config.options import Config, ConfigError, flatten, save_config, to_plain, tokenizer_source
+from pipeline.config.options import (
+    Config,
+    ConfigError,
+    flatten,
+    in_batch_negatives,
+    save_config,
+    to_plain,
+    tokenizer_source,
+)
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.places import Place
 from pipeline.distributed.run_lock import lock_run
@@ -289,7 +297,7 @@ def _announce(
         samples = sum(data.sizes)
         batches = f"batches of {config.optim.batch_size}"
         print(f"length: {config.train.epochs:g} epochs of {samples} samples in {batches}, {config.train.steps} steps")
-    if config.objective.negatives == "in_batch_hard":
+    if in_batch_negatives(config) is not None:
         size = config.optim.micro_batch_size
         print(f"negatives: out of {size} captions, those of a micro-batch; with another micro-batch it is another run")
     if state.step:

@@ -82,9 +82,9 @@ def evaluated(config: Config, change: Any = None, place: Place | None = None) ->
     ranks = EvaluationRanks(place or Place(0, 1, 0, "single"))
     (one,) = task.passes(config, objective, preparation, open_held_out(config, task.num_images), ranks)
     kept: list[dict] = []
-    one = one.__class__(**{**vars(one), "write": lambda found: kept.extend(found)})
+    one = one.__class__(**{**vars(one), "write": lambda _, found: kept.extend(found)})
     run = lambda function, batch: function(objective, batch)  # noqa: E731
-    values = evaluate(run, [one], Agreement(), StopRequest())
+    values = evaluate(run, [one], Agreement(), StopRequest(), Path("."))
     return values, kept, objective
 
 

@@ -20,7 +20,7 @@ from data_prep.annotations.published import compare
 from data_prep.annotations.snli_ve import label_revision, read_snli_ve
 from data_prep.annotations.visual_genome import read_visual_genome
 from data_prep.annotations.vqav2 import held_out_images, read_vqav2, vocabulary_answers
-from data_prep.manifest import file_sha256, write_atomically
+from data_prep.manifest import CAPTIONS, file_sha256, write_atomically
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError, Rejection
 from data_prep.shard_writer import refuse_existing
@@ -52,11 +52,12 @@ class Part:
     images: list[Path]
     set_name: str
     published: str = ""  # the name of the split among the published counts, where it is another
+    texts: str = CAPTIONS
 
 
 def run_vqav2(args: argparse.Namespace) -> int:
     splits = read_vqav2(args.questions, args.annotations, args.split)
-    parts = [Part(args.output, split, args.images, "vqav2") for split in splits]
+    parts = [Part(args.output, split, args.images, "vqav2", texts="questions") for split in splits]
     files = [*args.questions, *args.annotations]
     if args.vg_qa is not None:
         if args.vg_image_data is None:
@@ -68,7 +69,7 @@ def run_vqav2(args: argparse.Namespace) -> int:
         if not held_out:
             raise PrepError("--vg-qa: no held-out images of COCO are known; give --questions of val too, or --held-out")
         annotated = read_visual_genome(args.vg_qa, args.vg_image_data, held_out)
-        parts.append(Part(args.vg_output, annotated, args.vg_images or args.images, "vg_qa"))
+        parts.append(Part(args.vg_output, annotated, args.vg_images or args.images, "vg_qa", texts="questions"))
         files += [args.vg_qa, args.vg_image_data, *args.held_out]
     return _prepare(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
 
@@ -141,7 +142,7 @@ def run_snli_ve(args: argparse.Namespace) -> int:
     if len({split.split for split in splits}) < len(splits):
         raise PrepError("--input: two files of the same split; give each once")
     revisions = {split.split: label_revision(split) for split in splits}
-    parts = [Part(args.output, split, args.images, "snli_ve") for split in splits]
+    parts = [Part(args.output, split, args.images, "snli_ve", texts="hypotheses") for split in splits]
     print("labels:", ", ".join(f"{split} {revision}" for split, revision in revisions.items()))
     return _prepare(args, parts, args.input, label_revision=revisions)
 
@@ -155,7 +156,7 @@ def add_snli_ve(parser: argparse.ArgumentParser) -> None:
 def run_easy_vqa(args: argparse.Namespace) -> int:
     splits, whole = read_easy_vqa(args.input, args.dev_share, args.seed)
     print(f"easy_vqa train and dev: {compare('easy_vqa', 'train and dev', whole)}")
-    parts = [Part(args.output, split, args.images or [args.input], "easy_vqa") for split in splits]
+    parts = [Part(args.output, split, args.images or [args.input], "easy_vqa", texts="questions") for split in splits]
     files = sorted(args.input.glob("*/questions.json"))
     return _prepare(args, parts, files, vocabulary=(splits, ["train"], args.min_answer_count))
 
@@ -229,7 +230,7 @@ def _prepare(
 
 def _write(args: argparse.Namespace, part: Part, num_images: int, arguments: dict[str, Any]) -> None:
     annotated = part.annotated
-    writer = split_writer(args, part.corpus, annotated.split, arguments, ("pillow",), num_images)
+    writer = split_writer(args, part.corpus, annotated.split, arguments, ("pillow",), num_images, part.texts)
     source = records(annotated, part.images)
     total = len(annotated.problems) + len(annotated.images)
     manifest = fill_split(writer, source, limits_of(args), args.workers, total=total, label=annotated.split)

@@ -22,6 +22,7 @@ MANIFEST_NAME = "manifest.json"
 # What numpy raises on a damaged header, which it parses as Python source and then makes an array of that shape.
 INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, TokenError, ArithmeticError, EOFError)
 INDEX_DAMAGE += (MemoryError, RecursionError)
+CAPTIONS = "captions"
 KNOWN_FIELDS = ("image", "image1", "text", "meta")
 _CHECKED_AT_A_TIME, _CHECKING_THREADS = 1000, 16
 
@@ -34,6 +35,7 @@ class ManifestError(ValueError):
 class Manifest:
     """One split. ``fields`` are in index order; ``rejected`` counts records that were not written, by reason.
 
+    ``texts`` says what the texts are: "captions" of their images, or "questions" and the like, which are no captions.
     ``shards`` may be given as any sequence of ``Shard``; raises ValueError for what a ``ShardTable`` refuses.
     """
 
@@ -44,6 +46,7 @@ class Manifest:
     rejected: dict[str, int] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    texts: str = CAPTIONS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", ShardTable.of(self.shards))
@@ -126,6 +129,8 @@ def write_manifest(split_dir: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all; call it last."""
     content = {**vars(manifest), "shards": [vars(shard) for shard in manifest.shards]}
     content |= {"rows": manifest.rows, "samples": manifest.samples}
+    if manifest.texts == CAPTIONS:  # as manifests have always been
+        del content["texts"]
     write_atomically(Path(split_dir) / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -210,6 +215,7 @@ def _parse(path: Path, content: Any) -> Manifest:
             shards=ShardTable(content.pop("shards")),
             rejected=dict(content["rejected"]),
             provenance=dict(content["provenance"]),
+            texts=content.get("texts", CAPTIONS),
         )
         totals = (content["rows"], content["samples"])
     except (KeyError, TypeError) as error:
@@ -221,8 +227,8 @@ def _parse(path: Path, content: Any) -> Manifest:
 
 
 def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> None:
-    if not isinstance(manifest.corpus, str) or not isinstance(manifest.split, str):
-        raise ManifestError(f"{path}: corpus and split must be strings; prepare the split again")
+    if not all(isinstance(value, str) for value in (manifest.corpus, manifest.split, manifest.texts)):
+        raise ManifestError(f"{path}: corpus, split and texts must be strings; prepare the split again")
     unknown = [name for name in manifest.fields if name not in KNOWN_FIELDS]
     if unknown or len(set(manifest.fields)) != len(manifest.fields):
         raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(KNOWN_FIELDS)}")
@@ -283,17 +289,20 @@ def _leads_out(link: Path) -> bool:
     return not any(allowed in target.parents for allowed in (folder, *blobs))
 
 
-def find_splits(path: Path, split: str, num_images: int | None = 1) -> list[Path]:
+def find_splits(path: Path, split: str, num_images: int | None = 1, texts: str | None = CAPTIONS) -> list[Path]:
     """The folders that ``find_manifests`` finds."""
-    return [folder for folder, _ in find_manifests(path, split, num_images)]
+    return [folder for folder, _ in find_manifests(path, split, num_images, texts)]
 
 
-def find_manifests(path: Path, split: str, num_images: int | None = 1) -> list[tuple[Path, Manifest]]:
+def find_manifests(
+    path: Path, split: str, num_images: int | None = 1, texts: str | None = CAPTIONS
+) -> list[tuple[Path, Manifest]]:
     """Folders and manifests of ``split`` at ``path``: a split folder, a corpus (SPLIT/) or a root of corpora
     (CORPUS/SPLIT/). A manifest is read once; the other files of a finished split are not looked at.
 
-    Corpora with another number of images per sample (None: any) are skipped in a root and refused when named. Raises
-    ManifestError, naming the command to run, when there is no split or a half-written one.
+    Corpora with another number of images per sample (None: any) are skipped in a root and refused when named. Those of
+    other ``texts`` (None: any) are skipped in a root and taken when named. Raises ManifestError, naming the command to
+    run, when there is no split or a half-written one.
     """
     path = Path(path)
     if not path.is_dir():
@@ -314,6 +323,11 @@ def find_manifests(path: Path, split: str, num_images: int | None = 1) -> list[t
             )
     found = [(candidate, load_manifest(candidate)) for candidate in candidates if is_split(candidate)]
     matching = [(folder, manifest) for folder, manifest in found if num_images in (None, manifest.num_images)]
+    others = [] if candidates == [path / split] or texts is None else [one for one in matching if one[1].texts != texts]
+    if others and len(others) == len(matching):
+        folder, manifest = others[0]
+        raise ManifestError(f"{path}: no {texts} here: {folder} holds {manifest.texts}; name its corpus if you want it")
+    matching = [one for one in matching if one not in others]
     if not matching:
         reason = f"none has {num_images} image(s) per sample" if found else _what_is_there(path)
         raise ManifestError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import Manifest, Shard, index_columns, is_split, sync_directory, write_manifest
+from data_prep.manifest import CAPTIONS, Manifest, Shard, index_columns, is_split, sync_directory, write_manifest
 from data_prep.record import PrepError, Record, Rejection
 
 REJECTED_NAME = "rejected.jsonl"
@@ -38,13 +38,14 @@ class SplitWriter:
         samples_per_shard: int = 2000,
         overwrite: bool = False,
         provenance: dict[str, Any] | None = None,
+        texts: str = CAPTIONS,
     ) -> None:
         self._split_dir = Path(split_dir)
         self._corpus, self._split = corpus, split
         self._num_images = num_images
         self._fields = ("image", "image1", "text", "meta") if num_images == 2 else ("image", "text", "meta")
         self._samples_per_shard = samples_per_shard
-        self._provenance = provenance or {}
+        self._provenance, self._texts = provenance or {}, texts
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
         self.rejected: Counter[str] = Counter()
@@ -118,6 +119,7 @@ class SplitWriter:
             shards=tuple(self._shards),
             rejected=dict(sorted(self.rejected.items())),
             provenance=self._provenance,
+            texts=self._texts,
         )
         write_manifest(self._folder, self.manifest)
         _put_in_place(self._folder, self._split_dir)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.filters import Limits
-from data_prep.manifest import Manifest
+from data_prep.manifest import CAPTIONS, Manifest
 from data_prep.parallel import default_workers
 from data_prep.prepare import provenance
 from data_prep.shard_writer import SplitWriter, describe_counts
@@ -64,6 +64,7 @@ def split_writer(
     arguments: dict[str, Any],
     packages: tuple[str, ...],
     num_images: int = 1,
+    texts: str = CAPTIONS,
 ) -> SplitWriter:
     """The writer of one split, that names the verb and its ``arguments`` as where the split comes from."""
     return SplitWriter(
@@ -74,6 +75,7 @@ def split_writer(
         samples_per_shard=args.samples_per_shard,
         overwrite=args.overwrite,
         provenance=provenance(f"data_prep {args.verb}", arguments, packages),
+        texts=texts,
     )
 
 

@@ -170,7 +170,7 @@ def add_flickr8k(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
-    splits = [split for path in args.data for split in find_splits(path, "train")]
+    splits = [split for path in args.data for split in find_splits(path, "train", texts=None)]
     size = tokenizer.train_tokenizer(splits, args.output, args.vocab_size, args.overwrite)
     print(f"{args.output}: {size} tokens (asked for {args.vocab_size}) from {', '.join(map(str, splits))}")
     return 0

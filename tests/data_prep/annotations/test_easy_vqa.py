@@ -6,9 +6,11 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from data_prep.__main__ import main
 from data_prep.annotations.annotated import AnnotatedSplit
 from data_prep.annotations.easy_pairs import make_pairs, sentences
 from data_prep.annotations.easy_vqa import COLOURS, SHAPES, colour_and_shape, held_out_images, read_easy_vqa
+from data_prep.manifest import ManifestError, find_splits
 from data_prep.record import PrepError
 from data_prep.vqa_answers import read_vocabulary
 from tests.data_prep.annotations.prepared import images, metas, overlap, picture, prepare, put, write_json
@@ -71,6 +73,24 @@ def test_a_vqa_corpus_with_held_out_images(tmp_path, capsys):
     assert overlap(output) == 0
     assert prepare(*command, "--overwrite", "--min-answer-count", "1") == 0
     assert len(read_vocabulary(output / "answers.json")) == 13
+
+
+def test_questions_are_no_captions(tmp_path, capsys):
+    """A root such as data/ is searched for captions; a corpus of questions is taken where it is named."""
+    make_easy_vqa(tmp_path / "in")
+    data = tmp_path / "data"
+    assert prepare("easy_vqa", "--input", tmp_path / "in", "--output", data / "easy") == 0
+    assert find_splits(data / "easy", "train") == [data / "easy" / "train"]
+    assert find_splits(data, "train", texts="questions") == find_splits(data, "train", texts=None)
+    with pytest.raises(ManifestError, match="no captions here: .*easy/train holds questions; name its corpus"):
+        find_splits(data, "train")
+    assert prepare("synth", "--output", data / "synth", "--train", 3, "--dev", 0, "--test", 0, "--pair-share", 0) == 0
+    assert find_splits(data, "train") == [data / "synth" / "train"]
+    assert find_splits(data, "train", texts=None) == [data / "easy" / "train", data / "synth" / "train"]
+    assert main(["tokenizer", "--data", str(data), "--output", str(tmp_path / "tokenizer")]) == 0
+    assert "easy/train" in capsys.readouterr().out
+    assert '"texts": "questions"' in (data / "easy" / "train" / "manifest.json").read_text()
+    assert '"texts"' not in (data / "synth" / "train" / "manifest.json").read_text()
 
 
 def test_the_held_out_images_depend_on_nothing_but_seed_and_id():

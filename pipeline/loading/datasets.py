@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from model.batch import Planner, Row
+from pipeline.data.augmentation import Augment
 from pipeline.data.order import SampleOrder, mix_words, sample_seed
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.transforms import ClipTransform, UnusableSample, decode_image
@@ -58,13 +59,14 @@ class Preparation:
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads, decodes and resizes one sample and has its rows made."""
+    """Reads, decodes and resizes one sample and has its rows made; ``augment`` changes its images before the resize."""
 
     corpora: Sequence[Corpus]
     maker: RowMaker
     transform: ClipTransform
     max_pixels: int
     draft_size: int | None
+    augment: Augment | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:
@@ -101,7 +103,10 @@ class SampleReader:
             else:
                 rows = self._rows_of_texts(sample, seed, others, num_texts)
             for slot, data in enumerate(encoded):
-                self.transform(decode_image(data, self.max_pixels, sample.key, self.draft_size), out[slot])
+                image = decode_image(data, self.max_pixels, sample.key, self.draft_size)
+                if self.augment is not None:
+                    image = self.augment(image, mix_words(seed, "image", slot))
+                self.transform(image, out[slot])
         except UnusableSample as error:
             out.zero_()
             return Item(error.key, self.maker.placeholder(error.key), error.reason)

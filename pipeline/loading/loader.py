@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from model.batch import Batch, Planner
+from pipeline.data.augmentation import augment_named
 from pipeline.data.open_shards import DataError, OutOfDescriptors
 from pipeline.data.order import SampleOrder, micro_batch_positions
 from pipeline.data.shard_reader import Corpus
@@ -46,11 +47,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How loading runs; no choice here changes a batch, except ``fast_decode``.
+    """How loading runs; no choice here changes a batch, except ``fast_decode`` and ``augmentation``.
 
     ``prefetch`` counts micro-batches per worker; ``num_workers`` 0 loads in this process; ``timeout_seconds`` is the
     longest wait for one batch. ``fast_decode`` lets the JPEG decoder shrink large images and resizes by vector
     instructions: pixels differ from the exact transform by rounding, and by little more where the decoder shrank.
+    ``augmentation`` acts on training samples alone.
     """
 
     num_workers: int = 4
@@ -59,6 +61,7 @@ class LoaderOptions:
     timeout_seconds: float = 180.0
     max_pixels: int = DEFAULT_MAX_PIXELS
     fast_decode: bool = False
+    augmentation: str = "none"
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,7 @@ def build_train_loader(
     Whatever the topology, step s holds the samples at positions [s*G, (s+1)*G) of ``order``, G the global batch.
     With ``num_texts`` above 1 a sample is an image with up to so many of its texts, and ``order`` counts images.
     """
-    reader = _reader(corpora, preparation, options)
+    reader = _reader(corpora, preparation, options, options.augmentation)
     batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(skipped))
     rows = None if num_texts == 1 else [corpus.first_rows() for corpus in corpora]
     dataset = TrainDataset(reader, order, seed, num_texts, rows)
@@ -323,13 +326,17 @@ def build_eval_loader(
     return BatchLoader(dataset, batches, preparation.planner, options, persistent=True)
 
 
-def _reader(corpora: Sequence[Corpus], preparation: Preparation, options: LoaderOptions) -> SampleReader:
+def _reader(
+    corpora: Sequence[Corpus], preparation: Preparation, options: LoaderOptions, augmentation: str = "none"
+) -> SampleReader:
+    shrinks = options.fast_decode and augmentation == "none"  # augmentations are defined on the full resolution
     return SampleReader(
         corpora=corpora,
         maker=preparation.maker,
         transform=clip_transform(preparation.image_size, options.fast_decode),
         max_pixels=options.max_pixels,
-        draft_size=draft_size(preparation.image_size, options.fast_decode),
+        draft_size=draft_size(preparation.image_size, shrinks),
+        augment=augment_named(augmentation),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from data_prep.manifest import ManifestError, find_manifests, is_split
 from model.batch import Batch
 from pipeline.config.options import Config, ConfigError, tokenizer_source, weighted_paths
+from pipeline.data.augmentation import describe
 from pipeline.data.order import ORDER_VERSION, SampleOrder
 from pipeline.data.shard_reader import Corpus, refuse_twice
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
@@ -136,6 +137,7 @@ def data_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
             "size": config.model.vision.image_size,
             "fast_decode": settings.fast_decode,
             "max_pixels": settings.max_pixels,
+            "augmentation": describe(settings.augmentation),
         },
     }
     return found if data.texts_per_image == 1 else found | {"texts_per_image": data.texts_per_image}
@@ -224,4 +226,5 @@ def loader_options(config: Config, pin: bool) -> LoaderOptions:
         timeout_seconds=data.timeout_seconds,
         max_pixels=data.max_pixels,
         fast_decode=data.fast_decode,
+        augmentation=data.augmentation,
     )

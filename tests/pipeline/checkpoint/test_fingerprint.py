@@ -84,6 +84,7 @@ def test_another_model_or_batch_is_never_accepted(folder: Path, name: str, value
         ("data.max_text_length", 20, "data.max_text_length 50 -> 20"),
         ("data.fast_decode", False, "data.images.fast_decode True -> False"),
         ("data.max_pixels", 10**6, "data.images.max_pixels"),
+        ("data.augmentation", "randaugment", "data.images.augmentation None -> randaugment, version 1"),
     ],
 )
 def test_other_data_is_named_and_accepted_when_allowed(folder: Path, name: str, value: object, named: str) -> None:
@@ -119,6 +120,7 @@ def test_an_option_that_came_later_leaves_earlier_runs_resumable(folder: Path) -
     """Runs begun before there were negatives of the micro-batch, towers' GELU or two objectives' own options."""
     saved = fingerprint_of(folder)
     del saved["objective"]["negatives"], saved["model"]["vision"]["quick_gelu"], saved["model"]["reconstructor"]
+    del saved["data"]["images"]["augmentation"]
     assert resume(saved, folder) == {}
     with pytest.raises(ConfigError, match="another objective.negatives corpus -> in_batch_hard"):
         resume(saved, folder, setting("objective.negatives", "in_batch_hard"))

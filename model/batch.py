@@ -46,7 +46,8 @@ class Row:
 class Term(NamedTuple):
     """Targets of one loss term.
 
-    ``position`` int64 [M] points into the output of the network named ``source``. ``target`` is int64 [M] tokens of
+    ``position`` int64 [M] points into the output of the network named ``source``; int64 [M, I] where a target is
+    predicted from I states side by side. ``target`` is int64 [M] tokens of
     the vocabulary (kind "token") or classes ("class"), or fp32 [M, C] distributions over classes ("soft"). Kind
     "feature" has no loss: ``target`` int64 [M] is the number of the row that a feature is wanted of.
     """

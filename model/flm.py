@@ -18,6 +18,7 @@ from model.config import ModelConfig, Vocabulary
 from model.dropout import dropout
 from model.layers import ReconstructorLayer
 from model.learning_rate_groups import declare_group
+from model.recomputing import run
 from model.towers import add_towers, encode_images, reset_parameters
 
 
@@ -63,20 +64,23 @@ class FLM(nn.Module):
         attend_text, attend_states, attend_images = self._attentions(plan, streams, *images.shape[:2])
         images = images.flatten(0, 1)
         states, queries = self._embed(plan, streams).split([len(streams.index), len(plan.query_index)])
+        recompute = self.recompute and self.training
         skip = len(self.bottom) - len(self.reconstructor_bottom)
         for number, layer in enumerate(self.bottom):
-            states = layer(states, attend_text)
+            states = run(layer, states, attend_text, recompute=recompute)
             if number >= skip:
-                queries = self.reconstructor_bottom[number - skip](queries, states, attend_states)
+                reader = self.reconstructor_bottom[number - skip]
+                queries = run(reader, queries, states, attend_states, recompute=recompute)
 
         l2r_type, r2l_type = self.type_embedding.weight[0], self.stream_embedding.weight[0]
         states = self.text_projection(states) + torch.where(streams.is_r2l[:, None], r2l_type, l2r_type)
         queries = self.text_projection(queries) + self.stream_embedding.weight[1]
         skip = len(self.top) - len(self.reconstructor_top)
         for number, layer in enumerate(self.top):
-            states = layer(states, attend_text, images, attend_images)
+            states = run(layer, states, attend_text, images, attend_images, recompute=recompute)
             if number >= skip:
-                queries = self.reconstructor_top[number - skip](queries, states, attend_states)
+                reader = self.reconstructor_top[number - skip]
+                queries = run(reader, queries, states, attend_states, recompute=recompute)
         return Features(*streams.split(states), queries)
 
     def stream_masks(self, plan: TextPlan) -> Tensor:

@@ -14,6 +14,7 @@ from model.attention import Packing, image_attention, text_attention
 from model.batch import Batch, TextPlan
 from model.config import ModelConfig, Vocabulary
 from model.dropout import dropout
+from model.recomputing import run
 from model.towers import add_towers, encode_images, reset_parameters
 
 
@@ -53,11 +54,12 @@ class OneStream(nn.Module):
         images = images.flatten(0, 1)
         states = self.embedding(plan.text.flatten()[plan.l2r_index], plan.l2r_index % num_positions)
         states = dropout(states, self.dropout) if self.training else states
+        recompute = self.recompute and self.training
         for layer in self.bottom:
-            states = layer(states, attend_text)
+            states = run(layer, states, attend_text, recompute=recompute)
         states = self.text_projection(states) + self.type_embedding.weight[0]
         for layer in self.top:
-            states = layer(states, attend_text, images, attend_images)
+            states = run(layer, states, attend_text, images, attend_images, recompute=recompute)
         return StreamFeatures(states)
 
     def stream_masks(self, plan: TextPlan) -> Tensor:

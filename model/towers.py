@@ -23,6 +23,7 @@ def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary, num_
             f"model.text.width {text.width} is not a multiple of model.text.heads {text.heads}; change either"
         )
     net.vision = build_tower(config.vision)
+    net.recompute = net.vision.recompute = config.activation_checkpointing
     net.embedding = TextEmbedding(text, vocabulary.size, vocabulary.pad_id)
     net.bottom = nn.ModuleList(BottomLayer(text) for _ in range(text.bottom_layers))
     net.text_projection = nn.Linear(text.width, text.width)

@@ -59,7 +59,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
         "core": (
             *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads"),
-            *("torchvision_shim", "census", "frozen", "learning_rate_groups"),
+            *("torchvision_shim", "census", "frozen", "learning_rate_groups", "recomputing"),
         ),
         "networks": ("towers", "flm", "one_stream", "flops"),
         "programs": ("build",),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.attention import merge_heads, split_heads
 from model.config import VisionConfig
+from model.recomputing import run
 from model.torchvision_shim import ensure_torchvision
 
 # Channel statistics of CLIP's training images (specification section 6.2).
@@ -24,6 +25,8 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class VisionTower(nn.Module):
     """uint8 pixels -> tokens after ``ln_post``; the last block is left out when ``drop_last_block``."""
+
+    recompute = False
 
     def __init__(self, config: VisionConfig) -> None:
         """``config`` must have its sizes resolved (:func:`resolve_sizes`)."""
@@ -83,7 +86,7 @@ class VisionTower(nn.Module):
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         tokens = self.ln_pre(torch.cat([first, patches], dim=1) + self.position_embedding)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = run(block, tokens, recompute=self.recompute and self.training)
         return self.ln_post(tokens)
 
 

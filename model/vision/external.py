@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.config import VisionConfig
+from model.recomputing import run
 from model.vision.clip import in_millionths
 from model.vision.dry_run import cost, cut_unused
 from model.vision.libraries import LIBRARIES, Backbone
@@ -23,6 +24,8 @@ class ExternalTower(nn.Module):
     Batch normalisation uses its running statistics in training too, as detectors do with their backbones: those of a
     batch would depend on which samples share it, on which rank (invariants 2 and 5). Its scales and shifts are trained.
     """
+
+    recompute = False
 
     def __init__(self, source: str, backbone: Backbone, image_size: int) -> None:
         """``source`` names the tower in errors, like "model.vision.name timm/resnet18"."""
@@ -50,7 +53,7 @@ class ExternalTower(nn.Module):
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.register_forward_pre_hook(_statistics_as_input)
-                module.register_forward_hook(_statistics_as_kept)
+                module.register_forward_hook(_statistics_as_kept, always_call=True)  # recomputing ends by an exception
         self.train(self.training)
 
     def features(self, images: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class ExternalTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] (or floats already normalised) -> [B, P, W]; normalisation happens here, on the device."""
-        tokens = self.features(images)
+        tokens = run(self.features, images, recompute=self.recompute and self.training)
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
             tokens = tokens + (self.positions.float() / 1e6).to(tokens.dtype)

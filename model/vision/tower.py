@@ -16,6 +16,7 @@ class Tower(Protocol):
 
     width: int  # channels of a token
     num_tokens: int  # tokens of an image
+    recompute: bool  # activation checkpointing: of each block, or of the whole where blocks are not known
 
     @property
     def macs(self) -> int:

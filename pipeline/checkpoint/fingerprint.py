@@ -37,6 +37,7 @@ def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     plain["model"]["vision"].pop("pretrained")
     plain["model"]["text"].pop("pretrained")
     plain["model"].pop("weights")
+    plain["model"].pop("activation_checkpointing")
     for name in names_of_scoring(config.task):
         plain["task"].pop(name)
     optim = {"batch_size": config.optim.batch_size}

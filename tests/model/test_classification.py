@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.batch import Batch, Row
 from model.build import build_classification
-from model.config import objective_options
+from model.config import VisionConfig, objective_options
 from model.heads import RankHead
 from tests.model.test_features import OBJECTIVES, plain_features
 from tests.model.test_flops import plain_attention
@@ -166,6 +166,22 @@ def test_a_batch_without_targets_has_a_loss_of_zero(options: dict) -> None:
     loss.backward()
     assert loss.item() == 0 and batch.counts == {"nlvr2": 0} and objective.logits(batch).shape == (0, 2)
     assert all(value.grad is None or not value.grad.any() for value in objective.parameters())
+
+
+@pytest.mark.parametrize("name", ["flm", "ar"])
+@pytest.mark.parametrize("external", [False, True])
+def test_a_frozen_tower_learns_nothing_and_all_else_does(name: str, external: bool) -> None:
+    """Ours and one of another library; two images a sample."""
+    config = tiny_config()
+    config.vision = VisionConfig(name="timm/test_efficientnet", image_size=32) if external else config.vision
+    config.vision.pretrained, config.vision.frozen = "weights", True
+    tail = (objective_options(name), VOCABULARY, MAX_TEXT_LENGTH, "nlvr2", 2, 2)
+    objective = build_classification(config, *tail).train()
+    before = {key: value.clone() for key, value in objective.net.vision.state_dict().items()}
+    objective(batch_of(objective, "nlvr2", [0, 1, 3]))["nlvr2"].backward()
+    idle = {key for key, value in objective.named_parameters() if value.grad is None or not value.grad.any()}
+    assert idle == {f"net.vision.{key}" for key, _ in objective.net.vision.named_parameters()}
+    assert all(torch.equal(value, before[key]) for key, value in objective.net.vision.state_dict().items())
 
 
 def test_groups_of_heads_and_decay_of_matrices() -> None:

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.build import build_classification, build_objective
-from model.config import objective_options
+from model.config import Vocabulary, objective_options
 from model.heads import MatchingHead, RankHead
+from model.weights.heads import head_rules
+from model.weights.released import from_released, read_layout
+from model.weights.start import start_from
 from pipeline.config.command_line import parse_command_line
 from pipeline.convert import main
 from pipeline.weights.sources import import_config, is_import, load_model, load_whole
@@ -52,6 +55,20 @@ def test_tiny_layouts_are_those_of_the_release(task: str) -> None:
     listed = json.loads(oracle_file("g_checkpoint_keys.json").read_text())[LISTED[task]]["keys"]
     every_layer = lambda keys: {re.sub(r"\d+", "N", key) for key in keys}  # noqa: E731
     assert every_layer(fine_tuned_state(task)) == every_layer(key for key, *_ in listed)
+
+
+@pytest.mark.parametrize(("task", "num_classes", "num_images"), [("vqa", 3129, 1), ("nlvr2", 2, 2)])
+def test_real_sizes_are_those_of_the_release(task: str, num_classes: int, num_images: int) -> None:
+    """Network and head have the names and shapes of what is imported, none more and none less."""
+    listed = json.loads(oracle_file("g_checkpoint_keys.json").read_text())[LISTED[task]]["keys"]
+    state = {key: torch.zeros(()).expand(shape) for key, shape, *_ in listed}
+    layout = read_layout(state)
+    weights, _ = from_released(state, layout)
+    vocabulary = Vocabulary(50265, bos_id=0, pad_id=1, eos_id=2, mask_id=50264)
+    with torch.device("meta"):
+        built = build_classification(layout.model, objective_options(), vocabulary, 50, task, num_classes, num_images)
+    found = start_from(built, weights, head_rules(weights))
+    assert len(found.loaded) == len(weights) and not found.resized
 
 
 @pytest.mark.parametrize("task", [*LISTED, "pretraining"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.frozen import freeze
 from model.objectives.captioning import Captioning
@@ -99,11 +97,11 @@ def build_captioning(
     objective: ObjectiveOptions,
     vocabulary: Vocabulary,
     max_text_length: int = 50,
-    prompt: Sequence[int] = (),
+    self_critical: bool = False,
 ) -> Captioning:
     """The objective captioning with random weights, for a network pretrained by ``objective``; raises as the above."""
     _check(model, objective, vocabulary, max_text_length)
-    built = Captioning(model, objective, vocabulary, max_text_length, prompt)
+    built = Captioning(model, objective, vocabulary, max_text_length, self_critical)
     if model.vision.frozen:
         freeze(built.net.vision, source=model.weights or model.vision.pretrained)
     return built

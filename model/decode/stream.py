@@ -74,7 +74,7 @@ class StreamDecoder:
         self._cache: list[tuple[Tensor, Tensor] | None] = [None] * (len(net.bottom) + len(net.top))
 
     def start(self) -> Tensor:
-        """Feeds ``<s>``, which released behaviour lacks, what begins a caption there, and the prompt; returns the scores fp32 [B, V]."""
+        """Feeds what begins a caption and the prompt; returns the scores fp32 [B, V]."""
         num_images = len(self._images[0][0])
         for word in self._start:
             states = self.states(torch.full((num_images,), word, device=self._never.device))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from model.flops import training_flops
 from model.heads import LanguageModelHead
 from model.layers import initial_std
 from model.learning_rate_groups import declared_group
+from model.objectives.self_critical import Critic
 from model.one_stream import OneStream
 from model.plans.captions import ADDED_TOKENS, CaptionPlanner, ReleasedCaptionPlanner, caption_form
 
@@ -28,9 +27,13 @@ class Captioning(nn.Module):
     captioning costs what AR costs. Released behaviour writes captions with two tokens of its own and, for the objective
     flm, computes the release's loss, which leaks (:class:`~model.plans.captions.ReleasedCaptionPlanner`); for any other
     it computes the same loss from l2r states, which is sound.
+
+    With ``self_critical`` it trains by the ``critic`` that the caller sets (term ``self_critical``) and scores captions
+    by the next-token loss all the same.
     """
 
     name = "captioning"
+    critic: Critic | None = None
 
     def __init__(
         self,
@@ -38,28 +41,41 @@ class Captioning(nn.Module):
         objective: ObjectiveOptions,
         vocabulary: Vocabulary,
         max_text_length: int,
-        prompt: Sequence[int] = (),
+        self_critical: bool = False,
     ) -> None:
-        """``objective``: what the network was pretrained by; ``prompt``: words that captions start with, never
-        predicted; ``vocabulary`` is the tokenizer's."""
+        """``objective``: what the network was pretrained by; ``vocabulary`` is the tokenizer's.
+
+        Raises:
+            ValueError: ``self_critical`` with released behaviour.
+        """
         super().__init__()
         released = model.behaviour == "released"
-        self.config, self.prompt = model, list(prompt)
+        if self_critical and released:
+            raise ValueError("task.self_critical has no released behaviour; use model.behaviour default")
+        self.config, self.self_critical = model, self_critical
         self.form = caption_form(vocabulary, released)
         leaks = released and objective.name == "flm"
-        vocabulary, num_read = self.form.vocabulary, 1 + len(self.form.begin) + len(prompt)
-        self.planner: Planner = CaptionPlanner(vocabulary, num_read, first_state=int(released))
-        if leaks:
-            self.planner = ReleasedCaptionPlanner(vocabulary, num_read, objective.corruption_rate, max_text_length)
+        vocabulary = self.form.vocabulary
         self.net = FLM(model, vocabulary) if leaks else OneStream(model, vocabulary, causal=True)
         self.lm_head = LanguageModelHead(model.text.width, vocabulary.size)
-        self.term_weights = {"caption": RELEASED_WEIGHT if released else 1.0}
+        self._leak = (objective.corruption_rate, max_text_length) if leaks else None
+        weight = RELEASED_WEIGHT if released else 1.0
+        self.term_weights = {"self_critical": 1.0} if self_critical else {"caption": weight}
         self.not_read = () if leaks else (r"net\.stream_embedding\.weight", r"net\.reconstructor_(bottom|top)\..+")
         grown = r"net\.embedding\.word\.weight|lm_head\.(weight|bias)"
         self.resizes = ((grown, with_added_tokens),) if released else ()
 
+    def planner(self, num_prompt: int = 0) -> Planner:
+        """The planner of captions whose first ``num_prompt`` words are read, not predicted."""
+        num_read = 1 + len(self.form.begin) + num_prompt
+        if self._leak is not None:
+            return ReleasedCaptionPlanner(self.form.vocabulary, num_read, *self._leak)
+        return CaptionPlanner(self.form.vocabulary, num_read, first_state=int(self.net.released))
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sum of losses over all targets, an fp32 scalar with gradient."""
+        if self.self_critical:
+            return {"self_critical": self.critic.loss(self, batch)}
         return {"caption": self._losses(batch)[0].sum()}
 
     @torch.no_grad()
@@ -73,7 +89,10 @@ class Captioning(nn.Module):
         return self.lm_head(getattr(self.net(batch), term.source).index_select(0, term.position), term.target)
 
     def flops(self, batch: Batch) -> int:
-        """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
+        """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`); 0 of a self-critical
+        batch, as its captions are not known before."""
+        if batch.plan is None:
+            return 0
         streams = 2 if isinstance(self.net, FLM) else 1
         return training_flops(self.config, self.net.vision, self.net.vocabulary.size, batch, streams)
 

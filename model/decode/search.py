@@ -17,7 +17,7 @@ from torch import Tensor
 class Decoder(Protocol):
     """A network that says how probable each token is to come next in G sequences; it remembers what it was fed.
 
-    Each of ``end_ids`` ends a sequence, ``prompt`` holds the words that every sequence starts with, and ``limit`` is the
+    Each of ``end_ids`` ends a sequence, ``prompt`` holds the words that every sequence starts with, ``limit`` is the
     largest number of words a sequence can have, prompt included.
     """
 

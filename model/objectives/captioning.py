@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.batch import Batch, Planner
 from model.config import ModelConfig, ObjectiveOptions, Vocabulary
 from model.flm import FLM
-from model.flops import training_flops
+from model.flops import forward_macs, training_flops
 from model.heads import LanguageModelHead
 from model.layers import initial_std
 from model.learning_rate_groups import declared_group
@@ -94,7 +94,8 @@ class Captioning(nn.Module):
         if batch.plan is None:
             return 0
         streams = 2 if isinstance(self.net, FLM) else 1
-        return training_flops(self.config, self.net.vision, self.net.vocabulary.size, batch, streams)
+        macs = forward_macs(self.config, self.net.vision, self.net.vocabulary.size, batch, streams)
+        return training_flops(self.config, macs)
 
     def parameter_group(self, name: str) -> str:
         """Learning-rate group of a parameter, as its module declares it (specification section 7)."""

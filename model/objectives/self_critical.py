@@ -39,8 +39,8 @@ class SelfCriticalPlanner:
     max_tokens: int = MAX_TOKENS
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
-        """images uint8 [B, I, 3, H, W]; at most one pair an image."""
-        pairs = [row for row in rows if row.role == "pair"]
+        """images uint8 [B, I, 3, H, W]; of several pairs on an image the first counts."""
+        pairs = list({row.image: row for row in reversed(rows) if row.role == "pair"}.values())[::-1]
         words = [np.concatenate(row.target).astype(np.int64) for row in pairs]
         draws = [row_generator(row.seed, DRAW).random(self.max_tokens) for row in pairs]
         caption = np.repeat(np.arange(len(pairs)), [len(one) for one in words])

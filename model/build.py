@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.frozen import freeze
+from model.objectives.captioning import Captioning
 from model.objectives.classification import Classification
 from model.objectives.parts import Parts
 from model.objectives.pretraining import Pretraining
@@ -89,6 +90,21 @@ def build_parts(
     if model.vision.frozen:
         freeze(parts.net.vision, source=model.weights or model.vision.pretrained)
     return parts
+
+
+def build_captioning(
+    model: ModelConfig,
+    objective: ObjectiveOptions,
+    vocabulary: Vocabulary,
+    max_text_length: int = 50,
+    self_critical: bool = False,
+) -> Captioning:
+    """The objective captioning with random weights, for a network pretrained by ``objective``; raises as the above."""
+    _check(model, objective, vocabulary, max_text_length)
+    built = Captioning(model, objective, vocabulary, max_text_length, self_critical)
+    if model.vision.frozen:
+        freeze(built.net.vision, source=model.weights or model.vision.pretrained)
+    return built
 
 
 def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabulary, max_text_length: int) -> None:

@@ -22,7 +22,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "vision": ("core",),
         "plans": ("core",),
         "networks": ("core", "vision"),
-        "objectives": ("core", "plans", "networks"),
+        "objectives": ("core", "plans", "networks", "decode"),
         "decode": ("core", "plans", "networks"),
         "scoring": ("core", "networks"),
         "weights": ("core", "vision", "objectives"),

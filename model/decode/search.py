@@ -1,4 +1,4 @@
-"""Search for probable sequences of tokens, greedy or by beam, in whatever network a :class:`Decoder` stands for.
+"""Search for probable sequences of tokens, greedy, by beam or by sampling, in whatever network a :class:`Decoder` is.
 
 What a step finds stays on the device; the host asks once a step whether everything is done, and fetches the words at
 the end. Legend: B images, K beams, G = B*K sequences, V vocabulary, N words that may follow the prompt.
@@ -17,11 +17,11 @@ from torch import Tensor
 class Decoder(Protocol):
     """A network that says how probable each token is to come next in G sequences; it remembers what it was fed.
 
-    ``eos_id`` ends a sequence, ``prompt`` holds the words that every sequence starts with, and ``limit`` is the largest
-    number of words a sequence can have, prompt included.
+    Each of ``end_ids`` ends a sequence, ``prompt`` holds the words that every sequence starts with, ``limit`` is the
+    largest number of words a sequence can have, prompt included.
     """
 
-    eos_id: int
+    end_ids: Sequence[int]
     prompt: Sequence[int]
     limit: int
 
@@ -49,7 +49,7 @@ def alone(done: bool) -> bool:
 
 @torch.no_grad()
 def greedy(decoder: Decoder, max_tokens: int = 30, all_agree: Callable[[bool], bool] = alone) -> list[list[int]]:
-    """The most probable next token, again and again, until ``</s>`` or ``max_tokens``.
+    """The most probable next token, again and again, until an end token or ``max_tokens``.
 
     Args:
         decoder: one that has not been started.
@@ -58,17 +58,70 @@ def greedy(decoder: Decoder, max_tokens: int = 30, all_agree: Callable[[bool], b
             equally many steps, so each goes on until the last is done; all need the same ``max_tokens`` and prompt.
 
     Returns:
-        Word ids of each image's sequence, prompt included, ``</s>`` left out.
+        Word ids of each image's sequence, prompt included, the end token left out. One of ``max_tokens`` words was cut:
+        the end token takes a place of its own.
 
     Raises:
         ValueError: ``max_tokens`` leaves no room after the prompt, or is more than the decoder can hold.
     """
+    return _one_by_one(decoder, max_tokens, lambda scores, number: scores.argmax(-1), all_agree)
+
+
+@torch.no_grad()
+def nucleus(
+    decoder: Decoder,
+    max_tokens: int,
+    uniforms: Tensor,
+    top_p: float = 0.9,
+    temperature: float = 1.0,
+    all_agree: Callable[[bool], bool] = alone,
+) -> list[list[int]]:
+    """Each next token drawn from the fewest most probable ones that have ``top_p`` of the probability together.
+
+    Nucleus sampling (Holtzman, Buys, Du, Forbes, Choi 2020, arXiv 1904.09751, section 3.1); ``top_p`` 1 draws from all.
+    A sequence depends on its own image and its own row of ``uniforms`` only.
+
+    Args:
+        decoder: one that has not been started.
+        max_tokens: as of :func:`greedy`.
+        uniforms: fp32 or fp64 [B, N] in [0, 1), one number for each word that may follow the prompt.
+        top_p: above 0, at most 1; the most probable token is always among those drawn from.
+        temperature: above 0; scores are divided by it.
+        all_agree: as of :func:`greedy`.
+
+    Returns:
+        As :func:`greedy`.
+
+    Raises:
+        ValueError: as :func:`greedy`, and for numbers out of their range or too few.
+    """
     num_words = _room(decoder, max_tokens)
-    words = [decoder.start().argmax(-1)]
-    finished = words[0] == decoder.eos_id
+    if not 0 < top_p <= 1 or not 0 < temperature < float("inf"):
+        raise ValueError(f"top_p is {top_p} and temperature {temperature}, expected above 0 to 1, and above 0")
+    if uniforms.shape[1] < num_words:
+        raise ValueError(f"uniforms hold {uniforms.shape[1]} numbers an image, {num_words} words may follow the prompt")
+
+    def draw(scores: Tensor, number: int) -> Tensor:
+        ordered, ids = (scores.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        upto = ordered.cumsum(-1)
+        size = ((upto - ordered < top_p) & (ordered > 0)).sum(-1, keepdim=True)  # tokens in the nucleus
+        point = uniforms[:, number : number + 1].to(upto) * upto.gather(-1, size - 1)
+        place = torch.searchsorted(upto, point, right=True)
+        return ids.gather(-1, torch.minimum(place, size - 1))[:, 0]
+
+    return _one_by_one(decoder, max_tokens, draw, all_agree)
+
+
+def _one_by_one(
+    decoder: Decoder, max_tokens: int, choose: Callable[[Tensor, int], Tensor], all_agree: Callable[[bool], bool]
+) -> list[list[int]]:
+    """One sequence an image: ``choose`` takes scores [B, V] and the number of the word, and gives the word [B]."""
+    num_words = _room(decoder, max_tokens)
+    words = [choose(decoder.start(), 0)]
+    finished = _ends(decoder, words[0])
     while len(words) < num_words and not all_agree(bool(finished.all())):
-        words.append(decoder.step(words[-1]).argmax(-1))
-        finished = finished | (words[-1] == decoder.eos_id)
+        words.append(choose(decoder.step(words[-1]), len(words)))
+        finished = finished | _ends(decoder, words[-1])
     return _sequences(decoder, torch.stack(words, 1))
 
 
@@ -82,30 +135,34 @@ def beam(
 ) -> list[list[int]]:
     """Beam search: the best of all sequences that ended, or were cut at ``max_tokens``.
 
-    A sequence is worth its log probability / length**``length_penalty``, where the length counts the prompt and
-    ``</s>``; of equals the one found first. An image is done when none of its beams can become better than its best.
+    A sequence is worth its log probability / length**``length_penalty``, where the length counts the prompt and the
+    end token; of equals the one found first. 0 is neutral, above 0 favours long ones. Every beam may end at every step,
+    whatever its place among the beams, by the most probable of the end tokens; it keeps its place too. An image is done
+    when none of its beams can become better than its best, even if all that it still adds were certain; so stopping
+    early changes nothing.
 
     Args and returns as :func:`greedy`.
 
     Raises:
-        ValueError: as :func:`greedy`, and for less than one beam or more than there are tokens.
+        ValueError: as :func:`greedy`, and for less than one beam.
     """
     num_words = _room(decoder, max_tokens)
     scores = decoder.start()
     (num_images, vocabulary), device = scores.shape, scores.device
-    if not 1 <= beams <= vocabulary:
-        raise ValueError(f"beams is {beams}, expected 1 to the number of tokens, {vocabulary}")
+    if beams < 1:
+        raise ValueError(f"beams is {beams}, expected at least 1")
+    ends = torch.tensor(decoder.end_ids, device=device)
     first = torch.arange(num_images, device=device)[:, None]
     sums = torch.zeros(num_images, 1, device=device)  # log probability of each beam, the largest first
-    words = torch.full((num_images, 1, num_words), decoder.eos_id, device=device)
+    words = torch.full((num_images, 1, num_words), decoder.end_ids[0], device=device)
     best = torch.full((num_images,), float("-inf"), dtype=torch.float64, device=device)
     best_words = words[:, 0]
     for number in range(num_words):
         length = len(decoder.prompt) + number + 1
         total = scores.log_softmax(-1).view(num_images, -1, vocabulary).add_(sums[:, :, None])
-        best, best_words = _better(best, best_words, total[:, :, decoder.eos_id], length**length_penalty, words)
-        total[:, :, decoder.eos_id] = float("-inf")
-        sums, flat = total.flatten(1).topk(beams)
+        best, best_words = _better(best, best_words, total[:, :, ends].amax(-1), length**length_penalty, words)
+        total[:, :, ends] = float("-inf")
+        sums, flat = total.flatten(1).topk(min(beams, total.shape[1] * vocabulary))
         parents, ids = flat // vocabulary, flat % vocabulary
         words = words[first, parents]
         words[:, :, number] = ids
@@ -136,6 +193,11 @@ def _room(decoder: Decoder, max_tokens: int) -> int:
     return max_tokens - prompt
 
 
+def _ends(decoder: Decoder, ids: Tensor) -> Tensor:
+    """bool [B]: which of ``ids`` int64 [B] end a sequence."""
+    return torch.stack([ids == end for end in decoder.end_ids]).any(0)
+
+
 def _sequences(decoder: Decoder, words: Tensor) -> list[list[int]]:
-    """The prompt and what stands before the first ``</s>`` in each row of ``words`` int64 [B, N]."""
-    return [[*decoder.prompt, *takewhile(lambda word: word != decoder.eos_id, row)] for row in words.tolist()]
+    """The prompt and what stands before the first end token in each row of ``words`` int64 [B, N]."""
+    return [[*decoder.prompt, *takewhile(lambda word: word not in decoder.end_ids, row)] for row in words.tolist()]

@@ -1,4 +1,4 @@
-"""The decoder of FLM, AR and PrefixLM: the l2r stream fed one token at a time, its keys and values kept.
+"""The decoder of captioning, FLM, AR and PrefixLM: the l2r stream fed one token at a time, its keys and values kept.
 
 The image is encoded once, its keys and values are computed once a layer; each step costs one token.
 Legend: B images, K sequences of an image, G = B*K sequences, H heads, P image tokens, D width, V vocabulary.
@@ -13,16 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import merge_heads, split_heads
+from model.plans.captions import CaptionForm
 from model.towers import encode_images
 
 
-def decoder_of(objective: nn.Module, images: Tensor, prompt: Sequence[int] = ()) -> StreamDecoder:
+def decoder_of(
+    objective: nn.Module, images: Tensor, prompt: Sequence[int] = (), tokens: Tensor | None = None
+) -> StreamDecoder:
     """A decoder of captions for the searches of :mod:`model.decode.search`.
 
     Args:
-        objective: a ``Pretraining`` in eval mode whose l2r stream predicts (flm, ar, prefixlm).
+        objective: in eval mode, one whose l2r stream predicts: ``Captioning``, or a ``Pretraining`` of flm, ar or
+            prefixlm.
         images: uint8 [B, 1, 3, S, S] on the model's device.
-        prompt: word ids every caption starts with; needed for released behaviour, which never learns the first word.
+        prompt: word ids every caption starts with; needed for pretraining in released behaviour, which never learns the
+            first word.
+        tokens: projected tokens [B, P, D] of the images, where they are encoded already.
 
     Raises:
         ValueError: an mlm model, or released behaviour without a prompt.
@@ -31,35 +37,44 @@ def decoder_of(objective: nn.Module, images: Tensor, prompt: Sequence[int] = ())
         raise ValueError(
             "an mlm model does not predict from left to right; caption with model.decode.mask_predict.mask_predict"
         )
-    if objective.net.released and not prompt:
+    net = objective.net
+    form = getattr(objective, "form", CaptionForm(net.vocabulary))
+    if net.released and not form.begin and not prompt:
         raise ValueError("released behaviour never learns the first word of a caption; give a prompt, such as 'a'")
-    return StreamDecoder(objective, images, prompt)
+    tokens = encode_images(net, images) if tokens is None else tokens
+    return StreamDecoder(net, objective.lm_head, form, tokens, prompt)
 
 
 class StreamDecoder:
     """A :class:`model.decode.search.Decoder` over the l2r stream of a network (FLM or OneStream).
 
-    Weights are reached by calling modules, so that ZeRO-3 gathers them.
+    Weights are reached by calling modules, so that ZeRO-3 gathers them. Tokens that no caption holds are never found.
+
+    # NOTE release: its captioning rules out no token; with the release's form of captions neither does this.
     """
 
-    def __init__(self, objective: nn.Module, images: Tensor, prompt: Sequence[int] = ()) -> None:
-        self.net, self.lm_head = objective.net, objective.lm_head
-        vocabulary = self.net.vocabulary
-        self.eos_id, self.prompt = vocabulary.eos_id, list(prompt)
-        self.limit = self.net.embedding.position.num_embeddings - 3  # `<s>` stands at row 2, the caption's words follow
-        self._start = self.prompt if self.net.released else [vocabulary.bos_id, *self.prompt]
-        self._position = int(self.net.released)  # of the next token; `<s>` stands at 0
-        never = [vocabulary.bos_id, vocabulary.pad_id, vocabulary.mask_id]
-        self._never = torch.tensor(never, device=images.device)
-        tokens = encode_images(self.net, images)
+    def __init__(
+        self, net: nn.Module, lm_head: nn.Module, form: CaptionForm, tokens: Tensor, prompt: Sequence[int] = ()
+    ) -> None:
+        """``tokens``: projected tokens [B, P, D] of the images."""
+        self.net, self.lm_head = net, lm_head
+        vocabulary = net.vocabulary
+        self.end_ids, self.prompt = form.end_ids, list(prompt)
+        first = [] if net.released else [vocabulary.bos_id]  # the release's `<s>` is seen by no word
+        self._start = [*first, *form.begin, *prompt]
+        self._position = int(net.released)  # of the next token; `<s>` stands at 0
+        # `<s>` stands at row 2 of the table, then the form's begin, then the caption's words
+        self.limit = net.embedding.position.num_embeddings - 3 - len(form.begin)
+        never = [] if form.begin else [vocabulary.bos_id, vocabulary.pad_id, vocabulary.mask_id]
+        self._never = torch.tensor(never, device=tokens.device, dtype=torch.int64)
         self._images = [
             [part.contiguous() for part in split_heads(attention.key_value(tokens), attention.num_heads, 2)]
-            for attention in (layer.cross_attention for layer in self.net.top)
+            for attention in (layer.cross_attention for layer in net.top)
         ]
-        self._cache: list[tuple[Tensor, Tensor] | None] = [None] * (len(self.net.bottom) + len(self.net.top))
+        self._cache: list[tuple[Tensor, Tensor] | None] = [None] * (len(net.bottom) + len(net.top))
 
     def start(self) -> Tensor:
-        """Feeds ``<s>``, which released behaviour lacks, and the prompt; returns the scores fp32 [B, V]."""
+        """Feeds what begins a caption and the prompt; returns the scores fp32 [B, V]."""
         num_images = len(self._images[0][0])
         for word in self._start:
             states = self.states(torch.full((num_images,), word, device=self._never.device))

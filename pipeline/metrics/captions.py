@@ -55,7 +55,7 @@ def caption_scores(
     _check(predictions, references, metrics)
     captions = list(predictions.values())
     wanted = [list(references[key]) for key in predictions]
-    tokenization, captions, wanted = _tokenized(captions, wanted, timeout_seconds)
+    tokenized_by, captions, wanted = _tokenized(captions, wanted, timeout_seconds)
     values: dict[str, float] = {}
     errors: dict[str, float | None] = {}
     per_item: dict[str, dict[Id, float]] = {}
@@ -73,7 +73,12 @@ def caption_scores(
             if metric in ("rouge_l", "cider_d", "spice"):
                 errors[name] = standard_error(list(per_item[name].values()))
     notes = _notes(per_item, len(captions), frequencies)
-    return CaptionScores(values, errors, per_item, tokenization, missing, notes)
+    return CaptionScores(values, errors, per_item, tokenized_by, missing, notes)
+
+
+def tokenization() -> str:
+    """How captions are tokenized on this machine, in words: ``CaptionScores.tokenization``."""
+    return _tokenized(["a"], [["a"]], TIMEOUT_SECONDS)[0]
 
 
 def _check(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], metrics: Sequence[str]) -> None:

@@ -140,7 +140,8 @@ def load_weights(subject: Subject, objective: nn.Module) -> None:
     if subject.run is not None and subject.same_task:
         load_trained(objective, subject.config.model, subject.path)
         return
-    start_from(objective, read_model(str(subject.path)), source=f"--run {subject.path}", dropped=[HEAD])
+    dropped = [HEAD, *getattr(objective, "not_read", ())]
+    start_from(objective, read_model(str(subject.path)), source=f"--run {subject.path}", dropped=dropped)
 
 
 def refuse_other_training(subject: Subject, task: Task, tokenizer: TextTokenizer) -> None:

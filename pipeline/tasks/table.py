@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.options import Config
+from pipeline.tasks.caption_task import CaptioningTask
 from pipeline.tasks.nlvr2 import NLVR2
 from pipeline.tasks.pretraining import Pretraining
 from pipeline.tasks.retrieval import Retrieval
@@ -15,6 +16,7 @@ TASKS: dict[str, type[Task]] = {
     "vqa": VQA,
     "nlvr2": NLVR2,
     "snli_ve": SNLIVE,
+    "captioning": CaptioningTask,
     "retrieval": Retrieval,
 }
 

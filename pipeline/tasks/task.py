@@ -57,12 +57,13 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationRanks:
-    """Who evaluates: this rank, whether batches are pinned, and how ranks that share one network agree that all are
-    done (``model.decode.search``)."""
+    """Who evaluates: this rank, whether batches are pinned, how ranks that share one network agree that all are
+    done (``model.decode.search``), and whether training waits, so that scores which take minutes are left out."""
 
     place: Place
     pin: bool = False
     all_agree: Callable[[bool], bool] = alone
+    in_training: bool = False
 
 
 @dataclass(frozen=True)

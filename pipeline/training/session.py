@@ -140,7 +140,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     preparation = task.preparation(config, objective, opened.data.tokenizer)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
-    evaluating = EvaluationRanks(place, pin, lambda done: agreement.total([not done])[0] == 0)
+    evaluating = EvaluationRanks(place, pin, lambda done: agreement.total([not done])[0] == 0, in_training=True)
     passes = task.passes(config, objective, preparation, held_out, evaluating) if held_out else []
     return Session(
         config=config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.decode.search import beam, greedy
+from model.decode.search import beam, greedy, nucleus
 from model.decode.stream import decoder_of
 from tests.tiny_flm import VOCABULARY, images, tiny_flm
 
@@ -23,8 +24,15 @@ Scores = Callable[[int, Sequence[int]], list[float]]  # of each next token, give
 class TableDecoder:
     """A decoder that looks up what comes next, remembering each sequence as a list."""
 
-    def __init__(self, scores: Scores, num_images: int, prompt: Sequence[int] = (), limit: int = 50) -> None:
-        self.eos_id, self.prompt, self.limit = EOS, prompt, limit
+    def __init__(
+        self,
+        scores: Scores,
+        num_images: int,
+        prompt: Sequence[int] = (),
+        limit: int = 50,
+        end_ids: Sequence[int] = (EOS,),
+    ) -> None:
+        self.end_ids, self.prompt, self.limit = end_ids, prompt, limit
         self.scores, self.num_steps = scores, 0
         self.sequences = [(image, list(prompt)) for image in range(num_images)]
 
@@ -114,18 +122,133 @@ def test_searches_find_what_their_definition_finds(
     assert share_of_never == 1 or (len(lengths) > 1 and differences)  # else nothing would be tested
 
 
-def test_beam_finds_the_best_caption_of_all() -> None:
-    """With as many beams as there are prefixes beam search is exhaustive: compare with every caption of 0..2 words."""
-    for seed in range(20):
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 1.0, 2.0, 5.0])
+def test_beam_search_with_all_beams_is_exhaustive(penalty: float) -> None:
+    """As many beams as there are prefixes of 3 words: the best of all captions of 0 to 4 words, by counting them all.
+
+    Logarithms of probabilities, summed and divided here in another order: the best is compared by its value.
+    """
+    words, num_words = [token for token in range(4) if token != EOS], 4
+    for seed in range(6):
+        scores = random_scores(seed, 4, 0.0, 0.0)
+        values: dict[tuple[int, ...], float] = {}
+        for length in range(num_words + 1):
+            for caption in itertools.product(words, repeat=length):
+                steps = [log_softmax(scores(0, caption[:k]))[token] for k, token in enumerate(caption)]
+                if length < num_words:
+                    steps.append(log_softmax(scores(0, caption))[EOS])
+                values[caption] = math.fsum(steps) / min(length + 1, num_words) ** penalty
+        found = tuple(beam(TableDecoder(scores, 1), num_words, beams=len(words) ** 3, length_penalty=penalty)[0])
+        assert values[found] == pytest.approx(max(values.values()), rel=1e-6)
+        assert len(values) == sum(len(words) ** n for n in range(num_words + 1))
+
+
+def test_a_hand_scored_model() -> None:
+    """Two words, scored by hand: "1" ends surely, "0 0" is likelier by word but longer; the penalty decides.
+
+    Lengths count the end: [] .1 over 1; [1] .4 x 1 over 2; [0] .5 x .1 over 2; [0, 0] .5 x .9 x .95 = .4275 over 3;
+    [0, 0, 0] .5 x .9 x .05 = .0225, cut at 3 words, over 3.
+    """
+    table = {(): [0.5, 0.4, 0.1], (0,): [0.9, 0.0, 0.1], (1,): [0.0, 0.0, 1.0], (0, 0): [0.05, 0.0, 0.95]}
+    logs = lambda _, words: [math.log(p) if p else NEVER for p in table.get(tuple(words), [0.0, 0.0, 1.0])]  # noqa: E731
+    worth = {
+        (): lambda penalty: math.log(0.1),
+        (1,): lambda penalty: math.log(0.4) / 2**penalty,
+        (0, 0): lambda penalty: math.log(0.4275) / 3**penalty,
+    }
+    for penalty in (-2.0, -1.0, 0.0, 1.0):
+        expected = max(worth, key=lambda caption, penalty=penalty: worth[caption](penalty))
+        assert tuple(beam(TableDecoder(logs, 1), 3, 2, penalty)[0]) == expected
+    assert beam(TableDecoder(logs, 1), 3, 2, -2.0) == [[]]
+    assert beam(TableDecoder(logs, 1), 3, 2, -1.0) == [[1]]
+    assert beam(TableDecoder(logs, 1), 3, 2, 0.0) == [[0, 0]]
+    assert greedy(TableDecoder(logs, 1), 3) == [[0, 0]]
+
+
+def test_any_of_several_end_tokens_ends_a_caption() -> None:
+    """Of two end tokens the more probable one counts; neither stands in a caption."""
+    for seed in range(12):
         scores = random_scores(seed, 6, 0.0, 0.0)
-        words = [token for token in range(6) if token != EOS]
-        start = log_softmax(scores(0, []))
-        values = {(): start[EOS]}
-        for one in words:
-            after = log_softmax(scores(0, [one]))
-            values[one,] = (start[one] + after[EOS]) / 2
-            values |= {(one, token): (start[one] + after[token]) / 2 for token in words}
-        assert tuple(beam(TableDecoder(scores, 1), 2, beams=5)[0]) == max(values, key=values.get)
+        one_end = lambda image, words, scores=scores: merged(scores(image, words))  # noqa: E731
+        several = lambda: TableDecoder(scores, 3, end_ids=(EOS, 5))  # noqa: E731, B023
+        by_greedy = greedy(several(), 6)
+        assert by_greedy == [greedy_by_definition(lambda words, i=i: one_end(i, words), 6) for i in range(3)]  # noqa: B023
+        found = [beam(several(), 6, 4), by_greedy, nucleus(several(), 6, torch.rand(3, 6, dtype=torch.float64))]
+        assert all(word not in (EOS, 5) for captions in found for caption in captions for word in caption)
+
+
+def merged(row: list[float]) -> list[float]:
+    """Scores in which the last token, an end, has given its place to the other end where it is the more probable."""
+    return [*row[:EOS], max(row[EOS], row[5]), *row[EOS + 1 : 5], NEVER]
+
+
+def nucleus_by_definition(
+    scores: Callable[[Sequence[int]], list[float]],
+    uniforms: Sequence[float],
+    max_tokens: int,
+    top_p: float,
+    temperature: float,
+) -> list[int]:
+    words: list[int] = []
+    for uniform in uniforms[:max_tokens]:
+        row = [math.exp(value) for value in log_softmax([score / temperature for score in scores(words)])]
+        order = sorted(range(len(row)), key=lambda token: -row[token])
+        inside, mass = [], 0.0
+        while mass < top_p and len(inside) < len(order) and row[order[len(inside)]] > 0:
+            inside.append(order[len(inside)])
+            mass += row[inside[-1]]
+        below, chosen = 0.0, inside[-1]
+        for token in inside:
+            below += row[token]
+            if uniform * mass < below:
+                chosen = token
+                break
+        if chosen == EOS:
+            break
+        words.append(chosen)
+    return words
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_nucleus_draws_what_its_definition_draws(top_p: float, temperature: float) -> None:
+    for seed in range(8):
+        scores = random_scores(seed, 7, 0.0, 0.2)
+        uniforms = torch.rand(4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = nucleus(TableDecoder(scores, 4), 6, uniforms, top_p, temperature)
+        for image in range(4):
+            own = lambda words, image=image, scores=scores: scores(image, words)  # noqa: E731
+            assert found[image] == nucleus_by_definition(own, uniforms[image].tolist(), 6, top_p, temperature)
+        if top_p < 0.01:
+            assert found == greedy(TableDecoder(scores, 4), 6)
+
+
+def test_nucleus_draws_each_word_as_often_as_it_is_probable() -> None:
+    """A grid of uniforms stands for all draws: shares equal renormalised probabilities to the grid's spacing."""
+    row = [math.log(p) for p in (0.4, 0.3, 0.05, 0.15, 0.1)]
+    count = 1000
+    uniforms = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    drawn = nucleus(TableDecoder(lambda image, words: row, count), 1, uniforms, top_p=0.8)
+    shares = [sum(words == [token] for words in drawn) / count for token in range(5)]
+    assert shares == pytest.approx([0.4 / 0.85, 0.3 / 0.85, 0, 0.15 / 0.85, 0], abs=1 / count)
+
+
+def test_a_draw_hangs_on_its_own_uniforms_only() -> None:
+    scores = random_scores(1, 6, -1.0, 0.0)
+    uniforms = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    whole = nucleus(TableDecoder(scores, 5), 8, uniforms)
+    for image in range(5):
+        single = lambda _, words, image=image: scores(image, words)  # noqa: E731
+        assert nucleus(TableDecoder(single, 1), 8, uniforms[image : image + 1]) == [whole[image]]
+
+
+def test_what_cannot_be_drawn_from_is_refused() -> None:
+    decoder, uniforms = TableDecoder(random_scores(0, 6, 0.0, 0.0), 1), torch.zeros(1, 4)
+    for top_p, temperature in ((0.0, 1.0), (1.1, 1.0), (0.9, 0.0), (0.9, math.inf), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match="top_p is .* and temperature"):
+            nucleus(decoder, 4, uniforms, top_p, temperature)
+    with pytest.raises(ValueError, match="hold 4 numbers an image, 5 words may follow"):
+        nucleus(decoder, 5, uniforms)
 
 
 def test_one_beam_is_greedy_where_no_caption_ends() -> None:
@@ -160,8 +283,8 @@ def test_what_cannot_be_searched_is_refused() -> None:
         for max_tokens in (2, 10):
             with pytest.raises(ValueError, match=f"is {max_tokens}, expected more than the prompt's 2, at most 9"):
                 search(decoder, max_tokens)
-    for beams in (0, 7):
-        with pytest.raises(ValueError, match=f"beams is {beams}, expected 1 to the number of tokens, 6"):
+    for beams in (0, -1):
+        with pytest.raises(ValueError, match=f"beams is {beams}, expected at least 1"):
             beam(decoder, 5, beams)
 
 

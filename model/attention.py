@@ -120,6 +120,14 @@ class _PaddedImageAttention:
         mixed_RHTC = torch.cat(parts) if len(parts) > 1 else parts[0]
         return self.queries.pack(merge_heads(mixed_RHTC))
 
+    def probabilities(self, query_SD: Tensor, key_value_KE: Tensor, num_heads: int) -> Tensor:
+        """The weights of the values, fp32 [S, P], mean over the heads."""
+        (query_RHTC,) = split_heads(self.queries.pad(query_SD), num_heads)
+        key_BHPC, _ = split_heads(key_value_KE.unflatten(0, (self.num_images, -1)), num_heads, 2)
+        key_RHPC = key_BHPC.index_select(0, self.image_of_row)
+        scores_RHTP = query_RHTC.float() @ key_RHPC.float().transpose(2, 3) / query_RHTC.shape[-1] ** 0.5
+        return self.queries.pack(scores_RHTP.softmax(-1).mean(1))
+
 
 def split_heads(states: Tensor, num_heads: int, parts: int = 1) -> tuple[Tensor, ...]:
     """[R, T, parts*D] -> ``parts`` tensors [R, H, T, C]."""

@@ -61,7 +61,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads"),
             *("torchvision_shim", "census", "frozen", "learning_rate_groups", "recomputing"),
         ),
-        "networks": ("towers", "flm", "one_stream", "flops"),
+        "networks": ("towers", "flm", "one_stream", "flops", "attention_maps"),
         "programs": ("build",),
     },
     "data_prep": {

@@ -46,6 +46,8 @@ class ExternalTower(nn.Module):
             raise ValueError(f"{source} gives an output of shape {output}, expected tokens [B, P, W] or a map")
         self.width = output[2] if len(output) == 3 else output[1]
         self.num_tokens = output[1] if len(output) == 3 else output[2] * output[3]
+        self.map_size = tuple(output[2:]) if len(output) == 4 else None  # h, w
+        self.image_size = image_size
         table = grid_positions(*output[2:], self.width) if len(output) == 4 else torch.zeros(0, self.width)
         self.register_buffer("positions", in_millionths(table), persistent=False)
         # convolutions are faster on channels last: an EfficientNet-Lite0 on a CPU 1.7 times

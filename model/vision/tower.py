@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from model.config import VisionConfig
 from model.vision.clip import VisionTower, resolve_sizes
-from model.vision.external import external_tower
+from model.vision.external import ExternalTower, external_tower
+
+MAX_LEADING = 16  # class, distillation and register tokens; more before the patches has no tower of timm and open_clip
 
 
 class Tower(Protocol):
@@ -35,3 +37,33 @@ def build_tower(config: VisionConfig) -> nn.Module:
     if config.name is not None and "/" in config.name:
         return external_tower(config)
     return VisionTower(resolve_sizes(config))
+
+
+class Grid(NamedTuple):
+    """Where the tokens of a tower stand in the image: ``height`` x ``width`` cells, row by row, after ``leading`` ones
+    that stand nowhere (class, registers)."""
+
+    height: int
+    width: int
+    leading: int
+
+
+def grid_of(tower: Tower) -> Grid | None:
+    """The grid of a tower's tokens, None where it is not known.
+
+    Of a foreign tower that gives tokens (and no map) it is what its patches say, a convolution whose stride is its
+    size: one token each, behind the few that are no patch, as open_clip, timm and transformers all order them. A tower
+    that merges patches, as Swin does, or has many other tokens, as YOLOS does, has no known grid.
+    """
+    if isinstance(tower, VisionTower):
+        return Grid(tower.grid, tower.grid, 1)
+    if not isinstance(tower, ExternalTower):
+        return None
+    if tower.map_size is not None:
+        return Grid(*tower.map_size, 0)
+    convolution = next((one for one in tower.backbone.modules() if isinstance(one, nn.Conv2d)), None)
+    if convolution is None or convolution.stride != convolution.kernel_size:
+        return None
+    height, width = (tower.image_size // stride for stride in convolution.stride)
+    leading = tower.num_tokens - height * width
+    return Grid(height, width, leading) if 0 <= leading <= MAX_LEADING else None

@@ -48,7 +48,12 @@ def alone(done: bool) -> bool:
 
 
 @torch.no_grad()
-def greedy(decoder: Decoder, max_tokens: int = 30, all_agree: Callable[[bool], bool] = alone) -> list[list[int]]:
+def greedy(
+    decoder: Decoder,
+    max_tokens: int = 30,
+    all_agree: Callable[[bool], bool] = alone,
+    read: Tensor | None = None,
+) -> list[list[int]]:
     """The most probable next token, again and again, until an end token or ``max_tokens``.
 
     Args:
@@ -56,15 +61,23 @@ def greedy(decoder: Decoder, max_tokens: int = 30, all_agree: Callable[[bool], b
         max_tokens: longest sequence, prompt included.
         all_agree: whether all are done, given whether this process is. Ranks that share one network (ZeRO-3) must take
             equally many steps, so each goes on until the last is done; all need the same ``max_tokens`` and prompt.
+        read: int64 [B, F], words that each image's own sequence goes on with after the prompt, -1 from where it has no
+            more: questions of different lengths. None of them is an end token.
 
     Returns:
-        Word ids of each image's sequence, prompt included, the end token left out. One of ``max_tokens`` words was cut:
-        the end token takes a place of its own.
+        Word ids of each image's sequence, prompt and ``read`` included, the end token left out. One of ``max_tokens``
+        words was cut: the end token takes a place of its own.
 
     Raises:
         ValueError: ``max_tokens`` leaves no room after the prompt, or is more than the decoder can hold.
     """
-    return _one_by_one(decoder, max_tokens, lambda scores, number: scores.argmax(-1), all_agree)
+    num_read = 0 if read is None else read.shape[1]
+
+    def choose(scores: Tensor, number: int) -> Tensor:
+        best = scores.argmax(-1)
+        return torch.where(read[:, number] >= 0, read[:, number], best) if number < num_read else best
+
+    return _one_by_one(decoder, max_tokens, choose, all_agree)
 
 
 @torch.no_grad()

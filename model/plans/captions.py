@@ -55,8 +55,8 @@ def caption_form(vocabulary: Vocabulary, released: bool) -> CaptionForm:
 class CaptionPlanner:
     """Each token after the first ``num_read`` of a row is predicted from the l2r state before it.
 
-    ``num_read`` counts ``<s>``, the form's begin and the prompt. States are computed from the position ``first_state``
-    on: 1 where nobody sees ``<s>``.
+    ``num_read`` counts ``<s>``, the form's begin and the prompt; a row that has a ``target`` names its own number.
+    States are computed from the position ``first_state`` on: 1 where nobody sees ``<s>``.
     """
 
     vocabulary: Vocabulary
@@ -71,7 +71,7 @@ class CaptionPlanner:
             if row.role == "pair":
                 ids = np.array(row.token_ids)
                 states = builder.add_states("l2r", number, np.arange(self.first_state, len(ids) - 1))
-                targets = np.arange(self.num_read, len(ids))
+                targets = np.arange(self.num_read if row.target is None else row.target, len(ids))
                 builder.add_targets("caption", states[targets - 1 - self.first_state], ids[targets])
         return builder.build(images, rows, self.vocabulary)
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data_prep.vqa_answers import answers_hash, read_vocabulary, soft_scores
-from model.build import build_classification
+from model.build import build_captioning, build_classification
 from model.config import Vocabulary
 from pipeline.config.options import Config, ConfigError, weighted_paths
 from pipeline.data.shard_reader import Corpus, RawSample
@@ -22,6 +22,7 @@ from pipeline.data.tokenizer import TextTokenizer
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics import vqa as metrics
 from pipeline.metrics.submissions import vqa_submission
+from pipeline.tasks import written_answers as written
 from pipeline.tasks.classification import Label, TextRows, classification_pass, entry
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Prediction, Score
 
@@ -40,29 +41,37 @@ class AnswerLabels:
     normalised: bool = True
 
     def __call__(self, sample: RawSample) -> Label:
-        answers = entry(sample, "answers", optional=True)
-        scores = [] if answers is None else soft_scores(answers, self.classes, self.normalised)
-        note = {"question_id": entry(sample, "question_id"), "question": sample.text}
-        note |= {} if answers is None else {"answers": answers}
-        for name in ("answer_type", "question_type"):
-            value = entry(sample, name, optional=True)
-            note |= {} if value is None else {name: value}
+        note = about(sample)
+        scores = soft_scores(note.get("answers", ()), self.classes, self.normalised)
         return scores or None, note
 
 
+def about(sample: RawSample) -> dict[str, Any]:
+    """What a prediction repeats of a question; raises ValueError where it has no id."""
+    note = {"question_id": entry(sample, "question_id"), "question": sample.text}
+    for name in ("answers", "answer_type", "question_type"):
+        value = entry(sample, name, optional=True)
+        note |= {} if value is None else {name: value}
+    return note
+
+
 class VQA:
-    """Answers to questions about an image, out of the list of the run."""
+    """Answers to questions about an image, out of the list of the run or, with ``task.generative``, in own words."""
 
     num_images = 1
-    run_files = {ANSWERS_NAME: "task.answers"}
+    run_files = {ANSWERS_NAME: "task.answers"}  # of a classifier
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
+        if config.task.generative:
+            return build_captioning(config.model, config.objective, vocabulary, config.data.max_text_length)
         config.task.answers = str(answers_file(config))  # for RUN/config.yaml, and for the copy in RUN
         classes = len(read_vocabulary(answers_file(config)))
         length = config.data.max_text_length
         return build_classification(config.model, config.objective, vocabulary, length, "vqa", classes, kind="soft")
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
+        if config.task.generative:
+            return written.preparation(config, objective, tokenizer, about)
         classes = {answer: number for number, answer in enumerate(read_vocabulary(answers_file(config)))}
         labels = AnswerLabels(classes, normalised=config.model.behaviour == "default")
         maker = TextRows(tokenizer, config.data.max_text_length, self.num_images, labels)
@@ -79,13 +88,20 @@ class VQA:
         held_out: Sequence[Corpus],
         ranks: EvaluationRanks,
     ) -> list[EvaluationPass]:
+        if config.task.generative:
+            return written.passes(config, objective, preparation, held_out, ranks, summarise)
         judge = partial(_judge, read_vocabulary(answers_file(config)))
-        return [classification_pass(config, preparation, held_out, ranks, judge, _summarise)]
+        return [classification_pass(config, preparation, held_out, ranks, judge, summarise)]
 
     def fingerprint(self, config: Config) -> dict[str, Any]:
+        """What the classes of a classifier mean."""
+        if config.task.generative:
+            return {}
         return {"answers": answers_hash(read_vocabulary(answers_file(config)))}
 
     def protocol(self, config: Config) -> dict[str, Any]:
+        if config.task.generative:
+            return metrics.PROTOCOL | {"answers": f"written, at most {config.task.max_answer_tokens} tokens, greedy"}
         answers = read_vocabulary(answers_file(config))
         return metrics.PROTOCOL | {"answers": f"one of {len(answers)} (sha256 {answers_hash(answers)[:12]})"}
 
@@ -100,7 +116,7 @@ def _judge(answers: Sequence[str], logits: Tensor, number: int) -> dict[str, Any
     return {"answer": answers[chosen], "confidence": float(logits[number, chosen].sigmoid())}
 
 
-def _summarise(predictions: list[Prediction]) -> dict[str, float]:
+def summarise(predictions: list[Prediction]) -> dict[str, float]:
     """Accuracy over the questions whose answers are known, and by type of answer; each is told its "score"."""
     known = [one for one in predictions if "answers" in one]
     if not known:

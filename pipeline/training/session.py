@@ -355,7 +355,7 @@ def copy_files(names: Mapping[str, str], config: Config, output: Path) -> None:
     """A copy in the run folder of each file of the task's that an option names; what is there stays."""
     options = dict(flatten(config))
     for name, option in names.items():
-        if not (output / name).exists():
+        if options[option] is not None and not (output / name).exists():
             write_atomically(output / name, Path(options[option]).read_text(encoding="utf-8"))
 
 

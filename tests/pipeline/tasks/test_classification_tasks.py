@@ -21,6 +21,7 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.loading.open_data import open_held_out
+from pipeline.metrics.vqa import accuracy
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.table import task_of
 from pipeline.tasks.task import EvaluationRanks
@@ -228,3 +229,36 @@ def test_a_list_of_answers_that_is_missing_or_damaged_is_refused(tmp_path: Path)
     config.task.answers = str(tmp_path / "mine.json")
     with pytest.raises(ValueError, match=r"mine\.json"):
         evaluated(config)
+
+
+def test_written_answers_are_scored_as_chosen_ones_and_depend_on_their_own_question_only(tmp_path: Path) -> None:
+    records = [vqa_record(number) for number in range(5)]
+    long = Record("long", (jpeg(70),), ("word " * 30, "short"), {"question_id": [900, 901]}, ("jpg",))
+    config = config_of(tmp_path, "vqa", [*records, long])
+    config.task.generative, config.task.max_answer_tokens = True, 4
+    (tmp_path / "answers.json").unlink()  # nothing is chosen from it
+    values, found, objective = evaluated(config)
+    assert len(found) == sum(len(record.captions) for record in records) + 2
+    assert values["questions"] == len(found) - 2 and 0 <= values["vqa_accuracy"] <= 1 and values["loss"] > 0
+    assert {one["position"]: one["score"] for one in found if "score" in one} == {
+        one["position"]: accuracy(one["answer"], one["answers"]) for one in found if "answers" in one
+    }
+    config.optim.micro_batch_size = 1
+    _, alone, _ = evaluated(config)
+    assert [one["answer"] for one in alone] == [one["answer"] for one in found]
+    assert any(one["answer"] for one in found)
+
+
+def test_of_a_written_answer_only_the_answer_is_predicted(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "vqa", [vqa_record(1)])
+    config.task.generative = True
+    _, _, objective = evaluated(config)
+    task, tokenizer = task_of(config), load_tokenizer(tmp_path / "tokenizer")
+    preparation = task.preparation(config, objective, tokenizer)
+    ranks = EvaluationRanks(Place(0, 1, 0, "single"))
+    (batch,) = task.passes(config, objective, preparation, open_held_out(config), ranks)[0].batches
+    targets = batch.terms["caption"].target.tolist()
+    ends = [number for number, token in enumerate(targets) if token == tokenizer.vocabulary.eos_id]
+    parts = [targets[a:b] for a, b in zip([0, *(end + 1 for end in ends)], ends)]
+    answers = [tokenizer.decode(part) for part in parts]
+    assert all(answer in {"yes", "no", "2", "red", "purple"} for answer in answers) and len(answers) == 2

@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.batch import Batch, Row
-from model.build import build_objective, build_ranking
+from model.build import build_ranking
 from model.config import Vocabulary
 from model.scoring.pairs import Captions, encode_captions, encode_image, score_captions
 from pipeline.config.options import Config
@@ -30,6 +30,7 @@ from pipeline.metrics import recall
 from pipeline.tasks.ranking_rows import ImageRows, RankingRows
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
+SCORED_BY = {"rank": "rank head", "itm": "log-odds of the image-text matching head"}
 SCORES = ("mean_recall", *(f"{side}_at_{k}" for k in recall.KS for side in ("tr", "ir")))
 
 
@@ -37,11 +38,13 @@ class Retrieval:
     """Image-text retrieval, fine-tuned on rankings of captions (and of images), scored by all pairs of a split."""
 
     num_images = 1
+    zero_shot: ClassVar = {"task.score": "itm"}  # options by which a pretrained model is scored as it is
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
         options = config.task
         in_batch = options.num_negatives if options.negatives == "in_batch" else None
-        return build_ranking(config.model, config.objective, vocabulary, config.data.max_text_length, in_batch)
+        longest = config.data.max_text_length
+        return build_ranking(config.model, config.objective, vocabulary, longest, in_batch, options.score)
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
         options = config.task
@@ -71,55 +74,18 @@ class Retrieval:
         size = preparation.image_size
         spare = images_only(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [])
         gallery = Gallery(list(held_out), batches.dataset.rows(), preparation.maker)
-        sweep = Sweep(gallery, head_of(objective), ranks.all_agree)
+        sweep = Sweep(gallery, ranks.all_agree)
         return [EvaluationPass(batches, spare, sweep.measure, (), sweep.summarise, begin=sweep.begin)]
 
     def protocol(self, config: Config) -> dict[str, Any]:
         """How the scores come about, for the scorecard."""
         return {
             "scored": "every image of the split with every caption of it, none left out, no first stage",
-            "score": "rank head",
+            "score": SCORED_BY[config.task.score],
             "hit": "image to text: one of the image's captions among the first k; text to image: the caption's image",
             "ties": "a wrong candidate with the score of the right one ranks before it",
             "starting_weights": config.model.weights or "random, or those of the towers",
         }
-
-
-class ZeroShotRetrieval(Retrieval):
-    """Retrieval by a pretrained model as it is: the log-odds, by its matching head, that both belong together."""
-
-    def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
-        built = build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
-        head_of(built)
-        return built
-
-    def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
-        maker = RankingRows(tokenizer, config.data.max_text_length, 0, released=config.model.behaviour == "released")
-        return Preparation(maker, objective.planner, config.model.vision.image_size)
-
-    def protocol(self, config: Config) -> dict[str, Any]:
-        return super().protocol(config) | {"score": "log-odds of the image-text matching head, not fine-tuned"}
-
-
-def head_of(objective: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    """How ``objective`` scores CLS features [M, D]: a function of an objective like it and of the features.
-
-    Raises:
-        ValueError: it has no head that could.
-    """
-    if hasattr(objective, "rank_head"):
-        return lambda built, features: built.match(features)
-    if hasattr(objective, "itm_head"):
-        return _log_odds
-    raise ValueError(
-        "retrieval needs a head that says how well a caption fits an image: this model was trained with neither"
-        " task.name retrieval nor image-text matching (model.behaviour released has none); fine-tune it on retrieval"
-    )
-
-
-def _log_odds(objective: nn.Module, features: Tensor) -> Tensor:
-    other, own = objective.itm_head(objective.net.pooler(features)).float().unbind(1)
-    return own - other
 
 
 def images_only(images: Tensor, rows: list[Row]) -> Batch:
@@ -186,18 +152,12 @@ class Gallery:
 class Sweep:
     """One evaluation: captions are encoded once, then each image is scored with all of them."""
 
-    def __init__(
-        self,
-        gallery: Gallery,
-        head: Callable[[nn.Module, Tensor], Tensor],
-        all_agree: Callable[[bool], bool],
-    ) -> None:
-        self.gallery, self._head, self._all_agree = gallery, head, all_agree
+    def __init__(self, gallery: Gallery, all_agree: Callable[[bool], bool]) -> None:
+        self.gallery, self._all_agree = gallery, all_agree
         self._captions: Captions | None = None
 
     def begin(self, objective: nn.Module) -> None:
-        planner = getattr(objective, "reading_planner", objective.planner)
-        self._captions = encode_captions(objective.net, planner, self.gallery.token_ids)
+        self._captions = encode_captions(objective.net, objective.reading_planner, self.gallery.token_ids)
 
     def measure(self, objective: nn.Module, batch: Batch) -> Measurement:
         """Scores of each image of the batch; one by one, so that they do not depend on who shares it.
@@ -207,12 +167,11 @@ class Sweep:
         unusable = {key for key, _ in batch.problems}
         wanted = [number for number, key in enumerate(batch.keys) if key not in unusable]
         predictions: list[Prediction] = []
-        head = lambda features: self._head(objective, features)  # noqa: E731
         while not self._all_agree(len(predictions) == len(wanted)):
             done = len(predictions) == len(wanted)
             number = 0 if done else wanted[len(predictions)]
             image = encode_image(objective.net, batch.images[number, 0])
-            scores = score_captions(objective.net, head, self._captions, image)
+            scores = score_captions(objective.net, objective.match, self._captions, image)
             if not done:
                 position = batch.positions[number]
                 name = self.gallery.names[position]

@@ -7,6 +7,7 @@ import pytest
 from model.plans.flm import FLMPlanner
 from model.plans.hard_negatives import HardNegatives
 from pipeline.config.options import Config, ConfigError, validate
+from pipeline.config.task_options import task_options
 from pipeline.data.shard_reader import Corpus
 from tests.pipeline.loading.loader_data import rows_by_sample, same
 

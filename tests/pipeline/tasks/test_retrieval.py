@@ -10,6 +10,8 @@ import torch
 
 from data_prep.tokenizer import train_tokenizer
 from model.batch import Row
+from model.build import build_objective
+from model.weights.start import start_from
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus
@@ -19,8 +21,9 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.tasks.evaluation import evaluate
-from pipeline.tasks.retrieval import Retrieval, ZeroShotRetrieval
+from pipeline.tasks.retrieval import Retrieval
 from pipeline.tasks.task import EvaluationRanks
+from pipeline.weights.sources import HEAD
 from tests.gallery import captions, write_gallery
 
 IMAGES = 11
@@ -41,9 +44,9 @@ def configured(data: Path, *options: str) -> Config:
     return parse_command_line([*words, "--train.eval_samples", "null", *options]).config
 
 
-def built(config: Config, tokenizer, task=None) -> torch.nn.Module:
+def built(config: Config, tokenizer) -> torch.nn.Module:
     torch.manual_seed(0)
-    objective = (task or Retrieval()).build(config, tokenizer.vocabulary).eval()
+    objective = Retrieval().build(config, tokenizer.vocabulary).eval()
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if parameter.ndim > 1 and "vision" not in name:
@@ -51,9 +54,9 @@ def built(config: Config, tokenizer, task=None) -> torch.nn.Module:
     return objective
 
 
-def sweep(config: Config, objective, tokenizer, corpus: Corpus, world: int = 1, task=None) -> tuple[list, dict]:
+def sweep(config: Config, objective, tokenizer, corpus: Corpus, world: int = 1) -> tuple[list, dict]:
     """Predictions of all ranks in order, and what they come to."""
-    task = task or Retrieval()
+    task = Retrieval()
     preparation, predictions = task.preparation(config, objective, tokenizer), []
     for rank in range(world):
         place = Place(rank, world, rank, "environment")
@@ -70,7 +73,7 @@ def sweep(config: Config, objective, tokenizer, corpus: Corpus, world: int = 1, 
 def from_scratch(config: Config, objective, tokenizer, corpus: Corpus, match) -> np.ndarray:
     """Scores [images, captions] by the whole network on each pair."""
     scores = np.zeros((IMAGES, len(TEXTS)), dtype=np.float32)
-    planner = getattr(objective, "reading_planner", objective.planner)
+    planner = objective.reading_planner
     transform = clip_transform(config.model.vision.image_size, config.data.fast_decode)
     for number, row in enumerate(corpus.first_rows().tolist()):
         pixels = transform(decode_image(corpus.read(row).images[0], config.data.max_pixels))
@@ -152,24 +155,20 @@ def test_an_image_that_is_there_twice_is_named(tmp_path: Path, data: Path) -> No
         sweep(config, built(config, tokenizer), tokenizer, corpus)
 
 
-def test_zero_shot_by_the_matching_head(data: Path) -> None:
+def test_a_pretrained_model_is_scored_by_its_matching_head(data: Path) -> None:
     config, corpus, tokenizer = configured(data), Corpus(data / "toy" / "dev"), load_tokenizer(data / "tokenizer")
-    task = ZeroShotRetrieval()
-    objective = built(config, tokenizer, task)
-    predictions, _ = sweep(config, objective, tokenizer, corpus, task=task)
+    (config.task.score,) = Retrieval.zero_shot.values()
+    pretrained = build_objective(config.model, config.objective, tokenizer.vocabulary, config.data.max_text_length)
+    objective = built(config, tokenizer)
+    start_from(objective, pretrained.state_dict(), source="pretrained", dropped=[HEAD])
+    predictions, _ = sweep(config, objective, tokenizer, corpus)
 
     def log_odds(features: torch.Tensor) -> torch.Tensor:
-        probability = objective.itm_head(objective.net.pooler(features)).double().softmax(1)
+        probability = pretrained.itm_head(pretrained.net.pooler(features)).double().softmax(1)
         return (probability[:, 1] / probability[:, 0]).log().float()
 
     scores = from_scratch(config, objective, tokenizer, corpus, log_odds)
     np.testing.assert_allclose(np.stack([one["scores"] for one in predictions]), scores, atol=1e-5)
-
-
-def test_zero_shot_needs_a_matching_head(data: Path) -> None:
-    config = configured(data, "--model.behaviour", "released")
-    with pytest.raises(ValueError, match="fine-tune it on retrieval"):
-        ZeroShotRetrieval().build(config, load_tokenizer(data / "tokenizer").vocabulary)
 
 
 def test_values_come_through_the_evaluation_of_training(data: Path) -> None:

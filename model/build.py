@@ -8,7 +8,7 @@ from model.objectives.captioning import Captioning
 from model.objectives.classification import Classification
 from model.objectives.parts import Parts
 from model.objectives.pretraining import Pretraining
-from model.objectives.ranking import Ranking, ScoreKind
+from model.objectives.ranking import Ranking
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
 from model.plans.tasks import ClassKind
@@ -64,14 +64,13 @@ def build_ranking(
     vocabulary: Vocabulary,
     max_text_length: int,
     in_batch_negatives: int | None = None,
-    score: ScoreKind = "rank",
 ) -> Ranking:
     """Ranking the texts of an image, and with ``in_batch_negatives`` so many pairs of the micro-batch both ways.
 
-    ``score`` is the head that ranks. Raises as :func:`build_objective`.
+    Raises as :func:`build_objective`.
     """
     parts = build_parts(model, objective, vocabulary, max_text_length)
-    return Ranking(model, objective, parts, in_batch_negatives, score)
+    return Ranking(model, objective, parts, in_batch_negatives)
 
 
 def build_parts(

@@ -5,8 +5,6 @@ Legend: M rankings, C candidates of each, D width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,37 +12,26 @@ from torch import Tensor, nn
 from model.batch import Batch, Term
 from model.config import ModelConfig, ObjectiveOptions
 from model.flops import network_macs, training_flops
-from model.heads import MatchingHead, RankHead
+from model.heads import RankHead
 from model.learning_rate_groups import declared_group
 from model.objectives.parts import Parts
 from model.plans.ranking import MISSING, CandidatePlanner, InBatchPlanner
-
-ScoreKind = Literal["rank", "itm"]
 
 
 class Ranking(nn.Module):
     """The network of a pretraining objective with one number on its pooled CLS feature (specification section 7.4).
 
-    The number is that of a head of its own ("rank"), or the log-odds of image-text matching that both belong together
-    ("itm"). The loss of a ranking is the cross entropy of its candidates' scores, the right one first.
+    The loss of a ranking is the cross entropy of its candidates' scores, the right one first.
     """
 
     def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveOptions,
-        parts: Parts,
-        in_batch_negatives: int | None = None,
-        score: ScoreKind = "rank",
+        self, model: ModelConfig, objective: ObjectiveOptions, parts: Parts, in_batch_negatives: int | None = None
     ) -> None:
         """Candidates are the texts that come with each image, or of the micro-batch so many pairs."""
         super().__init__()
         self.config, self.name = model, objective.name
         self.net = parts.net
-        if score == "rank":
-            self.rank_head = RankHead(model.text.width)
-        else:
-            self.itm_head = MatchingHead(model.text.width)
+        self.rank_head = RankHead(model.text.width)
         self.reading_planner = parts.planner  # of texts by themselves
         if in_batch_negatives is None:
             self.planner, self.term_weights = CandidatePlanner(parts.planner), {"i2t": 1.0}
@@ -79,11 +66,7 @@ class Ranking(nn.Module):
 
     def match(self, features: Tensor) -> Tensor:
         """Scores fp32 [M] of CLS features [M, D]."""
-        pooled = self.net.pooler(features)
-        if hasattr(self, "rank_head"):
-            return self.rank_head(pooled).float().squeeze(1)
-        other, own = self.itm_head(pooled).float().unbind(1)
-        return own - other
+        return self.rank_head(self.net.pooler(features)).float().squeeze(1)
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""

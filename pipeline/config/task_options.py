@@ -109,16 +109,12 @@ class RetrievalOptions(TaskOptions):
             most like the own caption, in_batch takes the captions and images of the micro-batch.
         num_negatives: wrong captions (in_batch: and wrong images) for each right one.
         pool: captions drawn for corpus_hard to choose from.
-        score: what says how well a text fits an image: rank, a head of its own, or itm, the odds of the head that
-            image-text matching trained. itm scores a pretrained model as it is (`python -m pipeline.evaluate --task
-            retrieval`).
     """
 
     name: Literal["retrieval"] = "retrieval"
     negatives: Literal["corpus", "corpus_hard", "in_batch"] = "corpus"
     num_negatives: PositiveInt = 15
     pool: PositiveInt = 64
-    score: Literal["rank", "itm"] = "rank"
 
     def check(self) -> None:
         self._expect("pool", self.pool >= self.num_negatives, f"at least task.num_negatives ({self.num_negatives})")

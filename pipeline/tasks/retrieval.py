@@ -7,15 +7,19 @@ python -m pipeline.evaluate --run RUN --task retrieval --split test
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_prep.manifest import write_atomically
 from model.batch import Batch, Row
 from model.build import build_ranking
 from model.config import Vocabulary
@@ -30,7 +34,7 @@ from pipeline.metrics import recall
 from pipeline.tasks.ranking_rows import ImageRows, RankingRows
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
-SCORED_BY = {"rank": "rank head", "itm": "log-odds of the image-text matching head"}
+SHOWN = 5  # captions of an image in predictions.jsonl
 SCORES = ("mean_recall", *(f"{side}_at_{k}" for k in recall.KS for side in ("tr", "ir")))
 
 
@@ -38,13 +42,11 @@ class Retrieval:
     """Image-text retrieval, fine-tuned on rankings of captions (and of images), scored by all pairs of a split."""
 
     num_images = 1
-    zero_shot: ClassVar = {"task.score": "itm"}  # options by which a pretrained model is scored as it is
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
         options = config.task
         in_batch = options.num_negatives if options.negatives == "in_batch" else None
-        longest = config.data.max_text_length
-        return build_ranking(config.model, config.objective, vocabulary, longest, in_batch, options.score)
+        return build_ranking(config.model, config.objective, vocabulary, config.data.max_text_length, in_batch)
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
         options = config.task
@@ -75,13 +77,15 @@ class Retrieval:
         spare = images_only(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [])
         gallery = Gallery(list(held_out), batches.dataset.rows(), preparation.maker)
         sweep = Sweep(gallery, ranks.all_agree)
-        return [EvaluationPass(batches, spare, sweep.measure, (), sweep.summarise, begin=sweep.begin)]
+        return [
+            EvaluationPass(batches, spare, sweep.measure, (), sweep.summarise, write=sweep.write, begin=sweep.begin)
+        ]
 
     def protocol(self, config: Config) -> dict[str, Any]:
         """How the scores come about, for the scorecard."""
         return {
             "scored": "every image of the split with every caption of it, none left out, no first stage",
-            "score": SCORED_BY[config.task.score],
+            "score": "rank head; of a model that never had one: log-odds of image-text matching",
             "hit": "image to text: one of the image's captions among the first k; text to image: the caption's image",
             "ties": "a wrong candidate with the score of the right one ranks before it",
             "starting_weights": config.model.weights or "random, or those of the towers",
@@ -173,11 +177,31 @@ class Sweep:
             image = encode_image(objective.net, batch.images[number, 0])
             scores = score_captions(objective.net, objective.match, self._captions, image)
             if not done:
-                position = batch.positions[number]
-                name = self.gallery.names[position]
-                found = {"position": position, "key": batch.keys[number], "image_id": name}
-                predictions.append(found | {"scores": scores.cpu().numpy()})
+                found = self._found(batch.positions[number], scores.cpu().numpy())
+                predictions.append({"key": batch.keys[number], **found})
         return Measurement({}, predictions)
+
+    def _found(self, position: int, scores: np.ndarray) -> Prediction:
+        """What is said of an image: the best captions, and the rank of the best of its own (1 is first)."""
+        gallery, own = self.gallery, self.gallery.image_of_caption == position
+        best = np.argsort(-scores, kind="stable")[:SHOWN]
+        rank = 1 + int((scores[~own] >= scores[own].max()).sum()) if own.any() else None
+        return {
+            "position": position,
+            "image_id": gallery.names[position],
+            "rank": rank,
+            "captions": [gallery.maker.tokenizer.decode(gallery.token_ids[number]) for number in best],
+            "right": own[best].tolist(),
+            "_scores": scores,
+        }
+
+    def write(self, folder: Path, predictions: list[Prediction]) -> None:
+        """scores.npy, fp32 [images, captions], beside captions.json: of each column the position of its image."""
+        owners, scores = matrix(predictions, self.gallery.image_of_caption)
+        stream = io.BytesIO()
+        np.save(stream, scores)
+        write_atomically(folder / "scores.npy", stream.getvalue())
+        write_atomically(folder / "captions.json", json.dumps({"image_of_caption": owners.tolist()}) + "\n")
 
     def summarise(self, totals: Mapping[str, float], predictions: list[Prediction]) -> dict[str, float]:
         """Recalls (pipeline/metrics/recall.py) with standard errors, and how many images and captions they are of.
@@ -199,5 +223,5 @@ def matrix(predictions: list[Prediction], image_of_caption: np.ndarray) -> tuple
         raise ValueError("no image with a caption could be scored")
     positions = np.array([one["position"] for one in scored])
     kept = np.flatnonzero(np.isin(image_of_caption, positions))
-    scores = np.stack([one["scores"] for one in scored])
+    scores = np.stack([one["_scores"] for one in scored])
     return np.searchsorted(positions, image_of_caption[kept]), scores[:, kept]

@@ -24,7 +24,7 @@ from model.batch import Batch, Row
 from model.build import build_ranking
 from model.config import Vocabulary
 from model.scoring.pairs import Captions, encode_captions, encode_image, score_captions
-from pipeline.config.options import Config
+from pipeline.config.options import Config, ConfigError
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
@@ -109,7 +109,7 @@ class Gallery:
     def _read(self) -> tuple[list[Any], list[list[int]], np.ndarray]:
         """Name of each image; token ids of each caption; int64 [captions] position of its image.
 
-        Captions that can't be read are left out. Raises ValueError for an image that is there twice.
+        Captions that can't be read are left out. Raises ConfigError for an image that is there twice.
         """
         names: list[Any] = [None] * len(self.rows)
         ids: list[list[int]] = []
@@ -127,7 +127,7 @@ class Gallery:
                     owner.append(position)
             name = (number, str(names[position]))
             if names[position] is not None and place_of.setdefault(name, position) != position:
-                raise ValueError(
+                raise ConfigError(
                     f"image {name[1]} stands twice in {self.corpora[number].split_dir}, its captions would count as"
                     " wrong ones of each other; prepare the split again"
                 )
@@ -220,7 +220,7 @@ def matrix(predictions: list[Prediction], image_of_caption: np.ndarray) -> tuple
     with_caption = set(image_of_caption.tolist())
     scored = [one for one in predictions if one["position"] in with_caption]
     if not scored:
-        raise ValueError("no image with a caption could be scored")
+        raise ConfigError("no image of the split could be read and has a caption that can be; see the problems named")
     positions = np.array([one["position"] for one in scored])
     kept = np.flatnonzero(np.isin(image_of_caption, positions))
     scores = np.stack([one["_scores"] for one in scored])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from data_prep.tokenizer import train_tokenizer
 from pipeline.config.command_line import parse_command_line
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
+from pipeline.evaluate import main
 from pipeline.reporting.metrics import read_log
 from pipeline.tasks.table import task_of
 from pipeline.training.loop import train as loop
 from pipeline.training.session import Ranks, resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks
-from tests.gallery import write_gallery
+from tests.gallery import captions, write_gallery
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -31,9 +33,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place, folder: Path, data: Path, stage: int, words: list[str]) -> int:
+def train(place, folder: Path, data: Path, stage: int, words: list[str], task: str = "retrieval") -> int:
     os.chdir(folder)
-    base = ["--recipe", "flm_tiny", "--task.name", "retrieval", "--data", str(data), "--output", "run"]
+    base = ["--recipe", "flm_tiny", "--task.name", task, "--data", str(data), "--output", "run"]
     base += ["--deepspeed", str(REPOSITORY / "ds_configs" / f"zero{stage}.json"), "--train.steps", "4"]
     base += ["--train.eval_every", "2", "--train.log_every", "1", "--train.keep_best", "mean_recall"]
     base += ["--tracking.tensorboard", "false", "--train.eval_samples", "null", "--optim.batch_size", "8"]
@@ -41,6 +43,16 @@ def train(place, folder: Path, data: Path, stage: int, words: list[str]) -> int:
     device = torch.device("cpu")
     ranks = Ranks(place, device, Agreement(), StopRequest().listen())
     return loop(set_up(launch, resolve_ds_config(launch, place, device), task_of(launch.config), ranks))
+
+
+def score(place, folder: Path, words: list[str]) -> int:
+    os.chdir(folder)
+    return main(["--run", "run", "--device", "cpu", *words])
+
+
+def scorecard(folder: Path) -> dict:
+    (found,) = folder.glob("run/evaluations/retrieval-toy-dev-*/scorecard.json")
+    return json.loads(found.read_text())
 
 
 @pytest.mark.slow
@@ -64,3 +76,14 @@ def test_ranks_and_stages_agree(tmp_path: Path, data: Path, negatives: str) -> N
     assert len(names) >= 9
     assert [found[0][0][name] for name in names] == [found[1][0][name] for name in names], "before the first step"
     assert sorted(found[0]) == sorted(found[1]) and found[0][0]["images"] == 7
+    assert run_ranks(1, score, tmp_path / "one", ["--batch-size", "2"]) == [0]
+    card = scorecard(tmp_path / "one")
+    assert {name: card["metrics"][name] for name in names} == {name: found[0][4][name] for name in names}
+    assert card["protocol"]["ties"] and "tr_at_1" in card["standard_errors"]
+
+
+@pytest.mark.slow
+def test_a_pretrained_run_is_scored_as_it_is(tmp_path: Path, data: Path) -> None:
+    assert run_ranks(1, train, tmp_path, data, 0, ["--train.keep_best", "null"], "pretraining") == [0]
+    assert run_ranks(1, score, tmp_path, ["--task", "retrieval"]) == [0]
+    assert scorecard(tmp_path)["metrics"]["captions"] == sum(len(captions(number)) for number in range(7))

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from data_prep.manifest import file_sha256
-from model.weights.start import start_from
 from pipeline.checkpoint.files import MANIFEST, run_of, step_of
 from pipeline.checkpoint.restore import read_state, resolve
 from pipeline.config.command_line import changed_options, load_config, parse_command_line
@@ -20,7 +19,7 @@ from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.tasks.task import Task
 from pipeline.weights.importing import RECIPE_NAME, REPORT_NAME
-from pipeline.weights.sources import HEAD, IMPORTED, read_model
+from pipeline.weights.sources import IMPORTED, load_whole
 from pipeline.weights.starting import load_trained
 
 EVALUATIONS = "evaluations"
@@ -132,7 +131,7 @@ def use_files_of_run(subject: Subject, task: Task) -> None:
 
 
 def load_weights(subject: Subject, objective: nn.Module) -> None:
-    """Give a model all weights of the subject; heads of another task are left out.
+    """Give a model all weights of the subject; heads of another task are left out, but for one of the same purpose.
 
     Raises:
         ValueError: they do not fit, a head is missing, or frozen weights are no longer those it was trained with.
@@ -140,8 +139,7 @@ def load_weights(subject: Subject, objective: nn.Module) -> None:
     if subject.run is not None and subject.same_task:
         load_trained(objective, subject.config.model, subject.path)
         return
-    dropped = [HEAD, *getattr(objective, "not_read", ())]
-    start_from(objective, read_model(str(subject.path)), source=f"--run {subject.path}", dropped=dropped)
+    load_whole(objective, str(subject.path))
 
 
 def refuse_other_training(subject: Subject, task: Task, tokenizer: TextTokenizer) -> None:

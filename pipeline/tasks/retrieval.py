@@ -7,20 +7,24 @@ python -m pipeline.evaluate --run RUN --task retrieval --split test
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_prep.manifest import write_atomically
 from model.batch import Batch, Row
-from model.build import build_objective, build_ranking
+from model.build import build_ranking
 from model.config import Vocabulary
 from model.scoring.pairs import Captions, encode_captions, encode_image, score_captions
-from pipeline.config.options import Config
+from pipeline.config.options import Config, ConfigError
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
@@ -30,6 +34,7 @@ from pipeline.metrics import recall
 from pipeline.tasks.ranking_rows import ImageRows, RankingRows
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
+SHOWN = 5  # captions of an image in predictions.jsonl
 SCORES = ("mean_recall", *(f"{side}_at_{k}" for k in recall.KS for side in ("tr", "ir")))
 
 
@@ -71,55 +76,20 @@ class Retrieval:
         size = preparation.image_size
         spare = images_only(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [])
         gallery = Gallery(list(held_out), batches.dataset.rows(), preparation.maker)
-        sweep = Sweep(gallery, head_of(objective), ranks.all_agree)
-        return [EvaluationPass(batches, spare, sweep.measure, (), sweep.summarise, begin=sweep.begin)]
+        sweep = Sweep(gallery, ranks.all_agree)
+        return [
+            EvaluationPass(batches, spare, sweep.measure, (), sweep.summarise, write=sweep.write, begin=sweep.begin)
+        ]
 
     def protocol(self, config: Config) -> dict[str, Any]:
         """How the scores come about, for the scorecard."""
         return {
             "scored": "every image of the split with every caption of it, none left out, no first stage",
-            "score": "rank head",
+            "score": "rank head; of a model that never had one: log-odds of image-text matching",
             "hit": "image to text: one of the image's captions among the first k; text to image: the caption's image",
             "ties": "a wrong candidate with the score of the right one ranks before it",
             "starting_weights": config.model.weights or "random, or those of the towers",
         }
-
-
-class ZeroShotRetrieval(Retrieval):
-    """Retrieval by a pretrained model as it is: the log-odds, by its matching head, that both belong together."""
-
-    def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
-        built = build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
-        head_of(built)
-        return built
-
-    def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
-        maker = RankingRows(tokenizer, config.data.max_text_length, 0, released=config.model.behaviour == "released")
-        return Preparation(maker, objective.planner, config.model.vision.image_size)
-
-    def protocol(self, config: Config) -> dict[str, Any]:
-        return super().protocol(config) | {"score": "log-odds of the image-text matching head, not fine-tuned"}
-
-
-def head_of(objective: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    """How ``objective`` scores CLS features [M, D]: a function of an objective like it and of the features.
-
-    Raises:
-        ValueError: it has no head that could.
-    """
-    if hasattr(objective, "rank_head"):
-        return lambda built, features: built.match(features)
-    if hasattr(objective, "itm_head"):
-        return _log_odds
-    raise ValueError(
-        "retrieval needs a head that says how well a caption fits an image: this model was trained with neither"
-        " task.name retrieval nor image-text matching (model.behaviour released has none); fine-tune it on retrieval"
-    )
-
-
-def _log_odds(objective: nn.Module, features: Tensor) -> Tensor:
-    other, own = objective.itm_head(objective.net.pooler(features)).float().unbind(1)
-    return own - other
 
 
 def images_only(images: Tensor, rows: list[Row]) -> Batch:
@@ -139,7 +109,7 @@ class Gallery:
     def _read(self) -> tuple[list[Any], list[list[int]], np.ndarray]:
         """Name of each image; token ids of each caption; int64 [captions] position of its image.
 
-        Captions that can't be read are left out. Raises ValueError for an image that is there twice.
+        Captions that can't be read are left out. Raises ConfigError for an image that is there twice.
         """
         names: list[Any] = [None] * len(self.rows)
         ids: list[list[int]] = []
@@ -157,7 +127,7 @@ class Gallery:
                     owner.append(position)
             name = (number, str(names[position]))
             if names[position] is not None and place_of.setdefault(name, position) != position:
-                raise ValueError(
+                raise ConfigError(
                     f"image {name[1]} stands twice in {self.corpora[number].split_dir}, its captions would count as"
                     " wrong ones of each other; prepare the split again"
                 )
@@ -186,18 +156,12 @@ class Gallery:
 class Sweep:
     """One evaluation: captions are encoded once, then each image is scored with all of them."""
 
-    def __init__(
-        self,
-        gallery: Gallery,
-        head: Callable[[nn.Module, Tensor], Tensor],
-        all_agree: Callable[[bool], bool],
-    ) -> None:
-        self.gallery, self._head, self._all_agree = gallery, head, all_agree
+    def __init__(self, gallery: Gallery, all_agree: Callable[[bool], bool]) -> None:
+        self.gallery, self._all_agree = gallery, all_agree
         self._captions: Captions | None = None
 
     def begin(self, objective: nn.Module) -> None:
-        planner = getattr(objective, "reading_planner", objective.planner)
-        self._captions = encode_captions(objective.net, planner, self.gallery.token_ids)
+        self._captions = encode_captions(objective.net, objective.reading_planner, self.gallery.token_ids)
 
     def measure(self, objective: nn.Module, batch: Batch) -> Measurement:
         """Scores of each image of the batch; one by one, so that they do not depend on who shares it.
@@ -207,18 +171,37 @@ class Sweep:
         unusable = {key for key, _ in batch.problems}
         wanted = [number for number, key in enumerate(batch.keys) if key not in unusable]
         predictions: list[Prediction] = []
-        head = lambda features: self._head(objective, features)  # noqa: E731
         while not self._all_agree(len(predictions) == len(wanted)):
             done = len(predictions) == len(wanted)
             number = 0 if done else wanted[len(predictions)]
             image = encode_image(objective.net, batch.images[number, 0])
-            scores = score_captions(objective.net, head, self._captions, image)
+            scores = score_captions(objective.net, objective.match, self._captions, image)
             if not done:
-                position = batch.positions[number]
-                name = self.gallery.names[position]
-                found = {"position": position, "key": batch.keys[number], "image_id": name}
-                predictions.append(found | {"scores": scores.cpu().numpy()})
+                found = self._found(batch.positions[number], scores.cpu().numpy())
+                predictions.append({"key": batch.keys[number], **found})
         return Measurement({}, predictions)
+
+    def _found(self, position: int, scores: np.ndarray) -> Prediction:
+        """What is said of an image: the best captions, and the rank of the best of its own (1 is first)."""
+        gallery, own = self.gallery, self.gallery.image_of_caption == position
+        best = np.argsort(-scores, kind="stable")[:SHOWN]
+        rank = 1 + int((scores[~own] >= scores[own].max()).sum()) if own.any() else None
+        return {
+            "position": position,
+            "image_id": gallery.names[position],
+            "rank": rank,
+            "captions": [gallery.maker.tokenizer.decode(gallery.token_ids[number]) for number in best],
+            "right": own[best].tolist(),
+            "_scores": scores,
+        }
+
+    def write(self, folder: Path, predictions: list[Prediction]) -> None:
+        """scores.npy, fp32 [images, captions], beside captions.json: of each column the position of its image."""
+        owners, scores = matrix(predictions, self.gallery.image_of_caption)
+        stream = io.BytesIO()
+        np.save(stream, scores)
+        write_atomically(folder / "scores.npy", stream.getvalue())
+        write_atomically(folder / "captions.json", json.dumps({"image_of_caption": owners.tolist()}) + "\n")
 
     def summarise(self, totals: Mapping[str, float], predictions: list[Prediction]) -> dict[str, float]:
         """Recalls (pipeline/metrics/recall.py) with standard errors, and how many images and captions they are of.
@@ -237,8 +220,8 @@ def matrix(predictions: list[Prediction], image_of_caption: np.ndarray) -> tuple
     with_caption = set(image_of_caption.tolist())
     scored = [one for one in predictions if one["position"] in with_caption]
     if not scored:
-        raise ValueError("no image with a caption could be scored")
+        raise ConfigError("no image of the split could be read and has a caption that can be; see the problems named")
     positions = np.array([one["position"] for one in scored])
     kept = np.flatnonzero(np.isin(image_of_caption, positions))
-    scores = np.stack([one["scores"] for one in scored])
+    scores = np.stack([one["_scores"] for one in scored])
     return np.searchsorted(positions, image_of_caption[kept]), scores[:, kept]

@@ -14,6 +14,7 @@ from data_prep.record import Record
 from model.config import FLMOptions, option
 from pipeline.checkpoint.fingerprint import accept, run_fingerprint
 from pipeline.config.options import Config, ConfigError
+from pipeline.config.task_options import task_options
 from pipeline.loading.open_data import data_fingerprint, open_training_data
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
@@ -104,11 +105,16 @@ def test_what_is_about_speed_or_place_is_no_difference(folder: Path, tmp_path: P
         assert resume(saved, folder, setting(name, value)) == {}
 
 
-def test_the_micro_batch_counts_where_negatives_come_from_it(folder: Path) -> None:
+@pytest.mark.parametrize("task", ["pretraining", "retrieval"])
+def test_the_micro_batch_counts_where_negatives_come_from_it(folder: Path, task: str) -> None:
     """Invariant 2."""
 
     def hard(config: Config, size: int = 64) -> None:
-        config.objective.negatives, config.optim.micro_batch_size = "in_batch_hard", size
+        config.optim.micro_batch_size = size
+        if task == "retrieval":
+            config.task = task_options("retrieval", negatives="in_batch")
+        else:
+            config.objective.negatives = "in_batch_hard"
 
     saved = fingerprint_of(folder, hard)
     assert resume(saved, folder, hard) == {}

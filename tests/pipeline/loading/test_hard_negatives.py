@@ -7,6 +7,7 @@ import pytest
 from model.plans.flm import FLMPlanner
 from model.plans.hard_negatives import HardNegatives
 from pipeline.config.options import Config, ConfigError, validate
+from pipeline.config.task_options import task_options
 from pipeline.data.shard_reader import Corpus
 from tests.pipeline.loading.loader_data import rows_by_sample, same
 
@@ -31,10 +32,12 @@ def test_hard_negatives_come_from_the_micro_batch_and_from_no_further_read(data,
     assert pairs[0] == pairs[1] and rows_by_sample(whole) != rows_by_sample(other)
 
 
-def test_a_micro_batch_of_one_is_refused() -> None:
-    config = Config()
-    config.objective.negatives, config.optim.micro_batch_size = "in_batch_hard", 1
-    with pytest.raises(ConfigError, match="in_batch_hard finds no other caption.*use 2 or more"):
+@pytest.mark.parametrize("option", ["objective.negatives in_batch_hard", "task.negatives in_batch"])
+def test_a_micro_batch_of_one_is_refused(option: str) -> None:
+    config = Config(task=task_options("retrieval" if "task" in option else "pretraining"))
+    section, negatives = option.split(".negatives ")
+    getattr(config, section).negatives, config.optim.micro_batch_size = negatives, 1
+    with pytest.raises(ConfigError, match=f"{option} finds no other caption.*use 2 or more, or --{section}.negatives"):
         validate(config)
     config.optim.micro_batch_size = 2
     validate(config)

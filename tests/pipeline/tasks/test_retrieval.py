@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data_prep.tokenizer import train_tokenizer
 from model.batch import Row
+from model.build import build_objective
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus
@@ -18,9 +21,11 @@ from pipeline.data.transforms import clip_transform, decode_image
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
+from pipeline.metrics.recall import recalls
 from pipeline.tasks.evaluation import evaluate
-from pipeline.tasks.retrieval import Retrieval, ZeroShotRetrieval
+from pipeline.tasks.retrieval import Retrieval
 from pipeline.tasks.task import EvaluationRanks
+from pipeline.weights.sources import load_whole
 from tests.gallery import captions, write_gallery
 
 IMAGES = 11
@@ -41,9 +46,9 @@ def configured(data: Path, *options: str) -> Config:
     return parse_command_line([*words, "--train.eval_samples", "null", *options]).config
 
 
-def built(config: Config, tokenizer, task=None) -> torch.nn.Module:
+def built(config: Config, tokenizer) -> torch.nn.Module:
     torch.manual_seed(0)
-    objective = (task or Retrieval()).build(config, tokenizer.vocabulary).eval()
+    objective = Retrieval().build(config, tokenizer.vocabulary).eval()
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if parameter.ndim > 1 and "vision" not in name:
@@ -51,9 +56,9 @@ def built(config: Config, tokenizer, task=None) -> torch.nn.Module:
     return objective
 
 
-def sweep(config: Config, objective, tokenizer, corpus: Corpus, world: int = 1, task=None) -> tuple[list, dict]:
+def sweep(config: Config, objective, tokenizer, corpus: Corpus, world: int = 1) -> tuple[list, dict]:
     """Predictions of all ranks in order, and what they come to."""
-    task = task or Retrieval()
+    task = Retrieval()
     preparation, predictions = task.preparation(config, objective, tokenizer), []
     for rank in range(world):
         place = Place(rank, world, rank, "environment")
@@ -70,7 +75,7 @@ def sweep(config: Config, objective, tokenizer, corpus: Corpus, world: int = 1, 
 def from_scratch(config: Config, objective, tokenizer, corpus: Corpus, match) -> np.ndarray:
     """Scores [images, captions] by the whole network on each pair."""
     scores = np.zeros((IMAGES, len(TEXTS)), dtype=np.float32)
-    planner = getattr(objective, "reading_planner", objective.planner)
+    planner = objective.reading_planner
     transform = clip_transform(config.model.vision.image_size, config.data.fast_decode)
     for number, row in enumerate(corpus.first_rows().tolist()):
         pixels = transform(decode_image(corpus.read(row).images[0], config.data.max_pixels))
@@ -86,7 +91,7 @@ def test_every_pair_once_and_recall_by_sorting(data: Path) -> None:
     objective = built(config, tokenizer)
     predictions, values = sweep(config, objective, tokenizer, corpus)
     scores = from_scratch(config, objective, tokenizer, corpus, objective.match)
-    np.testing.assert_allclose(np.stack([one["scores"] for one in predictions]), scores, atol=1e-5)
+    np.testing.assert_allclose(np.stack([one["_scores"] for one in predictions]), scores, atol=1e-5)
     assert [one["image_id"] for one in predictions] == [1000 + number for number in range(IMAGES)]
     for k in (1, 5, 10):
         found = [any(OWNERS[text] == image for text in np.argsort(-scores[image])[:k]) for image in range(IMAGES)]
@@ -95,6 +100,23 @@ def test_every_pair_once_and_recall_by_sorting(data: Path) -> None:
         assert values[f"ir_at_{k}"] == pytest.approx(np.mean(shown))
     assert (values["images"], values["captions"]) == (IMAGES, len(TEXTS))
     assert 0 < values["tr_at_5_standard_error"] < 0.5
+    for image, one in enumerate(predictions):
+        order = np.argsort(-scores[image])
+        assert one["captions"] == [tokenizer.decode(tokenizer.encode(TEXTS[text], 50)) for text in order[:5]]
+        assert one["right"] == [OWNERS[text] == image for text in order[:5]]
+        assert one["rank"] == 1 + next(rank for rank, text in enumerate(order) if OWNERS[text] == image)
+
+
+def test_the_matrix_is_written_beside_the_scorecard(data: Path, tmp_path: Path) -> None:
+    config, corpus, tokenizer = configured(data), Corpus(data / "toy" / "dev"), load_tokenizer(data / "tokenizer")
+    objective, task = built(config, tokenizer), Retrieval()
+    predictions, values = sweep(config, objective, tokenizer, corpus)
+    ranks = EvaluationRanks(Place(0, 1, 0, "single"))
+    (one,) = task.passes(config, objective, task.preparation(config, objective, tokenizer), [corpus], ranks)
+    one.write(tmp_path, predictions)
+    owners = json.loads((tmp_path / "captions.json").read_text())["image_of_caption"]
+    again = recalls(np.load(tmp_path / "scores.npy"), owners)
+    assert again == {name: values[name] for name in again}
 
 
 @pytest.mark.parametrize(("world", "batch"), [(2, 3), (4, 1), (1, 11)])
@@ -105,7 +127,9 @@ def test_scores_are_the_same_bits_for_any_ranks_and_batches(data: Path, world: i
     config.optim.micro_batch_size = batch
     predictions, again = sweep(config, objective, tokenizer, corpus, world)
     assert [one["position"] for one in predictions] == list(range(IMAGES))
-    assert all(np.array_equal(one["scores"], other["scores"]) for one, other in zip(predictions, expected, strict=True))
+    assert all(
+        np.array_equal(one["_scores"], other["_scores"]) for one, other in zip(predictions, expected, strict=True)
+    )
     assert again == values
 
 
@@ -134,7 +158,7 @@ def test_part_of_the_split_with_its_own_captions(data: Path) -> None:
     columns = [text for text, owner in enumerate(OWNERS) if owner in images]
     assert (values["images"], values["captions"]) == (4, len(columns))
     for one, image in zip(part, images, strict=True):
-        np.testing.assert_allclose(one["scores"], whole[image]["scores"][columns], atol=1e-5)
+        np.testing.assert_allclose(one["_scores"], whole[image]["_scores"][columns], atol=1e-5)
 
 
 def test_an_unreadable_image_is_left_out_with_its_captions(tmp_path: Path, data: Path) -> None:
@@ -152,24 +176,23 @@ def test_an_image_that_is_there_twice_is_named(tmp_path: Path, data: Path) -> No
         sweep(config, built(config, tokenizer), tokenizer, corpus)
 
 
-def test_zero_shot_by_the_matching_head(data: Path) -> None:
+def test_a_pretrained_model_is_scored_by_its_matching_head(data: Path, tmp_path: Path) -> None:
+    """A rank head that starts from image-text matching gives the log-odds that both belong together."""
     config, corpus, tokenizer = configured(data), Corpus(data / "toy" / "dev"), load_tokenizer(data / "tokenizer")
-    task = ZeroShotRetrieval()
-    objective = built(config, tokenizer, task)
-    predictions, _ = sweep(config, objective, tokenizer, corpus, task=task)
+    pretrained = build_objective(config.model, config.objective, tokenizer.vocabulary, config.data.max_text_length)
+    with torch.no_grad():
+        pretrained.itm_head.bias += torch.tensor([0.3, -0.1])
+    save_file(pretrained.state_dict(), tmp_path / "weights.safetensors")
+    objective = built(config, tokenizer)
+    load_whole(objective, str(tmp_path))
+    predictions, _ = sweep(config, objective, tokenizer, corpus)
 
     def log_odds(features: torch.Tensor) -> torch.Tensor:
-        probability = objective.itm_head(objective.net.pooler(features)).double().softmax(1)
+        probability = pretrained.itm_head(pretrained.net.pooler(features)).double().softmax(1)
         return (probability[:, 1] / probability[:, 0]).log().float()
 
     scores = from_scratch(config, objective, tokenizer, corpus, log_odds)
-    np.testing.assert_allclose(np.stack([one["scores"] for one in predictions]), scores, atol=1e-5)
-
-
-def test_zero_shot_needs_a_matching_head(data: Path) -> None:
-    config = configured(data, "--model.behaviour", "released")
-    with pytest.raises(ValueError, match="fine-tune it on retrieval"):
-        ZeroShotRetrieval().build(config, load_tokenizer(data / "tokenizer").vocabulary)
+    np.testing.assert_allclose(np.stack([one["_scores"] for one in predictions]), scores, atol=1e-4)
 
 
 def test_values_come_through_the_evaluation_of_training(data: Path) -> None:

@@ -279,7 +279,8 @@ def carry_out(evaluation: Evaluation) -> dict[str, float] | None:
 def _write(evaluation: Evaluation, outcome: Outcome, seconds: float) -> None:
     folder = evaluation.folder
     try:
-        scorecard.write_predictions(folder, outcome.predictions)
+        if outcome.predictions:
+            scorecard.write_predictions(folder, outcome.predictions)
         scorecard.write_scorecard(folder, _scorecard(evaluation, outcome, seconds))
         evaluation.ranks.say(f"scorecard: {folder / scorecard.SCORECARD}", error=True)
         if evaluation.request.submission:

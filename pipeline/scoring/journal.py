@@ -56,7 +56,7 @@ def read_journal(folder: Path) -> tuple[dict[int, list[BatchRecord]], int]:
                     continue
                 try:
                     number, record = _decoded(line)
-                except (ValueError, TypeError, KeyError, RecursionError):
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     torn += 1
                     continue
                 if seen[number].isdisjoint(record.positions):
@@ -89,7 +89,7 @@ def _plain(value: Any) -> Any:
 
 
 def _decoded(line: bytes) -> tuple[int, BatchRecord]:
-    """Raises ValueError, TypeError or KeyError for a line that is not whole."""
+    """Raises ValueError, TypeError, KeyError, AttributeError or RecursionError for what no ``encoded`` wrote."""
     content = json.loads(line, object_hook=_as_array)
     number = int(content.pop("pass"))
     record = BatchRecord(**content)

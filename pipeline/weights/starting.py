@@ -79,7 +79,7 @@ def load_frozen(objective: nn.Module, config: ModelConfig, place: Place, agreeme
 
 def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) -> None:
     """Give a model, built without an engine, all weights of a checkpoint, its frozen parts included; or of an imported
-    model, its task's head included.
+    model, its task's head included. No rank is asked.
 
     Raises:
         ValueError: the checkpoint is damaged or of another model, or frozen weights are no longer those it was
@@ -88,7 +88,8 @@ def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) ->
     if is_import(checkpoint):
         load_whole(objective, str(checkpoint))
         return
-    load_frozen(objective, config, Place(0, 1, 0, "single"), Agreement())
+    if config.vision.frozen:
+        load_vision_tower(objective.net.vision, config)
     load_into(objective, checkpoint)
 
 

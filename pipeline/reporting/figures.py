@@ -25,7 +25,7 @@ class Series:
     dashed: bool = False
 
 
-def draw(title: str, series: list[Series], smooth: bool = False, from_zero: bool = False) -> Markup:
+def draw(title: str, series: list[Series], smooth: bool = False, from_zero: bool = False, axis: str = "step") -> Markup:
     """The lines as inline SVG whose colours and fonts are those of the page; dashed ones are not in the legend.
 
     ``title`` is the figure's name for screen readers and, as each has its own, makes its ids unique in the page.
@@ -68,7 +68,7 @@ def draw(title: str, series: list[Series], smooth: bool = False, from_zero: bool
         axes.margins(x=0.01)
         if from_zero and min(min(one.values) for one in series) >= 0:
             axes.set_ylim(0, 1.1 * max(max(one.values) for one in series))
-        axes.set_xlabel("step")
+        axes.set_xlabel(axis)
         if sum(not one.dashed for one in series) > 1:
             canvas.legend(loc="outside upper left", ncols=6, frameon=False, handlelength=1.6, columnspacing=1.4)
         buffer = io.StringIO()

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from data_prep.manifest import write_atomically
 from pipeline.config.options import leaves
 from pipeline.incidents.records import incident_folder
+from pipeline.reporting.evaluations import Evaluation, EvaluationError, read_evaluations
 from pipeline.reporting.figures import NUM_COLOURS, Series, draw
 from pipeline.reporting.metrics import EVENTS, LOG_NAME, read_events, read_log
 
@@ -71,19 +72,12 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ReportError(f"{run_dir} is not a folder; give the --output of a training run")
-    run = load_run(run_dir)
-    if not run.config and not run.train and not run.held_out:
+    run, evaluations = load_run(run_dir), _evaluations_of(run_dir)
+    if not run.config and not run.train and not run.held_out and not evaluations:
         raise ReportError(f"{run_dir} holds neither config.yaml nor {LOG_NAME}; give the --output of a training run")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, signed=signed)
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         run=run,
+        evaluations=evaluations,
         facts=facts(run),
         tiles=tiles(run),
         rows=held_out_rows(run.held_out),
@@ -97,6 +91,26 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / REPORT_NAME
     write_atomically(path, page)
     return path
+
+
+def template(name: str) -> Template:
+    """A page of templates/, everything escaped that it is given."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, signed=signed, percent=percent)
+    return environment.get_template(name)
+
+
+def _evaluations_of(run_dir: Path) -> list[Evaluation]:
+    try:
+        return read_evaluations(run_dir)
+    except EvaluationError as error:
+        raise ReportError(str(error)) from None
 
 
 def load_run(run_dir: Path) -> Run:
@@ -140,6 +154,11 @@ def number(value: Any) -> str:
 def signed(value: float) -> str:
     """A difference for people, with its sign."""
     return f"{value:+.3f}".replace("-", "\u2212") if math.isfinite(value) else "not finite"
+
+
+def percent(share: Any) -> str:
+    """A share from 0 to 1 for people."""
+    return f"{100 * share:.1f} %" if _finite(share) else number(share)
 
 
 def duration(seconds: float) -> str:

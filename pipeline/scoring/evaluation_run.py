@@ -25,11 +25,13 @@ from pipeline.data.transforms import TRANSFORM_VERSION
 from pipeline.distributed.board import Board
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.run_lock import lock_run
+from pipeline.loading.datasets import Preparation
 from pipeline.loading.open_data import open_held_out
 from pipeline.loading.shared_opening import found_by_main
 from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import Progress
 from pipeline.scoring import scorecard
+from pipeline.scoring.examples import write_examples
 from pipeline.scoring.journal import Journal, read_journal, remove_journal
 from pipeline.scoring.subject import (
     Request,
@@ -56,6 +58,7 @@ class Evaluation:
     task: Task
     objective: nn.Module
     corpora: list[Corpus]
+    preparation: Preparation
     passes: list[EvaluationPass]
     ranks: Ranks
     board: Board
@@ -112,7 +115,9 @@ def set_up(request: Request, ranks: Ranks, store: Any = None, task: Task | None 
     evaluating = EvaluationRanks(ranks.place, device.type == "cuda")
     passes = task.passes(config, objective, preparation, corpora, evaluating)
     board = Board(store, agreement)
-    evaluation = Evaluation(request, subject, task, objective, corpora, passes, ranks, board, subject.root, {})
+    evaluation = Evaluation(
+        request, subject, task, objective, corpora, preparation, passes, ranks, board, subject.root, {}
+    )
     evaluation.folder = found_by_main(lambda: _open_folder(evaluation, tokenizer), agreement)
     return evaluation
 
@@ -285,12 +290,24 @@ def _write(evaluation: Evaluation, outcome: Outcome, seconds: float) -> None:
         evaluation.ranks.say(f"scorecard: {folder / scorecard.SCORECARD}", error=True)
         if evaluation.request.submission:
             evaluation.ranks.say(f"submission: {_submit(evaluation, outcome)}", error=True)
+        _show(evaluation, outcome)
         remove_journal(folder)
     except OSError as error:
         raise ConfigError(
             f"{error.filename or folder}: cannot be written ({error.strerror or error}); mend it, then the same "
             "command goes on"
         ) from None
+
+
+def _show(evaluation: Evaluation, outcome: Outcome) -> None:
+    """Write what the report shows; a scorecard is not lost with it."""
+    parts = evaluation.objective, evaluation.preparation, evaluation.corpora
+    rows, config = evaluation.passes[0].batches.dataset.rows(), evaluation.subject.config
+    try:
+        write_examples(evaluation.folder, config.task.name, config, *parts, rows, outcome.predictions)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        evaluation.ranks.say(f"warning: no examples for the report ({reason})", error=True)
 
 
 def _submit(evaluation: Evaluation, outcome: Outcome) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,7 +13,7 @@ from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
 from model.vision.tower import build_tower
 from model.weights.heads import head_resizes, head_rules
-from model.weights.start import Loaded, named_tensors, start_from
+from model.weights.start import Loaded, Resizes, named_tensors, start_from
 from model.weights.towers import bert_bottom, clip_image_encoder, refuse_other_network
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import CheckpointError, run_of
@@ -37,16 +38,16 @@ def load_model(objective: nn.Module, weights: str) -> Loaded:
     Raises:
         ValueError: nothing of the kind is there, or the networks differ.
     """
-    return _start(objective, weights, fresh=[HEAD])
+    return _start(objective, weights, [HEAD], getattr(objective, "resizes", ()))
 
 
 def load_whole(objective: nn.Module, weights: str) -> Loaded:
-    """The same for a model that is used as it is: all of it, heads included, must be in the source.
+    """The same for a model that is used as it is: all of it, heads and rows of its vocabulary included, must be there.
 
     Raises:
         ValueError: nothing of the kind is there, or something is missing.
     """
-    return _start(objective, weights, fresh=[])
+    return _start(objective, weights)
 
 
 def is_import(folder: Path) -> bool:
@@ -65,12 +66,11 @@ def import_config(folder: Path) -> Config:
     return config
 
 
-def _start(objective: nn.Module, weights: str, fresh: list[str]) -> Loaded:
+def _start(objective: nn.Module, weights: str, fresh: Iterable[str] = (), resizes: Resizes = ()) -> Loaded:
     state, source = read_model(weights), f"model.weights {weights}"
     dropped = [HEAD, *getattr(objective, "not_read", ())]
     released = getattr(getattr(objective, "net", None), "released", False)
-    resizes = (*head_resizes(released), *getattr(objective, "resizes", ()))
-    return start_from(objective, state, head_rules(state), source, fresh, dropped, resizes)
+    return start_from(objective, state, head_rules(state), source, fresh, dropped, (*head_resizes(released), *resizes))
 
 
 def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:

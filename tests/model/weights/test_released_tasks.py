@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,9 +29,15 @@ HEAD_SHAPES = {  # keys and shapes beside the network's, as the release's models
 }
 
 
+@functools.cache
+def flm_extract() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors and weights of the pretrained model."""
+    return released_fixture("flm")[:2]
+
+
 def fine_tuned_state(task: str) -> dict[str, Tensor]:
     """The state dict of a tiny released model fine-tuned on a task, weights by the rule that made the dumps."""
-    state = dict(released_fixture("flm")[1])
+    state = dict(flm_extract()[1])
     if task in ("vqa", "nlvr2", "retrieval"):
         state = {name: value for name, value in state.items() if not name.startswith("lm_score")}
     if task in HEAD_SHAPES:
@@ -80,7 +88,7 @@ def with_pixels(batch: Batch, pixels: Tensor) -> Batch:
 
 def some_inputs() -> tuple[list[list[int]], Tensor]:
     """Four texts of other lengths, truncated and unpadded among them, and normalised pixels [4, 3, 96, 96]."""
-    tensors = released_fixture("flm")[0]
+    tensors = flm_extract()[0]
     texts = [ids[:n].tolist() for ids, n in zip(tensors["text_ids"], tensors["lengths"].tolist(), strict=True)]
     return texts, tensors["image"]
 
@@ -130,7 +138,7 @@ def pooled_features(objective: nn.Module, texts: list[list[int]], pixels: Tensor
 
 def test_the_cls_query_equals_the_released_one() -> None:
     """The last reconstructor layer's state 0 of the extract, which the release computed among all other queries."""
-    tensors, state, _ = released_fixture("flm")
+    tensors, state = flm_extract()
     objective = released_objective()
     import_released(objective, state)
     texts, pixels = some_inputs()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.build import build_classification, build_objective
+from model.build import build_captioning, build_classification, build_objective
 from model.config import Vocabulary, objective_options
 from model.heads import MatchingHead, RankHead
 from model.weights.heads import head_rules
@@ -190,6 +190,25 @@ def test_retrieval_of_the_release_has_its_rank_head(imports: Path) -> None:
     assert torch.equal(built.rank_head.weight, fine_tuned_state("retrieval")["rank_output.weight"])
     unread = [f"task.{name}.fc.{kind}" for name in ("itm_score", "itm_score_flm") for kind in ("bias", "weight")]
     assert found.dropped == unread
+
+
+def test_captioning_of_the_release_grows_the_vocabulary_by_two(imports: Path) -> None:
+    """From pretraining, whose rows stay, and from captioning as it is; the default reads pretraining without growth."""
+    config = import_config(imports / "pretraining").model
+    tail = (objective_options(), VOCABULARY, LENGTH)
+    built, grown = build_captioning(config, *tail), ["net.embedding.word.weight", "lm_head.weight", "lm_head.bias"]
+    assert load_model(built, str(imports / "pretraining")).resized == grown
+    state = load_file(imports / "pretraining" / FILE)
+    for name in grown:
+        assert len(built.get_parameter(name)) == 294 and torch.equal(built.get_parameter(name)[:292], state[name])
+    with pytest.raises(ValueError, match=r"shape \(292, 64\), .* \(294, 64\)"):
+        load_whole(build_captioning(config, *tail), str(imports / "pretraining"))
+    found = load_whole(built, str(imports / "captioning"))
+    assert len(found.loaded) == len(load_file(imports / "captioning" / FILE)) and not found.resized
+    config.behaviour = "default"
+    found = load_model(build_captioning(config, *tail), str(imports / "pretraining"))
+    left_out = [name for name in found.dropped if not re.match(r"net\.(stream_embedding|reconstructor_)", name)]
+    assert not found.fresh and not found.resized and not left_out
 
 
 class Grown(nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_prep import fetch, info, overlap, sources, synth, tokenizer
 from data_prep.annotation_verbs import ANNOTATION_VERBS
 from data_prep.filters import Limits
-from data_prep.manifest import file_sha256, find_splits
+from data_prep.manifest import ManifestError, file_sha256, find_splits
 from data_prep.parallel import default_workers
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError
@@ -170,10 +170,18 @@ def add_flickr8k(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
-    splits = [split for path in args.data for split in find_splits(path, "train", texts=None)]
+    splits = [split for path in args.data for split in _with_texts(path)]
     size = tokenizer.train_tokenizer(splits, args.output, args.vocab_size, args.overwrite)
     print(f"{args.output}: {size} tokens (asked for {args.vocab_size}) from {', '.join(map(str, splits))}")
     return 0
+
+
+def _with_texts(path: Path) -> list[Path]:
+    """Train splits of single images; of image pairs where there are no others."""
+    try:
+        return find_splits(path, "train", texts=None)
+    except ManifestError:
+        return find_splits(path, "train", num_images=None, texts=None)
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

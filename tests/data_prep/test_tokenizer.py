@@ -1,12 +1,14 @@
 """The tokenizer folder: RoBERTa's special tokens, loadable by transformers, the same on every run."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from data_prep.__main__ import main
-from data_prep.record import PrepError
+from data_prep.record import PrepError, Record
+from data_prep.shard_writer import SplitWriter
 from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 
@@ -60,3 +62,11 @@ def test_sizes_and_existing_folders(root, capsys):
         train_tokenizer([root / "synth" / "train"], root / "synth", 300, overwrite=True)
     assert main(["tokenizer", "--data", str(root / "nothing")]) == 2
     assert "python -m data_prep synth" in capsys.readouterr().err
+
+
+def test_texts_about_image_pairs_are_read_where_there_are_no_others(tmp_path: Path) -> None:
+    record = Record("p", (b"a", b"b"), ("both show a red kite", "the left one flies"), {}, ("jpg", "jpg"))
+    with SplitWriter(tmp_path / "pairs" / "train", "pairs", "train", num_images=2) as writer:
+        writer.add(record)
+    command = ["tokenizer", "--data", str(tmp_path / "pairs"), "--output", str(tmp_path / "tokenizer")]
+    assert main([*command, "--vocab-size", "300"]) == 0 and (tmp_path / "tokenizer" / "tokenizer.json").is_file()

@@ -22,6 +22,8 @@ from PIL import Image
 from safetensors.torch import save
 
 from data_prep import bounded_http, fetch, sources
+from data_prep.annotations import karpathy, nlvr2, snli_ve, vqav2
+from data_prep.annotations.annotated import records as local_records
 from data_prep.filters import Limits, check_image
 from data_prep.images import ImageProblem
 from data_prep.info import describe_split, format_table
@@ -321,6 +323,49 @@ def tables() -> Target:
     return Target("tables", sample, use, (PrepError,))
 
 
+def annotations() -> Target:
+    question = {"question_id": 70, "image_id": 7, "question": "What?"}
+    answers = [{"answer": "a net", "answer_confidence": "yes", "answer_id": number} for number in range(10)]
+    annotation = {"question_id": 70, "image_id": 7, "answers": answers, "multiple_choice_answer": "a net"}
+    annotation |= {"answer_type": "other", "question_type": "what"}
+    sentence = {"raw": "A dog.", "sentid": 5, "tokens": ["a", "dog"], "imgid": 0}
+    image = {"filename": "COCO_val2014_000000000007.jpg", "filepath": "val2014", "cocoid": 7, "imgid": 0}
+    image |= {"split": "val", "sentids": [5], "sentences": [sentence]}
+    statement = {"identifier": "dev-1-0-0", "sentence": "A dog.", "label": "True", "left_url": "l", "right_url": "r"}
+    hypothesis = {"pairID": "7#0", "sentence2": "A dog.", "gold_label": "neutral", "Flikr30kID": "7"}
+    made: dict[str, list[dict]] = {
+        "vqav2": [
+            {"data_subtype": "val2014", "questions": [question, question | {"question_id": 71}]},
+            {"data_subtype": "val2014", "annotations": [annotation, annotation | {"question_id": 71}]},
+        ],
+        "coco": [{"dataset": "coco", "images": [image, image | {"cocoid": 8, "filename": "8.jpg"}]}],
+        "nlvr2": [statement, statement | {"identifier": "dev-1-0-1"}],
+        "snli_ve": [hypothesis, hypothesis | {"pairID": "7#1"}],
+    }
+
+    def sample(generator: random.Random) -> Files:
+        name = generator.choice(sorted(made))
+        documents = [json.dumps(document).encode() for document in made[name]]
+        if name in ("nlvr2", "snli_ve"):
+            return {f"{name}_dev.json": b"\n".join(documents)}
+        return {f"{name}_{number}.json": document for number, document in enumerate(documents)}
+
+    def use(folder: Path, files: Files) -> str | None:
+        paths = [folder / name for name in sorted(files)]
+        if paths[0].name.startswith("vqav2"):
+            splits = vqav2.read_vqav2(paths[:1], paths[1:])
+        elif paths[0].name.startswith("coco"):
+            splits = karpathy.read_karpathy(paths[0], "coco")
+        else:
+            read = nlvr2.read_nlvr2 if paths[0].name.startswith("nlvr2") else snli_ve.read_snli_ve
+            splits = [read(paths[0])]
+        found = [one for split in splits for one in local_records(split, [folder])]
+        rejected = Counter(one.reason for one in found if isinstance(one, Rejection) and one.reason != "missing_image")
+        return f"Rejection: {rejected.most_common(1)[0][0]}" if rejected else None
+
+    return Target("annotations", sample, use, (PrepError,))
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
     "images": images,
     "shards": functools.partial(splits, "shards", "train/00000.tar", "train/00001.tar"),
@@ -333,6 +378,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "tokenizers": tokenizers,
     "recipes": recipes,
     "tables": tables,
+    "annotations": annotations,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.annotations.annotated import Annotated, AnnotatedSplit
-from data_prep.annotations.files import read_json
+from data_prep.annotations.files import is_utf8, read_json
 from data_prep.annotations.vqav2 import NUM_ANSWERS
 from data_prep.record import PrepError, Rejection
 
@@ -80,6 +80,9 @@ def _read(folder: Path, split: str) -> AnnotatedSplit:
             problems.append(Rejection("malformed_row", f"{path.name} entry {number}", detail))
             continue
         question, answer, image_id = entry
+        if not is_utf8(question + answer):
+            problems.append(Rejection("invalid_utf8", f"{path.name} entry {number}", ascii(entry)[:80]))
+            continue
         if image_id not in images:
             identity = f"easy_vqa_{split}/{image_id}"
             meta = {"image_id": image_id, "source": "easy_vqa"}

@@ -90,11 +90,18 @@ def text(entry: Any, field: str) -> str:
     value = _value(entry, field)
     if not isinstance(value, str):
         raise BadEntry("malformed_row", f"`{field}` is {_shown(value)}, expected a text")
+    if not is_utf8(value):
+        raise BadEntry("invalid_utf8", f"`{field}` is {_shown(value)}")
+    return value
+
+
+def is_utf8(value: str) -> bool:
+    """Whether UTF-8 can hold a string: JSON can name half of a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadEntry("invalid_utf8", f"`{field}` is {_shown(value)}") from None
-    return value
+        return False
+    return True
 
 
 def list_of(entry: Any, field: str) -> list[Any]:

@@ -43,9 +43,12 @@ def read_karpathy(path: Path, dataset: str, restval: bool = True) -> list[Annota
             split.problems.append(Rejection(error.reason, name, error.detail, rows=sentences))
             continue
         split.problems += problems
-        split.images.append(image)
         split.counts["images"] += 1
         split.counts["captions"] += len(image.captions)
+        if image.captions:
+            split.images.append(image)
+        elif not problems:
+            split.problems.append(Rejection("empty_caption", name, "no sentence"))
     return [split for split in splits.values() if split.images or split.problems]
 
 

@@ -60,11 +60,11 @@ def _add(question, images: dict[int, Annotated], coco_ids: dict, held_out: Colle
     coco = coco_ids[image_id]
     if coco in held_out and coco is not None:
         raise BadEntry("held_out_image", f"image {image_id} is image {coco} of COCO, which is held out")
+    caption, answers = text(question, "question"), [text(question, "answer")] * NUM_ANSWERS
     if image_id not in images:
         file = f"{image_id}.jpg"
         identity = f"visual_genome/{image_id}" if coco is None else f"coco/{coco}"
         names = (file, f"VG_100K/{file}", f"VG_100K_2/{file}")
         meta = {"image_id": image_id, "source": "vg_qa", "coco_id": coco}
         images[image_id] = Annotated(f"vg_{image_id}", (names,), (identity,), meta)
-    answers = [text(question, "answer")] * NUM_ANSWERS
-    images[image_id].add(text(question, "question"), question_id=question_id, answers=answers)
+    images[image_id].add(caption, question_id=question_id, answers=answers)

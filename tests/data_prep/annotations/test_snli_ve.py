@@ -2,8 +2,9 @@
 
 import pytest
 
+from data_prep.annotations.annotated import AnnotatedSplit
 from data_prep.annotations.published import PUBLISHED
-from data_prep.annotations.snli_ve import LABELS, label_revision, read_snli_ve
+from data_prep.annotations.snli_ve import LABELS, label_revision
 from data_prep.manifest import read_manifest
 from tests.data_prep.annotations.prepared import (
     metas,
@@ -73,17 +74,13 @@ def test_the_published_label_counts_add_up():
         assert counts["hypotheses"] == sum(counts[label] for label in LABELS)
 
 
-def test_labels_of_the_published_counts_are_the_original_ones(tmp_path):
+def test_labels_of_the_published_counts_are_the_original_ones():
     """Corrected labels keep the rows and change the labels' counts."""
-    counts = PUBLISHED["snli_ve"]["dev"]
-    labels = [label for label in LABELS for _ in range(counts[label])]
-    for flipped, expected in ((0, "original"), (1665, "other")):
-        labels[:flipped] = ["neutral"] * flipped
-        rows = [
-            {"pairID": str(n), "sentence2": "x", "gold_label": label, "Flikr30kID": str(n % 1000)}
-            for n, label in enumerate(labels)
-        ]
-        assert label_revision(read_snli_ve(write_lines(tmp_path / "snli_ve_dev.jsonl", rows))) == expected
+    counts = dict(PUBLISHED["snli_ve"]["dev"])
+    assert label_revision(AnnotatedSplit("dev", [], [], counts)) == "original"
+    assert label_revision(AnnotatedSplit("test", [], [], counts)) == "other"
+    counts["entailment"], counts["neutral"] = counts["entailment"] - 1665, counts["neutral"] + 1665
+    assert label_revision(AnnotatedSplit("dev", [], [], counts)) == "other"
 
 
 def test_what_cannot_be_used_is_named(tmp_path, capsys):

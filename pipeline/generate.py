@@ -3,8 +3,8 @@
     python -m pipeline.generate --run RUN IMAGE...                           one caption per image file
     python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
 
-Models that predict from left to right (flm, ar, prefixlm) write word by word; mlm models by Mask-Predict, which tries
-each of the ``--lengths``.
+Models that predict from left to right (flm, ar, prefixlm, and all that were fine-tuned on captioning) write word by
+word; pretrained mlm models by Mask-Predict, which tries each of the ``--lengths``.
 
 Exit codes: 0 done, 2 nothing to caption or a wrong command line.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pipeline.data.shard_reader import open_corpora
 from pipeline.tasks.captioning import (
     SAMPLES_NAME,
     Captioner,
+    Nucleus,
     caption_items,
     items_of_corpora,
     items_of_files,
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.max_tokens,
             arguments.prompt,
             arguments.lengths,
+            _nucleus(arguments),
         )
         done = _caption_split(arguments, captioner) if arguments.data else _caption_files(arguments, captioner)
     except BrokenPipeError:
@@ -68,6 +71,17 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device that is not here
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(f"--device {name}: not usable here ({reason}); cpu always is") from None
+
+
+def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:
+    """Options of nucleus sampling where it is asked for; raises ValueError for those that do not fit."""
+    if not arguments.nucleus:
+        if (arguments.temperature, arguments.seed) != (None, None):
+            raise ValueError("--temperature and --seed are for --nucleus TOP_P")
+        return None
+    if arguments.beams:
+        raise ValueError("--beams and --nucleus: two ways of searching; leave one out")
+    return Nucleus(arguments.nucleus, arguments.temperature or 1.0, arguments.seed or 0)
 
 
 def _caption_files(arguments: argparse.Namespace, captioner: Captioner) -> int:
@@ -113,6 +127,20 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
         return int(text)
 
+    def above_0(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
+        return value
+
+    def share(text: str) -> float:
+        if above_0(text) > 1:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected above 0 and at most 1")
+        return float(text)
+
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.generate", description="Caption images with the model of a run.", allow_abbrev=False
     )
@@ -122,7 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")
     parser.add_argument("--samples", type=positive, default=256, help="how many, spread over the split (default: 256)")
     parser.add_argument("--shown", type=positive, default=24, help="how many the report shows (default: 24)")
-    parser.add_argument("--beams", type=positive, default=1, help="beam search of this width; 1 is greedy (default)")
+    beams_help = "beam search of this width; 1 is greedy (default, but for runs of captioning: as their options say)"
+    parser.add_argument("--beams", type=positive, help=beams_help)
+    nucleus_help = "sample each word from the most probable ones that hold TOP_P of the probability (1: from all)"
+    parser.add_argument("--nucleus", type=share, metavar="TOP_P", help=nucleus_help)
+    parser.add_argument(
+        "--temperature", type=above_0, help="divides the scores that --nucleus samples from (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, help="decides what --nucleus draws (default: 0)")
     parser.add_argument("--max-tokens", type=positive, help="longest caption in tokens (default: as in training)")
     parser.add_argument("--prompt", default="", help="words every caption starts with (needed for released behaviour)")
     lengths_help = "mlm: caption lengths in tokens to try (default: quantiles of the run's training captions)"

@@ -164,10 +164,11 @@ def prompt_words(config: Config, tokenizer: TextTokenizer) -> list[int]:
     if not prompt:
         return []
     words = tokenizer.encode(prompt, length)[1:-1]
-    if tokenizer.encode(f"{prompt} a", length)[1:-1][: len(words)] != words or len(words) > length - 3:
+    joined = tokenizer.encode(f"{prompt} a", length)[1:-1][: len(words)] != words
+    if joined or prompt != clean_caption(prompt, full_stop=False) or len(words) > length - 3:
         raise ConfigError(
             f"task.prompt {prompt!r}: its tokens change when a caption follows, or leave it no room in"
-            f" data.max_text_length {length}; use words without a blank at the end"
+            f" data.max_text_length {length}; use a few words with single blanks between them"
         )
     return words
 

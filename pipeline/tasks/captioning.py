@@ -12,19 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from data_prep.manifest import write_atomically
-from model.build import build_objective
+from model.build import build_captioning, build_objective
 from model.decode.mask_predict import ITERATIONS, mask_predict
-from model.decode.search import beam, greedy
+from model.decode.search import beam, greedy, nucleus
 from model.decode.stream import decoder_of
+from model.plans.builder import row_generator
 from pipeline.checkpoint.files import run_of
 from pipeline.checkpoint.restore import resolve
 from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, tokenizer_source
+from pipeline.config.task_options import CaptioningOptions
+from pipeline.data.order import mix_words
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer, clean_caption, load_tokenizer
 from pipeline.data.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
@@ -46,9 +50,21 @@ class Item(NamedTuple):
     meta: dict[str, Any]
 
 
+class Nucleus(NamedTuple):
+    """Options of nucleus sampling."""
+
+    top_p: float = 0.9
+    temperature: float = 1.0
+    seed: int = 0
+
+
 @dataclass
 class Captioner:
-    """A trained model ready to caption; ``lengths`` are tried by an mlm model, the other options are for the rest."""
+    """A trained model ready to caption; ``lengths`` are tried by an mlm model, the other options are for the rest.
+
+    Captions start with ``prompt``, of which they do not show the first ``num_hidden`` words. ``seed`` and the number of
+    an image among those given decide what ``nucleus`` draws.
+    """
 
     objective: nn.Module
     tokenizer: TextTokenizer
@@ -57,38 +73,58 @@ class Captioner:
     device: torch.device
     checkpoint: Path
     beams: int = 1
+    length_penalty: float = 1.0
     max_tokens: int = 30
     prompt: Sequence[int] = ()
+    num_hidden: int = 0
     lengths: Sequence[int] = ()
+    nucleus: Nucleus | None = None
 
     @torch.inference_mode()
-    def caption(self, pixels: Sequence[Tensor]) -> list[str]:
-        """One caption per image, uint8 [3, H, W] each; like the captions of training it is one line."""
+    def caption(self, pixels: Sequence[Tensor], first: int = 0) -> list[str]:
+        """One caption per image, uint8 [3, H, W] each; like the captions of training it is one line. ``first`` is the
+        number of the first image among all that are captioned."""
         images = torch.stack(list(pixels)).unsqueeze(1).to(self.device)
         if self.objective.name == "mlm":
             ids = mask_predict(self.objective, images, self.lengths)
         else:
-            decoder = decoder_of(self.objective, images, self.prompt)
-            ids = beam(decoder, self.max_tokens, self.beams) if self.beams > 1 else greedy(decoder, self.max_tokens)
-        return [clean_caption(self.tokenizer.decode(row), full_stop=False) for row in ids]
+            ids = self._search(decoder_of(self.objective, images, self.prompt), len(images), first)
+        return [clean_caption(self.tokenizer.decode(row[self.num_hidden :]), full_stop=False) for row in ids]
+
+    def _search(self, decoder: Any, count: int, first: int) -> list[list[int]]:
+        if self.nucleus is not None:
+            seeds = [mix_words(self.nucleus.seed, "caption", first + number) for number in range(count)]
+            draws = torch.from_numpy(np.stack([row_generator(seed).random(self.max_tokens) for seed in seeds]))
+            draws = draws.to(self.device)
+            return nucleus(decoder, self.max_tokens, draws, self.nucleus.top_p, self.nucleus.temperature)
+        if self.beams > 1:
+            return beam(decoder, self.max_tokens, self.beams, self.length_penalty)
+        return greedy(decoder, self.max_tokens)
 
     @property
     def search(self) -> str:
         """How captions are found, for people."""
         if self.objective.name == "mlm":
             return f"Mask-predict, {ITERATIONS} iterations, lengths {', '.join(map(str, self.lengths))}"
+        if self.nucleus is not None:
+            top_p, temperature, seed = self.nucleus
+            return f"Nucleus sampling, top p {top_p:g}, temperature {temperature:g}, seed {seed}"
         return f"Beam search of width {self.beams}" if self.beams > 1 else "Greedy search"
 
 
 def load_captioner(
     run: Path,
     device: torch.device,
-    beams: int = 1,
+    beams: int | None = None,
     max_tokens: int | None = None,
     prompt: str = "",
     lengths: Sequence[int] | None = None,
+    nucleus: Nucleus | None = None,
 ) -> Captioner:
     """The model of a run folder, or of one of its checkpoint folders; captions start with ``prompt``.
+
+    A run of task captioning also reads its own ``task.prompt``, which captions do not show, and searches as its options
+    say where neither ``beams`` nor ``nucleus`` is given; any other run searches greedily then.
 
     ``lengths``, in tokens, are for mlm models, which have no beams and no prompt; None takes quantiles of the run's
     training captions.
@@ -102,15 +138,26 @@ def load_captioner(
     copy = run_of(checkpoint) / "tokenizer"
     tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
     longest = config.data.max_text_length
-    objective = build_objective(config.model, config.objective, tokenizer.vocabulary, longest)
+    objective = _built(config, tokenizer)
     most = min(max_tokens or longest - 2, longest - 2)  # words without <s> and </s>
     if objective.name == "mlm":
-        if beams > 1 or prompt:
-            raise ValueError(f"{run} is an mlm model: no --beams and no --prompt; --lengths is what it can be told")
+        if (beams or 1) > 1 or prompt or nucleus:
+            raise ValueError(
+                f"{run} is an mlm model: no --beams, no --nucleus and no --prompt; --lengths is what it can be told"
+            )
         lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
     elif lengths is not None:
         raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
     load_trained(objective, config.model, checkpoint)
+    own, options = "", config.task
+    penalty = 1.0
+    if isinstance(options, CaptioningOptions):
+        own = options.prompt
+        if beams is None and nucleus is None:
+            beams, penalty = options.beams if options.decoding == "beam" else 1, options.length_penalty
+            if options.decoding == "nucleus":
+                nucleus = Nucleus(options.top_p, options.temperature, config.train.seed)
+    words = " ".join(part for part in (own, prompt) if part)
     return Captioner(
         objective=objective.eval().to(device),
         tokenizer=tokenizer,
@@ -118,11 +165,24 @@ def load_captioner(
         max_pixels=config.data.max_pixels,
         device=device,
         checkpoint=checkpoint,
-        beams=beams,
+        beams=beams or 1,
+        length_penalty=penalty,
         max_tokens=most,
-        prompt=tokenizer.encode(prompt, longest)[1:-1] if prompt else (),
+        prompt=tokenizer.encode(words, longest)[1:-1] if words else (),
+        num_hidden=len(tokenizer.encode(own, longest)) - 2 if own else 0,
         lengths=lengths or (),
+        nucleus=nucleus,
     )
+
+
+def _built(config: Config, tokenizer: TextTokenizer) -> nn.Module:
+    """The objective of a run; raises ValueError for a task that writes no captions."""
+    sizes = (config.model, config.objective, tokenizer.vocabulary, config.data.max_text_length)
+    if config.task.name == "captioning":
+        return build_captioning(*sizes, config.task.self_critical)
+    if config.task.name != "pretraining":
+        raise ValueError(f"a run of task {config.task.name} writes no captions; use one of captioning or pretraining")
+    return build_objective(*sizes)
 
 
 def _mlm_lengths(
@@ -144,13 +204,14 @@ def _mlm_lengths(
 def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) -> Iterator[tuple[Item, str]]:
     """Captions a stream of images in batches, in order."""
     batch: list[Item] = []
+    first = 0
     for item in items:
         batch.append(item)
         if len(batch) == batch_size:
-            yield from zip(batch, captioner.caption([one.pixels for one in batch]), strict=True)
-            batch = []
+            yield from zip(batch, captioner.caption([one.pixels for one in batch], first), strict=True)
+            first, batch = first + len(batch), []
     if batch:
-        yield from zip(batch, captioner.caption([one.pixels for one in batch]), strict=True)
+        yield from zip(batch, captioner.caption([one.pixels for one in batch], first), strict=True)
 
 
 def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item]:

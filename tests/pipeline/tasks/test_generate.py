@@ -32,6 +32,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(folder / "run", data, TINY)
 
 
+@pytest.fixture(scope="module")
+def captioning_run(run: Path) -> Path:
+    """A run of the task captioning that reads a prompt and samples."""
+    task = "task: {{name: captioning, prompt: a large, decoding: nucleus, temperature: 0.5}}\n"
+    return write_run(run.parent / "captioning", run.parent / "data", TINY + task)
+
+
+def test_a_captioning_run_captions_as_its_options_say(
+    captioning_run: Path, image: Path, capsys: pytest.CaptureFixture
+) -> None:
+    captioner = load_captioner(captioning_run, torch.device("cpu"))
+    assert captioner.search == "Nucleus sampling, top p 0.9, temperature 0.5, seed 2022"
+    assert captioner.tokenizer.decode(captioner.prompt) == "a large" and captioner.num_hidden == len(captioner.prompt)
+    assert load_captioner(captioning_run, torch.device("cpu"), beams=1).search == "Greedy search"
+    assert main(["--run", str(captioning_run), str(image)]) == 0
+    sampled = capsys.readouterr().out
+    assert main(["--run", str(captioning_run), str(image), str(image)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == sampled.strip() and second != first, "the number of an image decides what is drawn"
+    assert main(["--run", str(captioning_run), str(image), "--beams", "1", "--prompt", "red"]) == 0
+    caption = capsys.readouterr().out.strip().split("\t")[1]
+    assert caption.startswith("red") and "a large" not in caption, "its own prompt is not shown, the one given is"
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "picture.png"
@@ -57,15 +81,16 @@ def test_beams_prompt_and_length(run: Path, image: Path, capsys: pytest.CaptureF
     assert captioner.max_tokens == 18  # max_text_length without <s> and </s>
 
 
-def test_batching_changes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("search", [[], ["--nucleus", "0.9", "--seed", "3"], ["--beams", "2"]])
+def test_batching_changes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, search: list[str]) -> None:
     """Invariant 5."""
     files = []
     for number in range(5):
         files.append(str(tmp_path / f"{number}.png"))
         Image.new("RGB", (40, 40), (50 * number, 20, 200 - 30 * number)).save(files[-1])
-    assert main(["--run", str(run), *files, "--batch-size", "5"]) == 0
+    assert main(["--run", str(run), *files, "--batch-size", "5", *search]) == 0
     together = capsys.readouterr().out
-    assert main(["--run", str(run), *files, "--batch-size", "2"]) == 0
+    assert main(["--run", str(run), *files, "--batch-size", "2", *search]) == 0
     assert capsys.readouterr().out == together
 
 
@@ -196,8 +221,10 @@ def test_mlm_without_its_data_asks_for_lengths(
         (["--run", "OTHER", "IMAGE"], "it belongs to another model"),
         (["--run", "RUN", "IMAGE", "--lengths", "5"], "--lengths is for mlm models"),
         (["--run", "MLM", "IMAGE", "--lengths", "5", "19"], "--lengths 5 19: expected numbers of tokens from 1 to 18"),
-        (["--run", "MLM", "IMAGE", "--beams", "2"], "no --beams and no --prompt"),
-        (["--run", "MLM", "IMAGE", "--prompt", "a"], "no --beams and no --prompt"),
+        (["--run", "MLM", "IMAGE", "--beams", "2"], "no --beams, no --nucleus and no --prompt"),
+        (["--run", "MLM", "IMAGE", "--prompt", "a"], "no --beams, no --nucleus and no --prompt"),
+        (["--run", "RUN", "IMAGE", "--beams", "2", "--nucleus", "0.5"], "--beams and --nucleus"),
+        (["--run", "RUN", "IMAGE", "--temperature", "2"], "are for --nucleus TOP_P"),
     ],
 )
 def test_mistakes_are_one_line(

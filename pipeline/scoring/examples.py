@@ -240,7 +240,7 @@ def _retrieved(predictions: Sequence[Prediction], gallery: Gallery) -> tuple[lis
         own = owner == one["position"]
         if not own.any():
             continue
-        order = np.argsort(-np.asarray(one["scores"]), kind="stable")
+        order = np.argsort(-one["_scores"], kind="stable")
         best, rank = int(order[0]), int(np.flatnonzero(own[order])[0]) + 1
         texts = [maker.tokenizer.decode(gallery.token_ids[number]) for number in (best, *np.flatnonzero(own))]
         note = f"first own caption at rank {rank} of {len(owner)}"

@@ -18,8 +18,8 @@ from pipeline.config.options import Config, ConfigError, flatten, tokenizer_sour
 from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.tasks.task import Task
-from pipeline.weights.importing import RECIPE_NAME, REPORT_NAME
-from pipeline.weights.sources import IMPORTED, load_whole
+from pipeline.weights.importing import REPORT_NAME
+from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, load_whole
 from pipeline.weights.starting import load_trained
 
 EVALUATIONS = "evaluations"
@@ -101,7 +101,7 @@ def _imported(request: Request) -> Subject:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / REPORT_NAME} can't be read ({error}); import the checkpoint again") from None
     name = request.task or trained_for
-    words = ["--recipe", str(folder / RECIPE_NAME), *request.options, *_asked(request), "--task.name", name]
+    words = ["--recipe", str(folder / IMPORT_RECIPE), *request.options, *_asked(request), "--task.name", name]
     config = _set(parse_command_line(words).config, request)
     sha256, tokenizer = file_sha256(folder / IMPORTED), tokenizer_source(config.data)
     given = frozenset(changed_options(request.options))

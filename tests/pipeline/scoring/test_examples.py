@@ -115,7 +115,7 @@ def test_retrieval_shows_the_best_caption_and_the_own_ones(tmp_path: Path) -> No
     found = written(tmp_path, config, parts)
     texts = [text for number in range(7) for text in captions(number)]
     for number, (one, prediction) in enumerate(zip(found["examples"], predictions, strict=True)):
-        best = texts[int(np.argmax(prediction["scores"]))]
+        best = texts[int(np.argmax(prediction["_scores"]))]
         assert one["prediction"] == best and one["right"] == (best in captions(number))
         assert one["truth"] == list(captions(number)) and one["images"][0]["attention"]["height"] == 4
     assert found["recall"]["k"] == [1, 2, 3, 5] and len(found["recall"]["text to image"]) == 4

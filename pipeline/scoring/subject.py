@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,18 @@ from torch import nn
 from data_prep.manifest import file_sha256
 from pipeline.checkpoint.files import MANIFEST, run_of, step_of
 from pipeline.checkpoint.restore import read_state, resolve
-from pipeline.config.command_line import changed_options, load_config, parse_command_line
+from pipeline.config.command_line import changed_options, load_config
 from pipeline.config.options import Config, ConfigError, flatten, tokenizer_source, validate
+from pipeline.config.recipes import RUN_CONFIG
 from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.tasks.task import Task
-from pipeline.weights.importing import REPORT_NAME
-from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, load_whole
+from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_import, load_whole
 from pipeline.weights.starting import load_trained
 
 EVALUATIONS = "evaluations"
 OF_LOADING = ("data.num_workers", "data.prefetch", "data.timeout_seconds")  # change no batch
+OF_TEXT = ("data.tokenizer", "data.max_text_length")  # an imported model does not say how it reads
 
 
 @dataclass(frozen=True)
@@ -66,46 +66,47 @@ def find_subject(request: Request) -> Subject:
     Raises:
         ValueError: there is none, or it has no such option; one line.
     """
-    return _imported(request) if (request.run / IMPORTED).is_file() else _trained(request)
-
-
-def _trained(request: Request) -> Subject:
-    path = resolve(request.run)
-    run = run_of(path)
-    own = load_config(run)
+    imported = is_import(request.run)
+    if imported and request.output is None:
+        raise ConfigError(f"{request.run} is an imported model, no run: --output FOLDER says where its scorecards go")
+    path = request.run if imported else resolve(request.run)
+    run = None if imported else run_of(path)
+    settings = path / IMPORT_RECIPE if run is None else run / RUN_CONFIG
+    own = import_config(path) if run is None else load_config(run)
     name = request.task or own.task.name
     given = changed_options(request.options)
-    changes = changed_options([*request.options, *_asked(request), "--task.name", name])
-    may = OF_LOADING if name != own.task.name else (*OF_LOADING, *(f"task.{one}" for one in names_of_scoring(own.task)))
+    _refuse_what_was_trained(given, own, name, settings, imported)
+    config = load_config(settings, changed_options([*request.options, *_asked(request), "--task.name", name]))
+    config.model.weights, config.train.eval_samples = own.model.weights, request.samples
+    validate(config)
+    copy = None if run is None else run / "tokenizer"
+    return Subject(
+        path=path,
+        step=step_of(path),
+        sha256=file_sha256(path / (IMPORTED if run is None else MANIFEST)),
+        run=run,
+        config=config,
+        tokenizer=copy if copy and copy.is_dir() else tokenizer_source(config.data if run is None else own.data),
+        root=request.output or run / EVALUATIONS,
+        same_task=name == own.task.name,
+        given=frozenset(given),
+    )
+
+
+def _refuse_what_was_trained(given: Iterable[str], own: Config, task: str, settings: Path, imported: bool) -> None:
+    """Raise ConfigError for an option that an evaluation may not change.
+
+    A run may be scored in another way at the task that it was trained for; an imported model, or another task, has no
+    options of its own yet.
+    """
+    may = [*OF_LOADING, *(f"task.{option}" for option in names_of_scoring(own.task))]
+    may += OF_TEXT if imported else ()
     for option in given:
-        if option not in may and not (name != own.task.name and option.startswith("task.")):
+        is_free = option.startswith("task.") and option != "task.name" and (imported or task != own.task.name)
+        if option not in may and not is_free:
             raise ConfigError(
-                f"--{option}: belongs to what was trained, as {run / 'config.yaml'} says; an evaluation may change "
-                f"{', '.join(may)}"
+                f"--{option}: {settings} says what was trained; an evaluation may change {', '.join(may)}"
             )
-    config = load_config(run, changes)
-    copy = run / "tokenizer"
-    tokenizer = copy if copy.is_dir() else tokenizer_source(own.data)
-    root = request.output or run / EVALUATIONS
-    sha256 = file_sha256(path / MANIFEST)
-    config, same = _set(config, request), name == own.task.name
-    return Subject(path, step_of(path), sha256, run, config, tokenizer, root, same, frozenset(given))
-
-
-def _imported(request: Request) -> Subject:
-    folder = request.run
-    if request.output is None:
-        raise ConfigError(f"{folder} is an imported model, no run: --output FOLDER says where its scorecards go")
-    try:
-        trained_for = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["task"] or "pretraining"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / REPORT_NAME} can't be read ({error}); import the checkpoint again") from None
-    name = request.task or trained_for
-    words = ["--recipe", str(folder / IMPORT_RECIPE), *request.options, *_asked(request), "--task.name", name]
-    config = _set(parse_command_line(words).config, request)
-    sha256, tokenizer = file_sha256(folder / IMPORTED), tokenizer_source(config.data)
-    given = frozenset(changed_options(request.options))
-    return Subject(folder, None, sha256, None, config, tokenizer, request.output, name == trained_for, given)
 
 
 def _asked(request: Request) -> list[str]:
@@ -113,12 +114,6 @@ def _asked(request: Request) -> list[str]:
     words = ["--data", *request.data] if request.data else []
     words += ["--data.eval_split", request.split] if request.split else []
     return words + (["--optim.micro_batch_size", str(request.batch_size)] if request.batch_size else [])
-
-
-def _set(config: Config, request: Request) -> Config:
-    config.train.eval_samples = request.samples
-    validate(config)
-    return config
 
 
 def use_files_of_run(subject: Subject, task: Task) -> None:
@@ -131,15 +126,15 @@ def use_files_of_run(subject: Subject, task: Task) -> None:
 
 
 def load_weights(subject: Subject, objective: nn.Module) -> None:
-    """Give a model all weights of the subject; heads of another task are left out, but for one of the same purpose.
+    """Give a model all weights of the subject; heads of another task are left out.
 
     Raises:
         ValueError: they do not fit, a head is missing, or frozen weights are no longer those it was trained with.
     """
     if subject.run is not None and subject.same_task:
         load_trained(objective, subject.config.model, subject.path)
-        return
-    load_whole(objective, str(subject.path))
+    else:
+        load_whole(objective, str(subject.path))
 
 
 def refuse_other_training(subject: Subject, task: Task, tokenizer: TextTokenizer) -> None:

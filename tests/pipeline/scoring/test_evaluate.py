@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,7 @@ def scored(capsys: pytest.CaptureFixture, *words: str | Path) -> tuple[dict[str,
     capsys.readouterr()
     assert evaluate.main([str(word) for word in words]) == 0
     out = capsys.readouterr()
-    card = Path(
-        next(line for line in out.err.splitlines() if line.startswith("scorecard: ")).removeprefix("scorecard: ")
-    )
+    card = Path(re.search(r"^scorecard: (.*)$", out.err, re.MULTILINE)[1])
     return json.loads(out.out), json.loads(card.read_text()), out.err, card.parent
 
 
@@ -79,7 +78,7 @@ def scored(capsys: pytest.CaptureFixture, *words: str | Path) -> tuple[dict[str,
         (["--optim.learning_rate", "1"], "--optim.learning_rate: .*config.yaml says what was trained"),
         (["--data.eval_splitt", "dev"], "unknown option --data.eval_splitt; did you mean --data.eval_split"),
         (["--task", "cooking"], "task.name: found 'cooking', expected one of pretraining, vqa"),
-        (["--task", "nlvr2"], "no split 'dev'|images|pair_head"),
+        (["--task", "nlvr2"], "image"),
         (["--split", "validation"], "no split 'validation' in .*give --data or --split"),
         (["--submission"], "the task pretraining has no official results file"),
         (["more"], "found 'more' where an option was expected"),
@@ -89,7 +88,7 @@ def scored(capsys: pytest.CaptureFixture, *words: str | Path) -> tuple[dict[str,
 def test_mistakes_are_refused_in_one_line(
     runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path, words: list[str], expected: str
 ) -> None:
-    assert pytest.importorskip("re").search(expected, said(capsys, "--run", runs / "run", "--output", tmp_path, *words))
+    assert re.search(expected, said(capsys, "--run", runs / "run", "--output", tmp_path, *words))
 
 
 def test_no_run_and_an_import_without_output(runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_submission_has_every_question_and_a_hole_is_named(
     assert all("score" in line for line in lines), "what summarise adds is written down"
 
     broken = shutil.copytree(runs / "data", tmp_path / "broken")
-    (tar,) = (broken / "asked" / "dev").glob("*.tar")
+    tar = min((broken / "asked" / "dev").glob("*.tar"))
     content = bytearray(tar.read_bytes())
     content[512:515] = b"bad"  # the first image
     tar.write_bytes(content)
@@ -163,7 +162,7 @@ def test_looking_at_a_test_split_again_is_said(runs: Path, capsys: pytest.Captur
     assert "evaluations_of_this_split_before" not in scored(capsys, *words)[1]
     found = [scored(capsys, *words, "--split", "test") for _ in range(3)]
     assert [card["evaluations_of_this_split_before"] for _, card, _, _ in found] == [0, 1, 2]
-    assert ["choose settings and checkpoints by another split" in line for _, _, line, _ in found] == [
+    assert ["choose settings and checkpoints" in line for _, _, line, _ in found] == [
         False,
         True,
         True,

@@ -1,6 +1,6 @@
 """What a second rank brings to an evaluation: the program on one rank and on two, a core each, the same scorecard.
 
-    python -m benchmarks.cost.evaluation --run RUN --output benchmarks/results/evaluation.json -- --split dev --samples 256
+    python -m benchmarks.cost.evaluation --run RUN --output RESULT.json -- --split dev --samples 256
 
 What follows `--` goes to `pipeline.evaluate` as it is. Seconds are those of the scorecard: from the first batch to the
 last score, without starting Python and loading the model. One and two ranks alternate; a ratio is of two runs of one

@@ -75,8 +75,8 @@ def find_subject(request: Request) -> Subject:
     own = import_config(path) if run is None else load_config(run)
     name = request.task or own.task.name
     given = changed_options(request.options)
-    _refuse_what_was_trained(given, own, name, settings, imported)
     config = load_config(settings, changed_options([*request.options, *_asked(request), "--task.name", name]))
+    _refuse_what_was_trained(given, own, name, settings, imported)
     config.model.weights, config.train.eval_samples = own.model.weights, request.samples
     validate(config)
     copy = None if run is None else run / "tokenizer"

@@ -1,6 +1,7 @@
-"""Writes RUN/report.html, one self-contained page with the curves, costs and captions of a run.
+"""Writes RUN/report.html, one self-contained page with the curves, costs, evaluations and captions of a run.
 
 python -m pipeline.report --run RUN
+python -m pipeline.report --runs RUN RUN ... [--output FILE]     compares runs on one page
 """
 
 from __future__ import annotations
@@ -10,16 +11,29 @@ import sys
 from pathlib import Path
 
 from data_prep.program import run_program
+from pipeline.reporting.comparison import COMPARISON_NAME, write_comparison
 from pipeline.reporting.page import ReportError, write_report
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description="Write RUN/report.html.")
-    parser.add_argument("--run", type=Path, required=True, help="the --output folder of a training run")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.report", description="Write RUN/report.html, or a page that compares runs."
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, metavar="RUN", help="the --output folder of a training run")
+    which.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="folders of runs to compare on one page")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"page of the comparison (default: {COMPARISON_NAME})"
+    )
     arguments = parser.parse_args(argv)
     try:
-        print(write_report(arguments.run))
+        if arguments.runs is not None:
+            print(write_comparison(arguments.runs, arguments.output or Path(COMPARISON_NAME)))
+        elif arguments.output is not None:
+            raise ReportError("--output is for --runs; of one run the page is RUN/report.html")
+        else:
+            print(write_report(arguments.run))
     except BrokenPipeError:
         raise
     except (ReportError, OSError) as error:

@@ -47,7 +47,7 @@ def draw(title: str, series: list[Series], smooth: bool = False, from_zero: bool
             line = {
                 "color": colour,
                 "linewidth": 1.8,
-                "label": None if one.dashed else one.label,
+                "label": None if one.dashed else _plain(one.label),
                 "solid_capstyle": "round",
             }
             line |= {"linestyle": (0, (4, 2.5)), "alpha": 0.8} if one.dashed else {}
@@ -80,6 +80,11 @@ def draw(title: str, series: list[Series], smooth: bool = False, from_zero: bool
     for stand_in, variable in [(_INK, "ink"), (_FAINT, "faint"), *((c, f"s{i}") for i, c in enumerate(_SERIES))]:
         svg = svg.replace(stand_in, f"var(--{variable})")
     return Markup(svg)
+
+
+def _plain(label: str) -> str:
+    """A label that Matplotlib takes as it is: no formula, and in the legend though it begins with "_"."""
+    return re.sub("^_", " _", label.replace("$", r"\$"))
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:

@@ -27,7 +27,7 @@ SHUFFLED = "shuffled/"  # before the names of held-out numbers that were measure
 TERM_COLOURS = {"flm": 0, "mlm": 0, "ar": 0, "prefixlm": 0, "l2r": 1, "r2l": 2, "itm": 3, "loss": 5}  # in every figure
 EVENTS_SHOWN = 100  # the latest; log.jsonl has all
 _BOOKKEEPING = {"kind", "step", "time"}
-_NOT_SCORES = {"seconds", "bad_samples"}  # of the records of evaluations
+NOT_SCORES = {"seconds", "bad_samples"}  # of the records of evaluations
 
 
 class ReportError(ValueError):
@@ -72,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ReportError(f"{run_dir} is not a folder; give the --output of a training run")
-    run, evaluations = load_run(run_dir), _evaluations_of(run_dir)
+    run, evaluations = load_run(run_dir), evaluations_of(run_dir)
     if not run.config and not run.train and not run.held_out and not evaluations:
         raise ReportError(f"{run_dir} holds neither config.yaml nor {LOG_NAME}; give the --output of a training run")
     page = template("report.html.j2").render(
@@ -106,7 +106,7 @@ def template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _evaluations_of(run_dir: Path) -> list[Evaluation]:
+def evaluations_of(run_dir: Path) -> list[Evaluation]:
     try:
         return read_evaluations(run_dir)
     except EvaluationError as error:
@@ -218,7 +218,7 @@ def held_out_rows(records: list[dict[str, Any]]) -> list[Row]:
     """One row per held-out number, in the order in which they were logged."""
     rows = []
     for name in _names(records):
-        if name.startswith(SHUFFLED) or name in _NOT_SCORES:
+        if name.startswith(SHUFFLED) or name in NOT_SCORES:
             continue
         values = [record[name] for record in records if isinstance(record.get(name), (int, float))]
         others = [record[SHUFFLED + name] for record in records if SHUFFLED + name in record]
@@ -264,7 +264,7 @@ def figures(run: Run) -> Iterable[Figure | None]:
 
 def _held_out_figures(run: Run) -> Iterable[Figure | None]:
     """Losses together, accuracies together, every other held-out number by itself; each says which way is better."""
-    names = [name for name in _names(run.held_out) if name.removeprefix(SHUFFLED) not in _NOT_SCORES]
+    names = [name for name in _names(run.held_out) if name.removeprefix(SHUFFLED) not in NOT_SCORES]
     groups: dict[str, list[str]] = {}
     for name in names:
         quantity = next((word for word in ("loss", "accuracy") if word in name), name.removeprefix(SHUFFLED))

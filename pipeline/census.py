@@ -17,7 +17,7 @@ from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import ConfigError, fail, tokenizer_source
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.tasks.table import task_of
+from pipeline.finetuning.table import task_of
 
 ROBERTA_TOKENS = 50_265  # roberta-base's vocabulary, the paper's
 

@@ -16,7 +16,7 @@ import torch
 
 from data_prep.program import run_program
 from pipeline.config.options import fail
-from pipeline.tasks.table import task_of
+from pipeline.finetuning.table import task_of
 from pipeline.training.replay import load_replay, print_comparison, run_sample, run_step
 
 

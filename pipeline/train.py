@@ -86,7 +86,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         watch.wait_for_all(MEETING_SECONDS)
         from pipeline.distributed.connecting import connect_ranks
         from pipeline.distributed.host_cores import share_cores
-        from pipeline.tasks.table import task_of
+        from pipeline.finetuning.table import task_of
         from pipeline.training.loop import train
         from pipeline.training.session import resolve_ds_config, set_up
 

@@ -41,8 +41,10 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "weights": ("config", "distributed", "data", "checkpoint"),
         "loading": ("config", "distributed", "data", "reporting"),
         "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading"),
+        "finetuning": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "tasks"),
         "scoring": (
             *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "reporting", "tasks"),
+            "finetuning",
         ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
@@ -51,7 +53,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
-            *("tasks", "training", "metrics", "scoring"),
+            *("tasks", "finetuning", "training", "metrics", "scoring"),
         ),
     },
 }

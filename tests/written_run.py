@@ -14,7 +14,7 @@ from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import load_config
 from pipeline.config.options import tokenizer_source
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.tasks.table import task_of
+from pipeline.finetuning.table import task_of
 from pipeline.tasks.task import Task
 
 TINY = """

@@ -30,7 +30,7 @@ from pipeline.config.options import Config
 from pipeline.distributed.sharing import owners_of
 from pipeline.engine.full_state import zero3_range
 from pipeline.engine.optim import parameter_groups
-from pipeline.tasks.table import task_of
+from pipeline.finetuning.table import task_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 Held = dict[str, tuple[int, int]]  # name -> first element and end

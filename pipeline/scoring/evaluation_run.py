@@ -25,6 +25,7 @@ from pipeline.data.transforms import TRANSFORM_VERSION
 from pipeline.distributed.board import Board
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.run_lock import lock_run
+from pipeline.finetuning.table import task_of
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.open_data import open_held_out
 from pipeline.loading.shared_opening import found_by_main
@@ -42,7 +43,6 @@ from pipeline.scoring.subject import (
     use_files_of_run,
 )
 from pipeline.tasks.evaluation import BatchRecord, Outcome, run_passes
-from pipeline.tasks.table import task_of
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Task
 
 IDENTITY = "evaluation.json"  # what an evaluation is of, and how: the same for all processes that work on it

@@ -21,11 +21,11 @@ from model.vision.tower import Grid, grid_of
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.transforms import UnusableSample, clip_transform, decode_image, draft_size
+from pipeline.finetuning.retrieval import Gallery, matrix
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics import recall
 from pipeline.scoring.confusion import of_answers, of_labels, recall_curves
 from pipeline.tasks.captioning import thumbnail
-from pipeline.tasks.retrieval import Gallery, matrix
 from pipeline.tasks.task import Prediction
 
 EXAMPLES = "examples.json"

@@ -1,7 +1,7 @@
 """What a task is: rows and targets of a sample, an objective, scores with a direction, and passes of evaluation.
 
 The training loop, the engine, the loader and the checkpoints know tasks by this file alone. A new task is one file that
-defines these functions, and a line in ``tasks/table.py``.
+defines these functions, and a line in ``finetuning/table.py``.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.evaluate import main as evaluate
+from pipeline.finetuning.table import task_of
 from pipeline.generate import main as generate
 from pipeline.reporting.metrics import read_log
-from pipeline.tasks.table import task_of
 from pipeline.training.loop import train as loop
 from pipeline.training.session import resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks

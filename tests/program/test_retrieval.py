@@ -14,9 +14,9 @@ from pipeline.config.command_line import parse_command_line
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
 from pipeline.evaluate import main
+from pipeline.finetuning.retrieval import Retrieval
+from pipeline.finetuning.table import task_of
 from pipeline.reporting.metrics import read_log
-from pipeline.tasks.retrieval import Retrieval
-from pipeline.tasks.table import task_of
 from pipeline.training.loop import train as loop
 from pipeline.training.session import Ranks, resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks

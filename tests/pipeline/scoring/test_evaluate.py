@@ -15,9 +15,9 @@ from data_prep.tokenizer import train_tokenizer
 from data_prep.vqa_answers import vocabulary_file
 from pipeline import evaluate
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.tasks.table import task_of
+from pipeline.finetuning.table import task_of
 from tests.pipeline.data.test_reader import write_split
-from tests.pipeline.tasks.test_classification_tasks import ANSWERS, vqa_record
+from tests.pipeline.finetuning.test_classification import ANSWERS, vqa_record
 from tests.written_run import TINY, write_run
 
 SETTINGS = TINY.replace("max_text_length", "num_workers: 0, max_text_length")

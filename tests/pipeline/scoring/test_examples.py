@@ -21,16 +21,16 @@ from pipeline.data.transforms import clip_transform, decode_image
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
+from pipeline.finetuning.retrieval import Retrieval
+from pipeline.finetuning.table import task_of
 from pipeline.loading.open_data import open_held_out
 from pipeline.scoring.confusion import OTHER, matrix
 from pipeline.scoring.examples import NO_GRID, choose, write_examples
 from pipeline.tasks.evaluation import Lockstep, run_passes
-from pipeline.tasks.retrieval import Retrieval
-from pipeline.tasks.table import task_of
 from pipeline.tasks.task import EvaluationRanks
 from tests.gallery import captions, write_gallery
-from tests.pipeline.tasks.test_classification_tasks import config_of, nlvr2_record, snli_record, vqa_record
-from tests.pipeline.tasks.test_retrieval import configured
+from tests.pipeline.finetuning.test_classification import config_of, nlvr2_record, snli_record, vqa_record
+from tests.pipeline.finetuning.test_retrieval import configured
 
 RECORDS = {"vqa": vqa_record, "nlvr2": nlvr2_record, "snli_ve": snli_record}
 

@@ -28,10 +28,10 @@ from pipeline.config.options import Config, ConfigError
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
+from pipeline.finetuning.ranking_rows import ImageRows, RankingRows
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.open_data import eval_loader
 from pipeline.metrics import recall
-from pipeline.tasks.ranking_rows import ImageRows, RankingRows
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
 SHOWN = 5  # captions of an image in predictions.jsonl

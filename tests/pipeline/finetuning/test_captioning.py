@@ -14,12 +14,12 @@ from pipeline.config.options import Config, ConfigError
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.places import Place
+from pipeline.finetuning.caption_reward import CiderReward, document_frequencies
+from pipeline.finetuning.captioning import METRICS_NAME, CaptioningTask, decoding
 from pipeline.loading.collate import Item, collate
 from pipeline.metrics.captions import IN_LOOP, caption_scores
 from pipeline.metrics.cider import DocumentFrequencies, cider_scores, plain_words
 from pipeline.metrics.submissions import SubmissionError
-from pipeline.tasks.caption_reward import CiderReward, document_frequencies
-from pipeline.tasks.caption_task import METRICS_NAME, CaptioningTask, decoding
 from pipeline.tasks.task import EvaluationRanks
 from tests.gallery import captions, write_gallery
 

@@ -21,9 +21,9 @@ from pipeline.data.transforms import clip_transform, decode_image
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
+from pipeline.finetuning.retrieval import Retrieval
 from pipeline.metrics.recall import recalls
 from pipeline.tasks.evaluation import evaluate
-from pipeline.tasks.retrieval import Retrieval
 from pipeline.tasks.task import EvaluationRanks
 from pipeline.weights.sources import load_whole
 from tests.gallery import captions, write_gallery

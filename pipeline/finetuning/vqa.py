@@ -19,11 +19,11 @@ from model.config import Vocabulary
 from pipeline.config.options import Config, ConfigError, weighted_paths
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.finetuning import written_answers as written
+from pipeline.finetuning.classification import Label, TextRows, classification_pass, entry
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics import vqa as metrics
 from pipeline.metrics.submissions import vqa_submission
-from pipeline.tasks import written_answers as written
-from pipeline.tasks.classification import Label, TextRows, classification_pass, entry
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Prediction, Score
 
 ANSWERS_NAME = "answers.json"

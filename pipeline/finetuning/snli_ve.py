@@ -12,8 +12,8 @@ from model.config import Vocabulary
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.finetuning.classification import Label, TextRows, classification_pass, entry, judged
 from pipeline.loading.datasets import Preparation
-from pipeline.tasks.classification import Label, TextRows, classification_pass, entry, judged
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score
 
 LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}

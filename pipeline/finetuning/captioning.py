@@ -35,13 +35,13 @@ from pipeline.data.order import sample_seed
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
+from pipeline.finetuning.caption_reward import CiderReward, texts_of
+from pipeline.finetuning.ranking_rows import ImageRows
 from pipeline.loading.datasets import OtherRows, Preparation
 from pipeline.loading.open_data import eval_loader, placeholder_batch
 from pipeline.metrics.captions import METRICS, CaptionScores, caption_scores, tokenization
 from pipeline.metrics.submissions import caption_submission
-from pipeline.tasks.caption_reward import CiderReward, texts_of
 from pipeline.tasks.pretraining import held_out_pass
-from pipeline.tasks.ranking_rows import ImageRows
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
 IN_TRAINING = ("bleu", "cider_d")  # which take seconds

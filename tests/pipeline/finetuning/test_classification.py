@@ -20,12 +20,12 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
+from pipeline.finetuning.table import task_of
+from pipeline.finetuning.vqa import AnswerLabels
 from pipeline.loading.open_data import open_held_out
 from pipeline.metrics.vqa import accuracy
 from pipeline.tasks.evaluation import evaluate
-from pipeline.tasks.table import task_of
 from pipeline.tasks.task import EvaluationRanks
-from pipeline.tasks.vqa import AnswerLabels
 from tests.pipeline.data.test_reader import jpeg, write_split
 from tests.tiny_flm import tiny_config
 

@@ -12,9 +12,9 @@ from model.config import Vocabulary
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.finetuning.classification import Label, TextRows, classification_pass, entry, judged
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics.consistency import consistency
-from pipeline.tasks.classification import Label, TextRows, classification_pass, entry, judged
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Prediction, Score
 
 LABELS = {"False": 0, "True": 1}  # strings in the annotations, and every non-empty string is true in Python

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pipeline.config.options import Config
-from pipeline.tasks.caption_task import CaptioningTask
-from pipeline.tasks.nlvr2 import NLVR2
+from pipeline.finetuning.captioning import CaptioningTask
+from pipeline.finetuning.nlvr2 import NLVR2
+from pipeline.finetuning.retrieval import Retrieval
+from pipeline.finetuning.snli_ve import SNLIVE
+from pipeline.finetuning.vqa import VQA
 from pipeline.tasks.pretraining import Pretraining
-from pipeline.tasks.retrieval import Retrieval
-from pipeline.tasks.snli_ve import SNLIVE
 from pipeline.tasks.task import Task
-from pipeline.tasks.vqa import VQA
 
 TASKS: dict[str, type[Task]] = {
     "pretraining": Pretraining,

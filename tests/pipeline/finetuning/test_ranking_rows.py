@@ -11,8 +11,8 @@ from model.plans.hard_negatives import resemblance
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.data.transforms import UnusableSample
+from pipeline.finetuning.ranking_rows import RankingRows
 from pipeline.loading.datasets import OtherRows
-from pipeline.tasks.ranking_rows import RankingRows
 from tests.gallery import write_gallery
 
 

@@ -105,16 +105,12 @@ def measure(captioner: Captioner, data: ProbeData) -> dict[str, Any]:
     began = time.perf_counter()
     values: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    try:
-        features = [features_of(captioner, split) for split in (data.train, data.test)]
-    except ValueError as error:  # released behaviour has no features
-        skipped |= {"vqa": str(error), "matching": str(error)}
+    features = [features_of(captioner, split) for split in (data.train, data.test)]
+    values |= _match(data, *(pairs for pairs, _ in features))
+    if data.train.questions and data.test.questions:
+        values |= _answer(data, *(questions for _, questions in features))
     else:
-        values |= _match(data, *(pairs for pairs, _ in features))
-        if data.train.questions and data.test.questions:
-            values |= _answer(data, *(questions for _, questions in features))
-        else:
-            skipped["vqa"] = "the samples' metadata holds no questions"
+        skipped["vqa"] = "the samples' metadata holds no questions"
     try:
         values |= _caption(captioner, data)
     except ValueError as error:  # released behaviour needs a prompt

@@ -23,6 +23,7 @@ class SNLIVE:
     """One of three classes for a hypothesis about an image; the premise is the image, no text."""
 
     num_images = 1
+    texts = "hypotheses"
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
         length = config.data.max_text_length

@@ -59,6 +59,7 @@ class VQA:
     """Answers to questions about an image, out of the list of the run or, with ``task.generative``, in own words."""
 
     num_images = 1
+    texts = "questions"
     run_files = {ANSWERS_NAME: "task.answers"}  # of a classifier
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data_prep.manifest import ManifestError, find_manifests, is_split
+from data_prep.manifest import CAPTIONS, ManifestError, find_manifests, is_split
 from model.batch import Batch
 from pipeline.config.options import Config, ConfigError, tokenizer_source, weighted_paths
 from pipeline.data.augmentation import describe
@@ -42,15 +42,19 @@ class TrainingData:
         return [len(one) if self.texts_per_image == 1 else one.manifest.samples for one in self.corpora]
 
 
-def open_training_data(config: Config, num_images: int = 1, agreement: Agreement | None = None) -> TrainingData:
+def open_training_data(
+    config: Config, num_images: int = 1, agreement: Agreement | None = None, texts: str = CAPTIONS
+) -> TrainingData:
     """Open everything once, corpora of ``num_images`` a sample, with all ranks of ``agreement`` (None: alone).
+
+    In a folder of corpora those are taken whose ``texts`` are these (``Manifest.texts``).
 
     Every rank must call it. Raises ValueError, on every rank the same, in one line for what does not fit.
     """
     agreement = agreement or Agreement()
     tokenizer = load_tokenizer(tokenizer_source(config.data))
     weighted = weighted_paths(config.data)
-    by_path, held_out = found_by_main(lambda: _find_splits(config, num_images), agreement)
+    by_path, held_out = found_by_main(lambda: _find_splits(config, num_images, texts), agreement)
     splits = [split for found in by_path for split in found]
     check_in_shares([*splits, *held_out], agreement)
     corpora, weights = [Corpus(*split) for split in splits], []
@@ -69,32 +73,35 @@ def open_training_data(config: Config, num_images: int = 1, agreement: Agreement
     return data
 
 
-def open_held_out(config: Config, num_images: int = 1, agreement: Agreement | None = None) -> list[Corpus]:
+def open_held_out(
+    config: Config, num_images: int = 1, agreement: Agreement | None = None, texts: str = CAPTIONS
+) -> list[Corpus]:
     """The corpora of ``data.eval_split``; paths without that split are passed over, half-written ones refused.
 
     Opened with all ranks of ``agreement`` (None: alone); every rank must call it.
     """
     agreement = agreement or Agreement()
-    found = found_by_main(lambda: _find_held_out(config, num_images), agreement)
+    found = found_by_main(lambda: _find_held_out(config, num_images, texts), agreement)
     check_in_shares(found, agreement)
     return [Corpus(*split) for split in found]
 
 
-def _find_splits(config: Config, num_images: int) -> tuple[list[list[Split]], list[Split]]:
+def _find_splits(config: Config, num_images: int, texts: str) -> tuple[list[list[Split]], list[Split]]:
     """The training splits of each path, and those held out; raises ValueError."""
-    by_path = [find_manifests(path, config.data.train_split, num_images) for path, _ in weighted_paths(config.data)]
+    paths, split = weighted_paths(config.data), config.data.train_split
+    by_path = [find_manifests(path, split, num_images, texts) for path, _ in paths]
     refuse_twice([folder for found in by_path for folder, _ in found])
-    return by_path, _find_held_out(config, num_images)
+    return by_path, _find_held_out(config, num_images, texts)
 
 
-def _find_held_out(config: Config, num_images: int) -> list[Split]:
+def _find_held_out(config: Config, num_images: int, texts: str) -> list[Split]:
     split = config.data.eval_split
     if split is None:
         return []
     found: list[Split] = []
     for path, _ in weighted_paths(config.data):
         try:
-            found += find_manifests(path, split, num_images)
+            found += find_manifests(path, split, num_images, texts)
         except ManifestError:
             if (path / split).exists() or not is_split(path) and any(path.glob(f"*/{split}")):
                 raise

@@ -43,7 +43,7 @@ from pipeline.scoring.subject import (
     use_files_of_run,
 )
 from pipeline.tasks.evaluation import BatchRecord, Outcome, run_passes
-from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Task
+from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Task, texts_of
 
 IDENTITY = "evaluation.json"  # what an evaluation is of, and how: the same for all processes that work on it
 
@@ -101,7 +101,7 @@ def set_up(request: Request, ranks: Ranks, store: Any = None, task: Task | None 
     use_files_of_run(subject, task)
     tokenizer = load_tokenizer(subject.tokenizer)
     found_by_main(lambda: refuse_other_training(subject, task, tokenizer), agreement)
-    corpora = open_held_out(config, task.num_images, agreement)
+    corpora = open_held_out(config, task.num_images, agreement, texts_of(task))
     if not corpora:
         raise ConfigError(
             f"no split {config.data.eval_split!r} in {', '.join(config.data.paths)}; give --data or --split"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from data_prep.manifest import CAPTIONS
 from model.batch import Batch
 from model.config import Vocabulary
 from model.decode.search import alone
@@ -113,6 +114,11 @@ class Task(Protocol):
         ranks: EvaluationRanks,
     ) -> list[EvaluationPass]:
         """The passes of an evaluation over the ``held_out`` corpora (at least one)."""
+
+
+def texts_of(task: Task) -> str:
+    """What the texts of a task are, by which a folder of corpora is searched: its ``texts``, or else captions."""
+    return getattr(task, "texts", CAPTIONS)
 
 
 class ForScorecards(Protocol):

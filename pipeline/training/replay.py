@@ -21,7 +21,7 @@ from pipeline.distributed.places import Place
 from pipeline.incidents.module_statistics import module_statistics
 from pipeline.incidents.records import IncidentError, read_incident
 from pipeline.loading.open_data import TrainingBatches, TrainingData, open_training_data
-from pipeline.tasks.task import Task
+from pipeline.tasks.task import Task, texts_of
 from pipeline.weights.starting import load_trained
 
 EXIT_REPRODUCED, EXIT_DIFFERENT = 0, 1
@@ -79,7 +79,7 @@ def load_replay(
     config.data.paths = list(data_paths or config.data.paths)
     config.data.eval_split, config.data.num_workers = None, 0
     config.train.steps, task = incident["step"] + 1, task_of(config)
-    data = open_training_data(config, task.num_images)
+    data = open_training_data(config, task.num_images, texts=texts_of(task))
     objective = task.build(config, data.tokenizer.vocabulary)
     load_trained(objective, config.model, weights_of)
     dtype = DTYPES[incident["topology"]["precision"]]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from data_prep.manifest import write_atomically
+from data_prep.manifest import CAPTIONS, write_atomically
 from model.census import Census, parameter_census
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
@@ -48,7 +48,7 @@ from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.reporting.trackers import check_trackers
-from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task
+from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
 
@@ -116,7 +116,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     """
     config, place, agreement = launch.config, ranks.place, ranks.agreement
     check_trackers(config.tracking.wandb)
-    opened = open_run(launch, task.num_images, ranks, task.fingerprint(config) if hasattr(task, "fingerprint") else {})
+    of_task = task.fingerprint(config) if hasattr(task, "fingerprint") else {}
+    opened = open_run(launch, task.num_images, ranks, of_task, texts_of(task))
     with build_device(ds_config, place):
         objective = task.build(config, opened.data.tokenizer.vocabulary)
     scores = task.scores(objective)
@@ -156,17 +157,21 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
 
 
 def open_run(
-    launch: Launch, num_images: int, ranks: Ranks, of_task: Mapping[str, Any] = MappingProxyType({})
+    launch: Launch,
+    num_images: int,
+    ranks: Ranks,
+    of_task: Mapping[str, Any] = MappingProxyType({}),
+    texts: str = CAPTIONS,
 ) -> Opened:
     """Open the data and find the checkpoint to go on from; every rank must call it.
 
-    ``of_task``: what of the task's own files decides what a step computes, by name.
+    ``of_task``: what of the task's own files decides what a step computes, by name; ``texts``: what its texts are.
 
     Raises:
         ValueError: data that is missing, a run of other settings, one that another process holds, one that is done.
     """
     config, output, is_main = launch.config, launch.output, ranks.place.is_main
-    data = open_training_data(config, num_images, ranks.agreement)
+    data = open_training_data(config, num_images, ranks.agreement, texts)
     settle_length(config, data)
     lock = _lock(output, ranks) if ranks.agreement.gather(output.is_dir())[0] else None
     torch.manual_seed(config.train.seed)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from data_prep.record import Record
+from data_prep.shard_writer import SplitWriter
 from data_prep.tokenizer import train_tokenizer
 from data_prep.vqa_answers import vocabulary_file
 from pipeline.config.options import Config, ConfigError
@@ -25,7 +26,7 @@ from pipeline.finetuning.vqa import AnswerLabels
 from pipeline.loading.open_data import open_held_out
 from pipeline.metrics.vqa import accuracy
 from pipeline.tasks.evaluation import evaluate
-from pipeline.tasks.task import EvaluationRanks
+from pipeline.tasks.task import EvaluationRanks, texts_of
 from tests.pipeline.data.test_reader import jpeg, write_split
 from tests.tiny_flm import tiny_config
 
@@ -262,3 +263,18 @@ def test_of_a_written_answer_only_the_answer_is_predicted(tmp_path: Path) -> Non
     parts = [targets[a:b] for a, b in zip([0, *(end + 1 for end in ends)], ends)]
     answers = [tokenizer.decode(part) for part in parts]
     assert all(answer in {"yes", "no", "2", "red", "purple"} for answer in answers) and len(answers) == 2
+
+
+def test_a_folder_of_corpora_is_searched_for_the_texts_of_the_task(tmp_path: Path) -> None:
+    """Questions are no captions: neither task trains on the other's corpus beside its own."""
+    config = config_of(tmp_path, "vqa", [vqa_record(number) for number in range(3)])
+    for split in ("train", "dev"):
+        with SplitWriter(tmp_path / "asked" / split, "asked", split, texts="questions") as writer:
+            writer.add(vqa_record(7))
+    found = {texts: [one.name for one in open_held_out(config, texts=texts)] for texts in ("captions", "questions")}
+    assert found == {"captions": ["toy"], "questions": ["asked"]}
+    assert [texts_of(task_of(Config(task=task_options(name)))) for name in ("vqa", "snli_ve", "captioning")] == [
+        "questions",
+        "hypotheses",
+        "captions",
+    ]

@@ -153,7 +153,7 @@ def test_a_submission_has_every_question_and_a_hole_is_named(
     assert evaluate.main([str(w) for w in [*words, "--data", broken / "asked"]]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: --submission: question_id 0") and "hole" in line
-    (card,) = (json.loads(path.read_text()) for path in tmp_path.glob("vqa-asked-dev-step_1*/scorecard.json"))
+    (card,) = (json.loads(path.read_text()) for path in tmp_path.glob("vqa-toy-dev-step_1*/scorecard.json"))
     assert card["unusable"]["items"] > 0 and card["unusable"]["named"][0][1]
 
 

@@ -317,6 +317,7 @@ def _submit(evaluation: Evaluation, outcome: Outcome) -> Path:
     try:
         content = task.submission(config, outcome.predictions, items)
     except ValueError as error:
+        scorecard.remove_submission(evaluation.folder)
         raise ConfigError(f"--submission: {error}") from error
     return scorecard.write_submission(evaluation.folder, content)
 

@@ -51,6 +51,12 @@ def write_submission(folder: Path, content: Any) -> Path:
     return path
 
 
+def remove_submission(folder: Path) -> None:
+    """Remove the file of an earlier evaluation, which is not of these predictions."""
+    for kind in ("json", "csv"):
+        (folder / f"{SUBMISSION}.{kind}").unlink(missing_ok=True)
+
+
 def samples_of(corpora: Sequence[Corpus], rows: Iterable[tuple[int, int]]) -> Iterator[RawSample]:
     """The samples of an evaluation without their images; raises ConfigError for one that can't be read."""
     for corpus, row in rows:

@@ -155,6 +155,7 @@ def test_a_submission_has_every_question_and_a_hole_is_named(
     assert line.startswith("error: --submission: question_id 0") and "hole" in line
     (card,) = (json.loads(path.read_text()) for path in tmp_path.glob("vqa-toy-dev-step_1*/scorecard.json"))
     assert card["unusable"]["items"] > 0 and card["unusable"]["named"][0][1]
+    assert not (folder / "submission.json").exists(), "the earlier one is not of these predictions"
 
 
 def test_looking_at_a_test_split_again_is_said(runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 With several GPUs, or nodes, the same by a launcher; the ranks share the items, and the scorecard is the same:
 
     deepspeed --module pipeline.evaluate --run RUN ...
-    torchrun --nproc-per-node 2 -m pipeline.evaluate --run RUN ...
+    torchrun --nproc-per-node 2 -m pipeline.evaluate --run-folder RUN ...
     mpirun -n 2 python -m pipeline.evaluate --run RUN ...
     srun python -m pipeline.evaluate --run RUN ...
 
@@ -155,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subject = "run folder, one of its checkpoint folders, or an imported model"
-    parser.add_argument("--run", type=Path, required=True, help=subject)
+    run = ("--run", "--run-folder")  # torchrun takes --run for its own --run-path, whatever stands before it
+    parser.add_argument(*run, dest="run", type=Path, required=True, metavar="RUN", help=subject)
     parser.add_argument("--task", metavar="NAME", help="what to score it at (default: what it was trained for)")
     parser.add_argument("--data", nargs="+", metavar="DIR", help="data to evaluate on (default: the run's)")
     parser.add_argument("--split", help="split to evaluate on (default: the run's data.eval_split)")

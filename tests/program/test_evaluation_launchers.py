@@ -38,8 +38,11 @@ def test_two_ranks_of_a_real_launcher(runs: Path, tmp_path: Path, name: str) -> 
     launcher = LAUNCHERS[name]
     if shutil.which(launcher[0], path=environment["PATH"]) is None:
         pytest.skip(f"{launcher[0]} is not installed")
+    words = options(runs, "run", tmp_path / "two")
+    if name == "torchrun":  # it takes --run for its own --run-path
+        words = ["--run-folder" if word == "--run" else word for word in words]
     done = subprocess.run(
-        [*launcher, *options(runs, "run", tmp_path / "two")],
+        [*launcher, *words],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

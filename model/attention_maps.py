@@ -69,14 +69,15 @@ def _by_word(probabilities: Tensor, cells: tuple[Tensor, Tensor], plan: TextPlan
 def text_attention_map(words: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mean over the words of each text, `<s>` and `</s>` left out, fp32 [R, P], of ``words`` [R, T, P].
 
-    A text without words, or without states of them, gets the mean over all states that it has.
+    A text without words, or without states of them, gets the mean over all states that it has; without any it gets 0.
     """
     found = []
     for row, length in zip(words, lengths, strict=True):
         states = row[row.sum(1) > 0]
         inner = row[1 : length - 1]
         inner = inner[inner.sum(1) > 0]
-        found.append((inner if len(inner) else states).mean(0))
+        counted = inner if len(inner) else states
+        found.append(counted.sum(0) / max(len(counted), 1))
     return torch.stack(found)
 
 

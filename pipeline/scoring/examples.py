@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -144,6 +145,8 @@ class _Show:
             planner = getattr(self.objective, "reading_planner", self.preparation.planner)
             return [Row(example.token_ids, 0, 0, "read", sample.key)], planner
         rows = maker.rows(sample, 0, None)
+        if getattr(self.config.task, "generative", False):
+            rows = [_question(row) for row in rows]
         return (rows, self.preparation.planner) if all(len(row.token_ids) > 1 for row in rows) else None
 
     def _draw(
@@ -173,6 +176,12 @@ class _Show:
 
     def _is_word(self, token: int) -> bool:
         return token < self.preparation.maker.tokenizer.vocabulary.size
+
+
+def _question(row: Row) -> Row:
+    """A question without the answer after it, whose states are computed because its end is predicted."""
+    asked = row.token_ids[: -1 if row.target is None else row.target]
+    return dataclasses.replace(row, token_ids=[*asked, row.token_ids[-1]], role="pair", target=len(asked))
 
 
 def _small(grid: Tensor) -> dict[str, Any]:

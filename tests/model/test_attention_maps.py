@@ -46,15 +46,21 @@ def test_attention_of_words_equals_the_definition(options: dict) -> None:
     """Two images a sample, rows of other lengths about any of them, several rows about one."""
     objective = tiny_flm(**options)
     net, pictures = objective.net, images(4).view(2, 2, 3, 32, 32)
+    net.type_embedding = nn.Embedding(3, 32)  # two images a sample
     texts, about = [caption(4, 1), caption(9, 2), caption(1, 3), caption(6, 4)], [3, 0, 3, 2]
     rows = [Row(ids, image, number, "read") for number, (ids, image) in enumerate(zip(texts, about))]
     batch = objective.planner(pictures, rows)
-    tokens = net.image_projection(net.vision(pictures.flatten(0, 1))) + net.type_embedding.weight[1]
+    tokens = net.image_projection(net.vision(pictures.flatten(0, 1)))
+    tokens = tokens + net.type_embedding.weight[[1, 2, 1, 2], None]
     found, last = word_attention(net, batch), word_attention(net, batch, last=1)
     assert found.shape == (*batch.plan.text.shape, tokens.shape[1]) and found.dtype == torch.float32
     for number, (ids, image) in enumerate(zip(texts, about)):
         length = len(ids)
         left = [list(range(i + 1)) for i in range(length)]
+        right = [list(range(i, length)) for i in range(length)]
+        if "behaviour" in options:  # released: `<s>` sees all and is seen by none
+            left = [list(range(length)), *(list(range(1, i + 1)) for i in range(1, length))]
+            right[0] = list(range(length))
         if options["name"] == "mlm":
             left = [list(range(length))] * length
         if options["name"] == "prefixlm":
@@ -62,7 +68,6 @@ def test_attention_of_words_equals_the_definition(options: dict) -> None:
             left = [list(range(max(i + 1, prefix if i < prefix else 0))) for i in range(length)]
         streams = [plain_stream(net, ids, tokens[image], left, net.type_embedding.weight[0])]
         if options["name"] == "flm":
-            right = [list(range(i, length)) for i in range(length)]
             streams.append(plain_stream(net, ids, tokens[image], right, net.stream_embedding.weight[0]))
         expected = torch.stack(streams).mean(0)  # [L, T, P]
         words = slice(1, length - 1)
@@ -127,11 +132,11 @@ def test_what_has_no_attention_says_so() -> None:
 
 
 def test_a_text_without_words_has_the_map_of_its_states() -> None:
-    words = torch.zeros(2, 3, 4)
+    words = torch.zeros(3, 3, 4)
     words[0, 0], words[0, 1] = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 0]])
     words[1, 1] = torch.tensor([0, 0.5, 0.5, 0])
-    found = text_attention_map(words, [2, 3])
-    assert found.tolist() == [[0.5, 0, 0.5, 0], [0, 0.5, 0.5, 0]]
+    found = text_attention_map(words, [2, 3, 3])
+    assert found.tolist() == [[0.5, 0, 0.5, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 0]]
 
 
 def test_on_grid_leaves_out_tokens_that_stand_nowhere() -> None:

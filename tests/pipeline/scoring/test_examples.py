@@ -14,6 +14,8 @@ from PIL import Image
 
 from data_prep.tokenizer import train_tokenizer
 from model.attention_maps import text_attention_map, word_attention
+from model.batch import Row
+from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import load_tokenizer
@@ -119,6 +121,56 @@ def test_retrieval_shows_the_best_caption_and_the_own_ones(tmp_path: Path) -> No
         assert one["prediction"] == best and one["right"] == (best in captions(number))
         assert one["truth"] == list(captions(number)) and one["images"][0]["attention"]["height"] == 4
     assert found["recall"]["k"] == [1, 2, 3, 5] and len(found["recall"]["text to image"]) == 4
+
+
+def test_captions_show_each_word_as_the_model_saw_the_image_when_it_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no Java
+    write_gallery(tmp_path / "toy" / "dev", 5)
+    train_tokenizer([tmp_path / "toy" / "dev"], tmp_path / "tokenizer", 300)
+    words = ["--recipe", "flm_tiny", "--data", str(tmp_path), "--task.name", "captioning", "--task.max_tokens", "6"]
+    config = parse_command_line([*words, "--output", "run", "--train.eval_samples", "null"]).config
+    parts = objective, preparation, corpora, rows, predictions = evaluation(config)
+    found = written(tmp_path, config, parts, shown=4)
+    tokenizer = preparation.maker.tokenizer
+    for one in found["examples"]:
+        (prediction,) = [p for p in predictions if p["key"] == one["key"]]
+        assert (one["prediction"], one["truth"], one["right"]) == (
+            prediction["caption"],
+            prediction["references"],
+            None,
+        )
+        ids = tokenizer.encode(prediction["caption"], config.data.max_text_length)
+        pieces = [(place, tokenizer.decode([token])) for place, token in enumerate(ids[1:-1])]
+        pieces = [(place, piece) for place, piece in pieces if piece]  # not that of a blank
+        assert [word["word"] for word in one["words"]] == [piece for _, piece in pieces]
+        sample = corpora[0].read(rows[prediction["position"]][1])
+        transform = clip_transform(config.model.vision.image_size, config.data.fast_decode)
+        pixels = transform(decode_image(sample.images[0]))[None, None]
+        attention = word_attention(objective.net, objective.planner(0)(pixels, [Row(ids, 0, 0, "pair")]))[0, :, 1:]
+        for (place, _), word in zip(pieces, one["words"], strict=True):
+            scaled = attention[place].view(4, 4) / attention[place].max() * 255
+            np.testing.assert_allclose(values_of(word["attention"]), scaled, atol=0.5)
+    assert any(one["words"] for one in found["examples"])
+
+
+def test_of_a_written_answer_the_attention_of_the_question_is_drawn(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "vqa", [vqa_record(number) for number in range(5)])
+    config.task.generative, config.task.max_answer_tokens = True, 4
+    parts = objective, preparation, corpora, rows, predictions = evaluation(config)
+    found = written(tmp_path, config, parts, shown=4)
+    tokenizer = preparation.maker.tokenizer
+    for one in found["examples"]:
+        ids = tokenizer.encode(one["text"], config.data.max_text_length)
+        prediction = next(p for p in predictions if (p["key"], p["question"]) == (one["key"], one["text"]))
+        assert one["prediction"] == prediction["answer"]
+        sample = corpora[0].read(rows[prediction["position"]][1])
+        pixels = clip_transform(32, config.data.fast_decode)(decode_image(sample.images[0]))[None, None]
+        batch = objective.planner(len(ids) - 2)(pixels, [Row(ids, 0, 0, "pair")])
+        attended = text_attention_map(word_attention(objective.net, batch), [len(ids)])[0, 1:]
+        shown = values_of(one["images"][0]["attention"])
+        np.testing.assert_allclose(shown, attended.view(2, 2) / attended.max() * 255, atol=0.5)
 
 
 def test_what_cannot_be_shown_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

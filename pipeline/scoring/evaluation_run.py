@@ -72,6 +72,11 @@ class Evaluation:
     def num_items(self) -> int:
         return len(self.passes[0].batches.dataset)
 
+    @property
+    def num_to_do(self) -> int:
+        """Items of all passes: images to caption, and then captions to read, for instance."""
+        return sum(len(one.batches.dataset) for one in self.passes)
+
     def failure(self, error: BaseException) -> BaseException | None:
         """What went wrong in loading, if ``error`` comes from there."""
         return next(filter(None, (one.batches.failure(error) for one in self.passes)), None)
@@ -153,7 +158,7 @@ def _open_folder(evaluation: Evaluation, tokenizer: TextTokenizer) -> Path:
 def _say_where_it_goes_on(evaluation: Evaluation, folder: Path, torn: int) -> None:
     found = sum(len(record.positions) for records in evaluation.finished.values() for record in records)
     if found:
-        total = evaluation.num_items * len(evaluation.passes)
+        total = evaluation.num_to_do
         cut = f"; {torn} lines were cut off" if torn else ""
         evaluation.ranks.say(f"{folder.name} goes on: {found:,} of {total:,} items are done{cut}", error=True)
     if evaluation.tests_before:
@@ -232,7 +237,7 @@ class _Course:
         if evaluation.ranks.place.is_main:
             evaluation.board.advance(start)
         is_main = evaluation.ranks.place.is_main
-        self._progress = Progress(evaluation.num_items * len(evaluation.passes), start, unit="item", enabled=is_main)
+        self._progress = Progress(evaluation.num_to_do, start, unit="item", enabled=is_main)
 
     def finished(self, number: int) -> list[BatchRecord]:
         return list(self._evaluation.finished.get(number, ()))

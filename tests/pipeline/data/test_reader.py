@@ -90,9 +90,8 @@ def test_rows_come_back_as_written(tmp_path):
     assert len(corpus) == 30 and corpus.num_images == 1 and len(corpus.manifest.shards) == 3
     for index in (29, 0, 13, 14, 28):
         record, caption = rows[index // 3], rows[index // 3].captions[index % 3]
-        expected = RawSample(
-            record.key, list(record.images), caption, {"number": index // 3, "captions": [*record.captions]}
-        )
+        meta = {"number": index // 3, "captions": [*record.captions]}
+        expected = RawSample(record.key, list(record.images), caption, meta, index % 3)
         assert corpus.read(index) == expected
         assert corpus.read_text(index) == caption
     with pytest.raises(IndexError):

@@ -16,8 +16,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = ["-m", "pipeline.evaluate"]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", *MODULE],
-    "mpirun": ["mpirun", "-n", "2", sys.executable, *MODULE],
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", "pipeline.evaluate"],
     "deepspeed by path": ["deepspeed", "--num_gpus", "2", str(REPOSITORY / "pipeline" / "evaluate.py")],
 }
 

@@ -57,7 +57,7 @@ def scorecard(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("negatives", ["corpus_hard", "in_batch"])
+@pytest.mark.parametrize("negatives", ["in_batch"])
 def test_ranks_and_stages_agree(tmp_path: Path, data: Path, negatives: str) -> None:
     """Seven images in batches of four: one rank has a batch of three, or at the end none."""
     words = ["--task.negatives", negatives, "--task.num_negatives", "3", "--optim.micro_batch_size", "4"]

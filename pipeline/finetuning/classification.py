@@ -65,6 +65,32 @@ def entry(sample: RawSample, name: str, optional: bool = False) -> Any:
     return values[sample.number]
 
 
+def text_preparation(
+    config: Config,
+    objective: nn.Module,
+    tokenizer: TextTokenizer,
+    num_images: int,
+    label: Callable[[RawSample], Label],
+) -> Preparation:
+    """How samples of a text and its images become a batch of a ``Classification``."""
+    maker = TextRows(tokenizer, config.data.max_text_length, num_images, label)
+    return Preparation(maker, objective.planner, config.model.vision.image_size)
+
+
+def named_label(sample: RawSample, classes: Mapping[str, int], note: dict[str, Any]) -> Label:
+    """Target and note of a text whose metadata list "label" names one of ``classes``; a test split has no such list.
+
+    Raises:
+        ValueError: the label is none of them.
+    """
+    label = entry(sample, "label", optional=True)
+    if label is None:
+        return None, note
+    if label not in list(classes):  # in a list, for what can't be hashed
+        raise ValueError(f"label is none of {', '.join(classes)}")
+    return classes[label], note | {"label": label}
+
+
 def classification_pass(
     config: Config,
     preparation: Preparation,

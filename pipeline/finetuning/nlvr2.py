@@ -12,7 +12,7 @@ from model.config import Vocabulary
 from pipeline.config.options import Config
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.finetuning.classification import Label, TextRows, classification_pass, entry, judged
+from pipeline.finetuning.classification import Label, classification_pass, entry, judged, named_label, text_preparation
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics.consistency import consistency
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Prediction, Score
@@ -30,8 +30,7 @@ class NLVR2:
         return build_classification(config.model, config.objective, vocabulary, length, "nlvr2", len(LABELS), images)
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
-        maker = TextRows(tokenizer, config.data.max_text_length, self.num_images, _label)
-        return Preparation(maker, objective.planner, config.model.vision.image_size)
+        return text_preparation(config, objective, tokenizer, self.num_images, _label)
 
     def scores(self, objective: nn.Module) -> tuple[Score, ...]:
         return Score("accuracy", True), Score("loss", False), Score("consistency", True)
@@ -54,11 +53,7 @@ class NLVR2:
 
 
 def _label(sample: RawSample) -> Label:
-    label = entry(sample, "label", optional=True)
-    if label is not None and label not in LABELS:
-        raise ValueError("label neither True nor False")
-    note = {"identifier": entry(sample, "identifier"), "sentence": sample.text}
-    return (None, note) if label is None else (LABELS[label], note | {"label": label})
+    return named_label(sample, LABELS, {"identifier": entry(sample, "identifier"), "sentence": sample.text})
 
 
 def _judge(logits: Tensor, number: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipeline.config.options import Config, ConfigError, weighted_paths
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.finetuning import written_answers as written
-from pipeline.finetuning.classification import Label, TextRows, classification_pass, entry
+from pipeline.finetuning.classification import Label, classification_pass, entry, text_preparation
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics import vqa as metrics
 from pipeline.metrics.submissions import vqa_submission
@@ -75,8 +75,7 @@ class VQA:
             return written.preparation(config, objective, tokenizer, about)
         classes = {answer: number for number, answer in enumerate(read_vocabulary(answers_file(config)))}
         labels = AnswerLabels(classes, normalised=config.model.behaviour == "default")
-        maker = TextRows(tokenizer, config.data.max_text_length, self.num_images, labels)
-        return Preparation(maker, objective.planner, config.model.vision.image_size)
+        return text_preparation(config, objective, tokenizer, self.num_images, labels)
 
     def scores(self, objective: nn.Module) -> tuple[Score, ...]:
         return Score("vqa_accuracy", True), Score("loss", False)

@@ -154,13 +154,16 @@ class TrainDataset:
             corpus, index, epoch = int(corpora[slot]), int(indices[slot]), int(epochs[slot])
             seed, near = sample_seed(self.seed, epoch, corpus, index), self.order.read_together(corpus, index)
             if self.rows is not None:
-                first = self.rows[corpus]
-                end = near is not None and near.stop < len(first) and int(first[near.stop])
-                near = near and range(int(first[near.start]), end or len(self.reader.corpora[corpus]))
-                index = int(first[index])
+                near = None if near is None else self._rows_of_images(corpus, near)
+                index = int(self.rows[corpus][index])
             started(corpus, index)
             items[slot] = self.reader.item(corpus, index, seed, out[slot], near=near, num_texts=self.num_texts)
         return items
+
+    def _rows_of_images(self, corpus: int, images: range) -> range:
+        """All rows of a range of images, of which there is at least one."""
+        starts = [*self.rows[corpus][images.start : images.stop + 1].tolist(), len(self.reader.corpora[corpus])]
+        return range(starts[0], starts[len(images)])
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,20 @@ def texts_of(task: Task) -> str:
     return getattr(task, "texts", CAPTIONS)
 
 
-class ForScorecards(Protocol):
-    """What a task may have besides for ``python -m pipeline.evaluate``, each by itself. All run on rank 0 only."""
+class TaskExtras(Protocol):
+    """What a task may have besides, each by itself; ``protocol`` and ``submission`` run on rank 0 only."""
+
+    texts: str
+    """What the texts of its corpora are (``texts_of``)."""
 
     run_files: Mapping[str, str]
     """Files beside the checkpoints of a run that belong to its model, and the options that name them, such as
-    {"answers.json": "task.answers"}. Where RUN has the file, an evaluation sets the option to it."""
+    {"answers.json": "task.answers"}. A run copies what the option names when it starts; where RUN has the file, an
+    evaluation sets the option to it."""
+
+    def fingerprint(self, config: Config) -> dict[str, Any]:
+        """What of the task's own files decides what a step computes, by name: a run goes on, and is evaluated, with
+        the same only. Every rank computes it."""
 
     def protocol(self, config: Config) -> dict[str, Any]:
         """How the numbers are made, for those who compare them: names and values that JSON holds, for the scorecard.

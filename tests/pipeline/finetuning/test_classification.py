@@ -187,9 +187,9 @@ def test_snli_ve_has_the_labels_of_the_specification(tmp_path: Path) -> None:
     [
         ("vqa", {"answers": [["a"] * 10]}, "no question id"),
         ("vqa", {"question_id": 5}, "no question id"),
-        ("nlvr2", {"label": ["true"], "identifier": ["dev-0-0-0"]}, "label neither True nor False"),
-        ("nlvr2", {"label": [True], "identifier": ["dev-0-0-0"]}, "label neither True nor False"),
-        ("snli_ve", {"label": ["-"], "pair_id": ["1"]}, "unknown label"),
+        ("nlvr2", {"label": ["true"], "identifier": ["dev-0-0-0"]}, "label is none of False, True"),
+        ("nlvr2", {"label": [True], "identifier": ["dev-0-0-0"]}, "label is none of False, True"),
+        ("snli_ve", {"label": ["-"], "pair_id": ["1"]}, "label is none of contradiction, neutral, entailment"),
         ("snli_ve", {"label": [], "pair_id": ["1"]}, "no label"),
     ],
 )

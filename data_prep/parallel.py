@@ -8,12 +8,15 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from data_prep.held_signals import held_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_MOMENT_SECONDS = 0.1
 
 
 def ordered_map(
@@ -29,19 +32,29 @@ def ordered_map(
     chunks = _chunks(items, chunk_size)
     # spawn, not fork: the parent may hold threads (pyarrow), and a forked copy of a locked lock never opens.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    with held_signals():
+        executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
     try:
         pending: deque = deque()
         for chunk in chunks:
-            pending.append(executor.submit(_run_chunk, function, chunk))
+            with held_signals():
+                pending.append(executor.submit(_run_chunk, function, chunk))
             if len(pending) >= 3 * workers:
-                yield from pending.popleft().result()
+                yield from _result(pending.popleft())
         while pending:
-            yield from pending.popleft().result()
+            yield from _result(pending.popleft())
     except BrokenProcessPool as error:
         raise ChildProcessError("a worker process died (out of memory?); give fewer --workers") from error
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        with held_signals():
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future) -> Any:
+    while True:
+        with held_signals():  # for a moment each time: an interrupt must not wait for the result
+            if wait([future], _MOMENT_SECONDS).done:
+                return future.result()
 
 
 def default_workers() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _turn(item: pytest.Item) -> tuple[bool, float]:
     mark = item.get_closest_marker("slow")
     return mark is not None, -mark.args[0] if mark and mark.args else 0.0
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    """A test that leaves this process elsewhere, or deaf to signals, fails itself instead of tests that follow it."""
+    before = _place_and_handlers()
+    yield
+    assert _place_and_handlers() == before, "the test changed the working folder or a signal's handler"
+
+
+def _place_and_handlers() -> tuple[str, ...]:
+    return os.getcwd(), *(str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))

@@ -67,7 +67,17 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("build",),
     },
     "data_prep": {
-        "splits": ("filters", "images", "manifest", "parallel", "prepare", "record", "shard_table", "shard_writer"),
+        "splits": (
+            "filters",
+            "held_signals",
+            "images",
+            "manifest",
+            "parallel",
+            "prepare",
+            "record",
+            "shard_table",
+            "shard_writer",
+        ),
         "all": (
             *("__main__", "annotation_verbs", "bounded_download", "bounded_http", "drawing", "fetch", "info"),
             *("lean_imports", "overlap", "program", "scenes", "sources", "synth", "tables", "tokenizer"),

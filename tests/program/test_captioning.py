@@ -42,7 +42,9 @@ def logged(run: Path, kind: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_pretrained_fine_tuned_scored_and_rewarded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_pretrained_fine_tuned_scored_and_rewarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """The captioner starts from FLM's weights without its reconstructor; its captions end at different words on two
     ranks, and all come to an end; the run's own scores are those of ``pipeline.evaluate``."""
     for split in ("train", "dev"):
@@ -71,7 +73,7 @@ def test_pretrained_fine_tuned_scored_and_rewarded(tmp_path: Path, capsys: pytes
     last = logged(run, "eval")[-1]
     assert {"cider_d", "loss", "cider_d_wrong_image", "caption_accuracy"} <= set(last) and last["captions"] == 7
 
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert evaluate(["--run", "run", "--samples", "7"]) == 0
     [card] = (run / "evaluations").glob("captioning-*/scorecard.json")
     found = json.loads(card.read_text())

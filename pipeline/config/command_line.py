@@ -151,17 +151,30 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # written by the deepspeed launcher
     for section, hint in get_type_hints(Config).items():
         parser.add_class_arguments(hint, section)
-        for name, cls in CHOICES.get(hint, {}).items():
-            own = {item.name for item in fields(cls)} - {item.name for item in fields(hint)}
-            if own:
-                group = parser.add_argument_group(f"Options of {section}.name {name}")
-                group.add_class_arguments(cls, section, as_group=False, skip={item.name for item in fields(hint)})
+        for names, options in _options_of_choices(hint).items():
+            cls = CHOICES[hint][names[0]]
+            group = parser.add_argument_group(f"Options of {section}.name {', '.join(names)}")
+            others = {item.name for item in fields(cls)} - options
+            group.add_class_arguments(cls, section, as_group=False, skip=others)
     for action in parser._actions:
         if action.metavar == "CONFIG":
             action.help = SUPPRESS
         if "--data" in action.option_strings:
             action.metavar, action.help = "DIR [DIR ...]", "folders of prepared data, DIR or DIR:WEIGHT (data.paths)"
     return parser
+
+
+def _options_of_choices(base: type) -> dict[tuple[str, ...], set[str]]:
+    """Options that only some objectives, or some tasks, have, by the names of those."""
+    owners: dict[str, tuple[str, ...]] = {}
+    for name, cls in CHOICES.get(base, {}).items():
+        for item in fields(cls):
+            owners[item.name] = (*owners.get(item.name, ()), name)
+    result: dict[tuple[str, ...], set[str]] = {}
+    for option, names in owners.items():
+        if option not in {item.name for item in fields(base)}:
+            result.setdefault(names, set()).add(option)
+    return result
 
 
 def _parse(parser: ArgumentParser, given: list[str] | dict[str, Any], where: str) -> dict[str, Any]:

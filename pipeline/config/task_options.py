@@ -39,7 +39,18 @@ class PretrainingOptions(TaskOptions):
 
 
 @dataclass
-class VQAOptions(TaskOptions):
+class TextsOfImagesOptions(TaskOptions):
+    """What the tasks share that judge a text about its images.
+
+    Args:
+        images: what is scored: each text with its own images, as controls with another sample's or with black ones.
+    """
+
+    images: Literal["own", "shuffled", "hidden"] = scoring("own")
+
+
+@dataclass
+class VQAOptions(TextsOfImagesOptions):
     """Options of vqa: questions about images, answers out of a list.
 
     Args:
@@ -56,15 +67,15 @@ class VQAOptions(TaskOptions):
 
 
 @dataclass
-class NLVR2Options(TaskOptions):
-    """Options of nlvr2, true or false statements about two images: none."""
+class NLVR2Options(TextsOfImagesOptions):
+    """Options of nlvr2, true or false statements about two images."""
 
     name: Literal["nlvr2"] = "nlvr2"
 
 
 @dataclass
-class SNLIVEOptions(TaskOptions):
-    """Options of snli_ve, whether an image entails a hypothesis: none."""
+class SNLIVEOptions(TextsOfImagesOptions):
+    """Options of snli_ve, whether an image entails a hypothesis."""
 
     name: Literal["snli_ve"] = "snli_ve"
 

@@ -106,7 +106,7 @@ def classification_pass(
     """
     maker = preparation.maker
     return EvaluationPass(
-        eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin),
+        eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin, config.task.images),
         placeholder_batch(preparation, maker.num_images),
         partial(_measure, judge),
         ("loss", "targets"),

@@ -101,7 +101,7 @@ def passes(
     maker = preparation.maker
     return [
         EvaluationPass(
-            eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin),
+            eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin, config.task.images),
             placeholder_batch(preparation),
             partial(_measure, maker, ranks.all_agree),
             ("caption_loss", "targets"),

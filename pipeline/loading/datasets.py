@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,7 @@ from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.transforms import ClipTransform, UnusableSample, decode_image
 from pipeline.loading.collate import Item
 
+EvalImages = Literal["own", "shuffled", "hidden"]
 Started = Callable[[int, int], None]  # is told corpus and row of the sample that is read next
 
 
@@ -85,12 +86,13 @@ class SampleReader:
         image_index: int | None = None,
         near: range | None = None,
         num_texts: int = 1,
+        hide_images: bool = False,
     ) -> Item:
         """Row ``index`` of a corpus; its images, or those of row ``image_index``, are written into ``out``.
 
-        ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder. Where ``near`` names
-        rows that are read together, other texts are theirs. With ``num_texts`` above 1 the item has up to so many of
-        the texts of the row's images.
+        ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder, and
+        ``hide_images`` leaves it black. Where ``near`` names rows that are read together, other texts are theirs. With
+        ``num_texts`` above 1 the item has up to so many of the texts of the row's images.
         """
         read = self.corpora[corpus]
         numbers = near if near is not None and len(near) > 1 else range(len(read))
@@ -102,6 +104,9 @@ class SampleReader:
                 rows = self.maker.rows(sample, seed, others)
             else:
                 rows = self._rows_of_texts(sample, seed, others, num_texts)
+            if hide_images:
+                out.zero_()
+                encoded = []
             for slot, data in enumerate(encoded):
                 image = decode_image(data, self.max_pixels, sample.key, self.draft_size)
                 if self.augment is not None:
@@ -170,15 +175,15 @@ class TrainDataset:
 class EvalDataset:
     """Positions of a fixed, evenly spaced choice of ``max_samples`` rows (null: all) to items, seeded as in epoch 0.
 
-    ``shuffle_images`` pairs each text with the image half the corpus's choice away: nobody keeps the own image, and the
-    other captions of an image, which stand beside it, do not either. ``per_image`` chooses from images, not from texts,
-    and takes the first text of each.
+    Where ``images`` is "shuffled", each text is paired with the image half the corpus's choice away: nobody keeps the
+    own image, and the other captions of an image, which stand beside it, do not either. "hidden" images are black.
+    ``per_image`` chooses from images, not from texts, and takes the first text of each.
     """
 
     reader: SampleReader
     seed: int
     max_samples: int | None = None
-    shuffle_images: bool = False
+    images: EvalImages = "own"
     per_image: bool = False
     _chosen: list[np.ndarray] = field(init=False)  # per corpus, row numbers
 
@@ -193,7 +198,7 @@ class EvalDataset:
         numbers = np.arange(count) * total // count
         split = np.split(numbers, np.searchsorted(numbers, ends[:-1]))
         chosen = [rows[part - (end - len(rows))] for part, end, rows in zip(split, ends, rows_of)]
-        if self.shuffle_images and any(len(part) == 1 for part in chosen):
+        if self.images == "shuffled" and any(len(part) == 1 for part in chosen):
             raise ValueError("one sample of a corpus to evaluate: shuffled images need at least 2 of each")
         object.__setattr__(self, "_chosen", chosen)
 
@@ -216,5 +221,6 @@ class EvalDataset:
         part = self._chosen[corpus]
         index = int(part[position])
         started(corpus, index)
-        image_index = int(part[(position + len(part) // 2) % len(part)]) if self.shuffle_images else None
-        return self.reader.item(corpus, index, sample_seed(self.seed, 0, corpus, index), out, image_index)
+        image_index = int(part[(position + len(part) // 2) % len(part)]) if self.images == "shuffled" else None
+        seed, hide_images = sample_seed(self.seed, 0, corpus, index), self.images == "hidden"
+        return self.reader.item(corpus, index, seed, out, image_index, hide_images=hide_images)

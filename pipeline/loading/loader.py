@@ -24,7 +24,7 @@ from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import DEFAULT_MAX_PIXELS, clip_transform, draft_size
 from pipeline.distributed.endings import EXIT_MEND, EXIT_REQUEUE, MachineFailure, host_name
 from pipeline.loading.collate import collate
-from pipeline.loading.datasets import EvalDataset, Preparation, SampleReader, TrainDataset
+from pipeline.loading.datasets import EvalDataset, EvalImages, Preparation, SampleReader, TrainDataset
 from pipeline.loading.shared_batches import ImagePool, SharedBatch, SlotSampler
 from pipeline.loading.worker_positions import WorkerPositions
 
@@ -312,7 +312,7 @@ def build_eval_loader(
     seed: int,
     options: LoaderOptions,
     max_samples: int | None = None,
-    shuffle_images: bool = False,
+    images: EvalImages = "own",
     per_image: bool = False,
 ) -> BatchLoader:
     """Every chosen sample exactly once over all ranks; batch k belongs to rank k mod world, the last may be smaller.
@@ -320,7 +320,7 @@ def build_eval_loader(
     Ranks may get different numbers of batches, also none: see ``BatchLoader.most_batches``.
     """
     reader = _reader(corpora, preparation, options)
-    dataset = EvalDataset(reader, seed, max_samples, shuffle_images, per_image)
+    dataset = EvalDataset(reader, seed, max_samples, images, per_image)
     starts = range(0, len(dataset), batch_size)
     batches = EvalBatches(tuple(range(start, min(start + batch_size, len(dataset))) for start in starts), rank, world)
     return BatchLoader(dataset, batches, preparation.planner, options, persistent=True)

@@ -19,7 +19,7 @@ from pipeline.data.transforms import TRANSFORM_VERSION
 from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
-from pipeline.loading.datasets import Preparation
+from pipeline.loading.datasets import EvalImages, Preparation
 from pipeline.loading.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
 from pipeline.loading.shared_opening import Split, check_in_shares, found_by_main
 
@@ -198,10 +198,10 @@ def eval_loader(
     preparation: Preparation,
     place: Place,
     pin: bool,
-    shuffle_images: bool = False,
+    images: EvalImages = "own",
     per_image: bool = False,
 ) -> BatchLoader:
-    """Each held-out text, or image, once over all ranks; texts with their own image or with another sample's."""
+    """Each held-out text, or image, once over all ranks; by default with its own images."""
     options = loader_options(config, pin)
     return build_eval_loader(
         corpora,
@@ -212,7 +212,7 @@ def eval_loader(
         seed=config.train.seed,
         options=replace(options, num_workers=min(options.num_workers, MAX_EVAL_WORKERS)),
         max_samples=config.train.eval_samples,
-        shuffle_images=shuffle_images,
+        images=images,
         per_image=per_image,
     )
 

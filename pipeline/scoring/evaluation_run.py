@@ -205,13 +205,13 @@ def _images(config: Config) -> dict[str, Any]:
 
 
 def _name(evaluation: Evaluation, identity: Mapping[str, Any]) -> str:
-    """TASK-CORPUS-SPLIT[-step_N][-DECODING]."""
+    """TASK-CORPUS-SPLIT[-step_N][-DECODING][-IMAGES]."""
     names = list(dict.fromkeys(corpus.name for corpus in evaluation.corpora))
     corpora = "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}_more"
     step = evaluation.subject.step
     parts = [identity["task"], corpora, identity["split"], *([] if step is None else [f"step_{step}"])]
-    decoding = identity["protocol"].get("decoding")
-    return "-".join([*parts, decoding["name"]] if decoding else parts)
+    decoding, images = identity["protocol"].get("decoding"), identity["options"].get("images", "own")
+    return "-".join([*parts, *([decoding["name"]] if decoding else []), *([] if images == "own" else [images])])
 
 
 def _read_identity(folder: Path) -> Any:

@@ -59,12 +59,12 @@ class Pretraining:
         of_language = {name: weight for name, weight in weights.items() if name not in classes}
         return [
             held_out_pass(
-                eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin, bool(name)),
+                eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin, images),
                 placeholder,
                 kept,
                 name,
             )
-            for name, kept in (("", weights), (SHUFFLED, of_language))
+            for name, images, kept in (("", "own", weights), (SHUFFLED, "shuffled", of_language))
         ]
 
 

@@ -346,3 +346,14 @@ def test_an_address_is_no_folder() -> None:
 def test_plain_values_only() -> None:
     config = parse_command_line(["--optim.batch_size", "8"]).config
     assert type(to_plain(config)["optim"]["batch_size"]) is int
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve"])
+def test_an_option_that_several_tasks_have_is_of_each(task: str) -> None:
+    launch = parse_command_line(["--task.name", task, "--task.images", "hidden"])
+    assert (launch.config.task.name, launch.config.task.images) == (task, "hidden")
+
+
+def test_an_option_of_several_tasks_is_refused_for_another() -> None:
+    with pytest.raises(ConfigError, match=r"task captioning has no images \(an option of vqa, nlvr2, snli_ve\)"):
+        parse_command_line(["--task.name", "captioning", "--task.images", "hidden"])

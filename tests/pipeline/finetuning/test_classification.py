@@ -175,6 +175,23 @@ def test_nlvr2_reads_both_images_and_counts_consistent_sentences(tmp_path: Path)
     assert not torch.allclose(objective.logits(batch), objective.logits(swapped), atol=1e-4), "which image is which"
 
 
+@pytest.mark.parametrize("images", ["hidden", "shuffled"])
+def test_without_the_own_images_only_the_text_speaks(tmp_path: Path, images: str) -> None:
+    """The control of a balanced set: hidden, one sentence is judged alike with every pair; shuffled, as with others."""
+    config = config_of(tmp_path, "nlvr2", [nlvr2_record(number) for number in range(4)])
+    _, own, _ = evaluated(config)
+    config.task.images = images
+    _, found, _ = evaluated(config)
+    by_sentence = [[one["probability"] for one in found[start::2]] for start in (0, 1)]
+    if images == "hidden":
+        assert all(max(values) - min(values) < 1e-6 for values in by_sentence)
+    else:  # the image pair of the row half the corpus away
+        moved = [one["probability"] for one in (*own[4:], *own[:4])]
+        assert [one["probability"] for one in found] == pytest.approx(moved, abs=1e-6)
+    assert abs(by_sentence[0][0] - by_sentence[1][0]) > 1e-5
+    assert [one["label"] for one in found] == [one["label"] for one in own]
+
+
 def test_snli_ve_has_the_labels_of_the_specification(tmp_path: Path) -> None:
     config = config_of(tmp_path, "snli_ve", [snli_record(number) for number in range(3)])
     values, found, _ = evaluated(config, always(2, "entailment_head"))

@@ -201,13 +201,19 @@ def test_evaluation_is_the_same_every_time(data):
 
 def test_shuffled_images_are_those_of_others(data):
     own = rows_by_sample(list(data.evaluate()))
-    shuffled = rows_by_sample(list(data.evaluate(shuffle_images=True)))
+    shuffled = rows_by_sample(list(data.evaluate(images="shuffled")))
     assert [rows for _, _, rows in shuffled] == [rows for _, _, rows in own]
     assert Counter(total for _, total, _ in shuffled) == Counter(total for _, total, _ in own)
     moved = [(a[0], a[1] != b[1]) for a, b in zip(own, shuffled)]
     assert all(differs for _, differs in moved), moved
     with pytest.raises(ValueError, match="at least 2 of each"):
-        data.evaluate(shuffle_images=True, max_samples=1)
+        data.evaluate(images="shuffled", max_samples=1)
+
+
+def test_hidden_images_are_black_and_the_texts_stay(data):
+    own, hidden = (rows_by_sample(list(data.evaluate(images=images))) for images in ("own", "hidden"))
+    assert [rows for _, _, rows in hidden] == [rows for _, _, rows in own]
+    assert {total for _, total, _ in hidden} == {0} and {total for _, total, _ in own} != {0}
 
 
 def test_evaluation_of_nothing_is_refused(data):

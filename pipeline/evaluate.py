@@ -72,6 +72,7 @@ class _Work:
 
     def do(self, ranks: Any, store: Any) -> int:
         """Every rank must call it; ``store`` is the one at which they met. Returns the exit code."""
+        from pipeline.reporting.page import report_or_warn
         from pipeline.scoring.evaluation_run import carry_out, set_up
 
         self._evaluation = set_up(self.request, ranks, store, self._task)
@@ -80,6 +81,9 @@ class _Work:
         if values is None:
             return EXIT_REQUEUE
         ranks.say(json.dumps({name: round(value, 6) for name, value in values.items()}, indent=1))
+        subject = self._evaluation.subject
+        if ranks.place.is_main and self.request.output is None and subject.config.tracking.report:
+            report_or_warn(subject.run, sys.stderr)
         return EXIT_DONE
 
     def cause(self, error: BaseException) -> tuple[BaseException, bool]:

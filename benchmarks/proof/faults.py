@@ -41,7 +41,7 @@ PHASES = {  # where the fault happens: (module, name in it, the call that it com
     "step": ("pipeline.engine.engine", "_losses", 5),
     "evaluation": ("pipeline.training.loop", "evaluate", 2),
     "save": ("pipeline.checkpoint.files", "PartWriter.finish", 1),
-    "report": ("pipeline.training.loop", "write_report", 1),
+    "report": ("pipeline.reporting.page", "write_report", 1),
 }
 EXCEPTION, KILL, TERM_ALL, TERM_ONE = "exception on one rank", "SIGKILL of one rank", "SIGTERM to all", "SIGTERM to one"
 DISK_FULL, READ_ONLY = "disk full", "read-only"

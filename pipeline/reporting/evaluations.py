@@ -75,9 +75,14 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """Task, corpora and split, for people."""
+        """Task, corpora and split, for people; and whose images, where they are not the own ones."""
         corpora = ", ".join(map(str, self.card.get("corpora") or []))
-        return " · ".join(str(part) for part in (self.card.get("task"), corpora, self.card.get("split")) if part)
+        options = self.card.get("options")
+        images = options.get("images", "own") if isinstance(options, dict) else "own"
+        control = None if images == "own" else f"images {images}"
+        return " · ".join(
+            str(part) for part in (self.card.get("task"), corpora, self.card.get("split"), control) if part
+        )
 
 
 def read_evaluations(run_dir: Path) -> list[Evaluation]:

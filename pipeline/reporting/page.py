@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -65,6 +66,15 @@ class Run:
     held_out: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[str, Any] = field(default_factory=dict)
+
+
+def report_or_warn(run_dir: Path, told: TextIO) -> None:
+    """Write the report and name it on the stream ``told``; what is trained and scored is not lost with it."""
+    try:
+        print(f"report: {write_report(run_dir)}", file=told, flush=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"warning: no report ({reason}); `python -m pipeline.report --run {run_dir}` writes it", file=sys.stderr)
 
 
 def write_report(run_dir: Path) -> Path:

@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from model.batch import Batch
 from pipeline.distributed.endings import EXIT_DONE, EXIT_MEND, EXIT_REQUEUE
 from pipeline.reporting.metrics import Progress
-from pipeline.reporting.page import write_report
+from pipeline.reporting.page import report_or_warn
 from pipeline.tasks.evaluation import evaluate
 from pipeline.training import bad_steps
 from pipeline.training.meter import StepMeter
@@ -41,17 +40,8 @@ def train(s: Session) -> int:
         records.writer.close()
         records.sample_keys.close()
     if s.config.tracking.report and s.ranks.place.is_main:
-        _report(records.output)
+        report_or_warn(records.output, sys.stdout)
     return code
-
-
-def _report(output: Path) -> None:
-    """Write the report; what is trained and saved is not lost with it."""
-    try:
-        print(f"report: {write_report(output)}", flush=True)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"warning: no report ({reason}); `python -m pipeline.report {output}` writes it", file=sys.stderr)
 
 
 def _steps(s: Session, progress: Progress) -> int:

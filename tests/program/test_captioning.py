@@ -75,6 +75,7 @@ def test_pretrained_fine_tuned_scored_and_rewarded(
 
     monkeypatch.chdir(tmp_path)
     assert evaluate(["--run", "run", "--samples", "7"]) == 0
+    assert "Evaluation: captioning" in (run / "report.html").read_text()
     [card] = (run / "evaluations").glob("captioning-*/scorecard.json")
     found = json.loads(card.read_text())
     assert found["metrics"]["cider_d"] == pytest.approx(last["cider_d"], abs=1e-4)

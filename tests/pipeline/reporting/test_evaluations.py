@@ -77,8 +77,11 @@ def test_the_page_shows_evaluations_and_loads_nothing(tmp_path: Path) -> None:
         examples=[example(number, None, words=3) for number in range(2)],
         recall={"k": [1, 2, 5], "image to text": [0.1, 0.5, 1.0], "text to image": [0.2, 0.4, 0.9]},
     )
+    control = {"task": "nlvr2", "metrics": {"accuracy": 0.5}, "options": {"images": "hidden"}}
+    add_evaluation(run, "nlvr2-easy-dev-step_12-hidden", CARD | control)
     html = write_report(run).read_text()
     page = Page(html)
+    assert "Evaluation: nlvr2 · easy · dev · images hidden" in page.text
     assert all(link.startswith(("data:image/", "#")) for link in page.links) and "script" not in page.tags
     vqa = page.text[page.text.index("Evaluation: vqa · easy · dev") :]
     captioning = page.text[page.text.index("Evaluation: captioning · easy · dev") : page.text.index("Evaluation: vqa")]

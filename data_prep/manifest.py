@@ -23,8 +23,12 @@ MANIFEST_NAME = "manifest.json"
 INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, TokenError, ArithmeticError, EOFError)
 INDEX_DAMAGE += (MemoryError, RecursionError)
 CAPTIONS = "captions"
-KNOWN_FIELDS = ("image", "image1", "text", "meta")
 _CHECKED_AT_A_TIME, _CHECKING_THREADS = 1000, 16
+
+
+def fields_of(num_images: int) -> tuple[str, ...]:
+    """Fields of a sample of ``num_images`` images: image, image1, image2, ..., text, meta."""
+    return ("image", *(f"image{number}" for number in range(1, num_images)), "text", "meta")
 
 
 class ManifestError(ValueError):
@@ -61,8 +65,8 @@ class Manifest:
 
     @property
     def num_images(self) -> int:
-        """Images per sample: 2 for image pairs, else 1."""
-        return 2 if "image1" in self.fields else 1
+        """Images per sample, 1 where the fields name none."""
+        return max(1, sum(field.startswith("image") for field in self.fields))
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that determines the samples and their order, and nothing else."""
@@ -229,9 +233,9 @@ def _parse(path: Path, content: Any) -> Manifest:
 def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> None:
     if not all(isinstance(value, str) for value in (manifest.corpus, manifest.split, manifest.texts)):
         raise ManifestError(f"{path}: corpus, split and texts must be strings; prepare the split again")
-    unknown = [name for name in manifest.fields if name not in KNOWN_FIELDS]
-    if unknown or len(set(manifest.fields)) != len(manifest.fields):
-        raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(KNOWN_FIELDS)}")
+    known = fields_of(manifest.num_images)
+    if not set(manifest.fields) <= set(known) or len(set(manifest.fields)) != len(manifest.fields):
+        raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(known)}")
     if totals != (manifest.rows, manifest.samples):
         counted = (manifest.rows, manifest.samples)
         raise ManifestError(f"{path}: totals {totals} (rows, samples) but its shards add up to {counted}")
@@ -329,7 +333,8 @@ def find_manifests(
         raise ManifestError(f"{path}: no {texts} here: {folder} holds {manifest.texts}; name its corpus if you want it")
     matching = [one for one in matching if one not in others]
     if not matching:
-        reason = f"none has {num_images} image(s) per sample" if found else _what_is_there(path)
+        counts = ", ".join(map(str, sorted({manifest.num_images for _, manifest in found})))
+        reason = f"{counts} image(s) per sample, expected {num_images}" if found else _what_is_there(path)
         raise ManifestError(
             f"{path}: no split {split!r} here ({reason}); run `python -m data_prep synth` or name another by --data DIR"
         )

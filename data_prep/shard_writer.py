@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import CAPTIONS, Manifest, Shard, index_columns, is_split, sync_directory, write_manifest
+from data_prep.manifest import (
+    CAPTIONS,
+    Manifest,
+    Shard,
+    fields_of,
+    index_columns,
+    is_split,
+    sync_directory,
+    write_manifest,
+)
 from data_prep.record import PrepError, Record, Rejection
 
 REJECTED_NAME = "rejected.jsonl"
@@ -43,7 +52,7 @@ class SplitWriter:
         self._split_dir = Path(split_dir)
         self._corpus, self._split = corpus, split
         self._num_images = num_images
-        self._fields = ("image", "image1", "text", "meta") if num_images == 2 else ("image", "text", "meta")
+        self._fields = fields_of(num_images)
         self._samples_per_shard = samples_per_shard
         self._provenance, self._texts = provenance or {}, texts
         self._shards: list[Shard] = []
@@ -170,9 +179,7 @@ class _ShardWriter:
         meta = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         members = {"text": ("txt", captions[0].encode()), "meta": ("json", meta)}
         for number, (content, extension) in enumerate(zip(record.images, record.extensions, strict=True)):
-            paired = len(record.images) == 2
-            name = "image" if number == 0 else f"image{number}"
-            members[name] = (f"{number}.{extension}" if paired else extension, content)
+            members[self._fields[number]] = (f"{number}.{extension}" if len(record.images) > 1 else extension, content)
         row = [-1] * self._columns.width
         for field in self._fields:
             extension, content = members[field]

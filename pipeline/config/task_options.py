@@ -68,9 +68,14 @@ class VQAOptions(TextsOfImagesOptions):
 
 @dataclass
 class NLVR2Options(TextsOfImagesOptions):
-    """Options of nlvr2, true or false statements about two images."""
+    """Options of nlvr2, true or false statements about several images.
+
+    Args:
+        num_images: images of one statement: 2 in NLVR2 itself.
+    """
 
     name: Literal["nlvr2"] = "nlvr2"
+    num_images: PositiveInt = 2
 
 
 @dataclass

@@ -179,7 +179,7 @@ class Corpus:
             raise UnusableSample(key, "index does not fit shard")
         data = shard.read(offset - _HEADER_BYTES, size + _HEADER_BYTES)
         found, extension = _verified_name(data[:_HEADER_BYTES], size, key)
-        if key not in (name, found) or _FIELD_OF.get(extension, "image") != field.rstrip("1"):
+        if key not in (name, found) or _FIELD_OF.get(extension, "image") != field.rstrip("0123456789"):
             raise UnusableSample(key, "wrong member")
         return data[_HEADER_BYTES:], found
 

@@ -1,8 +1,9 @@
-"""The task NLVR2: is a statement about two images true? Head: specification section 7.2."""
+"""The task NLVR2: is a statement about two images, or another number, true? Head: specification section 7.2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,10 +21,11 @@ from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Prediction, Sco
 LABELS = {"False": 0, "True": 1}  # strings in the annotations, and every non-empty string is true in Python
 
 
+@dataclass(frozen=True)
 class NLVR2:
-    """True or false, from the CLS features of the statement with either image."""
+    """True or false, from the CLS features of the statement with each of its images."""
 
-    num_images = 2
+    num_images: int = 2
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
         length, images = config.data.max_text_length, self.num_images

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from pipeline.config.options import Config
 from pipeline.finetuning.captioning import CaptioningTask
 from pipeline.finetuning.nlvr2 import NLVR2
@@ -11,16 +14,16 @@ from pipeline.finetuning.vqa import VQA
 from pipeline.tasks.pretraining import Pretraining
 from pipeline.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {
-    "pretraining": Pretraining,
-    "vqa": VQA,
-    "nlvr2": NLVR2,
-    "snli_ve": SNLIVE,
-    "captioning": CaptioningTask,
-    "retrieval": Retrieval,
+TASKS: dict[str, Callable[[Any], Task]] = {  # of the task's options
+    "pretraining": lambda _: Pretraining(),
+    "vqa": lambda _: VQA(),
+    "nlvr2": lambda options: NLVR2(options.num_images),
+    "snli_ve": lambda _: SNLIVE(),
+    "captioning": lambda _: CaptioningTask(),
+    "retrieval": lambda _: Retrieval(),
 }
 
 
 def task_of(config: Config) -> Task:
     """The task of a run, by ``task.name``."""
-    return TASKS[config.task.name]()
+    return TASKS[config.task.name](config.task)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from data_prep.filters import Limits
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
 from data_prep.tokenizer import train_tokenizer
+from data_prep.verify import verify_split
 from data_prep.vqa_answers import vocabulary_file
 from pipeline.config.options import Config, ConfigError
 from pipeline.config.task_options import task_options
@@ -43,11 +45,11 @@ def vqa_record(number: int, answered: bool = True) -> Record:
     return Record(f"v{number:03d}", (jpeg(number),), questions, meta, ("jpg",))
 
 
-def nlvr2_record(number: int) -> Record:
+def nlvr2_record(number: int, num_images: int = 2) -> Record:
     sentences = ("both show one thing", "the left one is red")
     meta = {"label": ["True", "False"], "identifier": [f"dev-{n}-{number}-{n}" for n in range(2)]}
-    images = (jpeg(2 * number), jpeg(2 * number + 1))
-    return Record(f"p{number:03d}", images, sentences, meta, ("jpg", "jpg"))
+    images = tuple(jpeg(num_images * number + image) for image in range(num_images))
+    return Record(f"p{number:03d}", images, sentences, meta, ("jpg",) * num_images)
 
 
 def snli_record(number: int) -> Record:
@@ -173,6 +175,18 @@ def test_nlvr2_reads_both_images_and_counts_consistent_sentences(tmp_path: Path)
     batch = next(iter(one.batches))
     swapped = batch.with_images(batch.images.flip(1), lambda tensor: tensor)
     assert not torch.allclose(objective.logits(batch), objective.logits(swapped), atol=1e-4), "which image is which"
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_a_statement_may_be_about_any_number_of_images(tmp_path: Path, num_images: int) -> None:
+    config = config_of(tmp_path, "nlvr2", [nlvr2_record(number, num_images) for number in range(3)])
+    with pytest.raises(ValueError, match=rf"{num_images} image\(s\) per sample, expected 2"):
+        evaluated(config)
+    config.task.num_images = num_images
+    values, found, objective = evaluated(config)
+    assert values["texts"] == len(found) == 6
+    assert verify_split(tmp_path / "toy" / "dev", Limits(), workers=1).problems == []
+    assert objective.pair_head[0].in_features == num_images * config.model.text.width
 
 
 @pytest.mark.parametrize("images", ["hidden", "shuffled"])

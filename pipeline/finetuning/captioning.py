@@ -37,7 +37,7 @@ from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
 from pipeline.finetuning.caption_reward import CiderReward, texts_of
 from pipeline.finetuning.ranking_rows import ImageRows
-from pipeline.loading.datasets import OtherRows, Preparation
+from pipeline.loading.datasets import ALL_TEXTS, OtherRows, Preparation
 from pipeline.loading.open_data import eval_loader, placeholder_batch
 from pipeline.metrics.captions import METRICS, CaptionScores, caption_scores, tokenization
 from pipeline.metrics.submissions import caption_submission
@@ -112,15 +112,15 @@ class CaptioningTask:
         held_out: Sequence[Corpus],
         ranks: EvaluationRanks,
     ) -> list[EvaluationPass]:
-        """Captions of the images, each once, then the loss of all captions."""
+        """Captions of the images, each once, then the loss of all the captions that they have."""
         corpora, tokenizer = list(held_out), preparation.maker.tokenizer
         images = dataclasses.replace(preparation, maker=ImageRows(), planner=images_only)
-        batches = eval_loader(config, corpora, images, ranks.place, ranks.pin, per_image=True)
+        batches = eval_loader(config, corpora, images, ranks.place, ranks.pin, texts_per_image=1)
         size = preparation.image_size
         spare = images_only(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [])
         writer = Writer(config, tokenizer, corpora, batches.dataset.rows(), ranks)
         reading = _reading(config, objective, tokenizer)
-        losses = eval_loader(config, corpora, reading, ranks.place, ranks.pin)
+        losses = eval_loader(config, corpora, reading, ranks.place, ranks.pin, texts_per_image=ALL_TEXTS)
         return [
             EvaluationPass(batches, spare, writer.measure, (), writer.summarise, write=writer.write),
             held_out_pass(losses, placeholder_batch(reading), {"caption": 1.0}),

@@ -72,7 +72,7 @@ class Retrieval:
     ) -> list[EvaluationPass]:
         """Every image of the split, or of ``train.eval_samples`` of its images, with every caption of these images."""
         images = dataclasses.replace(preparation, maker=ImageRows(), planner=images_only)
-        batches = eval_loader(config, list(held_out), images, ranks.place, ranks.pin, per_image=True)
+        batches = eval_loader(config, list(held_out), images, ranks.place, ranks.pin, texts_per_image=1)
         size = preparation.image_size
         spare = images_only(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [])
         gallery = Gallery(list(held_out), batches.dataset.rows(), preparation.maker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,6 +18,7 @@ from pipeline.data.transforms import ClipTransform, UnusableSample, decode_image
 from pipeline.loading.collate import Item
 
 EvalImages = Literal["own", "shuffled", "hidden"]
+ALL_TEXTS = sys.maxsize
 Started = Callable[[int, int], None]  # is told corpus and row of the sample that is read next
 
 
@@ -177,19 +179,20 @@ class EvalDataset:
 
     Where ``images`` is "shuffled", each text is paired with the image half the corpus's choice away: nobody keeps the
     own image, and the other captions of an image, which stand beside it, do not either. "hidden" images are black.
-    ``per_image`` chooses from images, not from texts, and takes the first text of each.
+    With ``texts_per_image`` the choice is of images, not of texts, and an item has up to so many texts of one: with 1
+    the first.
     """
 
     reader: SampleReader
     seed: int
     max_samples: int | None = None
     images: EvalImages = "own"
-    per_image: bool = False
+    texts_per_image: int | None = None
     _chosen: list[np.ndarray] = field(init=False)  # per corpus, row numbers
 
     def __post_init__(self) -> None:
         corpora = self.reader.corpora
-        rows_of = [corpus.first_rows() if self.per_image else np.arange(len(corpus)) for corpus in corpora]
+        rows_of = [corpus.first_rows() if self.texts_per_image else np.arange(len(corpus)) for corpus in corpora]
         ends = np.cumsum([len(rows) for rows in rows_of])
         total = int(ends[-1])
         count = total if self.max_samples is None else min(self.max_samples, total)
@@ -223,4 +226,5 @@ class EvalDataset:
         started(corpus, index)
         image_index = int(part[(position + len(part) // 2) % len(part)]) if self.images == "shuffled" else None
         seed, hide_images = sample_seed(self.seed, 0, corpus, index), self.images == "hidden"
-        return self.reader.item(corpus, index, seed, out, image_index, hide_images=hide_images)
+        num_texts = self.texts_per_image or 1
+        return self.reader.item(corpus, index, seed, out, image_index, num_texts=num_texts, hide_images=hide_images)

@@ -313,14 +313,14 @@ def build_eval_loader(
     options: LoaderOptions,
     max_samples: int | None = None,
     images: EvalImages = "own",
-    per_image: bool = False,
+    texts_per_image: int | None = None,
 ) -> BatchLoader:
     """Every chosen sample exactly once over all ranks; batch k belongs to rank k mod world, the last may be smaller.
 
     Ranks may get different numbers of batches, also none: see ``BatchLoader.most_batches``.
     """
     reader = _reader(corpora, preparation, options)
-    dataset = EvalDataset(reader, seed, max_samples, images, per_image)
+    dataset = EvalDataset(reader, seed, max_samples, images, texts_per_image)
     starts = range(0, len(dataset), batch_size)
     batches = EvalBatches(tuple(range(start, min(start + batch_size, len(dataset))) for start in starts), rank, world)
     return BatchLoader(dataset, batches, preparation.planner, options, persistent=True)

@@ -199,9 +199,9 @@ def eval_loader(
     place: Place,
     pin: bool,
     images: EvalImages = "own",
-    per_image: bool = False,
+    texts_per_image: int | None = None,
 ) -> BatchLoader:
-    """Each held-out text, or image, once over all ranks; by default with its own images."""
+    """Each held-out text (or image, with up to ``texts_per_image``) once over all ranks; ``images``: whose."""
     options = loader_options(config, pin)
     return build_eval_loader(
         corpora,
@@ -213,7 +213,7 @@ def eval_loader(
         options=replace(options, num_workers=min(options.num_workers, MAX_EVAL_WORKERS)),
         max_samples=config.train.eval_samples,
         images=images,
-        per_image=per_image,
+        texts_per_image=texts_per_image,
     )
 
 

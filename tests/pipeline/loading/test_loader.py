@@ -19,6 +19,7 @@ from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import clean_caption
 from pipeline.data.transforms import clip_transform, decode_image
+from pipeline.loading.datasets import ALL_TEXTS
 from pipeline.loading.loader import LoaderError, LoaderOptions
 from tests.pipeline.data.test_reader import jpeg, records, write_split
 from tests.pipeline.loading.loader_data import HERE, SIZE, hangs, rows_by_sample, same
@@ -293,13 +294,25 @@ def test_an_evaluation_leaves_out_what_is_done(data, world: int) -> None:
 
 
 def test_an_evaluation_of_images_sees_each_once_with_its_first_text(data) -> None:
-    batches = list(data.evaluate(per_image=True))
+    batches = list(data.evaluate(texts_per_image=1))
     keys = [(position, key) for batch in batches for position, key in zip(batch.positions, batch.keys)]
     expected = []
     for corpus in data.corpora:
         assert [corpus.read(int(row)).number for row in corpus.first_rows()] == [0] * corpus.manifest.samples
         expected += [corpus.read(int(row)).key for row in corpus.first_rows()]
     assert keys == list(enumerate(expected)) and sum(len(corpus) for corpus in data.corpora) > len(keys)
+
+
+def test_an_evaluation_of_images_may_read_all_their_texts(data) -> None:
+    """Those that an evaluation of texts reads, with each image decoded once."""
+    own = replace(data, planner=replace(data.planner, negative_share=0.0))
+    placeholder = (data.tokenizer.vocabulary.bos_id, data.tokenizer.vocabulary.eos_id)
+    together = rows_by_sample(list(own.evaluate(texts_per_image=ALL_TEXTS)))
+    assert len(together) == sum(corpus.manifest.samples for corpus in data.corpora)
+    texts = [text for _, _, rows in together for text in rows]
+    singly = [text for _, _, rows in rows_by_sample(list(own.evaluate())) for text in rows]
+    assert Counter(text for text in texts if text != placeholder) == Counter(t for t in singly if t != placeholder)
+    assert max(len(rows) for _, _, rows in together) > 1
 
 
 def test_a_row_says_which_of_its_texts_it_is(data) -> None:

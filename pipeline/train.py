@@ -74,6 +74,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         keep_freed_memory()
+    from pipeline.distributed.last_words import LastWordsFile
     from pipeline.distributed.rendezvous import MEETING_SECONDS, meet
     from pipeline.distributed.watch import Watch
 
@@ -82,6 +83,8 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     watch = Watch(place, meeting.store, meeting.address)
     stop.when_stuck = lambda stopped: watch.end_by(stopped, setting_up=True)
     session = None
+    step = lambda: None if session is None else session.state.step  # noqa: E731
+    watch.take_down = LastWordsFile(launch.output, step, place.is_main).write
     try:
         watch.wait_for_all(MEETING_SECONDS)
         from pipeline.distributed.connecting import connect_ranks
@@ -106,7 +109,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         stop.ignore()  # a launcher signals the ranks that are left
         known = None if session is None else session.batches.failure(error)
         watch.end_by(known or error, setting_up=session is None)
-    watch.finish(code, ranks.agreement.wait)
+    watch.finish(code, ranks.agreement.wait, session.reason)
 
 
 if __name__ == "__main__":

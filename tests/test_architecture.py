@@ -35,6 +35,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "distributed": ("config",),
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
+        "cluster": ("config", "distributed", "checkpoint.folders"),
         "incidents": ("config", "checkpoint"),
         "engine": ("config", "distributed", "checkpoint", "incidents"),
         "reporting": ("config", "incidents", "metrics"),
@@ -48,12 +49,13 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
+            "cluster",
             "tasks.task",
             "tasks.evaluation",
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
-            *("tasks", "finetuning", "training", "metrics", "scoring"),
+            *("tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
         ),
     },
 }
@@ -84,7 +86,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             *("verb_options", "verbs", "verify", "vqa_answers"),
         ),
     },
-    "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census")},
+    "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census", "restart")},
 }
 LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
     "data_prep/all": "its wings come with the corpora (docs/architecture.md)",

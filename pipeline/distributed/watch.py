@@ -50,6 +50,7 @@ class Watch:
         self.place, self.host = place, host_name()
         self._store = store  # rank 0's lives as long as the object
         self.ending: Ending | None = None  # the first one of another rank
+        self.take_down: Callable[[Ending], None] = lambda ending: None  # called by the ranks that say why all end
         self._ended, self._complete = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._over = False  # all is done: connections close without a meaning
@@ -92,38 +93,48 @@ class Watch:
             self.follow(_CAUSE_SECONDS if lost_rank(error) or silent_rank(error) else 0)
         if silent_rank(error):
             reason = f"a rank does not answer ({' '.join(str(error).split())}); the stacks of all ranks are shown"
-            self.end(EXIT_REQUEUE, reason, dump_stacks=True)
+            self._end(self._own(EXIT_REQUEUE, reason)._replace(dump_stacks=True, names_cause=False))
         if lost_rank(error):
-            self.end(EXIT_REQUEUE, f"another rank is gone; its own last message has the cause ({error})")
+            reason = f"another rank is gone; its own last message has the cause ({error})"
+            self._end(self._own(EXIT_REQUEUE, reason)._replace(names_cause=False))
         verdict = judge(error, setting_up)
         show = (lambda: traceback.print_exception(error)) if verdict.is_bug else None
-        self.end(verdict.code, verdict.reason, show)
+        self._end(self._own(verdict.code, verdict.reason)._replace(stopped=isinstance(error, Stopped)), show)
 
-    def end(self, code: int, reason: str, say: Callable[[], None] | None = None, dump_stacks: bool = False) -> NoReturn:
-        """Say why this rank ends, by ``reason`` and ``say``, tell the others and end the process with ``code``.
+    def _own(self, code: int, reason: str) -> Ending:
+        return Ending(self.place.rank, self.host, code, reason)
 
-        What several ranks end by is said by the first of them. ``dump_stacks``: every rank shows where it is.
+    def _end(self, ending: Ending, say: Callable[[], None] | None = None) -> NoReturn:
+        """Say why this rank ends, by its reason and ``say``, tell the others and end the process.
+
+        What several ranks end by is said by the first of them.
         """
-        ending = Ending(self.place.rank, self.host, code, reason, dump_stacks)
         self._tell(ending)
-        if dump_stacks:
+        if ending.dump_stacks:
             faulthandler.dump_traceback(all_threads=True)
-        if self.place.is_main or not self._another_says(reason):
+        if self.place.is_main or not self._another_says(ending.reason):
             if say is not None:
                 say()
-            print(ending.line if self.place.world_size > 1 else f"error: {reason}", file=sys.stderr, flush=True)
-        leave(code)
+            line = ending.line if self.place.world_size > 1 else f"error: {ending.reason}"
+            print(line, file=sys.stderr, flush=True)
+            self.take_down(ending)
+        leave(ending.code)
 
     def follow(self, seconds: float) -> None:
         """End this process as another rank has ended, if one does within ``seconds``; else return."""
         if self._ended.wait(seconds):
             self._follow()
 
-    def finish(self, code: int, wait: Callable[[], None]) -> NoReturn:
-        """End this process when all others are as far; ``wait`` is a barrier, whose failure changes nothing."""
+    def finish(self, code: int, wait: Callable[[], None], reason: str = "") -> NoReturn:
+        """End this process when all others are as far; ``wait`` is a barrier, whose failure changes nothing.
+
+        ``reason`` is what rank 0 has taken down.
+        """
         self._over = True
         for peer in list(self._peers):
             peer.send(_DONE + b"\n")
+        if self.place.is_main:
+            self.take_down(self._own(code, reason)._replace(stopped=code == EXIT_REQUEUE))
         try:
             wait()
         except RuntimeError as error:
@@ -135,6 +146,7 @@ class Watch:
         lost_main = ending.rank == 0 and ending.reason == _GONE  # then rank 1 speaks, and a rank of every other node
         if self.place.is_main or (lost_main and (self.place.rank == 1 or self.place.local_rank == 0)):
             print(f"{ending.line}; all ranks end with exit code {ending.code}", file=sys.stderr, flush=True)
+            self.take_down(ending)
         leave(ending.code)
 
     def _another_says(self, reason: str) -> bool:

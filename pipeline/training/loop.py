@@ -31,10 +31,12 @@ def train(s: Session) -> int:
             _say_early_stop(s)
         if code == EXIT_DONE and s.state.step and not _evaluate(s):
             code = EXIT_REQUEUE
+        if code == EXIT_REQUEUE:
+            s.reason = f"told to stop by {s.ranks.stop.signal_name or 'a signal to another rank'}"
         if code in (EXIT_DONE, EXIT_REQUEUE):
             _save(s, reason="end")
         if not records.saver.wait() and code == EXIT_DONE:
-            code = EXIT_MEND
+            s.reason, code = f"the checkpoint of step {s.state.step} was not written", EXIT_MEND
     finally:
         progress.close()
         records.writer.close()
@@ -231,4 +233,5 @@ def _on_beat(step: int, every: int) -> bool:
 
 def _explain(s: Session, reason: str) -> int:
     s.ranks.say(f"error: {reason}", error=True)
+    s.reason = reason
     return EXIT_MEND

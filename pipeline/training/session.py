@@ -24,6 +24,7 @@ from pipeline.checkpoint.files import CheckpointError
 from pipeline.checkpoint.fingerprint import accept, run_fingerprint
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
+from pipeline.cluster.restarts import begin as begin_attempt
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import (
@@ -84,6 +85,7 @@ class Session:
     evaluation: Evaluation
     records: Records
     lock: int | None  # of the run folder, held while the process lives
+    reason: str = ""  # why training ended, where that is not its last step
 
 
 @dataclass
@@ -134,6 +136,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     state, changes = continue_run(opened, engine, ranks)
     if place.is_main:
         _announce(opened, state, census, engine, changes, starting)
+        begin_attempt(launch.output, state.step, place.world_size)
         _write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
         copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.distributed.last_words import LastWords, read_last_words
 from pipeline.reporting.metrics import read_log
 from tests.forked_program import start_program
 from tests.tiny_corpus import make_corpus
@@ -44,8 +45,8 @@ PHASES = {  # where the fault happens: (module, name in it, the call that it com
     "report": ("pipeline.reporting.page", "write_report", 1),
 }
 EXCEPTION, KILL, TERM_ALL, TERM_ONE = "exception on one rank", "SIGKILL of one rank", "SIGTERM to all", "SIGTERM to one"
-DISK_FULL, READ_ONLY = "disk full", "read-only"
-FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY)
+DISK_FULL, READ_ONLY, TIME_LIMIT = "disk full", "read-only", "time limit"
+FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY, TIME_LIMIT)
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_VERSION_3 = 1, 2, 0x20080522  # linux/capability.h
 _SAID = re.compile(r"error: |ALARM: |warning: |not all ranks are|: stopping after this step|checkpoint skipped")
 
@@ -62,6 +63,7 @@ class Cell:
     said: list[str]  # first line of each rank that tells of it
     left: list[str]  # unfinished files and folders in the run
     resumed_equal: bool
+    last_words: LastWords | None  # RUN/ending.json
 
     @property
     def holds(self) -> bool:
@@ -147,11 +149,12 @@ def make_cell(phase: str, fault: str, world: int, data: Path, run: Path, expecte
     notes = Path(tempfile.mkdtemp(dir=data.parent))
     arguments = [*OPTIONS, "--data", data, "--output", run]
     run.mkdir()  # a set-up meets a disk that became full or read-only after the folder was made
-    victim = 0 if phase == "report" else world - 1  # only rank 0 writes a report
+    victim = 0 if phase == "report" or fault == TIME_LIMIT else world - 1  # only rank 0 writes a report, sees the time
 
     def prepare(rank: int) -> None:
         obey_permissions()
         (notes / f"pid{rank}").write_text(str(os.getpid()))
+        os.environ["OPENFLM_END_TIME"] = str(int(time.time()) + 10**6)
         if rank == victim:
             plant(phase, lambda: happen(fault, world, run, notes))
 
@@ -159,16 +162,18 @@ def make_cell(phase: str, fault: str, world: int, data: Path, run: Path, expecte
     codes = job.finish(LIMIT_SECONDS)
     ended = time.time()
     happened = (notes / "happened").stat().st_mtime if (notes / "happened").exists() else ended
-    said = [next((line for line in job.output(rank).splitlines() if _SAID.search(line)), "") for rank in range(world)]
+    told = [next((line for line in job.output(rank).splitlines() if _SAID.search(line)), "") for rank in range(world)]
     places = {str(run): "RUN", str(data): "DATA", socket.gethostname(): "HOST"}
     for place, name in places.items():
-        said = [line.replace(place, name) for line in said]
+        told = [line.replace(place, name) for line in told]
+    said = [line for line in told if line]
     left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if is_leftover(path))
+    last_words = read_last_words(run)
     heal(run)
     again = start_program(world, arguments, notes / "again")
     resumed = again.finish(LIMIT_SECONDS) == [0] * world and losses(run) == expected
     subprocess.run(["rm", "-rf", run], check=False)
-    return Cell(phase, fault, world, codes, ended - happened, [line for line in said if line], left, resumed)
+    return Cell(phase, fault, world, codes, ended - happened, said, left, resumed, last_words)
 
 
 def plant(phase: str, fault: Callable[[], None]) -> None:
@@ -200,6 +205,8 @@ def happen(fault: str, world: int, run: Path, notes: Path) -> None:
     elif fault == TERM_ALL:
         for rank in range(world):
             os.kill(int((notes / f"pid{rank}").read_text()), signal.SIGTERM)
+    elif fault == TIME_LIMIT:  # it is near at once
+        importlib.import_module("pipeline.cluster.walltime").MARGIN_SECONDS = 10.0**9
     elif fault == DISK_FULL:
         with open(run.parent / "ballast", "wb", buffering=0) as ballast:
             for size in (1 << 20, 1 << 12, 1):

@@ -105,8 +105,10 @@ def _append(run: Path, record: Mapping[str, Any]) -> None:
 def _words_of(end: End, run: Path, attempts: Sequence[Mapping[str, Any]]) -> LastWords | None:
     """What a rank of this attempt left, and not what one of an earlier attempt did."""
     words = read_last_words(run)
+    if words is None or words.attempt != end.attempt or words.job not in (None, end.job):
+        return None
     told = [one["ending"]["time"] for one in attempts if one.get("ending")]
-    return None if words is None or words.attempt != end.attempt or words.time in told else words
+    return None if words.time in told else words
 
 
 def _refusal(ends: list[dict[str, Any]], attempts: Sequence[Mapping[str, Any]], limits: Limits) -> str | None:

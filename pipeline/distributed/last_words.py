@@ -29,6 +29,7 @@ class LastWords(NamedTuple):
     stopped: bool  # told to stop: no failure
     names_cause: bool  # the end began with this rank; False: with another one, nobody knows which
     step: int | None  # optimizer steps done, None before the first
+    job: str | None  # and which attempt at it
     attempt: int
     time: float  # seconds since 1970, by the clock of the node that wrote it
 
@@ -47,7 +48,7 @@ class LastWordsFile:
         """Write the file, or give up after WRITE_SECONDS: it never keeps a rank from ending."""
         words = LastWords(
             *(ending.rank, ending.host, ending.code, ending.reason, ending.stopped, ending.names_cause),
-            *(self._step(), attempt_number(os.environ), round(time.time(), 3)),
+            *(self._step(), job_name(os.environ), attempt_number(os.environ), round(time.time(), 3)),
         )
         writing = threading.Thread(target=self._write, args=(words,), daemon=True, name="last words")
         writing.start()
@@ -65,7 +66,7 @@ def read_last_words(run: Path) -> LastWords | None:
     """How the last attempt ended; None where nobody said so, or the file is none of ours."""
     try:
         found = json.loads((run / NAME).read_text(encoding="utf-8"))
-        step = found["step"]
+        step, job = found["step"], found["job"]
         return LastWords(
             rank=int(found["rank"]),
             host=str(found["host"]),
@@ -74,6 +75,7 @@ def read_last_words(run: Path) -> LastWords | None:
             stopped=bool(found["stopped"]),
             names_cause=bool(found["names_cause"]),
             step=None if step is None else int(step),
+            job=None if job is None else str(job),
             attempt=int(found["attempt"]),
             time=float(found["time"]),
         )

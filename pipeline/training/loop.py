@@ -94,9 +94,15 @@ def _steps(s: Session, progress: Progress) -> int:
             _save(s, reason="minutes" if minutes_over else "beat")
         if evaluating and not _evaluate(s):
             return EXIT_REQUEUE
+        if (saving or evaluating) and _told_to_stop(s) and not last:  # meanwhile: before another step has to be saved
+            return EXIT_REQUEUE
         if logging:
             meter.restart()
     return EXIT_DONE
+
+
+def _told_to_stop(s: Session) -> bool:
+    return s.ranks.agreement.total([s.ranks.stop.requested])[0] > 0
 
 
 def _advance(s: Session) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,7 @@ from pipeline.checkpoint.fingerprint import accept, run_fingerprint
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.cluster.restarts import begin as begin_attempt
+from pipeline.cluster.walltime import Walltime, end_time
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import (
@@ -117,6 +119,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         ValueError: anything a user can mend, in one line.
     """
     config, place, agreement = launch.config, ranks.place, ranks.agreement
+    time_is_over = end_time(os.environ, time.time())
     check_trackers(config.tracking.wandb)
     of_task = task.fingerprint(config) if hasattr(task, "fingerprint") else {}
     opened = open_run(launch, task.num_images, ranks, of_task, texts_of(task))
@@ -141,6 +144,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)
     records = open_records(opened, engine, state, ranks)
+    if place.is_main and time_is_over is not None:
+        ranks.stop.time_is_up = Walltime(time_is_over, records.saver.expected_seconds).is_up
     preparation = task.preparation(config, objective, opened.data.tokenizer)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
@@ -232,6 +237,7 @@ def open_records(opened: Opened, engine: TrainEngine, state: RunState, ranks: Ra
     if opened.data_changes:
         writer.log(state.step, opened.data_changes, kind="data_change")
     saver = Saver(output, engine, config.train, place, ranks.agreement, saved_step, writer.log)
+    saver.durations.extend(one["seconds"] for one in writer.records("checkpoint"))
     state.best = saver.best_of(state)
     return Records(output, writer, SampleKeys(output, place.rank, tracking.sample_keys), unusable, saver)
 

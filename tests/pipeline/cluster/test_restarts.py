@@ -148,9 +148,14 @@ def test_an_attempt_that_ended_with_its_script_counts(job: Job) -> None:
     assert job.ends(137, KILLED, 100, "--max-restarts", "2") == 137
 
 
-def test_last_words_of_an_earlier_attempt_are_not_this_ones(job: Job) -> None:
+def test_last_words_of_an_earlier_attempt_are_not_this_ones(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.ends(2, Ending(0, "n1", 2, "no such folder"), 100)
     assert job.decide(143) == 0 and "nobody said why" in job.said  # attempt 1 left none
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    job.attempt = 2
+    job.ends(75, KILLED, 100)
+    job.name, job.attempt = "13", 2  # of another job
+    assert job.decide(143) == 0 and "nobody said why" in job.said
     job.name, job.attempt = "13", 0  # a new job, whose number of restarts is that of the old one
     assert job.decide(143) == 0 and "nobody said why" in job.said
 

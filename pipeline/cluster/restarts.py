@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.checkpoint.folders import newest_saved_step
+from pipeline.cluster import heartbeats
+from pipeline.cluster.last_words import LastWords, attempt_number, job_name, read_last_words
 from pipeline.distributed.endings import EXIT_BUG, EXIT_DONE, EXIT_MEND
-from pipeline.distributed.last_words import LastWords, attempt_number, job_name, read_last_words
 
 NAME = "attempts.jsonl"
+_FIELDS = {  # of a record, by its event
+    "begin": {"job", "attempt", "step", "hosts"},
+    "end": {"job", "attempt", "code", "nodes", "saved_step", "stopped", "ending", "requeued"},
+}
 BAD_NODE = 2  # failures that begin on the same node, after which it is kept out
 
 
@@ -41,10 +46,14 @@ class Decision(NamedTuple):
     excluded: list[str]  # nodes to keep out of the next attempt
 
 
-def begin(run: Path, step: int, world_size: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Note that an attempt at a run begins, after ``step``; rank 0 calls it, once the run is its own."""
+def begin(run: Path, step: int, hosts: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Note that an attempt at a run begins, after ``step``, with a rank on each of ``hosts``.
+
+    Rank 0 calls it, once the run is its own.
+    """
+    (run / heartbeats.NAME).unlink(missing_ok=True)
     record = {"event": "begin", "job": job_name(environment), "attempt": attempt_number(environment)}
-    _append(run, record | {"step": step, "world_size": world_size})
+    _append(run, record | {"step": step, "hosts": list(hosts)})
 
 
 def conclude(run: Path, end: End, limits: Limits) -> Decision:
@@ -89,7 +98,8 @@ def _parse(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and record.get("event") in ("begin", "end") else None
+    known = isinstance(record, dict) and _FIELDS.get(record.get("event"))
+    return record if known and record.keys() >= known else None
 
 
 def _append(run: Path, record: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from pipeline.checkpoint.files import CheckpointError
 from pipeline.checkpoint.fingerprint import accept, run_fingerprint
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
+from pipeline.cluster.heartbeats import Pulse
 from pipeline.cluster.restarts import begin as begin_attempt
 from pipeline.cluster.walltime import Walltime, end_time
 from pipeline.config.command_line import Launch
@@ -39,6 +40,7 @@ from pipeline.config.options import (
     tokenizer_source,
 )
 from pipeline.distributed.connecting import Ranks
+from pipeline.distributed.endings import host_name
 from pipeline.distributed.places import Place
 from pipeline.distributed.run_lock import lock_run
 from pipeline.engine.ds_check import check_ds_config
@@ -88,6 +90,7 @@ class Session:
     records: Records
     lock: int | None  # of the run folder, held while the process lives
     reason: str = ""  # why training ended, where that is not its last step
+    pulse: Pulse = field(default_factory=Pulse)  # where it is, told to the other ranks
 
 
 @dataclass
@@ -137,9 +140,10 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     prepare_deepspeed(ranks.device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
     state, changes = continue_run(opened, engine, ranks)
+    hosts = agreement.gather(host_name())
     if place.is_main:
         _announce(opened, state, census, engine, changes, starting)
-        begin_attempt(launch.output, state.step, place.world_size)
+        begin_attempt(launch.output, state.step, hosts)
         _write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
         copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)

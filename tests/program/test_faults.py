@@ -17,6 +17,7 @@ from benchmarks.proof.faults import (
     KILL,
     PHASES,
     READ_ONLY,
+    STOP,
     TERM_ALL,
     TERM_ONE,
     TIME_LIMIT,
@@ -31,6 +32,7 @@ CELLS = [  # phase, fault, ranks, exit codes, what is said
     ("evaluation", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
     ("save", DISK_FULL, 1, [2], "ALARM: checkpoint step_00000002 was not written"),
     ("report", READ_ONLY, 1, [0], "warning: no report (PermissionError"),
+    ("loader", STOP, 2, [75, -9], "no heartbeat for"),
     ("step", TIME_LIMIT, 1, [75], "the job's time limit: stopping after this step"),
 ]
 

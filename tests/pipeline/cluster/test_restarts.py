@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster import restarts
-from pipeline.distributed import last_words
+from pipeline.cluster import last_words, restarts
+from pipeline.cluster.last_words import LastWordsFile, job_name, read_last_words
 from pipeline.distributed.endings import Ending
-from pipeline.distributed.last_words import LastWordsFile, job_name, read_last_words
 from pipeline.restart import main
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -143,7 +142,7 @@ def test_the_budget_is_the_job_s_and_failures_count(job: Job) -> None:
 def test_an_attempt_that_ended_with_its_script_counts(job: Job) -> None:
     """The node of the script is lost: Slurm starts the job again, and nobody was there to note the end."""
     for attempt in range(2):
-        restarts.begin(job.run, 100, 2, {"SLURM_JOB_ID": "12", "OPENFLM_ATTEMPT": str(attempt)})
+        restarts.begin(job.run, 100, ["n1", "n2"], {"SLURM_JOB_ID": "12", "OPENFLM_ATTEMPT": str(attempt)})
     job.attempt = 2
     assert job.ends(137, KILLED, 100, "--max-restarts", "2") == 137
 

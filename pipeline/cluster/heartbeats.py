@@ -222,7 +222,7 @@ class _Writer:
         """Replace the file in one step; not synced, as what a crash loses of it is worthless."""
         self._count += 1
         content = {"beat": self._count, "every_seconds": WRITE_SECONDS, "pid": os.getpid(), "time": time.time()}
-        beside = self._path.with_name(f".{NAME}.{os.getpid()}")
+        beside = self._path.with_name(f".{NAME}")  # one rank of one run writes it
         with suppress(OSError):
             beside.write_text(json.dumps(content | self._state()) + "\n", encoding="utf-8")
             os.replace(beside, self._path)

@@ -30,6 +30,7 @@ CELLS = [  # phase, fault, ranks, exit codes, what is said
     ("loader", KILL, 2, [75, -9], "gone without a word"),
     ("step", EXCEPTION, 2, [1, 1], "RuntimeError: planted by the fault matrix"),
     ("evaluation", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
+    ("save", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
     ("save", DISK_FULL, 1, [2], "ALARM: checkpoint step_00000002 was not written"),
     ("report", READ_ONLY, 1, [0], "warning: no report (PermissionError"),
     ("loader", STOP, 2, [75, -9], "no heartbeat for"),

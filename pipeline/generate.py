@@ -6,26 +6,35 @@
 Models that predict from left to right (flm, ar, prefixlm, and all that were fine-tuned on captioning) write word by
 word; pretrained mlm models by Mask-Predict, which tries each of the ``--lengths``.
 
-Exit codes: 0 done, 2 nothing to caption or a wrong command line.
+Exit codes: 0 done, 2 nothing to caption or a wrong command line, 75 told to stop.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import sys
-from pathlib import Path
+from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once
 
-import torch
+if __name__ == "__main__":
+    end_at_once()  # what follows takes seconds to import
 
-from data_prep.program import run_program
-from pipeline.config.options import refuse_address
-from pipeline.data.open_shards import DataError
-from pipeline.data.shard_reader import open_corpora
-from pipeline.tasks.captioning import (
+import argparse  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from itertools import takewhile  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from data_prep.program import run_program  # noqa: E402
+from pipeline.config.options import refuse_address  # noqa: E402
+from pipeline.data.open_shards import DataError  # noqa: E402
+from pipeline.data.shard_reader import open_corpora  # noqa: E402
+from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
+from pipeline.tasks.captioning import (  # noqa: E402
     SAMPLES_NAME,
     Captioner,
+    Item,
     Nucleus,
     caption_items,
     items_of_corpora,
@@ -42,26 +51,43 @@ def main(argv: list[str] | None = None) -> int:
     if bool(arguments.images) == bool(arguments.data):
         print("error: give image files or --data DIR, one of the two", file=sys.stderr)
         return 2
+    stop = StopRequest().listen(at_once=True)
     try:
-        captioner = load_captioner(
-            arguments.run,
-            _device(arguments.device),
-            arguments.beams,
-            arguments.max_tokens,
-            arguments.prompt,
-            arguments.lengths,
-            _nucleus(arguments),
-        )
-        done = _caption_split(arguments, captioner) if arguments.data else _caption_files(arguments, captioner)
+        return _caption(arguments, stop)
     except BrokenPipeError:
         raise
+    except Stopped as error:
+        return say(error, place=None)
     except (ValueError, OSError, DataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        stop.close()
+
+
+def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
+    captioner = load_captioner(
+        arguments.run,
+        _device(arguments.device),
+        arguments.beams,
+        arguments.max_tokens,
+        arguments.prompt,
+        arguments.lengths,
+        _nucleus(arguments),
+    )
+    stop.poll_from_here()
+    done = (_caption_split if arguments.data else _caption_files)(arguments, captioner, stop)
+    if stop.requested:
+        return EXIT_REQUEUE
     if not done:
         print("error: no usable image", file=sys.stderr)
         return 2
     return 0
+
+
+def _until_stopped(items: Iterator[Item], stop: StopRequest) -> Iterator[Item]:
+    """No more items once told to stop: those that were read are captioned."""
+    return takewhile(lambda _: not stop.requested, items)
 
 
 def _device(name: str | None) -> torch.device:
@@ -84,8 +110,8 @@ def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:
     return Nucleus(arguments.nucleus, arguments.temperature or 1.0, arguments.seed or 0)
 
 
-def _caption_files(arguments: argparse.Namespace, captioner: Captioner) -> int:
-    items = items_of_files(arguments.images, captioner)
+def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
+    items = _until_stopped(items_of_files(arguments.images, captioner), stop)
     stream = open(arguments.output, "w", encoding="utf-8") if arguments.output else sys.stdout  # noqa: SIM115
     count = 0
     try:
@@ -99,13 +125,14 @@ def _caption_files(arguments: argparse.Namespace, captioner: Captioner) -> int:
     return count
 
 
-def _caption_split(arguments: argparse.Namespace, captioner: Captioner) -> int:
+def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
+    """How many samples were captioned; where it was told to stop, nothing is written of them."""
     for path in arguments.data:
         refuse_address(path, "--data")
     corpora = open_corpora(arguments.data, arguments.split)
-    items = items_of_corpora(corpora, arguments.samples, captioner)
+    items = _until_stopped(items_of_corpora(corpora, arguments.samples, captioner), stop)
     captioned = list(caption_items(captioner, items, arguments.batch_size))
-    if not captioned:
+    if stop.requested or not captioned:
         return 0
     names = ", ".join(f"{corpus.name}/{corpus.manifest.split}" for corpus in corpora)
     protocol = f"{captioner.search}, {len(captioned)} images of {names}, checkpoint {captioner.checkpoint.name}."

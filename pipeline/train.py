@@ -74,6 +74,8 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         keep_freed_memory()
+    from pipeline.cluster.heartbeats import Heartbeats, Pulse, limits_of
+    from pipeline.cluster.last_words import LastWordsFile
     from pipeline.distributed.rendezvous import MEETING_SECONDS, meet
     from pipeline.distributed.watch import Watch
 
@@ -82,8 +84,13 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     watch = Watch(place, meeting.store, meeting.address)
     stop.when_stuck = lambda stopped: watch.end_by(stopped, setting_up=True)
     session = None
+    step = lambda: None if session is None else session.state.step  # noqa: E731
+    watch.take_down = LastWordsFile(launch.output, step, place.is_main).write
     try:
         watch.wait_for_all(MEETING_SECONDS)
+        heartbeats = Heartbeats(watch, pulse := Pulse(), limits_of(launch.config.train))
+        if place.world_size > 1 or not (sys.stdin and sys.stdin.isatty()):  # somebody may sit at a debugger
+            heartbeats.start()
         from pipeline.distributed.connecting import connect_ranks
         from pipeline.distributed.host_cores import share_cores
         from pipeline.finetuning.table import task_of
@@ -100,13 +107,14 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
             ranks.say(line)
         prepared = set_up(launch, ds_config, task or task_of(launch.config), ranks)
         stop.poll_from_here()
-        session = prepared
+        session, prepared.pulse = prepared, pulse
+        heartbeats.write_to(launch.output)
         code = train(session)
     except BaseException as error:  # said, and the process ended: the other ranks would wait for this one for ever
         stop.ignore()  # a launcher signals the ranks that are left
         known = None if session is None else session.batches.failure(error)
         watch.end_by(known or error, setting_up=session is None)
-    watch.finish(code, ranks.agreement.wait)
+    watch.finish(code, ranks.agreement.wait, session.reason)
 
 
 if __name__ == "__main__":

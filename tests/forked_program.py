@@ -26,14 +26,19 @@ class Job:
     pids: list[int]
     folder: Path
 
-    def finish(self, seconds: float = 60) -> list[int]:
-        """Exit codes of all ranks; raises AssertionError, and ends them, when one is still there after ``seconds``."""
+    def finish(self, seconds: float = 60, stopped: int | None = None) -> list[int]:
+        """Exit codes of all ranks; raises AssertionError, and ends them, when one is still there after ``seconds``.
+
+        A rank that is ``stopped`` by SIGSTOP is killed when all others have ended, as a launcher does.
+        """
         deadline, codes = time.monotonic() + seconds, {}
         try:
             while len(codes) < len(self.pids):
                 for rank, pid in enumerate(self.pids):
                     if rank not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                         codes[rank] = os.waitstatus_to_exitcode(found[1])
+                if len(codes) == len(self.pids) - 1 and stopped is not None and stopped not in codes:
+                    os.kill(self.pids[stopped], signal.SIGKILL)
                 assert time.monotonic() < deadline, f"after {seconds} s only {sorted(codes)} have ended"
                 time.sleep(0.05)
         finally:

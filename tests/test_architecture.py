@@ -35,6 +35,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "distributed": ("config",),
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
+        "cluster": ("config", "distributed", "checkpoint.folders", "reporting.metrics"),
         "incidents": ("config", "checkpoint"),
         "engine": ("config", "distributed", "checkpoint", "incidents"),
         "reporting": ("config", "incidents", "metrics"),
@@ -48,12 +49,13 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
+            "cluster",
             "tasks.task",
             "tasks.evaluation",
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
-            *("tasks", "finetuning", "training", "metrics", "scoring"),
+            *("tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
         ),
     },
 }
@@ -84,7 +86,9 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             *("verb_options", "verbs", "verify", "vqa_answers"),
         ),
     },
-    "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census")},
+    "pipeline": {
+        "programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census", "restart", "status")
+    },
 }
 LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
     "data_prep/all": "its wings come with the corpora (docs/architecture.md)",
@@ -114,6 +118,7 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "torch.distributed": {
         "pipeline/distributed/rendezvous.py",
         "pipeline/distributed/ranks.py",
+        "pipeline/distributed/bandwidth.py",
         "pipeline/engine/engine.py",
     },
     "deepspeed": {"pipeline/engine/ds_check.py", "pipeline/engine/engine.py", "pipeline/engine/full_state.py"},

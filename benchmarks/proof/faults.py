@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.cluster import heartbeats
+from pipeline.cluster.last_words import LastWords, read_last_words
 from pipeline.reporting.metrics import read_log
 from tests.forked_program import start_program
 from tests.tiny_corpus import make_corpus
@@ -44,8 +46,9 @@ PHASES = {  # where the fault happens: (module, name in it, the call that it com
     "report": ("pipeline.reporting.page", "write_report", 1),
 }
 EXCEPTION, KILL, TERM_ALL, TERM_ONE = "exception on one rank", "SIGKILL of one rank", "SIGTERM to all", "SIGTERM to one"
-DISK_FULL, READ_ONLY = "disk full", "read-only"
-FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY)
+DISK_FULL, READ_ONLY, TIME_LIMIT, STOP = "disk full", "read-only", "time limit", "SIGSTOP of one rank"
+FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY, TIME_LIMIT, STOP)
+STOP_MINUTES = {"set_up": 0.5, "step": 0.15, "evaluation": 0.15, "save": 0.15}  # until a stopped rank is told of
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_VERSION_3 = 1, 2, 0x20080522  # linux/capability.h
 _SAID = re.compile(r"error: |ALARM: |warning: |not all ranks are|: stopping after this step|checkpoint skipped")
 
@@ -62,15 +65,16 @@ class Cell:
     said: list[str]  # first line of each rank that tells of it
     left: list[str]  # unfinished files and folders in the run
     resumed_equal: bool
+    last_words: LastWords | None  # RUN/ending.json
 
     @property
     def holds(self) -> bool:
         """It ended by a code for a scheduler, was not silent, and went on as if nothing had been.
 
-        Of a run whose only process is killed nobody is left to say so but its launcher.
+        Of a run whose only process is killed or stopped nobody is left to say so but its launcher.
         """
         known = all(code in (0, 1, 2, 75, -signal.SIGKILL) for code in self.codes)
-        left_alone = self.world == 1 and self.fault == KILL
+        left_alone = self.world == 1 and self.fault in (KILL, STOP)
         return known and (bool(self.said) or left_alone) and self.resumed_equal
 
 
@@ -146,29 +150,36 @@ def undisturbed(data: Path, run: Path, world: int) -> dict[int, float]:
 def make_cell(phase: str, fault: str, world: int, data: Path, run: Path, expected: dict[int, float]) -> Cell:
     notes = Path(tempfile.mkdtemp(dir=data.parent))
     arguments = [*OPTIONS, "--data", data, "--output", run]
+    if fault == STOP:
+        for name, minutes in STOP_MINUTES.items():
+            arguments += [f"--train.{name}_timeout_minutes", str(minutes)]
     run.mkdir()  # a set-up meets a disk that became full or read-only after the folder was made
-    victim = 0 if phase == "report" else world - 1  # only rank 0 writes a report
+    victim = 0 if phase == "report" or fault == TIME_LIMIT else world - 1  # only rank 0 writes a report, sees the time
 
     def prepare(rank: int) -> None:
         obey_permissions()
         (notes / f"pid{rank}").write_text(str(os.getpid()))
+        heartbeats.BEAT_SECONDS = 0.5
+        os.environ["OPENFLM_END_TIME"] = str(int(time.time()) + 10**6)
         if rank == victim:
             plant(phase, lambda: happen(fault, world, run, notes))
 
     job = start_program(world, arguments, notes / "out", prepare=prepare)
-    codes = job.finish(LIMIT_SECONDS)
+    codes = job.finish(LIMIT_SECONDS, stopped=victim if fault == STOP else None)
     ended = time.time()
     happened = (notes / "happened").stat().st_mtime if (notes / "happened").exists() else ended
-    said = [next((line for line in job.output(rank).splitlines() if _SAID.search(line)), "") for rank in range(world)]
+    told = [next((line for line in job.output(rank).splitlines() if _SAID.search(line)), "") for rank in range(world)]
     places = {str(run): "RUN", str(data): "DATA", socket.gethostname(): "HOST"}
     for place, name in places.items():
-        said = [line.replace(place, name) for line in said]
+        told = [line.replace(place, name) for line in told]
+    said = [line for line in told if line]
     left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if is_leftover(path))
+    last_words = read_last_words(run)
     heal(run)
-    again = start_program(world, arguments, notes / "again")
+    again = start_program(world, [*OPTIONS, "--data", data, "--output", run], notes / "again")
     resumed = again.finish(LIMIT_SECONDS) == [0] * world and losses(run) == expected
     subprocess.run(["rm", "-rf", run], check=False)
-    return Cell(phase, fault, world, codes, ended - happened, [line for line in said if line], left, resumed)
+    return Cell(phase, fault, world, codes, ended - happened, said, left, resumed, last_words)
 
 
 def plant(phase: str, fault: Callable[[], None]) -> None:
@@ -195,11 +206,15 @@ def happen(fault: str, world: int, run: Path, notes: Path) -> None:
         raise RuntimeError("planted by the fault matrix")
     if fault == KILL:
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == STOP:
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == TERM_ONE:
         os.kill(os.getpid(), signal.SIGTERM)
     elif fault == TERM_ALL:
         for rank in range(world):
             os.kill(int((notes / f"pid{rank}").read_text()), signal.SIGTERM)
+    elif fault == TIME_LIMIT:  # it is near at once
+        importlib.import_module("pipeline.cluster.walltime").MARGIN_SECONDS = 10.0**9
     elif fault == DISK_FULL:
         with open(run.parent / "ballast", "wb", buffering=0) as ballast:
             for size in (1 << 20, 1 << 12, 1):

@@ -14,7 +14,7 @@ from pipeline.checkpoint.files import newest_valid, weights_hash
 from pipeline.checkpoint.restore import load_weights
 from pipeline.reporting.sample_keys import read_sample_keys
 
-MEASURED = re.compile(r"(^|_)(time|seconds|second|gib|mfu|bytes)$|data_wait_share")  # time and memory, not the run
+MEASURED = re.compile(r"(^|_)(time|seconds|second|gib|mfu|bytes|rank)$|data_wait_share")  # time and memory, not the run
 
 ABOUT_SAVING = ("checkpoint", "alarm")  # written when a save ends, which is a matter of time
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.manifest import file_sha256, sync_directory
+from pipeline.checkpoint.folders import FOLDER, published, step_of
 
 FORMAT_VERSION = 2
 MAX_FILE_BYTES = 1 << 30
@@ -33,7 +34,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by their names in torch
 KINDS = ("weight", *MOMENTS)
 MANIFEST, STATE = "manifest.json", "state.json"
 DIVIDED = "divided"  # entry of a file's metadata: name -> first element of this part, and the shape of the whole
-_FOLDER = re.compile(r"step_(\d{8,})")
 _FILE = re.compile(rf"state\.json|({'|'.join(KINDS)})-\d{{5}}-\d{{5}}\.safetensors")
 _MAX_JSON_BYTES = 1 << 28
 HASHING_THREADS = 4
@@ -48,24 +48,9 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def step_of(path: Path) -> int | None:
-    """The step in the name of a checkpoint folder, None for another name."""
-    match = _FOLDER.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
 def run_of(checkpoint: Path) -> Path:
     """The run folder of a checkpoint folder RUN/checkpoints/step_N."""
     return checkpoint.parent.parent
-
-
-def published(run: Path) -> list[Path]:
-    """Checkpoint folders of a run by step, oldest first, not verified."""
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
-    return sorted(found, key=step_of)
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
@@ -260,7 +245,7 @@ def remove(path: Path) -> None:
 def remove_leftovers(run: Path) -> None:
     """Delete half-written and half-deleted folders of killed processes."""
     for path in (run / "checkpoints").glob("step_*.*"):
-        if path.suffix in (".tmp", ".removed") and _FOLDER.fullmatch(path.stem):
+        if path.suffix in (".tmp", ".removed") and FOLDER.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,8 @@ from pipeline.distributed.sharing import owners_of
 MEMORY_MARGIN = 1.2  # free memory per byte of the copy
 HEADER_BYTES = 1 << 20  # headers, manifest and state, beyond the tensors
 STREAMED_FILE_BYTES = 1 << 28  # size of files when there is no memory for a copy
+SLOW_BYTES_PER_SECOND = 50e6  # of a first save, whose time nobody knows yet
+REMEMBERED_SAVES = 20
 VISIBLE_SECONDS = 10.0  # how long another rank's file may take to be seen
 
 
@@ -76,6 +79,7 @@ class Saver:
         self._best: dict[str, Any] | None = None
         self._began = time.monotonic()
         self._stall_seconds = 0.0
+        self.durations: deque[float] = deque(maxlen=REMEMBERED_SAVES)  # seconds of the last saves, on rank 0
         self._refuse_unshared_folder()
         if place.is_main:
             checkpoint_files.remove_leftovers(run)
@@ -148,6 +152,15 @@ class Saver:
             self.advance(self._agreement.total([self._busy])[0])
         self._pool.submit(int).result()  # wait for clean-up and retention too
         return self._succeeded
+
+    def expected_seconds(self) -> float:
+        """On rank 0: what a save that begins now may take: as long as the longest of late, and longer by as much as
+        they differ; twice that where it has to wait for one in flight."""
+        if self.durations:
+            seconds = 2 * max(self.durations) - min(self.durations)
+        else:
+            seconds = sum(_sizes(self._engine).values()) / SLOW_BYTES_PER_SECOND
+        return seconds if self._phase is None else 2 * seconds
 
     def best_of(self, state: RunState) -> dict[str, Any] | None:
         """The best held-out value up to ``state``, which may have been measured after its checkpoint was written."""
@@ -223,6 +236,7 @@ class Saver:
 
     def _report(self, num_bytes: int, left_behind: str | None) -> None:
         seconds = time.monotonic() - self._began
+        self.durations.append(seconds)
         stall = self._stall_seconds if self._settings.async_save else seconds
         self._log(
             self._state.step, {"seconds": seconds, "stall_seconds": stall, "gib": num_bytes / 2**30}, kind="checkpoint"

@@ -123,6 +123,11 @@ class TrainConfig:
         keep_best: held-out value whose best checkpoint is kept, like flm_loss (lower is better) or flm_accuracy.
         patience: end after so many evaluations in a row without a better keep_best; 0 never does.
         collective_timeout_minutes: after so long a rank that does not answer ends the run, with all ranks' stacks.
+        set_up_timeout_minutes: after so long without an end of the set-up the ranks that hold it up are named, and
+            the run ends with all ranks' stacks; the first step, which may compile, has as long.
+        step_timeout_minutes: the same for the part of a step, or of what follows it, that one rank is in.
+        evaluation_timeout_minutes: the same for one batch of an evaluation, or what follows the last one.
+        save_timeout_minutes: the same for a save that training waits for.
     """
 
     steps: PositiveInt = 30_000
@@ -142,6 +147,10 @@ class TrainConfig:
     keep_best: str | None = None
     patience: NonNegativeInt = 0
     collective_timeout_minutes: PositiveFloat = 30.0
+    set_up_timeout_minutes: PositiveFloat = 60.0
+    step_timeout_minutes: PositiveFloat = 10.0
+    evaluation_timeout_minutes: PositiveFloat = 25.0
+    save_timeout_minutes: PositiveFloat = 25.0
 
 
 @dataclass

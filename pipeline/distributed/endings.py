@@ -31,6 +31,8 @@ class Ending(NamedTuple):
     code: int
     reason: str  # one line
     dump_stacks: bool = False  # every rank shows where it is: some rank does not answer
+    stopped: bool = False  # told to stop: no failure
+    names_cause: bool = True  # the end began with this rank; False: with another one, nobody knows which
 
     @property
     def line(self) -> str:
@@ -42,8 +44,8 @@ class Ending(NamedTuple):
     @classmethod
     def from_json(cls, line: bytes) -> Ending:
         """Raises ValueError or TypeError for anything but what ``to_json`` wrote."""
-        rank, host, code, reason, dump_stacks = json.loads(line)
-        return cls(int(rank), str(host), int(code), str(reason), bool(dump_stacks))
+        rank, host, code, reason, *flags = json.loads(line)
+        return cls(int(rank), str(host), int(code), str(reason), *map(bool, flags))
 
 
 class MachineFailure(RuntimeError):
@@ -105,7 +107,8 @@ def silent_rank(error: BaseException) -> bool:
 
 
 def host_name() -> str:
-    return socket.gethostname()
+    """The name of this node: Slurm's where there is one, by which a node is kept out of the next attempt."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def leave(code: int) -> NoReturn:

@@ -12,6 +12,7 @@ from typing import Any
 
 EXIT_PREEMPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+TIME_LIMIT = "the job's time limit"  # beside the names of signals
 UNWIND_SECONDS = 10.0  # for the main thread to end by itself, which it cannot while it waits inside a library
 
 
@@ -23,7 +24,8 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """A request to stop, set by SIGTERM, SIGUSR1 or SIGINT; a second SIGINT ends the process at once.
+    """A request to stop, set by SIGTERM, SIGUSR1, SIGINT or the end of the job's time; a second SIGINT ends the
+    process at once.
 
     With ``at_once`` a signal raises Stopped in the main thread, wherever it is, until ``poll_from_here``. If the main
     thread does not end by that within ``UNWIND_SECONDS``, a thread calls ``when_stuck`` with the error.
@@ -34,12 +36,16 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.when_stuck: Callable[[Stopped], None] = _end
+        self.time_is_up: Callable[[], bool] = lambda: False  # asked whenever somebody polls
         self._at_once = False
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
+        if self.signal_name is None and self.time_is_up():
+            self._say(TIME_LIMIT)
+            self.signal_name = TIME_LIMIT
         return self.signal_name is not None
 
     def listen(self, at_once: bool = False) -> StopRequest:
@@ -83,6 +89,9 @@ class StopRequest:
             if not again:  # launchers send it more than once, and the end must not be disturbed
                 raise Stopped(name)
             return
+        self._say(name)
+
+    def _say(self, name: str) -> None:
         os.write(2, f"{name}: stopping after this step\n".encode())  # print is not safe in a handler
 
     def _see_to_it(self, read_end: int) -> None:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -50,6 +50,9 @@ class Watch:
         self.place, self.host = place, host_name()
         self._store = store  # rank 0's lives as long as the object
         self.ending: Ending | None = None  # the first one of another rank
+        self.take_down: Callable[[Ending], None] = lambda ending: None  # called by the ranks that say why all end
+        self.on_note: Callable[[int, dict[str, Any]], None] = lambda rank, note: None  # called by a thread
+        self._told = False  # of the ending, by the rank that it began with or by rank 0
         self._ended, self._complete = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._over = False  # all is done: connections close without a meaning
@@ -92,38 +95,68 @@ class Watch:
             self.follow(_CAUSE_SECONDS if lost_rank(error) or silent_rank(error) else 0)
         if silent_rank(error):
             reason = f"a rank does not answer ({' '.join(str(error).split())}); the stacks of all ranks are shown"
-            self.end(EXIT_REQUEUE, reason, dump_stacks=True)
+            self._end(self._own(EXIT_REQUEUE, reason)._replace(dump_stacks=True, names_cause=False))
         if lost_rank(error):
-            self.end(EXIT_REQUEUE, f"another rank is gone; its own last message has the cause ({error})")
+            reason = f"another rank is gone; its own last message has the cause ({error})"
+            self._end(self._own(EXIT_REQUEUE, reason)._replace(names_cause=False))
         verdict = judge(error, setting_up)
         show = (lambda: traceback.print_exception(error)) if verdict.is_bug else None
-        self.end(verdict.code, verdict.reason, show)
+        self._end(self._own(verdict.code, verdict.reason)._replace(stopped=isinstance(error, Stopped)), show)
 
-    def end(self, code: int, reason: str, say: Callable[[], None] | None = None, dump_stacks: bool = False) -> NoReturn:
-        """Say why this rank ends, by ``reason`` and ``say``, tell the others and end the process with ``code``.
+    def _own(self, code: int, reason: str) -> Ending:
+        return Ending(self.place.rank, self.host, code, reason)
 
-        What several ranks end by is said by the first of them. ``dump_stacks``: every rank shows where it is.
+    def _end(self, ending: Ending, say: Callable[[], None] | None = None) -> NoReturn:
+        """Say why this rank ends, by its reason and ``say``, tell the others and end the process.
+
+        What several ranks end by is said by the first of them.
         """
-        ending = Ending(self.place.rank, self.host, code, reason, dump_stacks)
         self._tell(ending)
-        if dump_stacks:
+        if ending.dump_stacks:
             faulthandler.dump_traceback(all_threads=True)
-        if self.place.is_main or not self._another_says(reason):
+        if self.place.is_main or not self._another_says(ending.reason):
             if say is not None:
                 say()
-            print(ending.line if self.place.world_size > 1 else f"error: {reason}", file=sys.stderr, flush=True)
-        leave(code)
+            line = ending.line if self.place.world_size > 1 else f"error: {ending.reason}"
+            print(line, file=sys.stderr, flush=True)
+            self.take_down(ending)
+        leave(ending.code)
+
+    def end_all(self, ending: Ending) -> None:
+        """End all ranks because of one that can't say so itself, from any thread; nothing once all is done.
+
+        Every rank that finds it out calls it; rank 0 tells the others.
+        """
+        self._note(ending)
+
+    def send_note(self, note: Mapping[str, Any]) -> None:
+        """Send a small note to rank 0, from rank 0 to all; ``on_note`` gets it there with the sender's rank."""
+        line = json.dumps(note).encode() + b"\n"
+        for peer in list(self._peers):
+            if peer.rank is not None:
+                peer.send(line)
+
+    @property
+    def hosts(self) -> dict[int, str]:
+        """On rank 0: the host of every rank that is there; on the others that of rank 0."""
+        others = {peer.rank: peer.host for peer in list(self._peers) if peer.rank is not None}
+        return {self.place.rank: self.host, **others}
 
     def follow(self, seconds: float) -> None:
         """End this process as another rank has ended, if one does within ``seconds``; else return."""
         if self._ended.wait(seconds):
             self._follow()
 
-    def finish(self, code: int, wait: Callable[[], None]) -> NoReturn:
-        """End this process when all others are as far; ``wait`` is a barrier, whose failure changes nothing."""
+    def finish(self, code: int, wait: Callable[[], None], reason: str = "") -> NoReturn:
+        """End this process when all others are as far; ``wait`` is a barrier, whose failure changes nothing.
+
+        ``reason`` is what rank 0 has taken down.
+        """
         self._over = True
         for peer in list(self._peers):
             peer.send(_DONE + b"\n")
+        if self.place.is_main:
+            self.take_down(self._own(code, reason)._replace(stopped=code == EXIT_REQUEUE))
         try:
             wait()
         except RuntimeError as error:
@@ -132,22 +165,23 @@ class Watch:
 
     def _follow(self) -> NoReturn:
         ending = self.ending
-        lost_main = ending.rank == 0 and ending.reason == _GONE  # then rank 1 speaks, and a rank of every other node
+        lost_main = ending.rank == 0 and not self._told  # then rank 1 speaks, and a rank of every other node
         if self.place.is_main or (lost_main and (self.place.rank == 1 or self.place.local_rank == 0)):
             print(f"{ending.line}; all ranks end with exit code {ending.code}", file=sys.stderr, flush=True)
+            self.take_down(ending)
         leave(ending.code)
 
     def _another_says(self, reason: str) -> bool:
         return self._ended.wait(SAME_REASON_SECONDS) and self.ending.reason == reason
 
-    def _note(self, ending: Ending) -> None:
+    def _note(self, ending: Ending, told: bool = False) -> None:
         """Another rank has ended: pass it on, show where this one is if asked, and end if the main thread does not."""
         with self._lock:
             if self.ending is not None or self._over:
                 return
-            self.ending = ending
+            self.ending, self._told = ending, told
         if self.place.is_main:
-            self._tell(ending)
+            self._tell(ending, but=ending.rank if told else -1)
         if ending.dump_stacks:
             faulthandler.dump_traceback(all_threads=True)
         self._ended.set()
@@ -155,9 +189,9 @@ class Watch:
         timer.daemon = True
         timer.start()
 
-    def _tell(self, ending: Ending) -> None:
+    def _tell(self, ending: Ending, but: int = -1) -> None:
         for peer in list(self._peers):
-            if peer.rank != ending.rank:
+            if peer.rank != but:
                 peer.send(ending.to_json())
 
     def _listen(self) -> None:
@@ -206,9 +240,12 @@ class Watch:
             if len({one.rank for one in self._peers} - {None}) == self.place.world_size - 1:
                 self._complete.set()
             return
+        if line.startswith(b"{"):
+            self.on_note(peer.rank, json.loads(line))
+            return
         peer.done = True
         if line != _DONE:
-            self._note(Ending.from_json(line))
+            self._note(Ending.from_json(line), told=True)
 
     def _close(self) -> None:
         for connection in (self._server, *(peer.connection for peer in self._peers)):
@@ -221,6 +258,7 @@ class _Peer:
 
     def __init__(self, connection: socket.socket, rank: int | None = None, host: str = "") -> None:
         self.connection, self.rank, self.host, self.rest, self.done = connection, rank, host, b"", False
+        self._sending = threading.Lock()  # lines of several threads stay whole
         connection.settimeout(_SEND_SECONDS)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         keepalive = {  # of TCP on Linux, seconds and numbers; the last in milliseconds, while something is on its way
@@ -234,5 +272,5 @@ class _Peer:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, line: bytes) -> None:
-        with suppress(OSError):  # gone, which its connection tells the thread
+        with self._sending, suppress(OSError):  # gone, which its connection tells the thread
             self.connection.sendall(line)

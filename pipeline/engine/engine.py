@@ -24,6 +24,7 @@ from pipeline.checkpoint.state import ReadRanges
 from pipeline.config.options import OptimConfig, TrainConfig
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
+from pipeline.engine.forward_timer import ForwardTimer
 from pipeline.engine.full_state import FullState
 from pipeline.engine.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pipeline.engine.veto import StepVeto
@@ -106,6 +107,7 @@ class TrainEngine:
             torch.distributed.broadcast(buffer.data, src=0)  # which DeepSpeed does for parameters only
         self._full_state = FullState(self._deepspeed, objective, self.stage, place)
         self._veto = StepVeto(self._deepspeed.optimizer, self.stage)
+        self.forward_timer = ForwardTimer(self.device)
         if train.compile:
             self._deepspeed.compile()
 
@@ -152,7 +154,8 @@ class TrainEngine:
         skipped_before = self._deepspeed.skipped_steps
         for index, batch in enumerate(micro_batches):
             torch.manual_seed(self._dropout_seed(step, index))
-            sums = self._deepspeed(_losses, batch.to(self.device))
+            with self.forward_timer.measure():
+                sums = self._deepspeed(_losses, batch.to(self.device))
             loss = sum(factors[name] * value for name, value in sums.items())
             self._deepspeed.backward(loss)
             micro_sums.append({name: value.detach() for name, value in sums.items()})

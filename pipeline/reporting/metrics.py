@@ -174,8 +174,12 @@ class MetricsWriter:
 
     def record(self, step: int, kind: str) -> dict[str, Any] | None:
         """The record of that kind that log.jsonl has for ``step``, None if it has none; only the main rank knows."""
+        return next((one for one in self.records(kind) if one["step"] == step), None)
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """The records of that kind in log.jsonl; only the main rank knows."""
         records = [] if self._lines is None else read_log(self._output / LOG_NAME)
-        return next((one for one in records if one["step"] == step and one["kind"] == kind), None)
+        return [one for one in records if one["kind"] == kind]
 
     def progress(self, total: int, start: int = 0, unit: str = "step") -> Progress:
         """A progress display of steps ``start`` .. ``total``; it shows nothing on other ranks."""

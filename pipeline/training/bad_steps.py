@@ -190,6 +190,7 @@ def _content(
 
 def _stop(s: Session, why: str) -> bool:
     """Say why the run ends, with its incidents; False."""
+    s.reason = why
     names = ", ".join(path.name for path in list_incidents(s.records.output)[-20:])
     s.ranks.say(f"error: {why}; the run stops. {s.records.output / FOLDER} holds {names}", error=True)
     return False

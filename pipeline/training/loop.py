@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from model.batch import Batch
+from pipeline.cluster.heartbeats import EVALUATION, SAVING, SET_UP, STEP
 from pipeline.distributed.endings import EXIT_DONE, EXIT_MEND, EXIT_REQUEUE
 from pipeline.reporting.metrics import Progress
 from pipeline.reporting.page import report_or_warn
-from pipeline.tasks.evaluation import evaluate
+from pipeline.tasks.evaluation import Run, evaluate
 from pipeline.training import bad_steps
 from pipeline.training.meter import StepMeter
 from pipeline.training.session import Session
@@ -31,10 +32,12 @@ def train(s: Session) -> int:
             _say_early_stop(s)
         if code == EXIT_DONE and s.state.step and not _evaluate(s):
             code = EXIT_REQUEUE
+        if code == EXIT_REQUEUE:
+            s.reason = f"told to stop by {s.ranks.stop.signal_name or 'a signal to another rank'}"
         if code in (EXIT_DONE, EXIT_REQUEUE):
             _save(s, reason="end")
-        if not records.saver.wait() and code == EXIT_DONE:
-            code = EXIT_MEND
+        if not _wait_for_save(s) and code == EXIT_DONE:
+            s.reason, code = f"the checkpoint of step {s.state.step} was not written", EXIT_MEND
     finally:
         progress.close()
         records.writer.close()
@@ -48,15 +51,20 @@ def _steps(s: Session, progress: Progress) -> int:
     """All steps from the state's on, up to the last or to a reason to stop."""
     settings, state, records = s.config.train, s.state, s.records
     meter = StepMeter(s.engine.term_weights, s.ranks.agreement, s.engine.device, s.engine.precision)
-    batches = s.batches.start(state.step, state.passed_by)
+    batches, first = s.batches.start(state.step, state.passed_by), True
     while state.step < settings.steps and not _out_of_patience(s):
         if state.step in state.passed_by:  # without a batch and a step, position and schedule advance
             _advance(s)
             continue
+        phase = SET_UP if first else STEP  # the first step may compile
+        first = False
+        s.pulse.move(phase, "reads its data", state.step + 1)
         micro_batches, waited = _collect(batches, s.engine.accumulation)
+        s.pulse.move(phase, "computes")
         records.sample_keys.write(state.step + 1, micro_batches)
         result = s.engine.step(state.step, micro_batches, s.guard, partial(_votes, s, micro_batches))
         told_to_stop, unusable, saving_ranks, minutes_over = result.votes
+        s.pulse.move(STEP, "goes on after a step")
         _advance(s)
         meter.add(result, micro_batches, waited, sum(s.engine.objective.flops(batch) for batch in micro_batches))
         records.unusable.add_total(int(unusable))
@@ -64,6 +72,7 @@ def _steps(s: Session, progress: Progress) -> int:
         if not result.taken:
             bad_steps.record(s, result, micro_batches, partial(_save, s, reason="incident"))
         if result.bad is not None and s.guard.over_quota:
+            s.pulse.move(SET_UP, "goes back to a checkpoint")
             if not bad_steps.go_on(s):
                 return EXIT_MEND
             _note_logged(s)
@@ -92,9 +101,15 @@ def _steps(s: Session, progress: Progress) -> int:
             _save(s, reason="minutes" if minutes_over else "beat")
         if evaluating and not _evaluate(s):
             return EXIT_REQUEUE
+        if (saving or evaluating) and _told_to_stop(s) and not last:  # meanwhile: before another step has to be saved
+            return EXIT_REQUEUE
         if logging:
             meter.restart()
     return EXIT_DONE
+
+
+def _told_to_stop(s: Session) -> bool:
+    return s.ranks.agreement.total([s.ranks.stop.requested])[0] > 0
 
 
 def _advance(s: Session) -> None:
@@ -143,11 +158,13 @@ def _evaluate(s: Session) -> bool:
     limit = s.config.train.save_before_eval_seconds
     if s.state.step and 0 < limit < s.state.eval_seconds:
         _save(s, reason="before evaluation")
-        s.records.saver.wait()
+        _wait_for_save(s)
     began = time.perf_counter()
+    s.pulse.move(EVALUATION, "evaluates")
     with s.engine.scoring() as run:
         folder = s.records.output / "evaluations" / f"held_out-step_{s.state.step:08d}"
-        values = evaluate(run, passes, agreement, s.ranks.stop, folder)
+        values = evaluate(_counted(run, s), passes, agreement, s.ranks.stop, folder)
+    s.pulse.move(STEP, "goes on after an evaluation")
     if values is None:
         return False
     s.state.eval_seconds = agreement.largest(time.perf_counter() - began)
@@ -158,6 +175,16 @@ def _evaluate(s: Session) -> bool:
     shown = [f"{name} {values[name]:.4f}" for name in names if name in values]
     s.ranks.say(f"held out after step {s.state.step}: {', '.join(shown)}")
     return True
+
+
+def _counted(run: Run, s: Session) -> Run:
+    """``run`` as it is, every call of which is a step forward."""
+
+    def counted(function: Callable[[Any, Batch], Any], batch: Batch) -> Any:
+        s.pulse.move(EVALUATION, "evaluates")
+        return run(function, batch)
+
+    return counted
 
 
 def _note_logged(s: Session) -> bool:
@@ -219,10 +246,21 @@ def _save(s: Session, reason: str) -> bool:
 
     ``Saver.wait`` completes it; otherwise it completes behind the next steps.
     """
+    s.pulse.move(SAVING, "saves")
     _name_unusable(s)
     s.state.skipped_steps = s.engine.skipped_steps
     s.state.guard = s.guard.state() if s.guard is not None else s.state.guard
-    return s.records.saver.save(s.state)
+    begun = s.records.saver.save(s.state)
+    s.pulse.move(STEP, "goes on after a save")
+    return begun
+
+
+def _wait_for_save(s: Session) -> bool:
+    """Wait for a save in flight; whether the last one succeeded."""
+    s.pulse.move(SAVING, "waits for a save")
+    succeeded = s.records.saver.wait()
+    s.pulse.move(STEP, "goes on after a save")
+    return succeeded
 
 
 def _on_beat(step: int, every: int) -> bool:
@@ -231,4 +269,5 @@ def _on_beat(step: int, every: int) -> bool:
 
 def _explain(s: Session, reason: str) -> int:
     s.ranks.say(f"error: {reason}", error=True)
+    s.reason = reason
     return EXIT_MEND

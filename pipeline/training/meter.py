@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 
@@ -60,9 +61,12 @@ class StepMeter:
         names = sorted(self._weights)
         sums = [float(self._sums[name]) if name in self._sums else 0.0 for name in names]  # waits for the device
         seconds = time.perf_counter() - self._began
-        *sums, samples, waited, flops, ranks = self._agreement.total(
-            [*sums, self._samples, self._waited, self._flops, 1]
-        )
+        own = [*sums, self._samples, self._flops]
+        table = self._of_ranks(self._waited / max(self._steps, 1), engine.forward_timer.take() / max(self._steps, 1))
+        totals = self._agreement.total([*own, *table])
+        *sums, samples, flops = totals[: len(own)]
+        data_waits, forwards = totals[len(own) :: 2], totals[len(own) + 1 :: 2]
+        ranks = len(data_waits)
         means = {name: total / self._counts[name] for name, total in zip(names, sums) if self._counts.get(name)}
         targets = sum(self._counts.values())
         grad_norm = None if self._last is None else self._last.grad_norm
@@ -75,16 +79,35 @@ class StepMeter:
             "samples_per_second": samples / seconds,
             "predicted_tokens_per_second": targets / seconds,
             "step_seconds": seconds / max(self._steps, 1),
-            "data_wait_share": waited / ranks / seconds,
+            "data_wait_share": sum(data_waits) * self._steps / ranks / seconds,
             "peak_memory_gib": self._agreement.largest(peak_memory_bytes(self._device) / GIB),
         }
         if samples and flops:
             values["gflop_per_sample"] = flops / samples / GFLOP
         if self._peak_flops is not None and flops:
             values["mfu"] = flops / seconds / ranks / self._peak_flops
+        if ranks > 1:
+            values |= _of_slowest("data_wait", data_waits) | _of_slowest("forward", forwards)
         values["skipped_steps"] = float(engine.skipped_steps)
         self.restart()
         return values
+
+    def _of_ranks(self, *numbers: float) -> list[float]:
+        """The numbers of this rank in the table of all ranks, so that one sum over ranks fills it."""
+        rank, width = self._agreement.rank, len(numbers)
+        table = [0.0] * (width * self._agreement.world_size)
+        table[width * rank : width * (rank + 1)] = numbers
+        return table
+
+
+def _of_slowest(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Seconds a step of the middle rank and of the slowest one, and which that is."""
+    slowest = max(seconds)
+    return {
+        f"{name}_seconds": statistics.median(seconds),
+        f"slowest_{name}_seconds": slowest,
+        f"slowest_{name}_rank": seconds.index(slowest),
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,8 +7,9 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,9 @@ from pipeline.checkpoint.files import CheckpointError
 from pipeline.checkpoint.fingerprint import accept, run_fingerprint
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
+from pipeline.cluster.heartbeats import Pulse
+from pipeline.cluster.restarts import begin as begin_attempt
+from pipeline.cluster.walltime import Walltime, end_time
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import (
@@ -36,6 +40,7 @@ from pipeline.config.options import (
     tokenizer_source,
 )
 from pipeline.distributed.connecting import Ranks
+from pipeline.distributed.endings import host_name
 from pipeline.distributed.places import Place
 from pipeline.distributed.run_lock import lock_run
 from pipeline.engine.ds_check import check_ds_config
@@ -84,6 +89,8 @@ class Session:
     evaluation: Evaluation
     records: Records
     lock: int | None  # of the run folder, held while the process lives
+    reason: str = ""  # why training ended, where that is not its last step
+    pulse: Pulse = field(default_factory=Pulse)  # where it is, told to the other ranks
 
 
 @dataclass
@@ -115,6 +122,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         ValueError: anything a user can mend, in one line.
     """
     config, place, agreement = launch.config, ranks.place, ranks.agreement
+    time_is_over = end_time(os.environ, time.time())
     check_trackers(config.tracking.wandb)
     of_task = task.fingerprint(config) if hasattr(task, "fingerprint") else {}
     opened = open_run(launch, task.num_images, ranks, of_task, texts_of(task))
@@ -132,12 +140,16 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     prepare_deepspeed(ranks.device)
     engine = TrainEngine(objective, ds_config, config.optim, config.train, place, agreement)
     state, changes = continue_run(opened, engine, ranks)
+    hosts = agreement.gather(host_name())
     if place.is_main:
         _announce(opened, state, census, engine, changes, starting)
+        begin_attempt(launch.output, state.step, hosts)
         _write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
         copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)
     records = open_records(opened, engine, state, ranks)
+    if place.is_main and time_is_over is not None:
+        ranks.stop.time_is_up = Walltime(time_is_over, records.saver.expected_seconds).is_up
     preparation = task.preparation(config, objective, opened.data.tokenizer)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
@@ -229,6 +241,7 @@ def open_records(opened: Opened, engine: TrainEngine, state: RunState, ranks: Ra
     if opened.data_changes:
         writer.log(state.step, opened.data_changes, kind="data_change")
     saver = Saver(output, engine, config.train, place, ranks.agreement, saved_step, writer.log)
+    saver.durations.extend(one["seconds"] for one in writer.records("checkpoint"))
     state.best = saver.best_of(state)
     return Records(output, writer, SampleKeys(output, place.rank, tracking.sample_keys), unusable, saver)
 

@@ -17,8 +17,10 @@ from benchmarks.proof.faults import (
     KILL,
     PHASES,
     READ_ONLY,
+    STOP,
     TERM_ALL,
     TERM_ONE,
+    TIME_LIMIT,
     Cell,
     matrix,
 )
@@ -28,8 +30,11 @@ CELLS = [  # phase, fault, ranks, exit codes, what is said
     ("loader", KILL, 2, [75, -9], "gone without a word"),
     ("step", EXCEPTION, 2, [1, 1], "RuntimeError: planted by the fault matrix"),
     ("evaluation", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
+    ("save", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
     ("save", DISK_FULL, 1, [2], "ALARM: checkpoint step_00000002 was not written"),
     ("report", READ_ONLY, 1, [0], "warning: no report (PermissionError"),
+    ("loader", STOP, 2, [75, -9], "no heartbeat for"),
+    ("step", TIME_LIMIT, 1, [75], "the job's time limit: stopping after this step"),
 ]
 
 
@@ -63,7 +68,14 @@ def test_a_fault_ends_in_time_and_is_said_and_the_run_goes_on(
     cell = make(phase, fault, world)
     assert cell.codes == codes and said in "\n".join(cell.said), cell
     assert cell.holds, cell
+    words = cell.last_words
+    if fault in (DISK_FULL, READ_ONLY):
+        assert words is None or words.code == max(codes)  # perhaps it could not be written either
+    else:
+        assert words.stopped == (fault in (TERM_ONE, TERM_ALL, TIME_LIMIT)) and words.names_cause
+        assert words.code == max(codes) and (words.stopped or words.rank == world - 1)
+        assert words.reason in " ".join(cell.said) or words.reason.startswith("told to stop by")
 
 
 def test_every_phase_and_every_fault_has_a_cell() -> None:
-    assert [cell[0] for cell in CELLS] == list(PHASES) and {cell[1] for cell in CELLS} == set(FAULTS)
+    assert {cell[0] for cell in CELLS} == set(PHASES) and {cell[1] for cell in CELLS} == set(FAULTS)

@@ -75,13 +75,18 @@ def test_evaluation_stops_when_told() -> None:
     assert evaluate(lambda function, batch: function(model, batch), passes, Agreement(), stop) is None
 
 
+def engine(skipped_steps: int, forward_seconds: float = 0.0) -> types.SimpleNamespace:
+    timer = types.SimpleNamespace(take=lambda: forward_seconds)
+    return types.SimpleNamespace(skipped_steps=skipped_steps, forward_timer=timer)
+
+
 def test_meter_gives_means_over_all_targets() -> None:
     meter = StepMeter({"flm": 0.5, "itm": 0.25}, Agreement(), torch.device("cpu"), "fp32")
     for loss, count in ((6.0, 2), (2.0, 2)):
         result = StepResult({"flm": torch.tensor(loss), "itm": torch.tensor(0.0)}, {"flm": count, "itm": 0}, 1e-3, 2.5)
         meter.add(result, [tiny_batch([1, 2, 3])], waited_seconds=0.0, flops=loss * 3e9)
     assert meter.is_finite()
-    values = meter.read(types.SimpleNamespace(skipped_steps=1))
+    values = meter.read(engine(skipped_steps=1))
     assert values["flm_loss"] == 2.0 and values["loss"] == 1.0 and "itm_loss" not in values
     assert values["grad_norm"] == 2.5 and values["learning_rate"] == 1e-3 and values["skipped_steps"] == 1
     assert values["samples_per_second"] / values["predicted_tokens_per_second"] == pytest.approx(6 / 4)
@@ -89,18 +94,35 @@ def test_meter_gives_means_over_all_targets() -> None:
     assert values["gflop_per_sample"] == 3 * (6 + 2) / 6
     meter.add(StepResult({"flm": torch.tensor(float("nan"))}, {"flm": 1}, 1e-3, None), [], 0.0, 0.0)
     assert not meter.is_finite()
-    assert "gflop_per_sample" not in meter.read(types.SimpleNamespace(skipped_steps=1))  # no samples, unknown cost
+    assert "gflop_per_sample" not in meter.read(engine(skipped_steps=1))  # no samples, unknown cost
 
 
 def two_ranks_cost(place) -> dict[str, float]:
     meter = StepMeter({"flm": 1.0}, Agreement(), torch.device("cpu"), "fp32")
     samples = [[1, 2, 3], [4]][place.rank]
     meter.add(StepResult({}, {}, 1e-3, None), [tiny_batch(samples)], 0.0, flops=[2e9, 6e9][place.rank])
-    return meter.read(types.SimpleNamespace(skipped_steps=0))
+    return meter.read(engine(skipped_steps=0))
 
 
 def test_cost_per_sample_is_a_mean_over_all_ranks() -> None:
     assert [values["gflop_per_sample"] for values in run_ranks(2, two_ranks_cost)] == [2.0, 2.0]
+
+
+def three_ranks_of_which_one_is_slow(place) -> dict[str, float]:
+    meter = StepMeter({"flm": 1.0}, Agreement(), torch.device("cpu"), "fp32")
+    for _ in range(2):
+        meter.add(StepResult({}, {}, 1e-3, None), [tiny_batch([1])], [0.5, 0.25, 4.0][place.rank], 0.0)
+    return meter.read(engine(0, forward_seconds=[6.0, 2.0, 4.0][place.rank]))
+
+
+def test_the_slowest_rank_is_named_by_what_it_does_itself() -> None:
+    """Seconds a step: waiting for its own data, and its own forward passes."""
+    expected = {
+        **{"data_wait_seconds": 0.5, "slowest_data_wait_seconds": 4.0, "slowest_data_wait_rank": 2},
+        **{"forward_seconds": 2.0, "slowest_forward_seconds": 3.0, "slowest_forward_rank": 0},
+    }
+    for values in run_ranks(3, three_ranks_of_which_one_is_slow):
+        assert {name: values[name] for name in expected} == expected
 
 
 def test_unusable_samples_against_their_budget(tmp_path: Path) -> None:

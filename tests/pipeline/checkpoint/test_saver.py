@@ -178,6 +178,17 @@ def test_minutes_are_counted_from_the_last_save(tmp_path: Path) -> None:
     assert one.wait() and one.votes()[1] is False
 
 
+def test_what_a_save_may_take_is_learned_from_those_before(tmp_path: Path) -> None:
+    one = make_saver(tmp_path)
+    assert one.expected_seconds() == 3 * 4 * 650 / saver.SLOW_BYTES_PER_SECOND  # fp32 weights and moments
+    assert one.save(RunState(step=1)) and one.wait() and len(one.durations) == 1
+    one.durations.extend([10.0, 30.0])
+    one.durations.popleft()
+    assert one.expected_seconds() == 30 + (30 - 10)
+    assert one.save(RunState(step=2)) and one.expected_seconds() == 2 * 50  # the last one waits for this one
+    one.wait()
+
+
 def fail_in_the_thread(place: Place, run: Path) -> tuple[list[bool], list]:
     """Rank 1's disk fails in the second save, in its thread."""
     one = make_saver(run, place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 
 from data_prep.tokenizer import train_tokenizer
+from pipeline import generate
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluate import main as evaluate
 from pipeline.generate import main
 from pipeline.reporting.page import write_report
 from pipeline.tasks.caption_lengths import QUANTILES
-from pipeline.tasks.captioning import load_captioner
+from pipeline.tasks.captioning import Captioner, load_captioner
 from tests.tiny_corpus import make_corpus
 from tests.written_run import TINY, write_run
 
@@ -240,3 +242,30 @@ def test_mistakes_are_one_line(
     assert main([str(places.get(word, word)) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_told_to_stop_it_ends_between_batches_with_whole_lines(
+    run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    caption = Captioner.caption
+
+    def interrupted(self: Captioner, images: list, first: int) -> list[str]:
+        os.kill(os.getpid(), getattr(signal, name))
+        return caption(self, images, first)
+
+    monkeypatch.setattr(Captioner, "caption", interrupted)
+    output = tmp_path / "captions"
+    options = ["--run", str(run), *[str(image)] * 5, "--batch-size", "2", "--output", str(output)]
+    assert main(options) == 75
+    assert [line.split("\t")[0] for line in output.read_text().splitlines()] == [str(image)] * 2
+    samples = tmp_path / "samples.json"
+    split = ["--data", str(run.parent / "data"), "--batch-size", "2", "--output", str(samples)]
+    assert main(["--run", str(run), *split]) == 75 and not samples.exists()
+
+
+def test_told_to_stop_while_it_loads_it_ends_at_once(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(generate, "load_captioner", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["--run", str(run), str(image)]) == 75 and "told to stop by SIGTERM" in capsys.readouterr().err

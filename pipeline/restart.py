@@ -1,0 +1,66 @@
+"""Decides whether a job that ended is started again, and notes it in RUN/attempts.jsonl; for job scripts.
+
+    python -m pipeline.restart --run RUN --job ID --attempt N --code C --nodes "n1 n2"
+
+stdout: a line `exclude NODE` for each node to keep out of the next attempt. stderr: what happens and why.
+Exit codes: 0 start it again; any other is that of the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_prep.program import run_program
+from pipeline.cluster.restarts import NAME, End, Limits, conclude
+from pipeline.distributed.endings import EXIT_MEND
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    end = End(arguments.job, arguments.attempt, arguments.code, arguments.nodes.replace(",", " ").split())
+    try:
+        decision = conclude(arguments.run, end, Limits(arguments.max_restarts, arguments.same_failure))
+    except OSError as error:
+        file, reason = error.filename or arguments.run / NAME, error.strerror or error
+        print(f"error: {file}: {reason}; not started again, as restarts can't be counted there", file=sys.stderr)
+        return EXIT_MEND
+    print(decision.line, file=sys.stderr)
+    for node in decision.excluded:
+        print(f"exclude {node}")
+    return 0 if decision.requeue else decision.code
+
+
+def _parser() -> argparse.ArgumentParser:
+    def number(least: int):
+        def parse(text: str) -> int:
+            if not text.isdecimal() or int(text) < least:
+                raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least {least}")
+            return int(text)
+
+        return parse
+
+    description, *rest = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.restart",
+        description=description,
+        epilog="\n\n".join(rest),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the --output folder of the training")
+    parser.add_argument("--job", required=True, metavar="ID", help="the job, by the same name at every attempt")
+    parser.add_argument("--attempt", type=number(0), required=True, metavar="N", help="how often it was started before")
+    parser.add_argument("--code", type=number(1), required=True, metavar="C", help="exit code of its step, not 0")
+    parser.add_argument("--nodes", default="", metavar='"N1 N2"', help="the nodes that it had")
+    budget = "restarts of the job at most, but those after it was told to stop and saved a newer step (default: 50)"
+    parser.add_argument("--max-restarts", type=number(0), default=50, metavar="N", help=budget)
+    crash_loop = "equal failures in a row, without a newer checkpoint, that end it (default: 3)"
+    parser.add_argument("--same-failure", type=number(1), default=3, metavar="N", help=crash_loop)
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main)

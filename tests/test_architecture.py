@@ -35,6 +35,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "distributed": ("config",),
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
+        "staging": ("config", "distributed", "data"),
         "incidents": ("config", "checkpoint"),
         "engine": ("config", "distributed", "checkpoint", "incidents"),
         "reporting": ("config", "incidents", "metrics"),
@@ -48,6 +49,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
+            "staging",
             "tasks.task",
             "tasks.evaluation",
         ),

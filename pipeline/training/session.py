@@ -42,12 +42,20 @@ from pipeline.engine.ds_check import check_ds_config
 from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.rewind import SkippedBatches, finish_setting_aside
-from pipeline.loading.open_data import TrainingBatches, TrainingData, data_fingerprint, open_training_data
+from pipeline.loading.open_data import (
+    TrainingBatches,
+    TrainingData,
+    data_fingerprint,
+    open_training_data,
+    sample_order,
+)
 from pipeline.loading.unusable import UnusableSamples
 from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.reporting.trackers import check_trackers
+from pipeline.staging.stager import Stager
+from pipeline.staging.starting import start_staging
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
@@ -83,6 +91,7 @@ class Session:
     batches: TrainingBatches
     evaluation: Evaluation
     records: Records
+    stager: Stager | None  # on the one rank of a node that copies shards to its disk
     lock: int | None  # of the run folder, held while the process lives
 
 
@@ -138,6 +147,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)
     records = open_records(opened, engine, state, ranks)
+    order = sample_order(config, opened.data)
+    stager = start_staging(config, opened.data.corpora, order, ranks, engine.accumulation, state.step)
     preparation = task.preparation(config, objective, opened.data.tokenizer)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
@@ -152,6 +163,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         batches=TrainingBatches(config, opened.data, preparation, place, engine.accumulation, pin),
         evaluation=Evaluation(passes, scores),
         records=records,
+        stager=stager,
         lock=lock,
     )
 

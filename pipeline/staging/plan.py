@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -60,17 +61,18 @@ class ReadsAhead:
         self._within_step = np.add.outer(np.arange(accumulation) * world * micro_batch, per_pass).ravel()
         self._step_samples = world * accumulation * micro_batch
         self.steps_per_stretch = -(-STRETCH_SAMPLES // len(self._within_step))
-        self._of_stretch = lru_cache(maxsize=NUM_STRETCHES + 1)(self._of_stretch_now)
+        self._read_within = lru_cache(maxsize=NUM_STRETCHES + 1)(self._read_within_now)
 
     def samples_from(self, step: int) -> int:
         """How many samples the node reads from ``step`` on, repeated ones counted again."""
         return len(self._within_step) * max(self._num_steps - step, 0)
 
     def from_step(self, step: int) -> Reads:
-        """What is read from the stretch of ``step`` on; nothing past the last step."""
-        first = step // self.steps_per_stretch
-        last = -(-self._num_steps // self.steps_per_stretch) if step < self._num_steps else first
-        parts = [self._of_stretch(number) for number in range(first, min(first + NUM_STRETCHES, last))]
+        """What is read from ``step`` to the end of the last stretch ahead; nothing past the last step."""
+        number = step // self.steps_per_stretch + 1
+        ends = [stretch * self.steps_per_stretch for stretch in range(number, number + NUM_STRETCHES)]
+        bounds = [min(one, self._num_steps) for one in (step, *ends)]
+        parts = [self._read_within(start, stop) for start, stop in pairwise(bounds) if start < stop]
         if not parts:
             return Reads(*np.zeros((3, 0), dtype=np.int64))
         shards = np.concatenate([part.shards for part in parts])
@@ -80,9 +82,8 @@ class ReadsAhead:
         at.sort()
         return Reads(shards[at], stretch[at], total[shards[at]])
 
-    def _of_stretch_now(self, number: int) -> Reads:
-        start = number * self.steps_per_stretch
-        steps = np.arange(start, min(start + self.steps_per_stretch, self._num_steps))
+    def _read_within_now(self, start: int, stop: int) -> Reads:
+        steps = np.arange(start, stop)
         corpora, indices, _ = self._order.at_many(np.add.outer(steps * self._step_samples, self._within_step).ravel())
         shards = np.empty_like(indices)
         for corpus, ends in enumerate(self._ends):

@@ -62,8 +62,8 @@ class Stager:
         """A line for the start of a run at ``step``."""
         total, times = int(self._sizes.sum()) / GIB, self._ahead.samples_from(step) / int(self._samples.sum())
         return (
-            f"staging: up to {self._limit / GIB:.1f} of {total:.1f} GiB of shards on each node, in {self._base}; this node "
-            f"reads a sample {times:.1f} times from here on"
+            f"staging: up to {self._limit / GIB:.3g} of {total:.3g} GiB of shards on each node, in {self._base}; this "
+            f"node reads a sample {times:.3g} times from here on"
         )
 
     def follow(self, step: int) -> None:
@@ -80,7 +80,8 @@ class Stager:
         """End copying; the copies stay for a later run."""
         self._ended.set()
         self._moved.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         for folder in self._folders:
             folder.close()
 

@@ -36,6 +36,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
         "cluster": ("config", "distributed", "checkpoint.folders", "reporting.metrics"),
+        "staging": ("config", "distributed", "data"),
         "incidents": ("config", "checkpoint"),
         "engine": ("config", "distributed", "checkpoint", "incidents"),
         "reporting": ("config", "incidents", "metrics"),
@@ -50,6 +51,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
             "cluster",
+            "staging",
             "tasks.task",
             "tasks.evaluation",
         ),

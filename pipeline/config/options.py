@@ -46,6 +46,9 @@ class DataConfig:
         bad_sample_share: share of the samples seen that may be unusable beyond bad_sample_budget.
         allow_change: go on from the same position when a resumed run's data, tokenizer or order differ from before.
         timeout_seconds: longest wait for one batch before the run ends with an error.
+        stage_dir: folder on a disk of each node to which shards are copied ahead of reading, like ${SLURM_TMPDIR};
+            null leaves it to the page cache. Samples are the same.
+        stage_gib: room for these copies on each node, in GiB.
     """
 
     paths: list[str] = field(default_factory=lambda: ["data"])
@@ -66,6 +69,8 @@ class DataConfig:
     bad_sample_share: ClosedUnitInterval = 0.01
     allow_change: bool = False
     timeout_seconds: PositiveFloat = 180.0
+    stage_dir: str | None = None
+    stage_gib: PositiveFloat = 100.0
 
 
 @dataclass
@@ -228,6 +233,11 @@ def validate(config: Config) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}: found {value}, expected a finite number")
     _check_length(config.train)
+    if config.data.stage_dir is not None:
+        refuse_address(config.data.stage_dir, "--data.stage_dir")
+        if not config.data.stage_dir or not math.isfinite(config.data.stage_gib):
+            found = f"{config.data.stage_dir!r} with data.stage_gib {config.data.stage_gib}"
+            raise ConfigError(f"data.stage_dir: found {found}, expected a folder and a number of GiB; or use null")
     try:
         config.objective.check()
         config.task.check()

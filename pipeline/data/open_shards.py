@@ -106,6 +106,12 @@ class OpenShards:
             if opened is not None:
                 opened.close()
 
+    def close_removed(self, corpus: int) -> None:
+        """Close the shards of a corpus whose tar was removed, as its space is free only then."""
+        for owner, number in list(self._open):
+            if owner == corpus and os.fstat(self._open[owner, number].tar).st_nlink == 0:
+                self.close(owner, number)
+
     def give_up_half(self) -> bool:
         """Close half of the shards and keep no more than the rest from now on; False if none is open."""
         if not self._open:

@@ -106,7 +106,7 @@ class ShardFiles:
         began, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
         while True:
             try:
-                opened = self._open_now(shard)
+                opened = open_shard(self._split_dir, self._manifest.fields, shard)
             except OSError as error:  # of EXHAUSTED
                 if self._kept.give_up_half():
                     continue
@@ -124,17 +124,6 @@ class ShardFiles:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def _open_now(self, shard: Shard) -> OpenShard:
-        width = index_columns(self._manifest.fields).width
-        with ExitStack() as opened:  # closes what it holds on an error
-            tar, _ = _open_file(self._split_dir / shard.file)
-            opened.callback(os.close, tar)
-            index, num_bytes = _open_file(self._split_dir / shard.index_file)
-            opened.callback(os.close, index)
-            found = OpenShard(tar, index, _first_row(index, num_bytes, (shard.rows, width)), width)
-            opened.pop_all()
-        return found
-
     def _folder_comes_back(self) -> bool:
         deadline = time.monotonic() + FOLDER_SECONDS
         while not os.path.exists(self._split_dir / MANIFEST_NAME):
@@ -144,7 +133,20 @@ class ShardFiles:
         return True
 
 
-def _open_file(path: Path) -> tuple[int, int]:
+def open_shard(folder: Path, fields: tuple[str, ...], shard: Shard) -> OpenShard:
+    """Open tar and index of a shard in ``folder``; raises ShardError, and OSError where the machine is EXHAUSTED."""
+    width = index_columns(fields).width
+    with ExitStack() as opened:  # closes what it holds on an error
+        tar, _ = open_plain_file(folder / shard.file)
+        opened.callback(os.close, tar)
+        index, num_bytes = open_plain_file(folder / shard.index_file)
+        opened.callback(os.close, index)
+        found = OpenShard(tar, index, _first_row(index, num_bytes, (shard.rows, width)), width)
+        opened.pop_all()
+    return found
+
+
+def open_plain_file(path: Path) -> tuple[int, int]:
     """Descriptor and size of a plain file; O_NONBLOCK, or a pipe in its place would never open.
 
     Raises ShardError, and OSError where the machine is EXHAUSTED.

@@ -21,6 +21,7 @@ from data_prep.manifest import (
     row_text,
 )
 from pipeline.data.open_shards import OF_THIS_PROCESS, OpenShard, OpenShards, ShardError
+from pipeline.data.shard_copies import ShardCopies
 from pipeline.data.shard_files import ShardFiles
 from pipeline.data.transforms import UnusableSample
 
@@ -68,6 +69,7 @@ class Corpus:
         self._columns = index_columns(self.manifest.fields)
         self._ends = np.cumsum(self.manifest.shards.rows)  # int64 [shards], the row after the last of each
         self._files = ShardFiles(self.split_dir, self.manifest, kept)
+        self._copies: ShardCopies | None = None
         if not len(self):
             raise ManifestError(f"{self.split_dir}: no samples in it; prepare it again or leave it out")
 
@@ -109,16 +111,25 @@ class Corpus:
         row = index - (int(self._ends[number]) - shard.rows)
         return number, row, f"{self.name}/{self.manifest.split}/{shard.file}#{row}"
 
+    def read_copies_in(self, folder: Path, kept: OpenShards = OF_THIS_PROCESS) -> None:
+        """From now on read a shard from its copy in ``folder`` whenever there is one; the samples are the same."""
+        self._copies = ShardCopies(folder, self.manifest, kept)
+
     def close(self) -> None:
         """Close every open shard; the next read opens what it needs."""
         self._files.close()
+        if self._copies is not None:
+            self._copies.close()
 
     def __del__(self) -> None:
-        if "_files" in self.__dict__:
+        if "_copies" in self.__dict__:
             self.close()
 
     def _read(self, index: int, image_fields: tuple[str, ...]) -> RawSample:
         number, row, name = self.place(index)
+        sample = None if self._copies is None else self._of_copy(number, row, name, image_fields)
+        if sample is not None:
+            return sample
         for is_last in (False, True):  # a stale handle of a network file system: open it again
             try:
                 shard = self._files.get(number)
@@ -140,6 +151,21 @@ class Corpus:
                 self._files.note_success()
                 return sample
         raise AssertionError
+
+    def _of_copy(self, number: int, row: int, name: str, image_fields: tuple[str, ...]) -> RawSample | None:
+        """The row from the copy of its shard; None where only the original can say what the row holds."""
+        shard = self._copies.get(number)
+        if shard is None:
+            return None
+        try:
+            sample = self._sample(shard, number, row, name, image_fields)
+        except ShardError:
+            self._copies.distrust(number)
+            return None
+        except (UnusableSample, OSError):  # of the machine, which is exhausted
+            return None
+        self._files.note_success()
+        return sample
 
     def _sample(
         self, shard: OpenShard, number: int, row_number: int, name: str, image_fields: tuple[str, ...]

@@ -116,6 +116,8 @@ def _advance(s: Session) -> None:
     """One step further in the sample order."""
     s.state.step += 1
     s.state.samples_seen += s.config.optim.batch_size
+    if s.stager is not None:
+        s.stager.follow(s.state.step)
 
 
 def _collect(batches: Iterator[Batch], accumulation: int) -> tuple[list[Batch], float]:

@@ -47,12 +47,20 @@ from pipeline.engine.ds_check import check_ds_config
 from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.rewind import SkippedBatches, finish_setting_aside
-from pipeline.loading.open_data import TrainingBatches, TrainingData, data_fingerprint, open_training_data
+from pipeline.loading.open_data import (
+    TrainingBatches,
+    TrainingData,
+    data_fingerprint,
+    open_training_data,
+    sample_order,
+)
 from pipeline.loading.unusable import UnusableSamples
 from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.reporting.trackers import check_trackers
+from pipeline.staging.stager import Stager
+from pipeline.staging.starting import start_staging
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
@@ -88,6 +96,7 @@ class Session:
     batches: TrainingBatches
     evaluation: Evaluation
     records: Records
+    stager: Stager | None  # on the one rank of a node that copies shards to its disk
     lock: int | None  # of the run folder, held while the process lives
     reason: str = ""  # why training ended, where that is not its last step
     pulse: Pulse = field(default_factory=Pulse)  # where it is, told to the other ranks
@@ -150,6 +159,8 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     records = open_records(opened, engine, state, ranks)
     if place.is_main and time_is_over is not None:
         ranks.stop.time_is_up = Walltime(time_is_over, records.saver.expected_seconds).is_up
+    order = sample_order(config, opened.data)
+    stager = start_staging(config, opened.data.corpora, order, ranks, engine.accumulation, state.step)
     preparation = task.preparation(config, objective, opened.data.tokenizer)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
@@ -164,6 +175,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         batches=TrainingBatches(config, opened.data, preparation, place, engine.accumulation, pin),
         evaluation=Evaluation(passes, scores),
         records=records,
+        stager=stager,
         lock=lock,
     )
 

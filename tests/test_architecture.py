@@ -89,7 +89,18 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
-        "programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census", "restart", "status")
+        "programs": (
+            "train",
+            "evaluate",
+            "generate",
+            "replay",
+            "report",
+            "convert",
+            "census",
+            "restart",
+            "status",
+            "health",
+        )
     },
 }
 LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why

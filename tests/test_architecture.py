@@ -32,6 +32,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline": {
         "config": (),
         "metrics": (),
+        "planning": ("config",),
         "distributed": ("config",),
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
@@ -53,7 +54,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
-            *("tasks", "finetuning", "training", "metrics", "scoring"),
+            *("tasks", "finetuning", "training", "metrics", "scoring", "planning"),
         ),
     },
 }
@@ -84,7 +85,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             *("verb_options", "verbs", "verify", "vqa_answers"),
         ),
     },
-    "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census")},
+    "pipeline": {"programs": ("train", "evaluate", "generate", "replay", "report", "convert", "census", "plan")},
 }
 LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
     "data_prep/all": "its wings come with the corpora (docs/architecture.md)",

@@ -2,8 +2,8 @@
 
     python -m benchmarks.cost.planner [--repeats 2] [--only NAME ...] [--output benchmarks/results/planner.json]
 
-Every configuration is a run of the training program on synthetic scenes, with one thread a rank, until it has saved
-its last checkpoint. Memory is the peak of a rank's resident memory (VmHWM) against ``memory_of``; the interpreter and
+Every configuration is a run of the training program on synthetic scenes, with one thread a rank, that saves in its
+course and at its end. Memory is the peak of a rank's resident memory (VmHWM) against ``memory_of``; the interpreter and
 its libraries are a constant, measured by a run of the smallest recipe. A step is the median over a run's steps, the
 best of the repeats; the machine's constants are fitted on some configurations and judged on the others.
 """
@@ -39,7 +39,7 @@ from pipeline.planning.speed import Demands, Machine, demands_of, speed_of
 NOT_COUNTED = 2  # first steps of a run, in which the heap finds its size
 SMALL = "--recipe flm_tiny --data.num_workers 1"
 COMMON = (
-    "--recipe demo --train.eval_every 0 --train.eval_samples 4 --train.save_every 0"
+    "--recipe demo --train.eval_every 0 --train.eval_samples 4 --train.save_every 3"
     " --train.precision auto --tracking.tensorboard false --tracking.report false --guard.save_incident_every 0"
     " --data.num_workers 1 --data.prefetch 1 --model.reconstructor.bottom_layers null --model.text.heads 8"
     " --optim.warmup_fraction 0 --optim.learning_rate 1e-5"

@@ -16,6 +16,8 @@ from pipeline.planning.counts import Parameters
 FP32 = 4
 STAGE_0_BUCKET = 500_000_000  # elements that DeepSpeed sums at a time where its optimizer is not a ZeRO one
 STREAMED_FILE_BYTES = 1 << 28  # held by a save that writes while training waits
+CHECKPOINT_COPY = "copy of a checkpoint that is being written"
+SHAPED = ("gradients", "gathered weights", CHECKPOINT_COPY)  # in blocks of the parameters' sizes
 HEAP_BLOCK = 32 << 20  # smaller blocks stay in the process once they were used (pipeline/distributed/host_memory.py)
 
 
@@ -111,15 +113,11 @@ def memory_of(
     else:
         held, moments = _stage_3(parameters, activations, zero, ranks, platform)
     copy = -(-3 * FP32 * parameters.trained // ranks)
-    copy = copy if async_save else min(copy, STREAMED_FILE_BYTES)
-    host = {"copy of a checkpoint that is being written": copy}
+    host = {CHECKPOINT_COPY: copy if async_save else min(copy, STREAMED_FILE_BYTES)}
     if platform.kind == "cuda":
-        host |= _offloaded(parameters, zero, ranks)
-        held = {name: size for name, size in held.items() if name not in host}
-        return Memory(held, moments, host, platform)
-    held = held | {"batches": batches, "activations and other small blocks": _heap(parameters, activations, zero)}
-    moments = _without_small(moments, activations) | {"saving": host}
-    return Memory(held, moments, {}, platform)
+        return Memory(held, moments, host | _offloaded(parameters, zero, ranks), platform)
+    small, moments = _small_blocks(moments | {"saving": host}, parameters, activations, zero)
+    return Memory(held | {"batches": batches, "small blocks": small}, moments, {}, platform)
 
 
 def _stage_0(
@@ -165,15 +163,17 @@ def _stage_1_and_2(
     if platform.kind == "cpu":
         buckets = min(trained, buckets)
     bucket = {"buckets": bucket_type * buckets}
-    kept: dict[str, int] = {}  # of the micro-batches before
-    if accumulation > 1:
-        kept = {"gradients": FP32 * (trained if zero.stage == 1 else part)}
     own = {"this rank's gradients": FP32 * part}
+    before: dict[str, int] = {}  # of earlier micro-batches
+    if accumulation > 1 and zero.stage == 1:
+        before = {"gradients": FP32 * trained}
+    elif zero.stage == 2 and (halves or accumulation > 1):
+        before = {"gradients before": FP32 * part}
     summed = {"gradients being summed": bucket_type * filled} if ranks > 1 else {}
-    backward = {"activations": activations.peak} | bucket | kept | (own if halves and zero.stage == 2 else {})
-    reduce = bucket | (kept if zero.stage == 2 else {}) | own
-    reduced = max(sum(summed.values()), 0 if halves else 0)
-    reduce = reduce | ({"gradients being summed": reduced} if reduced else {})
+    backward = {"activations": activations.peak} | bucket | before
+    if halves and zero.stage == 2:  # they are added where they are
+        own = before
+    reduce = bucket | summed | own | (before if zero.stage == 2 else {})
     step = own if halves else own | {"gradients of a group": FP32 * -(-parameters.largest_group // ranks)}
     return held, {"backward": backward, "reduce": reduce, "step": step}
 
@@ -216,15 +216,29 @@ def _offloaded(parameters: Parameters, zero: Zero, ranks: int) -> dict[str, int]
     return host
 
 
-def _heap(parameters: Parameters, activations: Activations, zero: Zero) -> int:
-    """Small blocks stay in a process: the most that a model being built, or a step, ever had of them."""
-    built = 0 if zero.stage == 0 else FP32 * parameters.below(HEAP_BLOCK // FP32)  # stage 0 trains in these blocks
-    return max(built, activations.small_peak)
+def _small_blocks(
+    moments: Mapping[str, Mapping[str, int]], parameters: Parameters, activations: Activations, zero: Zero
+) -> tuple[int, dict[str, dict[str, int]]]:
+    """What a process keeps of its small blocks once they were used, and the moments without them.
 
-
-def _without_small(moments: Mapping[str, Mapping[str, int]], activations: Activations) -> dict[str, dict[str, int]]:
-    """The moments of a process, whose small blocks are counted for all of them already."""
-    result = {name: dict(parts) for name, parts in moments.items()}
-    backward = result["backward"]
-    backward["activations"] -= min(activations.small_peak, backward["activations"])
-    return result
+    They are reused from moment to moment, so the most that any had is held for good: of activations, of what has the
+    shape of parameters, and of the model while it was built (at stage 0 it is trained in those blocks).
+    """
+    share = parameters.below(HEAP_BLOCK // FP32) / max(parameters.trained, 1)
+    built = {0: 0, 3: parameters.below(HEAP_BLOCK // FP32) + parameters.frozen}
+    most = FP32 * built.get(zero.stage, parameters.below(HEAP_BLOCK // FP32))
+    large: dict[str, dict[str, int]] = {}
+    for moment, parts in moments.items():
+        small = 0
+        large[moment] = dict(parts)
+        for name, size in parts.items():
+            if name == "activations":
+                own = activations.small_peak if size == activations.peak else size - activations.large_peak
+                rest = min(activations.large_peak, size)
+            else:
+                own = round(share * size) if name in SHAPED else 0
+                rest = size - own
+            small += own
+            large[moment][name] = rest
+        most = max(most, small)
+    return most, large

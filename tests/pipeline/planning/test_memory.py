@@ -10,7 +10,7 @@ from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
 from pipeline.planning.activations import Activations
 from pipeline.planning.counts import Parameters, count_parameters
-from pipeline.planning.memory import CPU, CUDA, Memory, Platform, Zero, memory_of, zero_of
+from pipeline.planning.memory import CHECKPOINT_COPY, CPU, CUDA, HEAP_BLOCK, Memory, Platform, Zero, memory_of, zero_of
 from tests.tiny_flm import tiny_flm
 
 NOTHING = Activations(0, 0, 0, 0, 0, 0, 0)
@@ -101,11 +101,20 @@ def test_offloading_moves_bytes_to_the_node() -> None:
 def test_a_process_keeps_its_small_blocks_and_saves_in_its_own_memory() -> None:
     zero = Zero(2, 4, reduce_bucket=10**6)
     found = memory_of(ONE_GROUP, SOME, zero, 2, 1, CPU, batches=7)
-    assert found.held["activations and other small blocks"] == 4000  # the model was built in small blocks
-    assert found.moments["backward"]["activations"] == SOME.peak - SOME.small_peak
-    assert found.moments["saving"] == {"copy of a checkpoint that is being written": 12 * 500}
+    assert found.held["small blocks"] == 12 * 500  # of the copy of a checkpoint, more than the model and activations
+    assert found.moments["backward"]["activations"] == SOME.large_peak
+    assert sum(found.moments["saving"].values()) == 0
     assert not found.host
-    assert found.peak == CPU.base + sum(found.held.values()) + sum(found.moments[found.moment].values())
+    most = 4 * (1000 + 1000 + 500)  # a bucket, its sum, this rank's part
+    assert found.moment == "reduce" and sum(found.moments["reduce"].values()) == most
+    assert found.peak == CPU.base + sum(found.held.values()) + most
+
+
+def test_large_parameters_leave_a_process_no_small_blocks() -> None:
+    large = Parameters(groups=((HEAP_BLOCK, HEAP_BLOCK),), frozen_sizes=())
+    found = memory_of(large, NOTHING, Zero(0), 1, 1, CPU)
+    assert found.held["small blocks"] == 0
+    assert found.moments["saving"] == {CHECKPOINT_COPY: 12 * 2 * HEAP_BLOCK}
 
 
 def test_the_allocator_loses_a_share_of_all_but_the_base() -> None:

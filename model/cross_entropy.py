@@ -30,7 +30,7 @@ def chunked_cross_entropy(
         share the largest logit (bf16 has few numbers), neither is predicted.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # a dry run has no autocast
         hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
     wanted = memory if torch.is_grad_enabled() else None  # within ``apply`` grad mode is always off
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk_size, wanted)

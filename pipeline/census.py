@@ -15,7 +15,7 @@ from data_prep.program import run_program
 from model.census import parameter_census
 from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
-from pipeline.config.options import ConfigError, fail, tokenizer_source
+from pipeline.config.options import Config, ConfigError, fail, tokenizer_source
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.finetuning.table import task_of
 
@@ -26,12 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     try:
         config = parse_command_line(sys.argv[1:] if argv is None else argv).config
-        try:
-            vocabulary = load_tokenizer(tokenizer_source(config.data)).vocabulary
-            words = f"the tokenizer's {vocabulary.size:,} tokens"
-        except ConfigError:  # nothing prepared yet
-            vocabulary = Vocabulary(ROBERTA_TOKENS, bos_id=0, pad_id=1, eos_id=2, mask_id=ROBERTA_TOKENS - 1)
-            words = f"roberta-base's {vocabulary.size:,} tokens, as there is no tokenizer yet"
+        vocabulary, words = known_vocabulary(config)
         with torch.device("meta"):
             objective = task_of(config).build(config, vocabulary)
     except ValueError as error:
@@ -39,6 +34,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f"objective {config.objective.name}, {words}")
     print(parameter_census(objective).table())
     return 0
+
+
+def known_vocabulary(config: Config) -> tuple[Vocabulary, str]:
+    """The vocabulary of the run's tokenizer, or of the paper's where nothing is prepared; and which, in words."""
+    try:
+        vocabulary = load_tokenizer(tokenizer_source(config.data)).vocabulary
+        return vocabulary, f"the tokenizer's {vocabulary.size:,} tokens"
+    except ConfigError:  # nothing prepared yet
+        vocabulary = Vocabulary(ROBERTA_TOKENS, bos_id=0, pad_id=1, eos_id=2, mask_id=ROBERTA_TOKENS - 1)
+        return vocabulary, f"roberta-base's {vocabulary.size:,} tokens, as there is no tokenizer yet"
 
 
 if __name__ == "__main__":

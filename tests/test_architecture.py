@@ -32,6 +32,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline": {
         "config": (),
         "metrics": (),
+        "planning": ("config",),
         "distributed": ("config",),
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
@@ -57,7 +58,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "reporting", "weights", "loading"),
-            *("tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
+            *("tasks", "finetuning", "training", "metrics", "scoring", "cluster", "planning"),
         ),
     },
 }
@@ -90,16 +91,8 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "programs": (
-            "train",
-            "evaluate",
-            "generate",
-            "replay",
-            "report",
-            "convert",
-            "census",
-            "restart",
-            "status",
-            "health",
+            *("train", "evaluate", "generate", "replay", "report", "convert", "census", "plan"),
+            *("restart", "status", "health"),
         )
     },
 }

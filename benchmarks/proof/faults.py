@@ -47,8 +47,10 @@ PHASES = {  # where the fault happens: (module, name in it, the call that it com
 }
 EXCEPTION, KILL, TERM_ALL, TERM_ONE = "exception on one rank", "SIGKILL of one rank", "SIGTERM to all", "SIGTERM to one"
 DISK_FULL, READ_ONLY, TIME_LIMIT, STOP = "disk full", "read-only", "time limit", "SIGSTOP of one rank"
-FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY, TIME_LIMIT, STOP)
+LONG = "a rank takes longer than a step may"  # which is no fault in an evaluation or a save
+FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY, TIME_LIMIT, STOP, LONG)
 STOP_MINUTES = {"set_up": 0.5, "step": 0.15, "evaluation": 0.15, "save": 0.15}  # until a stopped rank is told of
+LONGER_SECONDS = 15.0  # than a step may take: longer than a rank that is told has to end by itself
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_VERSION_3 = 1, 2, 0x20080522  # linux/capability.h
 _SAID = re.compile(r"error: |ALARM: |warning: |not all ranks are|: stopping after this step|checkpoint skipped")
 
@@ -74,7 +76,7 @@ class Cell:
         Of a run whose only process is killed or stopped nobody is left to say so but its launcher.
         """
         known = all(code in (0, 1, 2, 75, -signal.SIGKILL) for code in self.codes)
-        left_alone = self.world == 1 and self.fault in (KILL, STOP)
+        left_alone = (self.world == 1 and self.fault in (KILL, STOP)) or (self.fault == LONG and not any(self.codes))
         return known and (bool(self.said) or left_alone) and self.resumed_equal
 
 
@@ -150,8 +152,8 @@ def undisturbed(data: Path, run: Path, world: int) -> dict[int, float]:
 def make_cell(phase: str, fault: str, world: int, data: Path, run: Path, expected: dict[int, float]) -> Cell:
     notes = Path(tempfile.mkdtemp(dir=data.parent))
     arguments = [*OPTIONS, "--data", data, "--output", run]
-    if fault == STOP:
-        for name, minutes in STOP_MINUTES.items():
+    if fault in (STOP, LONG):
+        for name, minutes in (STOP_MINUTES if fault == STOP else {"step": STOP_MINUTES["step"]}).items():
             arguments += [f"--train.{name}_timeout_minutes", str(minutes)]
     run.mkdir()  # a set-up meets a disk that became full or read-only after the folder was made
     victim = 0 if phase == "report" or fault == TIME_LIMIT else world - 1  # only rank 0 writes a report, sees the time
@@ -208,6 +210,8 @@ def happen(fault: str, world: int, run: Path, notes: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == STOP:
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == LONG:
+        time.sleep(60 * STOP_MINUTES["step"] + LONGER_SECONDS)
     elif fault == TERM_ONE:
         os.kill(os.getpid(), signal.SIGTERM)
     elif fault == TERM_ALL:

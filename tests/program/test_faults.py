@@ -15,6 +15,7 @@ from benchmarks.proof.faults import (
     EXCEPTION,
     FAULTS,
     KILL,
+    LONG,
     PHASES,
     READ_ONLY,
     STOP,
@@ -32,6 +33,9 @@ CELLS = [  # phase, fault, ranks, exit codes, what is said
     ("evaluation", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
     ("save", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
     ("save", DISK_FULL, 1, [2], "ALARM: checkpoint step_00000002 was not written"),
+    ("step", LONG, 2, [75, 75], "rank 1 on HOST: does not get on for"),
+    ("evaluation", LONG, 2, [0, 0], ""),
+    ("save", LONG, 1, [0], ""),
     ("report", READ_ONLY, 1, [0], "warning: no report (PermissionError"),
     ("loader", STOP, 2, [75, -9], "no heartbeat for"),
     ("step", TIME_LIMIT, 1, [75], "the job's time limit: stopping after this step"),
@@ -71,6 +75,8 @@ def test_a_fault_ends_in_time_and_is_said_and_the_run_goes_on(
     words = cell.last_words
     if fault in (DISK_FULL, READ_ONLY):
         assert words is None or words.code == max(codes)  # perhaps it could not be written either
+    elif not any(codes):
+        assert words.code == 0 and cell.said == []
     else:
         assert words.stopped == (fault in (TERM_ONE, TERM_ALL, TIME_LIMIT)) and words.names_cause
         assert words.code == max(codes) and (words.stopped or words.rank == world - 1)

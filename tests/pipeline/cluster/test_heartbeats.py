@@ -128,6 +128,7 @@ def test_a_run_that_gets_on_slowly_is_no_alarm() -> None:
 def test_a_job_that_was_suspended_goes_on() -> None:
     """`scontrol suspend` stops all processes, and clocks go on; what came before is remembered."""
     judge = Judge(world=1)
+    judge.beats._pulse.move(STEP, "computes", 3)
     for _ in range(19):
         judge.now += 5
         judge.beats.beat()

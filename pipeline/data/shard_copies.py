@@ -9,6 +9,7 @@ from data_prep.manifest import Manifest
 from pipeline.data.open_shards import MISSING, OF_THIS_PROCESS, OpenShard, OpenShards, ShardError
 from pipeline.data.shard_files import open_shard
 
+OPENED_PER_LOOK = 32  # copies opened between two looks for open ones that were removed
 MAX_DISTRUSTED = 16  # copies that failed in this process; after that it opens none any more
 
 
@@ -19,6 +20,7 @@ class ShardCopies:
     def __init__(self, folder: Path, manifest: Manifest, kept: OpenShards = OF_THIS_PROCESS) -> None:
         self._folder, self._manifest, self._kept = folder, manifest, kept
         self._distrusted: set[int] = set()
+        self._num_opened = 0
 
     def get(self, number: int) -> OpenShard | None:
         """The copy of shard ``number``; None where there is none, or none that can be used. Raises nothing."""
@@ -30,7 +32,9 @@ class ShardCopies:
         try:
             opened = open_shard(self._folder, self._manifest.fields, self._manifest.shards[number])
             self._kept.add(id(self), number, opened)
-            self._kept.close_removed(id(self))
+            self._num_opened += 1
+            if self._num_opened % OPENED_PER_LOOK == 0:
+                self._kept.close_removed(id(self))
         except ShardError as error:
             if error.reason != MISSING:
                 self.distrust(number)

@@ -121,14 +121,15 @@ def test_disks_that_fail_all_the_time_are_left_alone(corpus: Corpus, tmp_path: P
     assert [name for name in opens if name.startswith("copies/") and name.endswith("2.tar")] == []
 
 
-def test_the_room_of_removed_copies_is_given_back(corpus: Corpus, copied: Corpus, tmp_path: Path) -> None:
-    """An open file keeps its room: the next one that is opened closes those that were removed."""
+def test_the_room_of_removed_copies_is_given_back(corpus: Corpus, copied: Corpus, tmp_path: Path, monkeypatch) -> None:
+    """An open file keeps its room: of those that are opened, every third one here closes those that were removed."""
 
     def held() -> list[str]:
         links = (os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
         return [link for link in links if "copies" in link and "deleted" in link]
 
     kept = OpenShards(8)
+    monkeypatch.setattr(shard_copies, "OPENED_PER_LOOK", 3)
     copied.read_copies_in(tmp_path / "copies", kept)
     copied.read(0), copied.read(4)
     for name in ("00000.tar", "00000.index.npy", "00001.tar", "00001.index.npy"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
 
 from pipeline.config.command_line import DS_CONFIGS
 from pipeline.config.ds_config import Device, read_ds_config, resolve
@@ -134,7 +133,3 @@ def test_every_deepspeed_json_can_be_planned(path) -> None:
     assert zero.weight_bytes == (4 if "fp32" in path.stem or zero.stage == 0 else 2)
     assert zero.offload_optimizer == ("offload" in path.stem)
     assert zero.reduce_bucket == given["zero_optimization"].get("reduce_bucket_size", 500_000_000)
-
-
-def test_an_objective_has_parameters() -> None:
-    assert isinstance(tiny_flm(), nn.Module) and count_parameters(tiny_flm()).frozen == 0

@@ -1,0 +1,72 @@
+"""A cluster of three nodes for each file of tests, and a way to submit job scripts to it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm_cluster import Cluster, slurm_cluster
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = REPOSITORY / "slurm"
+SITE = (SCRIPTS / "site.sh").read_text()
+
+
+@dataclass
+class Desk:
+    """Where a user sits: a folder, settings of the site, and the commands that are typed there."""
+
+    cluster: Cluster
+    folder: Path
+
+    def site(self, name: str = "site.sh", **settings: str | list[str]) -> Path:
+        """A copy of slurm/site.sh with other settings; returns its path."""
+        words = lambda value: shlex.quote(value) if isinstance(value, str) else f"({shlex.join(value)})"  # noqa: E731
+        defaults: dict[str, str | list[str]] = {
+            "RUNS": str(self.folder / "runs"),
+            "LOGS": str(self.folder / "logs"),
+            "SCRATCH": str(self.folder),
+            "HEALTH": "no",
+        }
+        lines = [f"{name}={words(value)}" for name, value in (defaults | settings).items()]
+        path = self.folder / name
+        path.write_text(SITE + "\n".join(lines) + "\n")
+        return path
+
+    def sbatch(self, script: str, *arguments: str | Path, site: Path, options: tuple[str, ...] = (), **env: str) -> str:
+        """The number of the job that ``sbatch OPTIONS slurm/SCRIPT ARGUMENTS`` gives."""
+        output = f"--output={self.folder}/%x-%j.out"
+        command = ["sbatch", "--parsable", output, *options, SCRIPTS / script, *arguments]
+        return self.cluster.run(*command, OPENFLM_SITE=str(site), **env).split()[-1].partition(";")[0]
+
+    def log(self, number: str) -> str:
+        """What a job has printed."""
+        return Path(self.cluster.job(number)["StdOut"]).read_text()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with slurm_cluster(num_nodes=3) as running:
+        yield running
+
+
+@pytest.fixture
+def desk(cluster: Cluster, tmp_path: Path) -> Desk:
+    return Desk(cluster, tmp_path)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Writes an executable bash script that stands for a program of the nodes."""
+
+    def write(name: str, body: str) -> Path:
+        path = tmp_path / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+        return path
+
+    return write

@@ -55,7 +55,7 @@ ensure_python() { # sets python; an existing .venv keeps its own interpreter
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         local package
         package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
-        apt_install "$package" && "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        { apt_install "$package" && "$python" -c 'import ensurepip, venv' 2>/dev/null; } ||
             fail "the venv module of $python is missing; install it with: sudo apt-get install $package"
     fi
 }

@@ -16,7 +16,7 @@
 # Without a run or task: TASKS of slurm/site.sh.
 SCRIPTS=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 [ -e "$SCRIPTS/job.sh" ] || # Slurm runs a copy of this file
-    SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n 's|^ *Command=\(.*/evaluate.sh\).*|\1|p')")
+    SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n '/^ *Command=/ { s|^ *Command=\(.*/evaluate.sh\).*|\1|p; q }')")
 REPOSITORY=$(dirname "$SCRIPTS")
 # shellcheck source=slurm/job.sh
 source "$SCRIPTS/job.sh" || { echo "error: submit slurm/evaluate.sh by its path in the repository" >&2; exit 2; }

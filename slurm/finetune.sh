@@ -17,7 +17,7 @@
 # A task is a recipe; its data is TASK_DATA/TASK, its run RUNS/TASK.
 SCRIPTS=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 [ -e "$SCRIPTS/job.sh" ] || # Slurm runs a copy of this file
-    SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n 's|^ *Command=\(.*/finetune.sh\).*|\1|p')")
+    SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n '/^ *Command=/ { s|^ *Command=\(.*/finetune.sh\).*|\1|p; q }')")
 REPOSITORY=$(dirname "$SCRIPTS")
 # shellcheck source=slurm/job.sh
 source "$SCRIPTS/job.sh" || { echo "error: submit slurm/finetune.sh by its path in the repository" >&2; exit 2; }

@@ -153,7 +153,7 @@ sbatch --gpus-per-node=$GPUS_PER_NODE"
     trap 'forward USR1' USR1
     trap 'forward TERM' TERM
     trap 'forward INT' INT
-    say "job ${SLURM_JOB_ID}, attempt $OPENFLM_ATTEMPT: $nodes nodes ($SLURM_JOB_NODELIST) x $ranks ranks x $cpus CPUs"
+    say "job $job, attempt $OPENFLM_ATTEMPT: $nodes nodes ($SLURM_JOB_NODELIST) x $ranks ranks x $cpus CPUs"
 }
 
 forward() { # a signal reaches the ranks themselves, not srun, which would pass it to some of them only
@@ -234,6 +234,7 @@ requeue() {
         say "Slurm has put the job back into its queue"
         exit 75
     fi
+    rm -f "$state".*
     trap '' TERM INT USR1 # Slurm ends this script, which still has to name the nodes
     all=$(printf '%s\n' "$1" "$(job_field ExcNodeList)" | grep -v -x -e '(null)' -e '' | paste -s -d ,)
     scontrol requeue "$job" || {

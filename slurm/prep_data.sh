@@ -16,7 +16,7 @@
 # Without a verb: every line of PREPARE of slurm/site.sh, those that are done left out.
 SCRIPTS=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 [ -e "$SCRIPTS/job.sh" ] || # Slurm runs a copy of this file
-    SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n 's|^ *Command=\(.*/prep_data.sh\).*|\1|p')")
+    SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n '/^ *Command=/ { s|^ *Command=\(.*/prep_data.sh\).*|\1|p; q }')")
 REPOSITORY=$(dirname "$SCRIPTS")
 # shellcheck source=slurm/job.sh
 source "$SCRIPTS/job.sh" || { echo "error: submit slurm/prep_data.sh by its path in the repository" >&2; exit 2; }

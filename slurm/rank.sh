@@ -9,8 +9,9 @@ if ! command -v "$1" >/dev/null; then
     echo "unfit $node: no $1 there; mend PYTHON or CONTAINER of the site's settings, or the mount" | tee -a "$state.unfit" >&2
     exit 75
 fi
-if [ "${SLURM_LOCALID:-0}" = 0 ] && [ "$(nproc)" -lt "$cpus" ]; then
-    echo "slurm: $node: a rank may use $(nproc) of its $cpus CPUs: it is bound to $(sed -n 's/^Cpus_allowed_list:\s*//p' /proc/self/status)" >&2
+usable=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+if [ "${SLURM_LOCALID:-0}" = 0 ] && [ "$usable" -lt "$cpus" ]; then
+    echo "slurm: $node: a rank may use $usable of its $cpus CPUs: it is bound to $(sed -n 's/^Cpus_allowed_list:\s*//p' /proc/self/status)" >&2
 fi
 "$@"
 code=$?

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,12 @@ class Desk:
         output = f"--output={self.folder}/%x-%j.out"
         command = ["sbatch", "--parsable", output, *options, SCRIPTS / script, *arguments]
         return self.cluster.run(*command, OPENFLM_SITE=str(site), **env).split()[-1].partition(";")[0]
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"nothing after {seconds} s"
+            time.sleep(0.1)
 
     def log(self, number: str) -> str:
         """What a job has printed."""

@@ -92,7 +92,7 @@ class Cluster:
         self._start("slurmctld", ["slurmctld", "-D"])
         for node in self.nodes:
             self.start_node(node)
-        idle = lambda: self.run("sinfo", "--noheader", "--Node", "--format=%T").split() == ["idle"] * len(self.nodes)  # noqa: E731
+        idle = lambda: set(self.run("sinfo", "--noheader", "--Node", "--format=%T").split()) == {"idle"}  # noqa: E731
         self._wait(idle, "slurmctld")
 
     def start_node(self, node: str) -> None:
@@ -149,8 +149,9 @@ class Cluster:
         return done.stdout + done.stderr
 
     def job(self, number: str) -> dict[str, str]:
-        """What the controller knows of a job."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", number)))
+        """What the controller knows of a job; of several components or tasks, the first that it names."""
+        told = self.run("scontrol", "--oneliner", "show", "job", number)
+        return dict(re.findall(r"(\S+?)=(\S*)", told.partition("\n")[0]))
 
     def wait_for(self, number: str, seconds: float = 200) -> str:
         """The state in which a job ends; raises AssertionError when it has not within ``seconds``."""

@@ -29,7 +29,7 @@ if [ -n "$(value_of run "${options[@]}")" ]; then
     tasks=(run)
 else
     [ -n "${tasks[$index]:-}" ] || { say "no task has number $index: there are ${#tasks[@]}"; exit 0; }
-    command+=(--run "$RUNS/${tasks[$index]}")
+    command+=(--run "$RUNS/$(basename "${tasks[$index]}" .yaml)")
 fi
 command+=("${EVALUATE[@]}" "${options[@]}")
 if inside; then

@@ -27,7 +27,8 @@ choose_tasks
 index=${SLURM_ARRAY_TASK_ID:-0}
 task=${tasks[$index]:-}
 [ -n "$task" ] || { say "no task has number $index: there are ${#tasks[@]}"; exit 0; }
-[ -n "$(value_of data "${options[@]}")" ] || options+=(--data "$TASK_DATA/$task")
+options=("${FINETUNE[@]}" "${options[@]}")
+[ -n "$(value_of data "${options[@]}")" ] || options+=(--data "$TASK_DATA/$(basename "$task" .yaml)")
 [ -n "$(value_of model.weights "${options[@]}")" ] || options+=(--model.weights "$(pretraining_run)")
 train_command "$task" "${options[@]}"
 if inside; then

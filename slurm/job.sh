@@ -149,7 +149,7 @@ sbatch --gpus-per-node=$GPUS_PER_NODE"
     export_environment
     state=$LOGS/.job-$job-$OPENFLM_ATTEMPT
     rm -f "$state".*
-    step='' signalled=''
+    step='' signalled='' told=''
     trap 'forward USR1' USR1
     trap 'forward TERM' TERM
     trap 'forward INT' INT
@@ -158,6 +158,7 @@ sbatch --gpus-per-node=$GPUS_PER_NODE"
 
 forward() { # a signal reaches the ranks themselves, not srun, which would pass it to some of them only
     signalled=$1
+    [ "$told" = USR1 ] || told=$1 # the one that comes before the time limit
     [ -z "$step" ] || scancel --signal="$1" "$step" 2>/dev/null || true
 }
 
@@ -198,6 +199,10 @@ check_nodes() { # ends the job, or starts it again without them, where nodes are
     [ "$code" = 0 ] || finish '' "$code"
 }
 
+is_ended() { [ "$(job_field JobState)" != RUNNING ]; } # by Slurm, which waits for this script: COMPLETING
+
+near_the_limit() { [ -n "${OPENFLM_END_TIME:-}" ] && [ "$(date +%s)" -gt $((OPENFLM_END_TIME - 90)) ]; }
+
 # finish RUN CODE: ends the job, or starts it again; RUN is empty where what goes on is no training run
 finish() {
     local run=$1 code=$2 verdict=0 unfit excluded
@@ -209,12 +214,13 @@ finish() {
         sort -u "$state.unfit" >&2
         [ "$(wc -l <<<"$unfit")" -lt "$nodes" ] || fail "no node of the job is fit; mend what stands above"
         requeue "$unfit"
-    elif [ "$(job_field JobState)" = CANCELLED ]; then
+    elif is_ended && [ "$(job_field Restarts)" = "$OPENFLM_ATTEMPT" ] && [ "$told" != USR1 ] && ! near_the_limit; then
         say "cancelled; submitted again, it goes on"
         exit "$code"
     elif [ -z "$run" ]; then
-        [ "$code" = 75 ] && [ "$OPENFLM_ATTEMPT" -lt "$MAX_RESTARTS" ] || exit "$code"
-        requeue ''
+        # 128 + a signal: a program that does not listen to it was ended by it
+        if [ -n "$told" ] || [ "$code" = 75 ]; then [ "$OPENFLM_ATTEMPT" -ge "$MAX_RESTARTS" ] || requeue ''; fi
+        exit "$code"
     fi
     excluded=$("$PYTHON" -m pipeline.restart --run "$run" --job "$job" --attempt "$OPENFLM_ATTEMPT" --code "$code" \
         --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ' ')" \
@@ -230,7 +236,7 @@ requeue() {
         say "not a batch job: start the same command again, it goes on"
         exit 75
     fi
-    if [ "$(job_field JobState)" = PENDING ]; then # by a preemption, or scontrol requeue
+    if [ "$(job_field Restarts)" != "$OPENFLM_ATTEMPT" ]; then # by a preemption, or scontrol requeue
         say "Slurm has put the job back into its queue"
         exit 75
     fi

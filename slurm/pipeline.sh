@@ -24,10 +24,10 @@ if [ ${#PREPARE[@]} -gt 0 ]; then
     first=$data
     mapfile -t before < <(after "afterok:$data")
 fi
-pretraining=$(submit pretrain_flm.sh "$NODES" "${before[@]}" -- "${PRETRAIN[@]}") || exit 2
+pretraining=$(submit pretrain_flm.sh "$NODES" "${before[@]}" --) || exit 2
 first=${first:-$pretraining}
 mapfile -t before < <(after "afterok:$pretraining")
-tuning=$(submit finetune.sh 1 --array="0-$last" "${before[@]}" -- "${FINETUNE[@]}") || exit 2
+tuning=$(submit finetune.sh 1 --array="0-$last" "${before[@]}" --) || exit 2
 mapfile -t before < <(after "aftercorr:$tuning")
 evaluation=$(submit evaluate.sh 1 --array="0-$last" "${before[@]}" --) || exit 2
 table=$(submit scores.sh 1 --dependency="afterany:$evaluation" --) || exit 2

@@ -13,7 +13,7 @@
 #   sbatch slurm/pretrain_flm.sh [OPTIONS of pipeline/train.py]      what the cluster gives by default
 #   slurm/pretrain_flm.sh [--dry-run] [OPTIONS]                      the same with the settings of slurm/site.sh
 #
-# Any recipe (--recipe NAME), FLM's is the default; the run is RUNS/NAME unless --output names another.
+# Any recipe (--recipe NAME), that of PRETRAIN in slurm/site.sh by default; the run is RUNS/NAME unless --output names another.
 SCRIPTS=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 [ -e "$SCRIPTS/job.sh" ] || # Slurm runs a copy of this file
     SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n '/^ *Command=/ { s|^ *Command=\(.*/pretrain_flm.sh\).*|\1|p; q }')")
@@ -22,7 +22,9 @@ REPOSITORY=$(dirname "$SCRIPTS")
 source "$SCRIPTS/job.sh" || { echo "error: submit slurm/pretrain_flm.sh by its path in the repository" >&2; exit 2; }
 
 start "$@" # sets DRY_RUN and arguments
-train_command flm_base_4m "${arguments[@]}"
+options=("${arguments[@]}")
+[ -n "$(value_of recipe "${options[@]}")" ] || options=("${PRETRAIN[@]}" "${options[@]}")
+train_command flm_base_4m "${options[@]}"
 if inside; then
     begin_job
     check_nodes

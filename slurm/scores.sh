@@ -10,7 +10,7 @@
 #SBATCH --output=%x-%j.out
 # The table of scores of runs, and a page that compares them; the last job of slurm/pipeline.sh.
 #
-#   sbatch slurm/scores.sh [RUN...]                                  default: RUNS/TASK of TASKS of slurm/site.sh
+#   sbatch slurm/scores.sh [TASK...]                                 default: RUNS/TASK of TASKS of slurm/site.sh
 SCRIPTS=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 [ -e "$SCRIPTS/job.sh" ] || # Slurm runs a copy of this file
     SCRIPTS=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n '/^ *Command=/ { s|^ *Command=\(.*/scores.sh\).*|\1|p; q }')")
@@ -23,7 +23,7 @@ choose_tasks
 RANKS_PER_NODE=1
 runs=()
 for task in "${tasks[@]}"; do
-    case $task in */*) runs+=("$(absolute "$task")") ;; *) runs+=("$RUNS/$task") ;; esac
+    runs+=("$RUNS/$(basename "$task" .yaml)")
 done
 if inside; then
     begin_job

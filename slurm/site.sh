@@ -37,8 +37,9 @@ MAX_RESTARTS=50              # of one job
 SAME_FAILURE=3               # equal failures in a row, without progress, that end it
 
 # --- what slurm/pipeline.sh does ----------------------------------------------------------------------------------
-PREPARE=()                   # arguments of `python -m data_prep`, a string each; empty: all data is there
-PRETRAIN=(--recipe flm_base_4m) # options of pretraining
+PREPARE=()                   # arguments of `python -m data_prep`, a string each, like ("synth" "tokenizer"); what is
+                             # done is not done again. Empty: all data is there
+PRETRAIN=(--recipe flm_base_4m) # options of pretraining, unless a recipe is given to slurm/pretrain_flm.sh
 FINETUNE=()                  # options of all fine-tuning
 TASKS=(vqav2 nlvr2 snli_ve coco_caption coco_retrieval) # recipes; the data of NAME is TASK_DATA/NAME
 TASK_DATA=data

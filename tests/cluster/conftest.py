@@ -1,58 +1,18 @@
-"""A cluster of three nodes for each file of tests, and a way to submit job scripts to it."""
+"""A cluster of three nodes for each file of tests, a way to submit job scripts to it, and a training that went well."""
 
 from __future__ import annotations
 
-import shlex
-import time
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.course import OPTIONS
+from tests.cluster.desk import Desk
 from tests.cluster.slurm_cluster import Cluster, slurm_cluster
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = REPOSITORY / "slurm"
-SITE = (SCRIPTS / "site.sh").read_text()
-
-
-@dataclass
-class Desk:
-    """Where a user sits: a folder, settings of the site, and the commands that are typed there."""
-
-    cluster: Cluster
-    folder: Path
-
-    def site(self, name: str = "site.sh", **settings: str | list[str]) -> Path:
-        """A copy of slurm/site.sh with other settings; returns its path."""
-        words = lambda value: shlex.quote(value) if isinstance(value, str) else f"({shlex.join(value)})"  # noqa: E731
-        defaults: dict[str, str | list[str]] = {
-            "RUNS": str(self.folder / "runs"),
-            "LOGS": str(self.folder / "logs"),
-            "SCRATCH": str(self.folder),
-            "HEALTH": "no",
-        }
-        lines = [f"{name}={words(value)}" for name, value in (defaults | settings).items()]
-        path = self.folder / name
-        path.write_text(SITE + "\n".join(lines) + "\n")
-        return path
-
-    def sbatch(self, script: str, *arguments: str | Path, site: Path, options: tuple[str, ...] = (), **env: str) -> str:
-        """The number of the job that ``sbatch OPTIONS slurm/SCRIPT ARGUMENTS`` gives."""
-        output = f"--output={self.folder}/%x-%j.out"
-        command = ["sbatch", "--parsable", output, *options, SCRIPTS / script, *arguments]
-        return self.cluster.run(*command, OPENFLM_SITE=str(site), **env).split()[-1].partition(";")[0]
-
-    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"nothing after {seconds} s"
-            time.sleep(0.1)
-
-    def log(self, number: str) -> str:
-        """What a job has printed."""
-        return Path(self.cluster.job(number)["StdOut"]).read_text()
+from tests.cluster.warm_python import warm_python
+from tests.tiny_corpus import make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +37,25 @@ def script(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data"), train=200, dev=8)
+
+
+@pytest.fixture(scope="module")
+def python(cluster: Cluster) -> Iterator[Path]:
+    with warm_python(cluster.folder) as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `sbatch slurm/pretrain_flm.sh` as a user types it, by the interpreter of these tests."""
+    desk = Desk(cluster, tmp_path_factory.mktemp("undisturbed"))
+    site = desk.site(PYTHON=sys.executable, DATA=[str(data)])
+    job = desk.sbatch("pretrain_flm.sh", *OPTIONS, site=site)
+    assert cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    assert "Restarts" in cluster.job(job) and cluster.job(job)["Restarts"] == "0"
+    return desk.folder / "runs" / "flm_tiny"

@@ -153,7 +153,7 @@ class Cluster:
         told = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\S+?)=(\S*)", told.partition("\n")[0]))
 
-    def wait_for(self, number: str, seconds: float = 200) -> str:
+    def wait_for(self, number: str, seconds: float = 600) -> str:
         """The state in which a job ends; raises AssertionError when it has not within ``seconds``."""
         self._wait(lambda: self.job(number)["JobState"] in ENDED, f"job {number}", seconds)
         return self.job(number)["JobState"]
@@ -164,7 +164,7 @@ class Cluster:
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.folder
             )
 
-    def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:

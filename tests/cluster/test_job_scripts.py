@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, SCRIPTS, Desk
+from tests.cluster.desk import REPOSITORY, SCRIPTS, Desk
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ENVIRONMENT = 'env | sort >"$OUT/rank-$SLURM_PROCID"'
 
 
@@ -121,6 +121,27 @@ def test_a_check_of_nodes_leaves_unfit_ones_out(desk: Desk, script: Callable) ->
     assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
     assert desk.cluster.job(job)["NodeList"] == "n[2-3]"
     assert "n2: looked at" in desk.log(job) and "unfit n1: slow disk" in desk.log(job)
+
+
+def test_a_stage_that_fails_ends_the_pipeline_with_its_table(desk: Desk, script: Callable) -> None:
+    """Submitted within a job that binds its processes; jobs that can't come any more are not left in the queue."""
+    body = """case "$*" in
+    *pipeline/train.py*) env >"$OUT/environment"; exit 2 ;;
+    *--scores*) echo "$@" >"$OUT/scores" ;;
+    *pipeline.restart*) exit 2 ;;
+    esac"""
+    site = desk.site(PYTHON=str(script("python", body)), TASKS=["one", "two"], PREPARE=["synth --train 8"])
+    inner = f"export SLURM_CPU_BIND=quiet,mask_cpu:0x1 PMI_RANK=0; bash {SCRIPTS}/pipeline.sh"
+    wrap = ["sbatch", "--parsable", f"--output={desk.folder}/outer.out", "--cpus-per-task=3", "--wrap", inner]
+    desk.cluster.run(*wrap, OPENFLM_SITE=str(site), OUT=str(desk.folder))
+    desk.wait(lambda: (desk.folder / "scores").exists())
+    assert (desk.folder / "scores").read_text().split()[-2:] == [f"{desk.folder}/runs/one", f"{desk.folder}/runs/two"]
+    desk.wait(lambda: not desk.cluster.run("squeue", "--noheader").strip())
+    numbers = re.findall(r"\d+", (desk.folder / "outer.out").read_text().partition("table")[0])
+    states = [desk.cluster.job(number)["JobState"] for number in numbers]
+    assert states == ["COMPLETED", "FAILED", "CANCELLED", "CANCELLED"], numbers
+    found = variables(desk.folder / "environment")
+    assert not {"SLURM_CPU_BIND", "PMI_RANK"} & set(found) and found["SLURM_CPUS_PER_TASK"] == "4"
 
 
 def test_salloc_from_another_host(desk: Desk, script: Callable) -> None:

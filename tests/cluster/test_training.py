@@ -5,96 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.reporting.metrics import read_log
 from pipeline.reporting.sample_keys import read_sample_keys
-from tests.cluster.conftest import Desk
-from tests.cluster.slurm_cluster import Cluster
-from tests.cluster.warm_python import process_file, warm_python
-from tests.tiny_corpus import make_corpus
+from tests.cluster.course import SAVE_EVERY, STEPS, Course, assert_same, attempts, losses
+from tests.cluster.desk import Desk
 
-STEPS = 60
-OPTIONS = ["--recipe", "flm_tiny", "--train.steps", str(STEPS), "--train.log_every", "1", "--train.save_every", "10"]
-OPTIONS += ["--train.eval_every", "0", "--tracking.tensorboard", "false", "--tracking.report", "false"]
-OPTIONS += ["--tracking.sample_keys", "true", "--train.collective_timeout_minutes", "0.1"]
-pytestmark = pytest.mark.slow(60)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("data"), train=200, dev=8)
-
-
-@pytest.fixture(scope="module")
-def python(cluster: Cluster) -> Iterator[Path]:
-    with warm_python(cluster.folder) as path:
-        yield path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `sbatch slurm/pretrain_flm.sh` as a user types it, by the interpreter of these tests."""
-    desk = Desk(cluster, tmp_path_factory.mktemp("undisturbed"))
-    site = desk.site(PYTHON=sys.executable, DATA=[str(data)])
-    job = desk.sbatch("pretrain_flm.sh", *OPTIONS, site=site)
-    assert cluster.wait_for(job) == "COMPLETED", desk.log(job)
-    assert "Restarts" in cluster.job(job) and cluster.job(job)["Restarts"] == "0"
-    return desk.folder / "runs" / "flm_tiny"
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_log(run / "log.jsonl") if record["kind"] == "train"}
-
-
-def assert_same(run: Path, reference: Path) -> None:
-    assert losses(run) == losses(reference)
-    assert read_sample_keys(run) == read_sample_keys(reference)
-
-
-def attempts(run: Path, event: str) -> list[dict]:
-    lines = (run / "attempts.jsonl").read_text().splitlines()
-    return [record for line in lines if (record := json.loads(line))["event"] == event]
-
-
-class Course:
-    """A job in the middle of its training, at a pace at which it can be disturbed."""
-
-    def __init__(self, desk: Desk, python: Path, data: Path) -> None:
-        self.desk, self.cluster, self.run = desk, desk.cluster, desk.folder / "runs" / "flm_tiny"
-        self.site = desk.site(PYTHON=str(python), DATA=[str(data)])
-        self.pace(0.1)
-
-    def submit(self, *options: str, script: str = "pretrain_flm.sh") -> None:
-        self.job = self.desk.sbatch(
-            script, *OPTIONS, site=self.site, options=options, TEST_FOLDER=str(self.desk.folder)
-        )
-
-    def pace(self, seconds: float) -> None:
-        (self.desk.folder / "pace").write_text(str(seconds))
-
-    def rank(self, rank: int) -> int:
-        """Process id of a rank of the present attempt."""
-        attempt = int(self.cluster.job(self.job)["Restarts"])
-        return int(process_file(self.desk.folder, self.job, attempt, rank).read_text())
-
-    def wait_for_step(self, step: int, seconds: float = 90) -> int:
-        deadline = time.monotonic() + seconds
-        while (reached := max(losses(self.run), default=0) if self.run.exists() else 0) < step:
-            assert time.monotonic() < deadline, f"no step {step}: {self.desk.log(self.job)[-4000:]}"
-            time.sleep(0.05)
-        return reached
-
-    def wait_for_attempt(self, attempt: int, seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while len(attempts(self.run, "begin")) <= attempt:
-            assert time.monotonic() < deadline, f"no attempt {attempt}: {self.desk.log(self.job)[-4000:]}"
-            time.sleep(0.1)
+pytestmark = [pytest.mark.slow(60), pytest.mark.timeout(1200)]
 
 
 def test_sbatch_trains_on_two_nodes(undisturbed: Path) -> None:
@@ -103,7 +22,7 @@ def test_sbatch_trains_on_two_nodes(undisturbed: Path) -> None:
     assert environment["world_size"] == 2
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.slow(150)
 def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: Path, undisturbed: Path) -> None:
     """One job, six attempts that end early; nobody submits it again."""
     course, cluster = Course(desk, python, data), desk.cluster
@@ -127,12 +46,12 @@ def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: P
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
 
     lost: list[str] = []
-    disturb(4, lambda: cluster.run("scancel", "--signal=USR1", job))
-    disturb(12, lambda: cluster.run("scontrol", "requeue", job))
-    disturb(22, lambda: os.kill(course.rank(1), signal.SIGKILL))
-    disturb(32, lambda: os.kill(course.rank(0), signal.SIGSTOP))
-    disturb(42, lose_a_node)
-    disturb(47, reach_the_limit)
+    disturb(3, lambda: cluster.run("scancel", "--signal=USR1", job))
+    disturb(8, lambda: cluster.run("scontrol", "requeue", job))
+    disturb(13, lambda: os.kill(course.rank(1), signal.SIGKILL))
+    disturb(18, lambda: os.kill(course.rank(0), signal.SIGSTOP))
+    disturb(24, lose_a_node)
+    disturb(28, reach_the_limit)
     course.pace(0)
     try:
         assert cluster.wait_for(job) == "COMPLETED", desk.log(job)
@@ -142,4 +61,26 @@ def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: P
     assert cluster.job(job)["Restarts"] == "6"
     began = [record["step"] for record in attempts(course.run, "begin")]
     assert all(began[stop + 1] >= reached[stop] for stop in (0, 1, 5)), "told to stop: nothing is lost"
-    assert all(began[end + 1] >= reached[end] // 10 * 10 for end in (2, 3, 4)), "else what came after the last save"
+    assert all(began[end + 1] >= reached[end] // SAVE_EVERY * SAVE_EVERY for end in (2, 3, 4)), (
+        "else what came after the last save"
+    )
+
+
+def test_it_goes_on_with_other_numbers_of_ranks(desk: Desk, python: Path, data: Path, undisturbed: Path) -> None:
+    """One rank, two on two nodes, four on two nodes: cancelled in between, the same submission finds its run."""
+    course = Course(desk, python, data)
+    for step, options, ranks in ((10, ("--nodes=1",), "1"), (20, (), "1"), (STEPS, (), "2")):
+        desk.site(PYTHON=str(python), DATA=[str(data)], RANKS_PER_NODE=ranks)
+        course.submit(options=options)
+        if step < STEPS:
+            reached = course.wait_for_step(step)
+            desk.cluster.run("scancel", course.job)
+            assert desk.cluster.wait_for(course.job) == "CANCELLED"
+        else:
+            course.pace(0)
+            assert desk.cluster.wait_for(course.job) == "COMPLETED", desk.log(course.job)
+            assert attempts(course.run, "begin")[-1]["step"] >= reached, "told to stop, it had saved"
+    assert [record["world_size"] for record in attempts(course.run, "begin")] == [1, 2, 4]
+    assert read_sample_keys(course.run) == read_sample_keys(undisturbed)
+    expected = losses(undisturbed)
+    assert losses(course.run) == pytest.approx(expected, rel=1e-4)  # sums in another order

@@ -35,7 +35,7 @@ if inside; then
     begin_job
     [ "${SLURM_ARRAY_TASK_COUNT:-1}" -ge "${#tasks[@]}" ] || [ "$index" != 0 ] ||
         say "this array has ${SLURM_ARRAY_TASK_COUNT:-1} of ${#tasks[@]} tasks; for all: --array=0-$((${#tasks[@]} - 1))"
-    check_nodes
+    check_nodes --run "$RUN"
     run_step train "${command[@]}"
     finish "$RUN" $?
 fi

@@ -190,10 +190,11 @@ run_step() {
 
 unfit_nodes() { sed -n 's/^unfit \([^:]*\):.*/\1/p' "$state.unfit" 2>/dev/null | sort -u; }
 
+# check_nodes OPTIONS...
 check_nodes() { # ends the job, or starts it again without them, where nodes are unfit
     [ "${HEALTH:-yes}" = yes ] || return 0
     local code=0 ranks=1 cpus=1
-    run_step health "$PYTHON" -m pipeline.health >"$state.health" || code=$?
+    run_step health "$PYTHON" -m pipeline.health "$@" >"$state.health" || code=$?
     grep -v '^unfit ' "$state.health"
     grep '^unfit ' "$state.health" >>"$state.unfit"
     [ "$code" = 0 ] || finish '' "$code"

@@ -27,7 +27,7 @@ options=("${arguments[@]}")
 train_command flm_base_4m "${options[@]}"
 if inside; then
     begin_job
-    check_nodes
+    check_nodes --run "$RUN"
     run_step train "${command[@]}"
     finish "$RUN" $?
 fi

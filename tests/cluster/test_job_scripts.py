@@ -114,7 +114,7 @@ def test_an_array_beyond_the_limit_is_refused(desk: Desk) -> None:
 
 
 def test_a_check_of_nodes_leaves_unfit_ones_out(desk: Desk, script: Callable) -> None:
-    body = """[ "$*" = "-m pipeline.health" ] || exit 0
+    body = """[ "$1 $2 $3" = "-m pipeline.health --run" ] || exit 0
     echo "$SLURMD_NODENAME: looked at"; [ "$SLURMD_NODENAME" != n1 ] || { echo "unfit n1: slow disk"; exit 75; }"""
     site = desk.site(PYTHON=str(script("python", body)), HEALTH="yes")
     job = desk.sbatch("pretrain_flm.sh", site=site)

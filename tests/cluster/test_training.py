@@ -26,7 +26,7 @@ def test_sbatch_trains_on_two_nodes(undisturbed: Path) -> None:
 def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: Path, undisturbed: Path) -> None:
     """One job, six attempts that end early; nobody submits it again."""
     course, cluster = Course(desk, python, data), desk.cluster
-    course.submit()
+    course.submit("--train.step_timeout_minutes", "0.4")
     job = course.job
     reached = []
 

@@ -25,6 +25,7 @@ demo: setup ## make data, train a small model with DeepSpeed, caption held-out i
 	@python scripts/demo.py $(ARGS)
 
 test: lint ## lint, then all tests, slow ones last, then the fast numeric ones with the plainest kernels (not with ARGS)
+	@scripts/setup.sh --test-tools
 	@$(PYTEST) $(ARGS)
 	@$(if $(strip $(ARGS)),:,ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" $(NUMERIC))
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates or refreshes .venv so that it holds requirements.txt; returns at once when it already does.
 #
+#   scripts/setup.sh --test-tools   only the programs that tests use where they are there (Slurm, munge, shellcheck)
 #   scripts/setup.sh            environment variables: PYTHON (interpreter to use), TORCH_INDEX (pip index for torch)
 #
 # Missing system packages are installed with apt where that needs no password; otherwise one line says which and how.
@@ -55,7 +56,7 @@ ensure_python() { # sets python; an existing .venv keeps its own interpreter
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         local package
         package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
-        apt_install "$package" && "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        { apt_install "$package" && "$python" -c 'import ensurepip, venv' 2>/dev/null; } ||
             fail "the venv module of $python is missing; install it with: sudo apt-get install $package"
     fi
 }
@@ -83,6 +84,14 @@ torch_index() { # on a machine without NVIDIA GPU, PyTorch's own index saves gig
     return 0
 }
 
+ensure_test_tools() { # tests that need them are skipped without, and say so
+    local missing=()
+    command -v shellcheck >/dev/null || missing+=(shellcheck)
+    PATH=$PATH:/usr/sbin:/sbin command -v slurmctld >/dev/null || missing+=(slurm-wlm munge)
+    [ ${#missing[@]} -eq 0 ] || RUNLEVEL=1 apt_install "${missing[@]}" || # 1: no daemon is started
+        say "tests that need ${missing[*]} are skipped; install with: sudo apt-get install ${missing[*]}"
+}
+
 fingerprint() { { "$1" -V; cat requirements.txt; echo $MPICH; } | sha256sum | cut -d' ' -f1; }
 
 pip_install() {
@@ -96,6 +105,10 @@ pip_install() {
     fail "$(id -un) may not write in $PWD; clone the repository into a folder of your own"
 exec 9>.cache/setup.lock
 command -v flock >/dev/null && flock 9
+if [ "${1:-}" = --test-tools ]; then
+    ensure_test_tools
+    exit 0
+fi
 if [ ! -e $UNFINISHED ] && [ -x $VENV/bin/python ] &&
     [ "$(cat $STAMP 2>/dev/null)" = "$(fingerprint "${PYTHON:-$VENV/bin/python}")" ]; then
     exit 0

@@ -101,6 +101,22 @@ def test_mpi_library_is_added_where_there_is_none(checkout: Checkout) -> None:
     assert any("mpich==" in call for call in checkout.setup(NO_MPI="1")[2])
 
 
+def test_tools_of_tests_are_installed_where_we_may_and_named_where_not(checkout: Checkout) -> None:
+    for name in ("bash", "cat", "dirname", "env", "flock", "mkdir"):  # and nothing else of this machine
+        (checkout.bin / name).symlink_to(shutil.which(name))
+    checkout._program("apt-get", '#!/bin/bash\necho "$*" >>"$CALLS"\n')
+    command = [checkout.bin / "bash", "scripts/setup.sh", "--test-tools"]
+    environment = {"PATH": str(checkout.bin), "CALLS": str(checkout.calls), "HOME": str(checkout.folder)}
+    for user, words in (
+        ("1000", "skipped; install with: sudo apt-get install shellcheck"),
+        ("0", "packages: shellcheck"),
+    ):
+        checkout._program("id", f"#!/bin/bash\necho {user}\n")
+        done = subprocess.run(command, cwd=checkout.folder, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and words in done.stdout, done.stderr
+    assert checkout.calls.read_text().splitlines()[1].startswith("install -y --no-install-recommends shellcheck")
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

@@ -1,0 +1,178 @@
+"""What the job scripts do in a real Slurm around a program, for which a few lines of bash stand here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.desk import REPOSITORY, SCRIPTS, Desk
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+ENVIRONMENT = 'env | sort >"$OUT/rank-$SLURM_PROCID"'
+
+
+def variables(path: Path) -> dict[str, str]:
+    return dict(line.partition("=")[::2] for line in path.read_text().splitlines())
+
+
+def test_ranks_get_what_the_dry_run_shows(desk: Desk, script: Callable) -> None:
+    python = script("python", ENVIRONMENT)
+    site = desk.site(PYTHON=str(python), RANKS_PER_NODE="2", CPUS_PER_RANK="2", NETWORK_INTERFACE="lo")
+    shown = desk.cluster.run(SCRIPTS / "pretrain_flm.sh", "--dry-run", OPENFLM_SITE=str(site))
+    assert f"OPENFLM_SITE={site} sbatch " in shown and "--signal=B:USR1@300" in shown and "--requeue" in shown
+    left_over = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPUS_PER_TASK": "7"}
+    job = desk.sbatch("pretrain_flm.sh", site=site, options=("--time=5",), OUT=str(desk.folder), **left_over)
+    assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    lines = re.findall(r"^rank (\d): (.*)$", shown, re.M)
+    assert len(lines) == 4
+    for rank, line in lines:
+        found = variables(desk.folder / f"rank-{rank}")
+        for name, value in re.findall(r"(\w+)=(\S+)(?= |$)", line.partition(" OPENFLM_END_TIME=")[0]):
+            assert found[name] == value.replace("-JOB/", f"-{job}/"), name
+        assert 0 < int(found["OPENFLM_END_TIME"]) - time.time() <= 300
+        assert found["SLURM_CPUS_PER_TASK"] == "2"
+        assert not {"RANK", "WORLD_SIZE", "SLURM_CPU_BIND"} & set(found)
+    assert not list((desk.folder / "logs").glob(".job-*")), "nothing is left behind"
+
+
+def test_a_node_without_python_is_left_out(desk: Desk, script: Callable) -> None:
+    python = script("python", ENVIRONMENT)
+    container = script("container", '[ "$SLURMD_NODENAME" != n2 ] || set -- "${@/%\\/python//python.gone}"\nexec "$@"')
+    site = desk.site(PYTHON=str(python), CONTAINER=[str(container)])
+    job = desk.sbatch("pretrain_flm.sh", site=site, OUT=str(desk.folder))
+    assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    found = desk.cluster.job(job)
+    assert (found["Restarts"], found["ExcNodeList"], found["NodeList"]) == ("1", "n2", "n[1,3]")
+    assert re.search(f"^unfit n2: no {python}.gone there; mend PYTHON", desk.log(job), re.M)
+
+
+def test_no_node_has_python(desk: Desk) -> None:
+    job = desk.sbatch("pretrain_flm.sh", site=desk.site(PYTHON="/nowhere/python"))
+    assert desk.cluster.wait_for(job) == "FAILED"
+    assert (desk.cluster.job(job)["Restarts"], desk.cluster.job(job)["ExitCode"]) == ("0", "2:0")
+    assert "error: no node of the job is fit" in desk.log(job)
+
+
+def test_the_first_failure_is_the_code_of_the_job(desk: Desk, script: Callable) -> None:
+    """A mistake on one rank is not started again because Slurm then ends the others by a signal."""
+    body = 'case "$*" in *pipeline.restart*) echo "$@" >"$OUT/asked"; exit 3;; esac\n'
+    body += 'if [ "$SLURM_PROCID" = 1 ]; then exit 2; fi\ntrap "exit 75" TERM\nsleep 60 & wait'
+    site = desk.site(PYTHON=str(script("python", body)))
+    job = desk.sbatch("pretrain_flm.sh", site=site, OUT=str(desk.folder))
+    assert desk.cluster.wait_for(job) == "FAILED"
+    asked = (desk.folder / "asked").read_text()
+    assert f"--run {desk.folder}/runs/flm_base_4m --job {job} --attempt 0 --code 2 --nodes n1 n2 " in asked
+    assert desk.cluster.job(job)["ExitCode"] == "3:0", "the verdict's code is that of the job"
+
+
+def test_a_signal_to_the_batch_shell_reaches_every_rank(desk: Desk, script: Callable) -> None:
+    body = 'trap "touch $OUT/told-$SLURM_PROCID; exit 0" USR1\ntouch "$OUT/up-$SLURM_PROCID"\nsleep 60 & wait'
+    site = desk.site(PYTHON=str(script("python", body)), RANKS_PER_NODE="2")
+    job = desk.sbatch("pretrain_flm.sh", site=site, OUT=str(desk.folder))
+    desk.wait(lambda: len(list(desk.folder.glob("up-*"))) == 4)
+    desk.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    assert len(list(desk.folder.glob("told-*"))) == 4
+
+
+def test_an_array_task_puts_itself_back_alone(desk: Desk, script: Callable) -> None:
+    """Evaluations that are told to stop go on; the other tasks of the array are left alone."""
+    body = 'echo >>"$OUT/$SLURM_ARRAY_TASK_ID"\n[ "$SLURM_ARRAY_TASK_ID$OPENFLM_ATTEMPT" != 10 ] || exit 75'
+    site = desk.site(PYTHON=str(script("python", body)), TASKS=["one", "two", "three"])
+    job = desk.sbatch("evaluate.sh", site=site, options=("--array=0-2",), OUT=str(desk.folder))
+    desk.wait(lambda: not desk.cluster.run("squeue", "--noheader", "--jobs", job, check=False).strip())
+    assert [len((desk.folder / str(task)).read_text()) for task in range(3)] == [1, 2, 1]
+
+
+def test_heterogeneous_jobs_are_refused(desk: Desk, script: Callable) -> None:
+    site = desk.site(PYTHON=str(script("python", "exit 0")))
+    job = desk.sbatch("pretrain_flm.sh", site=site, options=("--nodes=1", ":", "--nodes=1"))
+    assert desk.cluster.wait_for(job) == "FAILED"
+    assert "error: a heterogeneous job of 2 components" in desk.log(job)
+
+
+def test_what_sbatch_refuses_is_one_line(desk: Desk) -> None:
+    for settings, words in (
+        ({"PARTITION": "closed", "ACCOUNT": "ours"}, "Invalid account or account/partition combination"),
+        ({"PARTITION": "nowhere"}, "Invalid partition name specified"),
+        ({"NODES": "9"}, "Node count specification invalid"),
+    ):
+        said = desk.cluster.run(SCRIPTS / "pretrain_flm.sh", check=False, OPENFLM_SITE=str(desk.site(**settings)))
+        assert re.fullmatch(rf"error: sbatch refused pretrain_flm: .*{words}.*; mend .*site.sh.*\n", said), said
+
+
+def test_an_array_beyond_the_limit_is_refused(desk: Desk) -> None:
+    site = desk.site(TASKS=[f"task{number}" for number in range(21)])
+    said = desk.cluster.run(SCRIPTS / "finetune.sh", check=False, OPENFLM_SITE=str(site))
+    assert "MaxArraySize is 20, so that indices end at 19" in said
+
+
+def test_a_check_of_nodes_leaves_unfit_ones_out(desk: Desk, script: Callable) -> None:
+    body = """[ "$1 $2 $3" = "-m pipeline.health --run" ] || exit 0
+    echo "$SLURMD_NODENAME: looked at"; [ "$SLURMD_NODENAME" != n1 ] || { echo "unfit n1: slow disk"; exit 75; }"""
+    site = desk.site(PYTHON=str(script("python", body)), HEALTH="yes")
+    job = desk.sbatch("pretrain_flm.sh", site=site)
+    assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    assert desk.cluster.job(job)["NodeList"] == "n[2-3]"
+    assert "n2: looked at" in desk.log(job) and "unfit n1: slow disk" in desk.log(job)
+
+
+def test_a_stage_that_fails_ends_the_pipeline_with_its_table(desk: Desk, script: Callable) -> None:
+    """Submitted within a job that binds its processes; jobs that can't come any more are not left in the queue."""
+    body = """case "$*" in
+    *pipeline/train.py*) env >"$OUT/environment"; exit 2 ;;
+    *--scores*) echo "$@" >"$OUT/scores" ;;
+    *pipeline.restart*) exit 2 ;;
+    esac"""
+    site = desk.site(PYTHON=str(script("python", body)), TASKS=["one", "two"], PREPARE=["synth --train 8"])
+    inner = f"export SLURM_CPU_BIND=quiet,mask_cpu:0x1 PMI_RANK=0; bash {SCRIPTS}/pipeline.sh"
+    wrap = ["sbatch", "--parsable", f"--output={desk.folder}/outer.out", "--cpus-per-task=3", "--wrap", inner]
+    desk.cluster.run(*wrap, OPENFLM_SITE=str(site), OUT=str(desk.folder))
+    desk.wait(lambda: (desk.folder / "scores").exists())
+    assert (desk.folder / "scores").read_text().split()[-2:] == [f"{desk.folder}/runs/one", f"{desk.folder}/runs/two"]
+    desk.wait(lambda: not desk.cluster.run("squeue", "--noheader").strip())
+    numbers = re.findall(r"\d+", (desk.folder / "outer.out").read_text().partition("table")[0])
+    states = [desk.cluster.job(number)["JobState"] for number in numbers]
+    assert states == ["COMPLETED", "FAILED", "CANCELLED", "CANCELLED"], numbers
+    found = variables(desk.folder / "environment")
+    assert not {"SLURM_CPU_BIND", "PMI_RANK"} & set(found) and found["SLURM_CPUS_PER_TASK"] == "4"
+
+
+def test_salloc_from_another_host(desk: Desk, script: Callable) -> None:
+    """Within an allocation the script runs where it is typed, on a host that is none of the nodes."""
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("no other host name: unshare --uts is not permitted here")
+    site = desk.site(PYTHON=str(script("python", ENVIRONMENT)))
+    typed = f"hostname login; salloc --nodes=2 bash {SCRIPTS}/pretrain_flm.sh"
+    said = desk.cluster.run("unshare", "--uts", "bash", "-c", typed, OPENFLM_SITE=str(site), OUT=str(desk.folder))
+    found = [variables(desk.folder / f"rank-{rank}") for rank in (0, 1)]
+    assert [one["SLURMD_NODENAME"] for one in found] == ["n1", "n2"], said
+    assert found[0]["SLURM_SUBMIT_HOST"] == "login" and found[0]["SLURM_STEP_NUM_TASKS"] == "2"
+
+
+def test_a_rank_that_is_bound_to_few_cores_is_told(tmp_path: Path) -> None:
+    """One core of four: `nproc` says what a rank may use, whatever Slurm has given."""
+    core = min(os.sched_getaffinity(0))
+    command = ["taskset", "-c", str(core), "bash", SCRIPTS / "rank.sh", tmp_path / "state", "4", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLURMD_NODENAME": "n7"})
+    assert done.stderr == f"slurm: n7: a rank may use 1 of its 4 CPUs: it is bound to {core}\n"
+
+
+def test_scripts_are_clean() -> None:
+    """shellcheck, with the files that they source."""
+    try:
+        done = subprocess.run(
+            ["shellcheck", "--external-sources", *sorted(SCRIPTS.glob("*.sh")), REPOSITORY / "scripts" / "setup.sh"],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+        )
+    except FileNotFoundError:
+        pytest.skip("shellcheck is not installed: sudo apt-get install shellcheck")
+    assert done.returncode == 0, done.stdout

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from pipeline.cluster import heartbeats
 from pipeline.cluster.last_words import LastWords, read_last_words
+from pipeline.distributed.watch import GRACE_SECONDS
 from pipeline.reporting.metrics import read_log
 from tests.forked_program import start_program
 from tests.tiny_corpus import make_corpus
@@ -49,8 +50,8 @@ EXCEPTION, KILL, TERM_ALL, TERM_ONE = "exception on one rank", "SIGKILL of one r
 DISK_FULL, READ_ONLY, TIME_LIMIT, STOP = "disk full", "read-only", "time limit", "SIGSTOP of one rank"
 LONG = "a rank takes longer than a step may"  # which is no fault in an evaluation or a save
 FAULTS = (EXCEPTION, KILL, TERM_ALL, TERM_ONE, DISK_FULL, READ_ONLY, TIME_LIMIT, STOP, LONG)
-STOP_MINUTES = {"set_up": 0.5, "step": 0.15, "evaluation": 0.15, "save": 0.15}  # until a stopped rank is told of
-LONGER_SECONDS = 15.0  # than a step may take: longer than a rank that is told has to end by itself
+STOP_MINUTES = {"set_up": 0.75, "step": 0.25, "evaluation": 0.25, "save": 0.25}  # until a stopped rank is told of
+LONGER_SECONDS = 5.0  # than a step may take
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_VERSION_3 = 1, 2, 0x20080522  # linux/capability.h
 _SAID = re.compile(r"error: |ALARM: |warning: |not all ranks are|: stopping after this step|checkpoint skipped")
 
@@ -164,7 +165,7 @@ def make_cell(phase: str, fault: str, world: int, data: Path, run: Path, expecte
         heartbeats.BEAT_SECONDS = 0.5
         os.environ["OPENFLM_END_TIME"] = str(int(time.time()) + 10**6)
         if rank == victim:
-            plant(phase, lambda: happen(fault, world, run, notes))
+            plant(phase, lambda: happen(fault, phase, world, run, notes))
 
     job = start_program(world, arguments, notes / "out", prepare=prepare)
     codes = job.finish(LIMIT_SECONDS, stopped=victim if fault == STOP else None)
@@ -202,7 +203,7 @@ def plant(phase: str, fault: Callable[[], None]) -> None:
     setattr(owner, name, disturbed)
 
 
-def happen(fault: str, world: int, run: Path, notes: Path) -> None:
+def happen(fault: str, phase: str, world: int, run: Path, notes: Path) -> None:
     (notes / "happened").touch()
     if fault == EXCEPTION:
         raise RuntimeError("planted by the fault matrix")
@@ -211,7 +212,8 @@ def happen(fault: str, world: int, run: Path, notes: Path) -> None:
     elif fault == STOP:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == LONG:
-        time.sleep(60 * STOP_MINUTES["step"] + LONGER_SECONDS)
+        grace = GRACE_SECONDS if phase == "step" else 0.0  # for a rank that is told to end by itself
+        time.sleep(60 * STOP_MINUTES["step"] + grace + LONGER_SECONDS)
     elif fault == TERM_ONE:
         os.kill(os.getpid(), signal.SIGTERM)
     elif fault == TERM_ALL:

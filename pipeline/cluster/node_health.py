@@ -8,6 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,8 @@ def check_disk(report: Report, folder: Path, name: str, min_free: float, is_shar
     except OSError as error:
         wrong.append(f"{folder}: {error.strerror or error}")
     finally:
-        try:
+        with suppress(OSError):
             probe.unlink(missing_ok=True)
-        except OSError:
-            pass
 
 
 def check_data(report: Report, path: Path) -> None:
@@ -216,7 +215,9 @@ def _open_files(process: Path) -> set[str]:
     """What a process has open or mapped."""
     found: set[str] = set()
     try:
-        found |= {os.readlink(one) for one in (process / "fd").iterdir()}
+        for one in (process / "fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.add(os.readlink(one))
         maps = (process / "maps").read_text(errors="replace")
         found |= {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count(" ") >= 5 and "/" in line}
     except OSError:  # it has ended, or is not ours to look at

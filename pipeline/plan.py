@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ from pipeline.planning.speed import Machine
 from pipeline.planning.summary import GIB, Subject, as_plain, as_text
 from pipeline.reporting.metrics import peak_flops
 
-MEASURED = 32  # samples of the larger of the two micro-batches that are counted
+COUNTED = 16, 64  # samples of the two micro-batches that others are told from
 OFFERED = ("zero1", "zero2", "zero3", "zero0", "zero2_offload", "zero3_offload")  # of ds_configs/
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MACHINE = Machine()
@@ -70,8 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}")
+
+
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m pipeline.plan",
         description="Which configuration of a recipe fits so many GPUs, and what it costs.",
         epilog="All options of training: python pipeline/train.py --help",
@@ -144,7 +150,16 @@ def machine_of(options: argparse.Namespace) -> Machine:
 
 
 def valueless(config: Config, vocabulary: Vocabulary, precision: str) -> nn.Module:
-    """The objective of a run on the meta device, in the precision it trains in."""
+    """The objective of a run on the meta device, in the precision it trains in.
+
+    Raises:
+        ValueError: options that do not fit each other, or a batch that cannot be known before.
+    """
+    if getattr(config.task, "self_critical", False):
+        raise ConfigError(
+            "task.self_critical true samples its captions while it trains, so that a step can't be counted before;"
+            " plan --task.self_critical false, and expect longer steps"
+        )
     with torch.device("meta"):
         objective = task_of(config).build(config, vocabulary)
     return objective.to(DTYPES[precision]).train()
@@ -198,6 +213,7 @@ class CountedRun:
         recomputing = [False, True]
         if "model.activation_checkpointing" in named:
             recomputing = [self.config.model.activation_checkpointing]
+        device = Device("cuda", has_bf16=peak_flops(self.options.gpu, "bf16") is not None)
         found: list[Choice] = []
         problems: list[ConfigError] = []
         for path in self.deepspeed:
@@ -205,7 +221,7 @@ class CountedRun:
                 optim = dataclasses.replace(self.config.optim, micro_batch_size=size)
                 config = dataclasses.replace(self.config, optim=optim)
                 try:
-                    resolved = resolve(read_ds_config(path), config, self.options.gpus, Device("cuda", has_bf16=True))
+                    resolved = resolve(read_ds_config(path), config, self.options.gpus, device)
                 except ConfigError as error:
                     problems.append(error)
                     continue
@@ -221,8 +237,8 @@ class CountedRun:
         that, which is an upper bound."""
         choices = self.choices()
         sizes = sorted({choice.micro_batch_size for choice in choices})
-        low = sizes[min(2, len(sizes) - 1)]
-        high = next((size for size in sizes if size >= MEASURED), sizes[-1])
+        high = next((size for size in sizes if size >= COUNTED[1]), sizes[-1])
+        low = max((size for size in sizes if size < high and size <= COUNTED[0]), default=high)
         half = next((choice.precision for choice in choices if choice.precision != "fp32"), None)
 
         def work_of(choice: Choice) -> Work:

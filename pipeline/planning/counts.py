@@ -17,6 +17,7 @@ from torch import nn
 
 from model.batch import Batch, Row
 from model.config import Vocabulary
+from model.objectives.captioning import Captioning
 from pipeline.config.task_options import TaskOptions
 from pipeline.planning.activations import Activations, DeviceKind, measure
 
@@ -131,7 +132,8 @@ def example_batch(
     negatives = range(min(num_samples, math.ceil(num_samples * share)))
     rows += [Row(text(), number, number, "negative", "other") for number in negatives]
     images = torch.empty((num_samples, *image_shape), dtype=torch.uint8, device="meta")
-    return objective.planner(images, rows)
+    planner = objective.planner() if isinstance(objective, Captioning) else objective.planner
+    return planner(images, rows)
 
 
 def texts_of(objective: nn.Module, task: TaskOptions, num_samples: int, texts_per_image: int = 1) -> int:
@@ -157,8 +159,9 @@ def _rows(
             elif task.name == "retrieval":
                 count = 1 if task.negatives == "in_batch" else 1 + task.num_negatives
                 rows += [Row(text(), sample, sample, "read", name) for _ in range(count)]
-            else:  # captions, and answers that are written
-                rows.append(Row(text(), sample, sample, "pair", name, 1))
+            else:  # captions; an answer that is written follows a question of one word here
+                target = 2 if getattr(task, "generative", False) else None
+                rows.append(Row(text(), sample, sample, "pair", name, target))
     return rows
 
 

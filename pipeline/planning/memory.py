@@ -175,7 +175,10 @@ def _stage_1_and_2(
         own = before
     reduce = bucket | summed | own | (before if zero.stage == 2 else {})
     step = own if halves else own | {"gradients of a group": FP32 * -(-parameters.largest_group // ranks)}
-    return held, {"backward": backward, "reduce": reduce, "step": step}
+    moments = {"backward": backward, "reduce": reduce, "step": step}
+    if platform.kind == "cpu" and ranks > 1:  # gloo gathers into a flat copy
+        moments["gather"] = {"weights being gathered": zero.weight_bytes * parameters.largest_group}
+    return held, moments
 
 
 def _stage_3(
@@ -199,7 +202,8 @@ def _stage_3(
     filled = min(trained, zero.reduce_bucket)
     held["buckets"] = zero.weight_bytes * (filled if platform.kind == "cpu" else zero.reduce_bucket)
     gathered = {"gathered weights": zero.weight_bytes * min(everything, zero.max_live)}
-    largest = {"gradients being summed": zero.weight_bytes * max(filled, parameters.largest)}
+    copies = 2 if platform.kind == "cpu" else 1  # gloo sums in a copy
+    largest = {"gradients being summed": copies * zero.weight_bytes * max(filled, parameters.largest)}
     step = {"gradients of a group": FP32 * -(-parameters.largest_group // ranks)}
     backward = gathered | {"activations": activations.peak} | largest
     return held, {"backward": backward, "step": step}

@@ -43,13 +43,13 @@ def planned(kind: str = "cuda", name: str = "flm", large_bytes: int = 1 << 62, *
 
 
 def saved(model: ModelConfig, name: str = "flm") -> int:
-    """Bytes of all storages that a real forward pass saves for backward, weights and the plan of the batch left out."""
+    """Bytes of all storages that a real forward pass saves for backward, weights left out."""
     objective, batch = built(model, "cpu", name)
     known = {tensor.untyped_storage().data_ptr() for tensor in [*objective.parameters(), *objective.buffers()]}
     found: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in known:
+        if tensor.untyped_storage().data_ptr() not in known:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
@@ -63,10 +63,11 @@ def saved(model: ModelConfig, name: str = "flm") -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_what_is_kept_for_backward_is_what_a_real_pass_saves(name: str, dropout: float) -> None:
     found, real = planned("cpu", name, dropout=dropout).kept, saved(config(dropout), name)
-    # besides: index lists, and of the vocabulary head the room of a weight's gradient and of a chunk of logits
-    targets = sum(len(term.target) for term in built(config(), "cpu", name)[1].terms.values())
-    head = 4 * VOCABULARY.size * (64 + targets)
-    assert real <= found <= 1.03 * real + head, (found, real, head)
+    # besides: the images, and of the vocabulary head the room of a weight's gradient and of a chunk of logits
+    batch = built(config(), "cpu", name)[1]
+    targets = sum(len(term.target) for term in batch.terms.values())
+    besides = batch.images.nbytes + 4 * VOCABULARY.size * (64 + targets)
+    assert real <= found <= 1.01 * real + besides, (found, real, besides)
 
 
 def test_recomputing_keeps_the_inputs_of_layers_only() -> None:
@@ -94,13 +95,12 @@ def test_a_frozen_tower_keeps_nothing() -> None:
     assert gradients <= frozen.peak_with_gradients <= gradients + frozen.peak
 
 
-def test_dropout_keeps_a_byte_an_element_on_a_gpu_and_four_on_a_cpu() -> None:
+def test_dropout_keeps_a_byte_an_element_on_a_gpu() -> None:
     """Of states and queries: after the embedding, and in each layer after every sublayer."""
     plan = built(config(), "cpu")[1].plan
     states, queries = len(plan.l2r_index) + len(plan.r2l_index), len(plan.query_index)
     elements = 64 * (states * (1 + 2 + 3) + queries * (1 + 2 + 2))
     assert planned(dropout=0.1).kept - planned().kept == elements
-    assert planned("cpu", dropout=0.1).kept - planned("cpu").kept > 4 * elements * 0.9
 
 
 def test_small_and_large_storages_are_counted_apart() -> None:

@@ -92,7 +92,7 @@ def situations(draw, equal: bool):
     return reads, sizes, samples, ready, held - ready, draw(st.integers(0, 10 * count))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(situations(equal=True))
 def test_in_the_end_no_other_choice_of_copies_is_needed_sooner(situation) -> None:
     """Of shards of one size: among all sets that fit, the least sum of the stretches in which they are read."""
@@ -107,7 +107,7 @@ def test_in_the_end_no_other_choice_of_copies_is_needed_sooner(situation) -> Non
     assert worth(ready) == max(worth(chosen) for chosen in combinations(range(len(sizes)), room))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(situations(equal=False))
 def test_nothing_makes_room_for_what_is_read_later_or_hardly_at_all(situation) -> None:
     reads, sizes, samples, ready, left, limit = situation

@@ -81,6 +81,38 @@ def test_a_signal_to_the_batch_shell_reaches_every_rank(desk: Desk, script: Call
     assert len(list(desk.folder.glob("told-*"))) == 4
 
 
+STOPS = """case "$*" in *pipeline.restart*) echo "$@" >>"$OUT/asked"; exit 0 ;; esac
+[ "$OPENFLM_ATTEMPT" = 0 ] || exit 0
+trap "exit 75" TERM USR1
+touch "$OUT/up-$SLURM_PROCID"
+for second in {1..100}; do sleep 1 & wait $!; done"""
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "restarts", "words"),
+    [
+        (("scancel",), "CANCELLED", "0", "cancelled; submitted again, it goes on"),
+        (("scontrol", "requeue"), "COMPLETED", "1", "Slurm has put the job back into its queue"),
+        (("scancel", "--signal=TERM"), "COMPLETED", "1", ""),
+        (("scontrol", "update", "TimeLimit=1"), "COMPLETED", "1", ""),
+    ],
+    ids=["cancelled", "requeued", "signalled", "time limit"],
+)
+def test_what_follows_when_slurm_ends_an_attempt(
+    desk: Desk, script: Callable, how: tuple[str, ...], state: str, restarts: str, words: str
+) -> None:
+    """The program is told, the verdict is asked for once, and a job that was cancelled stays so."""
+    site = desk.site(PYTHON=str(script("python", STOPS)))
+    job = desk.sbatch("pretrain_flm.sh", site=site, OUT=str(desk.folder))
+    desk.wait(lambda: len(list(desk.folder.glob("up-*"))) == 2)
+    desk.cluster.run(*how, f"JobId={job}" if "update" in how else job)
+    assert desk.cluster.wait_for(job) == state, desk.log(job)
+    desk.wait(lambda: words in desk.log(job))
+    assert desk.cluster.job(job)["Restarts"] == restarts, desk.log(job)
+    asked = desk.folder / "asked"
+    assert (asked.read_text().count("--code 75") if asked.exists() else 0) == int(restarts)
+
+
 def test_an_array_task_puts_itself_back_alone(desk: Desk, script: Callable) -> None:
     """Evaluations that are told to stop go on; the other tasks of the array are left alone."""
     body = 'echo >>"$OUT/$SLURM_ARRAY_TASK_ID"\n[ "$SLURM_ARRAY_TASK_ID$OPENFLM_ATTEMPT" != 10 ] || exit 75'

@@ -134,7 +134,7 @@ class Cluster:
                     found += [parent, int(folder.name)] if stepd else [int(folder.name)]
         return found
 
-    def run(self, *command: str | Path, check: bool = True, **variables: str) -> str:
+    def run(self, *command: str | Path, check: bool = True, seconds: float = 120, **variables: str) -> str:
         """Output of a command of Slurm; raises CalledProcessError with what it said."""
         done = subprocess.run(
             [str(word) for word in command],
@@ -142,7 +142,7 @@ class Cluster:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=seconds,
         )
         if check and done.returncode:
             raise AssertionError(f"{command}: exit code {done.returncode}: {done.stdout}{done.stderr}")

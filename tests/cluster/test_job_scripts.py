@@ -81,6 +81,38 @@ def test_a_signal_to_the_batch_shell_reaches_every_rank(desk: Desk, script: Call
     assert len(list(desk.folder.glob("told-*"))) == 4
 
 
+STOPS = """case "$*" in *pipeline.restart*) echo "$@" >>"$OUT/asked"; exit 0 ;; esac
+[ "$OPENFLM_ATTEMPT" = 0 ] || exit 0
+trap "exit 75" TERM USR1
+touch "$OUT/up-$SLURM_PROCID"
+for second in {1..100}; do sleep 1 & wait $!; done"""
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "restarts", "words"),
+    [
+        (("scancel",), "CANCELLED", "0", "cancelled; submitted again, it goes on"),
+        (("scontrol", "requeue"), "COMPLETED", "1", "Slurm has put the job back into its queue"),
+        (("scancel", "--signal=TERM"), "COMPLETED", "1", ""),
+        (("scontrol", "update", "TimeLimit=1"), "COMPLETED", "1", ""),
+    ],
+    ids=["cancelled", "requeued", "signalled", "time limit"],
+)
+def test_what_follows_when_slurm_ends_an_attempt(
+    desk: Desk, script: Callable, how: tuple[str, ...], state: str, restarts: str, words: str
+) -> None:
+    """The program is told, the verdict is asked for once, and a job that was cancelled stays so."""
+    site = desk.site(PYTHON=str(script("python", STOPS)))
+    job = desk.sbatch("pretrain_flm.sh", site=site, OUT=str(desk.folder))
+    desk.wait(lambda: len(list(desk.folder.glob("up-*"))) == 2)
+    desk.cluster.run(*how, f"JobId={job}" if "update" in how else job)
+    assert desk.cluster.wait_for(job) == state, desk.log(job)
+    desk.wait(lambda: words in desk.log(job))
+    assert desk.cluster.job(job)["Restarts"] == restarts, desk.log(job)
+    asked = desk.folder / "asked"
+    assert (asked.read_text().count("--code 75") if asked.exists() else 0) == int(restarts)
+
+
 def test_an_array_task_puts_itself_back_alone(desk: Desk, script: Callable) -> None:
     """Evaluations that are told to stop go on; the other tasks of the array are left alone."""
     body = 'echo >>"$OUT/$SLURM_ARRAY_TASK_ID"\n[ "$SLURM_ARRAY_TASK_ID$OPENFLM_ATTEMPT" != 10 ] || exit 75'
@@ -144,16 +176,13 @@ def test_a_stage_that_fails_ends_the_pipeline_with_its_table(desk: Desk, script:
     assert not {"SLURM_CPU_BIND", "PMI_RANK"} & set(found) and found["SLURM_CPUS_PER_TASK"] == "4"
 
 
-def test_salloc_from_another_host(desk: Desk, script: Callable) -> None:
-    """Within an allocation the script runs where it is typed, on a host that is none of the nodes."""
-    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
-        pytest.skip("no other host name: unshare --uts is not permitted here")
-    site = desk.site(PYTHON=str(script("python", ENVIRONMENT)))
-    typed = f"hostname login; salloc --nodes=2 bash {SCRIPTS}/pretrain_flm.sh"
-    said = desk.cluster.run("unshare", "--uts", "bash", "-c", typed, OPENFLM_SITE=str(site), OUT=str(desk.folder))
-    found = [variables(desk.folder / f"rank-{rank}") for rank in (0, 1)]
-    assert [one["SLURMD_NODENAME"] for one in found] == ["n1", "n2"], said
-    assert found[0]["SLURM_SUBMIT_HOST"] == "login" and found[0]["SLURM_STEP_NUM_TASKS"] == "2"
+def test_an_environment_that_sbatch_did_not_export_reaches_the_ranks(desk: Desk, script: Callable) -> None:
+    """--export=NAMES is meant for the batch shell; without a word to srun it would take PATH from the ranks as well."""
+    site = desk.site(PYTHON=str(script("python", f"{ENVIRONMENT}; command -v srun")))
+    job = desk.sbatch("prep_data.sh", "info", site=site, options=("--export=OPENFLM_SITE,OUT",), OUT=str(desk.folder))
+    assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    found = variables(desk.folder / "rank-0")
+    assert found["OPENFLM_ATTEMPT"] == "0" and "/usr/bin" in found["PATH"] and "SLURM_EXPORT_ENV" not in found
 
 
 def test_a_rank_that_is_bound_to_few_cores_is_told(tmp_path: Path) -> None:

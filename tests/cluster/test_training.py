@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipeline.reporting.sample_keys import read_sample_keys
-from tests.cluster.course import SAVE_EVERY, STEPS, Course, assert_same, attempts, losses
-from tests.cluster.desk import Desk
+from tests.cluster.course import OPTIONS, SAVE_EVERY, STEPS, Course, assert_same, attempts, losses
+from tests.cluster.desk import SCRIPTS, Desk
 
 pytestmark = [pytest.mark.slow(60), pytest.mark.timeout(1200)]
 
@@ -42,7 +43,7 @@ def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: P
         cluster.stop_node(lost[0])
 
     def reach_the_limit() -> None:
-        course.pace(2)
+        course.pace(5)
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
 
     lost: list[str] = []
@@ -84,3 +85,14 @@ def test_it_goes_on_with_other_numbers_of_ranks(desk: Desk, python: Path, data: 
     assert read_sample_keys(course.run) == read_sample_keys(undisturbed)
     expected = losses(undisturbed)
     assert losses(course.run) == pytest.approx(expected, rel=1e-4)  # sums in another order
+
+
+def test_salloc_from_another_host(desk: Desk, python: Path, data: Path, undisturbed: Path) -> None:
+    """Typed on a host that is none of the nodes, the ranks meet on the first node of their step."""
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("no other host name: unshare --uts is not permitted here")
+    site = desk.site(PYTHON=str(python), DATA=[str(data)])
+    typed = f"hostname login; salloc --nodes=2 bash {SCRIPTS}/pretrain_flm.sh {' '.join(OPTIONS)}"
+    variables = {"OPENFLM_SITE": str(site), "TEST_FOLDER": str(desk.folder)}
+    desk.cluster.run("unshare", "--uts", "bash", "-c", typed, seconds=600, **variables)
+    assert_same(desk.folder / "runs" / "flm_tiny", undisturbed)

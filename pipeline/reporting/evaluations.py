@@ -79,10 +79,8 @@ class Evaluation:
         corpora = ", ".join(map(str, self.card.get("corpora") or []))
         options = self.card.get("options")
         images = options.get("images", "own") if isinstance(options, dict) else "own"
-        control = None if images == "own" else f"images {images}"
-        return " · ".join(
-            str(part) for part in (self.card.get("task"), corpora, self.card.get("split"), control) if part
-        )
+        parts = (self.card.get("task"), corpora, self.card.get("split"), images != "own" and f"images {images}")
+        return " · ".join(str(part) for part in parts if part)
 
 
 def read_evaluations(run_dir: Path) -> list[Evaluation]:

@@ -11,11 +11,7 @@ _HEAD = ("run", "evaluation", "step", "score", "value", "standard error")
 
 
 def table_of_scores(runs: Sequence[Path]) -> str:
-    """A line for each score of each evaluation of each run; a run without evaluations has a line that says so.
-
-    Raises:
-        ReportError: a scorecard that can't be read.
-    """
+    """A line for each score of each evaluation, one for a run without any; raises ReportError for a bad scorecard."""
     rows = [_HEAD]
     for run in runs:
         evaluations = evaluations_of(run)
@@ -23,13 +19,11 @@ def table_of_scores(runs: Sequence[Path]) -> str:
             rows.append((run.name, "no evaluation", *[""] * 4))
         for one in evaluations:
             step = (one.card.get("checkpoint") or {}).get("step", "")
-            for name, value, error in one.measures:
-                rows.append(
-                    (run.name, one.title, str(step), name, _short(value), "" if error is None else _short(error))
-                )
+            for name, *numbers in one.measures:
+                rows.append((run.name, one.title, str(step), name, *map(_short, numbers)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -34,7 +34,7 @@ CELLS = [  # phase, fault, ranks, exit codes, what is said
     ("save", TERM_ALL, 1, [75], "SIGTERM: stopping after this step"),
     ("save", DISK_FULL, 1, [2], "ALARM: checkpoint step_00000002 was not written"),
     ("step", LONG, 2, [75, 75], "rank 1 on HOST: does not get on for"),
-    ("evaluation", LONG, 2, [0, 0], ""),
+    ("evaluation", LONG, 1, [0], ""),
     ("save", LONG, 1, [0], ""),
     ("report", READ_ONLY, 1, [0], "warning: no report (PermissionError"),
     ("loader", STOP, 2, [75, -9], "no heartbeat for"),

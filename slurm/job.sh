@@ -151,6 +151,10 @@ sbatch --gpus-per-node=$GPUS_PER_NODE"
     rm -f "$state".*
     step='' signalled='' told=''
     trap 'forward USR1' USR1
+    if [ -n "${OPENFLM_END_TIME:-}" ] && [ $((OPENFLM_END_TIME - $(date +%s))) -lt $((SIGNAL_SECONDS + 60)) ]; then
+        trap '' USR1 # it would come at once, in every attempt anew
+        say "the job's time is shorter than $SIGNAL_SECONDS s and a minute: without Slurm's signal, training saves in time by itself"
+    fi
     trap 'forward TERM' TERM
     trap 'forward INT' INT
     say "job $job, attempt $OPENFLM_ATTEMPT: $nodes nodes ($SLURM_JOB_NODELIST) x $ranks ranks x $cpus CPUs"

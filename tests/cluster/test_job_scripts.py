@@ -29,6 +29,7 @@ def test_ranks_get_what_the_dry_run_shows(desk: Desk, script: Callable) -> None:
     left_over = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPUS_PER_TASK": "7"}
     job = desk.sbatch("pretrain_flm.sh", site=site, options=("--time=5",), OUT=str(desk.folder), **left_over)
     assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    assert "without Slurm's signal" in desk.log(job), "which would come at once, 300 s before the end of 300 s"
     lines = re.findall(r"^rank (\d): (.*)$", shown, re.M)
     assert len(lines) == 4
     for rank, line in lines:

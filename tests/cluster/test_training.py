@@ -57,6 +57,7 @@ def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: P
     disturb(18, lambda: os.kill(course.rank(0), signal.SIGSTOP), told=False)
     disturb(24, lose_a_node, told=False)
     disturb(28, reach_the_limit, told=True)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     course.pace(0)
     try:
         assert cluster.wait_for(job) == "COMPLETED", desk.log(job)

@@ -116,7 +116,11 @@ def memory_of(
     host = {CHECKPOINT_COPY: copy if async_save else min(copy, STREAMED_FILE_BYTES)}
     if platform.kind == "cuda":
         return Memory(held, moments, host | _offloaded(parameters, zero, ranks), platform)
-    small, moments = _small_blocks(moments | {"saving": host}, parameters, activations, zero)
+    if async_save:  # the copy is still being written when the next step runs
+        moments = {name: {**parts, **host} for name, parts in moments.items()}
+    else:
+        moments = moments | {"saving": host}
+    small, moments = _small_blocks(moments, parameters, activations, zero)
     return Memory(held | {"batches": batches, "small blocks": small}, moments, {}, platform)
 
 

@@ -100,9 +100,10 @@ def test_offloading_moves_bytes_to_the_node() -> None:
 def test_a_process_keeps_its_small_blocks_and_saves_in_its_own_memory() -> None:
     zero = Zero(2, 4, reduce_bucket=10**6)
     found = memory_of(ONE_GROUP, SOME, zero, 2, 1, CPU, batches=7)
-    assert found.held["small blocks"] == 12 * 500  # of the copy of a checkpoint, more than the model and activations
+    assert found.held["small blocks"] == 12 * 500 + SOME.small_peak  # the copy of a checkpoint, during the next step
     assert found.moments["backward"]["activations"] == SOME.large_peak
-    assert sum(found.moments["saving"].values()) == 0
+    waiting = memory_of(ONE_GROUP, SOME, zero, 2, 1, CPU, async_save=False)
+    assert waiting.held["small blocks"] == 12 * 500 and sum(waiting.moments["saving"].values()) == 0
     assert not found.host
     most = 4 * (1000 + 1000 + 500)  # a bucket, its sum, this rank's part
     assert found.moment == "reduce" and sum(found.moments["reduce"].values()) == most
@@ -113,7 +114,7 @@ def test_large_parameters_leave_a_process_no_small_blocks() -> None:
     large = Parameters(groups=((HEAP_BLOCK, HEAP_BLOCK),), frozen_sizes=())
     found = memory_of(large, NOTHING, Zero(0), 1, 1, CPU)
     assert found.held["small blocks"] == 0
-    assert found.moments["saving"] == {CHECKPOINT_COPY: 12 * 2 * HEAP_BLOCK}
+    assert found.moments["backward"][CHECKPOINT_COPY] == 12 * 2 * HEAP_BLOCK
 
 
 def test_the_allocator_loses_a_share_of_all_but_the_base() -> None:

@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n logical --m
 # Tests whose numbers come from the processor's kernels: run a second time with those that every processor has.
 NUMERIC := tests/model $(addprefix tests/pipeline/,engine checkpoint data tasks training weights)
 
-.PHONY: help setup demo test unit lint format clean
+.PHONY: help setup demo test extended unit lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,12 @@ demo: setup ## make data, train a small model with DeepSpeed, caption held-out i
 
 test: lint ## lint, then all tests, slow ones last, then the fast numeric ones with the plainest kernels (not with ARGS)
 	@scripts/setup.sh --test-tools
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -m "not extended" $(ARGS)
 	@$(if $(strip $(ARGS)),:,ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" $(NUMERIC))
+
+extended: setup ## the tests that make test leaves out: disturbed trainings and whole pipelines in a real Slurm
+	@scripts/setup.sh --test-tools
+	@$(PYTEST) -m extended $(ARGS)
 
 unit: setup ## only the fast tests
 	@$(PYTEST) -m "not slow" $(ARGS)

@@ -15,7 +15,7 @@ from pipeline.checkpoint.saver import HEADER_BYTES
 from tests.cluster.course import OPTIONS, Course, assert_same, attempts
 from tests.cluster.desk import Desk
 
-pytestmark = [pytest.mark.slow(60), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.extended, pytest.mark.slow(60), pytest.mark.timeout(1200)]
 
 
 def test_mistakes_end_a_job_by_one_line(desk: Desk, python: Path, data: Path, script: Callable) -> None:

@@ -89,6 +89,7 @@ touch "$OUT/up-$SLURM_PROCID"
 for second in {1..100}; do sleep 1 & wait $!; done"""
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("how", "state", "restarts", "words"),
     [
@@ -114,6 +115,7 @@ def test_what_follows_when_slurm_ends_an_attempt(
     assert (asked.read_text().count("--code 75") if asked.exists() else 0) == int(restarts)
 
 
+@pytest.mark.extended
 def test_an_array_task_puts_itself_back_alone(desk: Desk, script: Callable) -> None:
     """Evaluations that are told to stop go on; the other tasks of the array are left alone."""
     body = 'echo >>"$OUT/$SLURM_ARRAY_TASK_ID"\n[ "$SLURM_ARRAY_TASK_ID$OPENFLM_ATTEMPT" != 10 ] || exit 75'
@@ -156,6 +158,7 @@ def test_a_check_of_nodes_leaves_unfit_ones_out(desk: Desk, script: Callable) ->
     assert "n2: looked at" in desk.log(job) and "unfit n1: slow disk" in desk.log(job)
 
 
+@pytest.mark.extended
 def test_a_stage_that_fails_ends_the_pipeline_with_its_table(desk: Desk, script: Callable) -> None:
     """Submitted within a job that binds its processes; jobs that can't come any more are not left in the queue."""
     body = """case "$*" in

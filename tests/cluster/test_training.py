@@ -25,6 +25,7 @@ def test_sbatch_trains_on_two_nodes(undisturbed: Path) -> None:
     assert environment["world_size"] == 2
 
 
+@pytest.mark.extended
 @pytest.mark.slow(150)
 def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: Path, undisturbed: Path) -> None:
     """One job, six attempts that end early; nobody submits it again."""
@@ -67,6 +68,7 @@ def test_a_job_survives_what_ends_its_attempts(desk: Desk, python: Path, data: P
     assert int(cluster.job(job)["Restarts"]) >= 6
 
 
+@pytest.mark.extended
 def test_it_goes_on_with_other_numbers_of_ranks(desk: Desk, python: Path, data: Path, undisturbed: Path) -> None:
     """One rank, two on two nodes, four on two nodes: cancelled in between, the same submission finds its run."""
     course = Course(desk, python, data)
@@ -87,6 +89,7 @@ def test_it_goes_on_with_other_numbers_of_ranks(desk: Desk, python: Path, data: 
     assert losses(course.run) == pytest.approx(expected, rel=1e-4)  # sums in another order
 
 
+@pytest.mark.extended
 def test_salloc_from_another_host(desk: Desk, python: Path, data: Path, undisturbed: Path) -> None:
     """Typed on a host that is none of the nodes, the ranks meet on the first node of their step."""
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:

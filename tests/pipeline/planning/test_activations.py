@@ -67,7 +67,7 @@ def test_what_is_kept_for_backward_is_what_a_real_pass_saves(name: str, dropout:
     batch = built(config(), "cpu", name)[1]
     targets = sum(len(term.target) for term in batch.terms.values())
     besides = batch.images.nbytes + 4 * VOCABULARY.size * (64 + targets)
-    assert real <= found <= 1.01 * real + besides, (found, real, besides)
+    assert real <= found <= 1.02 * real + besides, (found, real, besides)
 
 
 def test_recomputing_keeps_the_inputs_of_layers_only() -> None:

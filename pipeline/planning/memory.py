@@ -38,7 +38,7 @@ class Platform:
 # Not measured here: about 0.5 GB of context and kernels and 0.5 to 1 GB of NCCL's channels and cuBLAS' workspace are
 # usual on an H100; the caching allocator's loss is the usual allowance.
 CUDA = Platform("cuda", base=1_500_000_000, fragmentation=0.05)
-# Measured: VmHWM of a rank of the smallest model (benchmarks/results/planner.json).
+# VmHWM of a rank of the smallest model on one machine (495 MB beside other work), by benchmarks/cost/planner.py.
 CPU = Platform("cpu", base=480_000_000, fragmentation=0.0)
 
 

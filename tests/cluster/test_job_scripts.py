@@ -21,6 +21,7 @@ def variables(path: Path) -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in path.read_text().splitlines())
 
 
+@pytest.mark.extended
 def test_ranks_get_what_the_dry_run_shows(desk: Desk, script: Callable) -> None:
     python = script("python", ENVIRONMENT)
     site = desk.site(PYTHON=str(python), RANKS_PER_NODE="2", CPUS_PER_RANK="2", NETWORK_INTERFACE="lo")
@@ -42,6 +43,7 @@ def test_ranks_get_what_the_dry_run_shows(desk: Desk, script: Callable) -> None:
     assert not list((desk.folder / "logs").glob(".job-*")), "nothing is left behind"
 
 
+@pytest.mark.extended
 def test_a_node_without_python_is_left_out(desk: Desk, script: Callable) -> None:
     python = script("python", ENVIRONMENT)
     container = script("container", '[ "$SLURMD_NODENAME" != n2 ] || set -- "${@/%\\/python//python.gone}"\nexec "$@"')
@@ -53,6 +55,7 @@ def test_a_node_without_python_is_left_out(desk: Desk, script: Callable) -> None
     assert re.search(f"^unfit n2: no {python}.gone there; mend PYTHON", desk.log(job), re.M)
 
 
+@pytest.mark.extended
 def test_no_node_has_python(desk: Desk) -> None:
     job = desk.sbatch("pretrain_flm.sh", site=desk.site(PYTHON="/nowhere/python"))
     assert desk.cluster.wait_for(job) == "FAILED"
@@ -60,6 +63,7 @@ def test_no_node_has_python(desk: Desk) -> None:
     assert "error: no node of the job is fit" in desk.log(job)
 
 
+@pytest.mark.extended
 def test_the_first_failure_is_the_code_of_the_job(desk: Desk, script: Callable) -> None:
     """A mistake on one rank is not started again because Slurm then ends the others by a signal."""
     body = 'case "$*" in *pipeline.restart*) echo "$@" >"$OUT/asked"; exit 3;; esac\n'
@@ -72,6 +76,7 @@ def test_the_first_failure_is_the_code_of_the_job(desk: Desk, script: Callable) 
     assert desk.cluster.job(job)["ExitCode"] == "3:0", "the verdict's code is that of the job"
 
 
+@pytest.mark.extended
 def test_a_signal_to_the_batch_shell_reaches_every_rank(desk: Desk, script: Callable) -> None:
     body = 'trap "touch $OUT/told-$SLURM_PROCID; exit 0" USR1\ntouch "$OUT/up-$SLURM_PROCID"\nsleep 60 & wait'
     site = desk.site(PYTHON=str(script("python", body)), RANKS_PER_NODE="2")
@@ -125,6 +130,7 @@ def test_an_array_task_puts_itself_back_alone(desk: Desk, script: Callable) -> N
     assert [len((desk.folder / str(task)).read_text()) for task in range(3)] == [1, 2, 1]
 
 
+@pytest.mark.extended
 def test_heterogeneous_jobs_are_refused(desk: Desk, script: Callable) -> None:
     site = desk.site(PYTHON=str(script("python", "exit 0")))
     job = desk.sbatch("pretrain_flm.sh", site=site, options=("--nodes=1", ":", "--nodes=1"))
@@ -132,6 +138,7 @@ def test_heterogeneous_jobs_are_refused(desk: Desk, script: Callable) -> None:
     assert "error: a heterogeneous job of 2 components" in desk.log(job)
 
 
+@pytest.mark.extended
 def test_what_sbatch_refuses_is_one_line(desk: Desk) -> None:
     for settings, words in (
         ({"PARTITION": "closed", "ACCOUNT": "ours"}, "Invalid account or account/partition combination"),
@@ -142,12 +149,14 @@ def test_what_sbatch_refuses_is_one_line(desk: Desk) -> None:
         assert re.fullmatch(rf"error: sbatch refused pretrain_flm: .*{words}.*; mend .*site.sh.*\n", said), said
 
 
+@pytest.mark.extended
 def test_an_array_beyond_the_limit_is_refused(desk: Desk) -> None:
     site = desk.site(TASKS=[f"task{number}" for number in range(21)])
     said = desk.cluster.run(SCRIPTS / "finetune.sh", check=False, OPENFLM_SITE=str(site))
     assert "MaxArraySize is 20, so that indices end at 19" in said
 
 
+@pytest.mark.extended
 def test_a_check_of_nodes_leaves_unfit_ones_out(desk: Desk, script: Callable) -> None:
     body = """[ "$1 $2 $3" = "-m pipeline.health --run" ] || exit 0
     echo "$SLURMD_NODENAME: looked at"; [ "$SLURMD_NODENAME" != n1 ] || { echo "unfit n1: slow disk"; exit 75; }"""
@@ -180,6 +189,7 @@ def test_a_stage_that_fails_ends_the_pipeline_with_its_table(desk: Desk, script:
     assert not {"SLURM_CPU_BIND", "PMI_RANK"} & set(found) and found["SLURM_CPUS_PER_TASK"] == "4"
 
 
+@pytest.mark.extended
 def test_an_environment_that_sbatch_did_not_export_reaches_the_ranks(desk: Desk, script: Callable) -> None:
     """--export=NAMES is meant for the batch shell; without a word to srun it would take PATH from the ranks as well."""
     site = desk.site(PYTHON=str(script("python", f"{ENVIRONMENT}; command -v srun")))

@@ -57,7 +57,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("phase", "fault", "world", "codes", "said"), CELLS)
+@pytest.mark.parametrize(
+    ("phase", "fault", "world", "codes", "said"),
+    [pytest.param(*cell, marks=pytest.mark.extended if cell[1] in (LONG, TIME_LIMIT) else ()) for cell in CELLS],
+)
 def test_a_fault_ends_in_time_and_is_said_and_the_run_goes_on(
     make: Callable[[str, str, int], Cell],
     tmp_path: Path,

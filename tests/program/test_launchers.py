@@ -63,7 +63,9 @@ def finish_all(commands: list[list[str]], folder: Path, path: str) -> tuple[list
 
 
 @pytest.mark.slow(30)
-@pytest.mark.parametrize("name", list(LAUNCHERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.extended if one == "hostfile" else ()) for one in LAUNCHERS]
+)
 def test_two_ranks_of_a_real_launcher(data: Path, expected: list, tmp_path: Path, name: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     launcher = LAUNCHERS[name]

@@ -30,6 +30,7 @@ def computed(run: Path) -> tuple[list, dict]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in records], read_sample_keys(run)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_losses_and_samples_are_those_of_a_run_without_staging(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(node_folder, "SPARE_BYTES", 0)

@@ -7,6 +7,7 @@ shift 2
 node=${SLURMD_NODENAME:-$(hostname)}
 if ! command -v "$1" >/dev/null; then
     echo "unfit $node: no $1 there; mend PYTHON or CONTAINER of the site's settings, or the mount" | tee -a "$state.unfit" >&2
+    sleep 3 # other nodes may have the same to say, before Slurm ends their ranks for this one
     exit 75
 fi
 usable=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)

@@ -73,15 +73,8 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "data_prep": {
         "splits": (
-            "filters",
-            "held_signals",
-            "images",
-            "manifest",
-            "parallel",
-            "prepare",
-            "record",
-            "shard_table",
-            "shard_writer",
+            *("filters", "held_signals", "images", "manifest", "parallel"),
+            *("prepare", "record", "shard_table", "shard_writer"),
         ),
         "all": (
             *("__main__", "annotation_verbs", "bounded_download", "bounded_http", "drawing", "fetch", "info"),
@@ -90,10 +83,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
-        "programs": (
-            *("train", "evaluate", "generate", "replay", "report", "convert", "census", "plan"),
-            *("restart", "status", "health"),
-        )
+        "programs": tuple("train evaluate generate replay report convert census plan restart status health".split())
     },
 }
 LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 
 from data_prep.manifest import Manifest, Shard, index_columns
@@ -106,15 +107,14 @@ class NodeFolder:
             self.left.discard(number)
             if not all(self._is_whole(*file, stopped) for file in files):
                 self._remove(number, _LEFT)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._remove, number, _LEFT)
             for name, sha256, size in files:
                 if not os.path.exists(self.path / _LEFT / name):
                     self._copy(name, sha256, size, int(self.sizes[number]), stopped)
             for name, _, _ in files:  # the tar last: a copy is there when its tar is
                 os.replace(self.path / _LEFT / name, self.path / READY / name)
-        except BaseException:
-            self._remove(number, _LEFT)
-            raise
+            undo.pop_all()
         self.ready.add(number)
 
     def remove(self, number: int) -> None:

@@ -24,6 +24,9 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+# Started by `&` in a script this process ignores SIGINT, and so would all programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("openflm", deadline=None)  # a busy machine is no failure; pytest's own limit stands
 settings.load_profile("openflm")
 

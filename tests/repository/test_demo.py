@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,19 +18,25 @@ from pipeline.reporting.metrics import read_log
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def start(folder: Path, *options: str, launcher: Path | None = None) -> subprocess.Popen[str]:
+@contextmanager
+def started(folder: Path, *options: str, launcher: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A demo that ends, with all that it has started, when the test does."""
     path = os.pathsep.join(
         [*([str(launcher)] if launcher else []), str(Path(sys.executable).parent), os.environ["PATH"]]
     )
     places = ["--work", str(folder / "work"), "--output", str(folder / "run")]
     command = [sys.executable, "scripts/demo.py", *places, "--train", "160", "--dev", "16", "--steps", "3", *options]
     pipe, environment = subprocess.PIPE, {**os.environ, "PATH": path}
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=pipe, text=True, env=environment)
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def demo(folder: Path, *options: str, launcher: Path | None = None) -> subprocess.CompletedProcess[str]:
-    process = start(folder, *options, launcher=launcher)
-    out, err = process.communicate(timeout=400)
+    with started(folder, *options, launcher=launcher) as process:
+        out, err = process.communicate(timeout=400)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -53,12 +61,12 @@ def test_demo_from_images_to_report(tmp_path: Path) -> None:
     assert "the launcher is ill" in second.stderr
     assert second.stderr.splitlines()[-1].startswith("error: `deepspeed ")
 
-    third = start(tmp_path, "--steps", "100000")  # goes on after step 3, until Ctrl-C
-    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 200
-    while not any(record["step"] > 3 for record in read_log(log)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    third.send_signal(signal.SIGINT)
-    _, err = third.communicate(timeout=120)
+    with started(tmp_path, "--steps", "100000") as third:  # goes on after step 3, until Ctrl-C
+        log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 200
+        while not any(record["step"] > 3 for record in read_log(log)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        third.send_signal(signal.SIGINT)
+        _, err = third.communicate(timeout=120)
     assert third.returncode == 130 and err.splitlines()[-1].startswith("interrupted"), err[-2000:]
     newest = max(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_????????"))
     assert newest > "step_00000003"  # what was learnt until then is saved

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
@@ -45,10 +46,11 @@ class Launch:
 
 def parse_command_line(argv: list[str]) -> Launch:
     """Parse the training command line; raises ConfigError for every mistake, exits 0 after --help."""
-    parser = _parser()
     argv = _expand_data(argv)
     _refuse_unknown_words(argv, [*option_types(), *NOT_SETTINGS, "data", "help"])
+    parser = _parser()
     if "--help" in argv or "-h" in argv:
+        parser = _new_parser()
         parser.set_defaults(load_recipe(find_recipe(DEFAULT_RECIPE)).settings)
     given = _parse(parser, argv, "command line")
     recipe = load_recipe(find_recipe(given.get("recipe") or DEFAULT_RECIPE))
@@ -136,6 +138,16 @@ def describe(launch: Launch) -> str:
 
 
 def _parser() -> ArgumentParser:
+    """One parser for all that a process parses: to make one takes longer than everything else that is done with it."""
+    return _parser_of(tuple(cls for options in CHOICES.values() for cls in options.values()))
+
+
+@cache
+def _parser_of(choices: tuple[type, ...]) -> ArgumentParser:
+    return _new_parser()
+
+
+def _new_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="pipeline/train.py",
         exit_on_error=False,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -26,12 +28,13 @@ def option_types() -> dict[str, Any]:
     return result
 
 
-def _types(cls: type, prefix: str) -> dict[str, Any]:
+@functools.cache
+def _types(cls: type, prefix: str) -> Mapping[str, Any]:
     result: dict[str, Any] = {}
     for name, hint in get_type_hints(cls).items():
         key = f"{prefix}{name}"
         result |= _types(hint, f"{key}.") if dataclasses.is_dataclass(hint) else {key: hint}
-    return result
+    return MappingProxyType(result)
 
 
 def of_other_choices(options: Iterable[str], chosen: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PYTHONUNBUFFERED := 1
+unexport PYTHONDONTWRITEBYTECODE  # else each of some hundred processes compiles all modules again
 
 # A process per core, each with one thread.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -29,7 +30,7 @@ test: lint ## lint, then all tests, slow ones last, then the fast numeric ones w
 	@$(PYTEST) -m "not extended" $(ARGS)
 	@$(if $(strip $(ARGS)),:,ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" $(NUMERIC))
 
-extended: setup ## the tests that make test leaves out: disturbed trainings and whole pipelines in a real Slurm
+extended: setup ## the long tests that make test leaves out: whole pipelines, disturbed trainings in a real Slurm
 	@scripts/setup.sh --test-tools
 	@$(PYTEST) -m extended $(ARGS)
 

@@ -45,6 +45,7 @@ def test_a_block_shuffle_reads_few_places(monkeypatch) -> None:
     assert found["sequential"]["median_rows_between_reads_in_a_shard"] == 1
 
 
+@pytest.mark.slow
 def test_staging_counts_what_goes_over_the_network(tmp_path: Path, monkeypatch) -> None:
     """Without copies each epoch reads every sample; with them at most one copy of each shard is added."""
     monkeypatch.setattr(node_folder, "SPARE_BYTES", 0)

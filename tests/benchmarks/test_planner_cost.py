@@ -58,6 +58,7 @@ def test_planned_and_measured_stand_side_by_side() -> None:
     assert len(judged_ones) >= 4
 
 
+@pytest.mark.slow
 def test_every_stage_is_judged_by_six_configurations_or_more() -> None:
     stages = [stage for _, stage, *_ in planner.CONFIGURATIONS.values()]
     assert len(stages) >= 6 and set(stages) == {0, 1, 2, 3}

@@ -31,6 +31,7 @@ def blobs(num_items: int, generator: torch.Generator) -> tuple[torch.Tensor, tor
     return features * torch.tensor([1e-3, 1e3, 1.0, 1.0, 1e-4]), labels
 
 
+@pytest.mark.slow
 def test_separable_classes_are_read_without_a_mistake() -> None:
     generator = torch.Generator().manual_seed(0)
     (features, labels), (test_features, test_labels) = blobs(150, generator), blobs(90, generator)
@@ -129,6 +130,7 @@ def test_features_stand_in_the_order_of_what_is_asked(data: Path, name: str) -> 
         assert not torch.allclose(features[number - 1], alone, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_corpus_without_questions_skips_vqa_with_the_reason(data: Path) -> None:
     model = captioner(data, "ar")
     found = chosen(data, model)
@@ -144,6 +146,7 @@ def test_a_corpus_without_questions_skips_vqa_with_the_reason(data: Path) -> Non
     assert values["matching_accuracy"] == whole["matching_accuracy"] and values["caption_cider_d"] >= 0
 
 
+@pytest.mark.slow
 def test_captions_of_the_right_images_score_above_those_of_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = captioner(data, "ar")
     found = chosen(data, model)
@@ -154,6 +157,7 @@ def test_captions_of_the_right_images_score_above_those_of_others(data: Path, mo
     assert values["caption_cider_d"] == pytest.approx(10) and values["caption_blind_cider_d"] < 5
 
 
+@pytest.mark.slow
 def test_captions_of_released_behaviour_are_left_out_with_the_reason(data: Path) -> None:
     config = parse_command_line(["--recipe", "flm_tiny", "--model.behaviour", "released"]).config
     model = captioner(data, "flm")

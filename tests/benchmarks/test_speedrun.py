@@ -70,6 +70,7 @@ def test_each_round_of_calibration_has_all_rows_and_other_neighbours(count: int)
         assert not (pairs[0] & pairs[1] or pairs[0] & pairs[2] or pairs[1] & pairs[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_rows_that_come_along_are_lawful(path: Path) -> None:
     rows = load_rows(path.stem, DEMO)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import runpy, sys
 runpy.run_module("data_prep.bounded_download", run_name="__mp_main__")  # as a process that the downloader spawned
@@ -13,6 +15,7 @@ print(*sorted({"torch", "scipy", "pydantic", "pandas"} & {name for name, module 
 """
 
 
+@pytest.mark.slow
 def test_the_downloader_does_not_load_what_it_does_not_use() -> None:
     """torch alone takes 3 s of CPU and 300 MB in each process; albumentations loads scipy, wandb loads pydantic."""
     repository = Path(__file__).resolve().parents[2]

@@ -115,6 +115,7 @@ def fetch_one(server, path, timeout=1, max_bytes=10**6):
     return stream.getvalue() if stream else error
 
 
+@pytest.mark.slow
 def test_a_download_is_bounded_in_bytes_time_and_kind_of_address(server):
     """Invariant 7: nothing fetched is trusted, nothing is unbounded."""
     assert fetch_one(server, "ok") == JPEG

@@ -168,6 +168,7 @@ MIXERS = (
 )  # what an attention layer adds to the tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "leading"),
     [(None, 1), ("timm/test_vit", 1), ("open_clip/tiny-vit", 1), ("ViT", 1), ("SiglipVision", 0)]

@@ -185,6 +185,7 @@ def test_every_caption_has_an_exact_number_of_targets(num_words: int, rate: floa
     assert [int(batch.plan.text[0, position]) for position in untouched] == [ids[position] for position in untouched]
 
 
+@pytest.mark.slow
 def test_mask_rates_and_replacements_are_nominal() -> None:
     """The share of hidden words at every position, and 80/10/10, within 5 standard errors."""
     planner, num_words, draws = MLMPlanner(VOCABULARY, 0.3, None, False, 0.0), 9, 3000

@@ -116,6 +116,7 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         return sum(size for storage, size in self.made.values() if not storage.expired())
 
 
+@pytest.mark.slow
 def test_memory_of_logits_is_one_chunk():
     """On the way one chunk of logits and the gradient of the weight, and so until backward."""
     head = LanguageModelHead(4, 5000, chunk_size=128)

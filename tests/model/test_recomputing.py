@@ -87,6 +87,7 @@ def calls_of(module: nn.Module) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", [None, EFFICIENTNET], ids=["clip", "timm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_tower_and_a_frozen_one(vision: VisionConfig | None, dtype: torch.dtype) -> None:
@@ -121,6 +122,7 @@ def test_evaluation_runs_once() -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.extended
 @pytest.mark.slow(60)
 def test_it_compiles_as_one_graph() -> None:
     from model.cpu import door

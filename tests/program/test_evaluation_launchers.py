@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow(40)
-@pytest.mark.parametrize("name", list(LAUNCHERS))
+@pytest.mark.parametrize("name", [pytest.param("torchrun", marks=pytest.mark.extended), "deepspeed by path"])
 def test_two_ranks_of_a_real_launcher(runs: Path, tmp_path: Path, name: str) -> None:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -40,6 +40,7 @@ CELLS = [  # phase, fault, ranks, exit codes, what is said
     ("loader", STOP, 2, [75, -9], "no heartbeat for"),
     ("step", TIME_LIMIT, 1, [75], "the job's time limit: stopping after this step"),
 ]
+QUICK = (KILL, EXCEPTION, DISK_FULL, READ_ONLY, STOP)  # the others: make extended
 
 
 def may_mount(folder: Path) -> bool:
@@ -59,7 +60,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, st
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "fault", "world", "codes", "said"),
-    [pytest.param(*cell, marks=pytest.mark.extended if cell[1] in (LONG, TIME_LIMIT) else ()) for cell in CELLS],
+    [pytest.param(*cell, marks=() if cell[1] in QUICK else pytest.mark.extended) for cell in CELLS],
 )
 def test_a_fault_ends_in_time_and_is_said_and_the_run_goes_on(
     make: Callable[[str, str, int], Cell],

@@ -133,6 +133,7 @@ class LaterModel(ModelConfig):
     vision: LaterVision = field(default_factory=LaterVision)
 
 
+@pytest.mark.slow
 def test_an_old_run_resumes_with_options_that_came_later(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started by its config.yaml, which lists the options of all objectives."""
     monkeypatch.setitem(OPTIONS_OF, "flm", LaterFLM)

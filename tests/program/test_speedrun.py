@@ -41,6 +41,7 @@ def fork_job(command: list[str], env: Mapping[str, str], stdout: IO, start_new_s
     return forked_command.start(command, Path.cwd(), *streams, env, new_session=start_new_session)
 
 
+@pytest.mark.extended
 @pytest.mark.slow(90)
 @pytest.mark.timeout(900)
 def test_four_objectives_learn_and_are_compared(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def demo(folder: Path, *options: str, launcher: Path | None = None) -> subproces
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@pytest.mark.slow(150)
+@pytest.mark.slow(100)
 @pytest.mark.timeout(900)
 def test_demo_from_images_to_report(tmp_path: Path) -> None:
     first = demo(tmp_path)
@@ -61,13 +61,19 @@ def test_demo_from_images_to_report(tmp_path: Path) -> None:
     assert "the launcher is ill" in second.stderr
     assert second.stderr.splitlines()[-1].startswith("error: `deepspeed ")
 
-    with started(tmp_path, "--steps", "100000") as third:  # goes on after step 3, until Ctrl-C
+
+@pytest.mark.extended
+@pytest.mark.slow(150)
+@pytest.mark.timeout(900)
+def test_interrupted_it_has_saved(tmp_path: Path) -> None:
+    assert demo(tmp_path).returncode == 0
+    with started(tmp_path, "--steps", "100000") as second:  # goes on after step 3, until Ctrl-C
         log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 200
         while not any(record["step"] > 3 for record in read_log(log)) and time.monotonic() < deadline:
             time.sleep(0.5)
-        third.send_signal(signal.SIGINT)
-        _, err = third.communicate(timeout=120)
-    assert third.returncode == 130 and err.splitlines()[-1].startswith("interrupted"), err[-2000:]
+        second.send_signal(signal.SIGINT)
+        _, err = second.communicate(timeout=120)
+    assert second.returncode == 130 and err.splitlines()[-1].startswith("interrupted"), err[-2000:]
     newest = max(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_????????"))
     assert newest > "step_00000003"  # what was learnt until then is saved
 

@@ -64,6 +64,7 @@ def test_gradient_of_the_word_table_is_that_of_nn_embedding(num_words: int) -> N
         torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
 
 
+@pytest.mark.slow
 def test_gradients_of_two_backward_passes_add_up() -> None:
     """The first pass's gradient lives while the second is written, as in gradient accumulation."""
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def test_selected_sequences_go_on_from_their_own_words():
             torch.testing.assert_close(found, torch.tensor(expected), rtol=TINY, atol=16 * TINY)  # logits up to 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behaviour", "name", "spread", "prompt"),
     [

@@ -30,6 +30,7 @@ def likeness(one: list[int], other: list[int], captions: list[list[int]]) -> flo
 WORDS = st.lists(st.integers(3, 9), max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(WORDS, st.sampled_from(["", "x", "y", "z"])), min_size=1, max_size=8), st.integers(0, 2**64 - 1)

@@ -104,6 +104,7 @@ def open_clip_models(tmp_path: Path):
     open_clip.factory._rescan_model_configs()
 
 
+@pytest.mark.slow
 def test_image_towers_of_open_clip(open_clip_models: None) -> None:
     """Against the layers of the library's own modules, at another resolution than they were made for."""
     with torch.no_grad():
@@ -169,6 +170,7 @@ def test_positions_tell_the_rows_and_columns_of_any_map_apart() -> None:
     assert len({tuple(row) for row in grid_positions(3, 5, 18).tolist()}) == 15
 
 
+@pytest.mark.slow
 def test_multiply_accumulates_in_closed_form() -> None:
     """Of a convolution and a matrix product; of a ViT as the CLIP tower counts them."""
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(5 * 64, 7))

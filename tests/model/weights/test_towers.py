@@ -85,6 +85,7 @@ def save_text_model(folder: Path, kind: str = "roberta", **changes) -> torch.nn.
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 def test_bottom_layers_equal_those_of_transformers(tmp_path: Path, kind: str):
     """A Hugging Face folder loads, and bidirectional attention over the bottom half gives its model's hidden states."""

@@ -357,6 +357,7 @@ def save_for_ever(place: Place, run: Path) -> None:
         one.advance(one._agreement.total(one.votes())[0])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_ranks_killed_at_random_leave_whole_checkpoints(tmp_path: Path) -> None:
     """SIGKILL to both ranks while they save one checkpoint after the other."""

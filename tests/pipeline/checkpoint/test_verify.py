@@ -80,6 +80,7 @@ def damage_in_turn(place, run: Path, agreement_of=Agreement) -> list[tuple[str, 
     return [*found, ("", find(run, agreement, place.is_main).name)]
 
 
+@pytest.mark.slow
 def test_damage_that_any_rank_finds_is_known_to_all(tmp_path: Path) -> None:
     write_checkpoints(tmp_path, 1, 2)
     for found in run_ranks(2, damage_in_turn, tmp_path):

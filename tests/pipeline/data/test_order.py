@@ -138,6 +138,7 @@ def test_global_batches_do_not_depend_on_topology(topologies, step):
     assert all(batch == list(range(step * 24, (step + 1) * 24)) for batch in batches)
 
 
+@pytest.mark.slow
 @given(
     sizes=st.lists(st.integers(1, 700), min_size=2, max_size=4),
     seed=SEEDS,
@@ -182,6 +183,7 @@ def test_shuffle_looks_random():
     assert ((counts - 1000) ** 2 / 1000).sum() < 33.7  # p = 1e-4
 
 
+@pytest.mark.slow
 def test_small_permutations_are_all_reached_evenly():
     orders = Counter(tuple(SampleOrder([4], seed).at_many(np.arange(4))[1].tolist()) for seed in range(4800))
     assert len(orders) == 24

@@ -15,6 +15,7 @@ def agree(place: Place) -> tuple:
     return agreement.total([place.rank, big]), agreement.largest(place.rank), agreement.gather(f"r{place.rank}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_ranks_agree(world_size: int) -> None:
     ranks = range(world_size)

@@ -124,6 +124,7 @@ def gradients_of_step(place, config: Config, stage: int, case: str) -> dict[str,
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", [0, 2])
 def test_gradients_equal_those_of_the_joined_batch(stage: int, case: str) -> None:
@@ -174,6 +175,7 @@ def scores_and_mode(place, config: Config, stage: int) -> tuple[dict, bool]:
     return {name: (float(s), float(c)) for name, (s, c) in first.items()}, engine.objective.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_scoring_is_deterministic_and_restores_training(stage: int) -> None:
     torch.manual_seed(3)

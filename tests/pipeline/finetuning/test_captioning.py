@@ -73,6 +73,7 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ["greedy", "beam", "nucleus"])
 def test_each_image_once_and_the_same_for_any_ranks_and_batches(data: Path, search: str) -> None:
     config, corpus, tokenizer = (

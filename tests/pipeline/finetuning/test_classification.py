@@ -239,6 +239,7 @@ def test_metadata_that_lack_something_are_counted_by_reason(
     assert [problem for batch in one.batches for problem in batch.problems] == [("bad", reason)]
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_ranks_and_batch_size(tmp_path: Path) -> None:
     config = config_of(tmp_path, "vqa", [vqa_record(number) for number in range(7)])
     whole, found, _ = evaluated(config)

@@ -161,6 +161,7 @@ def assert_exactly_once(stream: list[Triple], run: Run) -> None:
             assert {(corpus, index) for corpus, index, e in mine if e == epoch} == everything
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(size=st.integers(2, 300), batch_size=st.integers(1, 200), seed=st.integers(0, 2**31))
 def test_the_last_batch_of_an_epoch_is_filled_from_the_next(size: int, batch_size: int, seed: int) -> None:

@@ -222,6 +222,7 @@ def test_evaluation_of_nothing_is_refused(data):
         data.evaluate(max_samples=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [1, 8, 40])
 def test_batches_keep_their_pixels_as_long_as_they_are_held(data, held):
     """As many at a time as announced, which costs no descriptors, or more than that."""

@@ -26,6 +26,7 @@ def breaks(self, index):
     raise ZeroDivisionError("a bug")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reads, message", [(dies, "a loader process died"), (hangs, "no batch within 1 s"), (breaks, None)]
 )

@@ -19,6 +19,7 @@ from pipeline.staging.stager import Stager
 from tests.pipeline.loading.loader_data import Data, same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_equal_while_copies_come_and_go(data: Data, tmp_path: Path, monkeypatch, workers: int) -> None:
     """Room for two of seven shards, so that most are copied and removed again and again while they are read."""

@@ -63,6 +63,7 @@ def assert_equal(found: Any, expected: dict[str, Any]) -> None:
         assert found.per_item[name] == pytest.approx({key: float(score) for key, score in of_images.items()}, abs=1e-6)
 
 
+@pytest.mark.slow
 @needs_java
 def test_scores_are_the_packages() -> None:
     found = caption_scores(PREDICTIONS, REFERENCES, ("bleu", "rouge_l", "cider_d"))
@@ -74,6 +75,7 @@ def test_scores_are_the_packages() -> None:
 
 
 @needs_java
+@pytest.mark.extended
 @pytest.mark.slow(60)
 def test_meteor_is_the_packages_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = package_scores(PREDICTIONS, REFERENCES, meteor=True)["meteor"]
@@ -82,6 +84,7 @@ def test_meteor_is_the_packages_whatever_the_locale(monkeypatch: pytest.MonkeyPa
     assert_equal(found, {"meteor": expected})
 
 
+@pytest.mark.slow
 @needs_java
 def test_line_breaks_of_every_kind_shift_no_caption() -> None:
     breaks = ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\t", "\u00a0"]

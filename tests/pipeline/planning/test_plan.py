@@ -24,6 +24,7 @@ def plan(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
     return code, found.out, found.err
 
 
+@pytest.mark.slow
 def test_it_says_what_fits_and_what_it_costs(capsys: pytest.CaptureFixture) -> None:
     code, out, err = plan(capsys, "--gpus", "16", "--gpu-memory", "80", "--deepspeed", "ds_configs/zero1.json")
     assert (code, err) == (0, "")
@@ -45,6 +46,7 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture) -> None:
     assert found["checkpoint"]["bytes"] == 12 * found["parameters"]["trained"]
 
 
+@pytest.mark.slow
 def test_nothing_fits_and_what_would(capsys: pytest.CaptureFixture) -> None:
     one = ("--deepspeed", "ds_configs/zero2.json", "--model.activation_checkpointing", "true")
     code, out, err = plan(capsys, "--gpus", "8", "--gpu-memory", "1", *one)
@@ -87,6 +89,7 @@ def test_what_must_be_said_is_asked_for(capsys: pytest.CaptureFixture) -> None:
     assert (code, err) == (2, "error: command line: the following arguments are required: --gpu-memory\n")
 
 
+@pytest.mark.slow
 def test_a_gpu_without_bf16_is_planned_without_it(capsys: pytest.CaptureFixture) -> None:
     words = ("--deepspeed", "ds_configs/zero1.json", "--model.activation_checkpointing", "false", "--json")
     _, out, _ = plan(capsys, "--gpus", "8", "--gpu-memory", "32", "--gpu", "V100", *words)
@@ -100,6 +103,7 @@ def test_micro_batches_divide_the_share_of_a_rank() -> None:
         micro_batch_sizes(3, 8)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_is_told_from_two_others() -> None:
     """Grids are as long as the longest text, rounded up to a multiple of 8, so that they do not grow in proportion."""
     config = parse_command_line(TINY).config
@@ -119,6 +123,7 @@ def test_lengths_of_texts_have_the_mean(mean: float) -> None:
     assert max(text_lengths(1000, mean, 20)) <= 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

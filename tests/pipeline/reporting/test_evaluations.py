@@ -59,6 +59,7 @@ def test_shadows_are_dark_where_nothing_was_attended() -> None:
             shadows(wrong)
 
 
+@pytest.mark.slow
 def test_the_page_shows_evaluations_and_loads_nothing(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "demo")
     matrix = {"title": "Answers of type yes/no", "names": ["yes", "other answers"], "counts": [[6, 2], [1, None]]}

@@ -118,6 +118,7 @@ def test_report_of_one_point_and_of_numbers_that_are_not_finite(tmp_path: Path) 
     assert "not finite" in html and html.count("<svg") == 1
 
 
+@pytest.mark.slow
 def test_events_of_a_run_are_listed_also_those_of_repeated_steps(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "demo")
     assert "Events of the run" not in Page(write_report(run).read_text()).text
@@ -136,6 +137,7 @@ def test_events_of_a_run_are_listed_also_those_of_repeated_steps(tmp_path: Path)
     assert "<b>disk full</b>" in rows
 
 
+@pytest.mark.slow
 def test_nothing_from_the_run_becomes_markup(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "demo")
     hostile = "<script>alert(1)</script>"

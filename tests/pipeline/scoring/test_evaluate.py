@@ -102,6 +102,7 @@ def test_a_folder_that_cannot_be_written_is_named(runs: Path, capsys: pytest.Cap
     assert f"{tmp_path / 'file'}" in said(capsys, "--run", runs / "run", "--output", tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_another_tokenizer_or_list_of_answers_than_in_training_is_refused(
     runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_another_tokenizer_or_list_of_answers_than_in_training_is_refused(
     assert "was trained with another answers" in line and str(moved / "answers.json") in line
 
 
+@pytest.mark.slow
 def test_a_submission_has_every_question_and_a_hole_is_named(
     runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_submission_has_every_question_and_a_hole_is_named(
     assert not (folder / "submission.json").exists(), "the earlier one is not of these predictions"
 
 
+@pytest.mark.slow
 def test_looking_at_a_test_split_again_is_said(runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     words = ["--run", runs / "run", "--output", tmp_path]
     assert "evaluations_of_this_split_before" not in scored(capsys, *words)[1]
@@ -170,6 +173,7 @@ def test_looking_at_a_test_split_again_is_said(runs: Path, capsys: pytest.Captur
     ]
 
 
+@pytest.mark.slow
 def test_another_evaluation_of_the_same_name_gets_a_folder_of_its_own(
     runs: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

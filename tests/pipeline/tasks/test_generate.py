@@ -41,6 +41,7 @@ def captioning_run(run: Path) -> Path:
     return write_run(run.parent / "captioning", run.parent / "data", TINY + task)
 
 
+@pytest.mark.slow
 def test_a_captioning_run_captions_as_its_options_say(
     captioning_run: Path, image: Path, capsys: pytest.CaptureFixture
 ) -> None:

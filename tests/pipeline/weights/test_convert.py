@@ -221,6 +221,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_size_layouts_import_without_a_key_left_over(name: str) -> None:
     """Every tensor is a number of its own, spread over the real shape; aliases share their first name's."""

@@ -57,6 +57,7 @@ WRAPPINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_a_local_file_in_any_wrapping(tmp_path: Path, wrapping: str) -> None:
     state = timm_weights()
@@ -98,6 +99,7 @@ def test_position_tables_are_resized(tmp_path: Path) -> None:
     torch.testing.assert_close(tower.backbone.pos_embed, expected)
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_with_a_classifier(tmp_path: Path) -> None:
     import transformers
 
@@ -165,6 +167,7 @@ def efficientnet_pytorch_keys(num_blocks: int) -> list[str]:
     return [*keys, "_conv_head.weight", *(one.format("_bn1") for one in norm), "_fc.weight", "_fc.bias"]
 
 
+@pytest.mark.slow
 def test_weights_of_efficientnet_pytorch(tmp_path: Path) -> None:
     """By name; the reference goes by order, in which both libraries make the same layers."""
     theirs = timm_weights("tf_efficientnet_lite0")

@@ -50,6 +50,7 @@ def heads_of(names: list[str]) -> list[str]:
     return sorted({name for name in names if not name.startswith("net.")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", LISTED)
 def test_tiny_layouts_are_those_of_the_release(task: str) -> None:
     listed = json.loads(oracle_file("g_checkpoint_keys.json").read_text())[LISTED[task]]["keys"]
@@ -57,6 +58,7 @@ def test_tiny_layouts_are_those_of_the_release(task: str) -> None:
     assert every_layer(fine_tuned_state(task)) == every_layer(key for key, *_ in listed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "num_classes", "num_images"), [("vqa", 3129, 1), ("nlvr2", 2, 2)])
 def test_real_sizes_are_those_of_the_release(task: str, num_classes: int, num_images: int) -> None:
     """Network and head have the names and shapes of what is imported, none more and none less."""
@@ -71,6 +73,7 @@ def test_real_sizes_are_those_of_the_release(task: str, num_classes: int, num_im
     assert len(found.loaded) == len(weights) and not found.resized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [*LISTED, "pretraining"])
 def test_every_key_of_a_fine_tuned_release_is_accounted_for(imports: Path, task: str) -> None:
     state, report = fine_tuned_state(task), json.loads((imports / task / "import.json").read_text())

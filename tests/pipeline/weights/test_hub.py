@@ -92,6 +92,7 @@ def test_offline_means_the_cache_only(cache: Path, monkeypatch: pytest.MonkeyPat
         Hub().folder("roberta-base", "config.json", "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_files_are_fetched_and_kept(server: ThreadingHTTPServer, capsys: pytest.CaptureFixture) -> None:
     hub = Hub(60, 60)
     folder = hub.folder("roberta-base", *FILES)
@@ -104,6 +105,7 @@ def test_files_are_fetched_and_kept(server: ThreadingHTTPServer, capsys: pytest.
     assert Hub().folder("roberta-base", *FILES) == folder
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_there_or_never_answers_is_given_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked once: the second file is not waited for. Then one that refuses: bound, and not listening."""
     asked, ask = [], Hub._ask

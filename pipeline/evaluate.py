@@ -31,6 +31,7 @@ from typing import Any  # noqa: E402
 
 from data_prep.program import outlive_readers, run_program  # noqa: E402
 from pipeline.config.options import ConfigError  # noqa: E402
+from pipeline.config.program_options import program_parser, whole_number  # noqa: E402
 from pipeline.distributed.endings import EXIT_DONE, EXIT_REQUEUE, say  # noqa: E402
 from pipeline.distributed.places import Place, discover  # noqa: E402
 
@@ -145,27 +146,15 @@ def _device(name: str | None) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or not int(text):
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
-        return int(text)
-
-    description, *rest = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.evaluate",
-        description=description,
-        epilog="\n\n".join(rest),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("pipeline.evaluate", __doc__)
     subject = "run folder, one of its checkpoint folders, or an imported model"
     run = ("--run", "--run-folder")  # torchrun takes --run for its own --run-path, whatever stands before it
     parser.add_argument(*run, dest="run", type=Path, required=True, metavar="RUN", help=subject)
     parser.add_argument("--task", metavar="NAME", help="what to score it at (default: what it was trained for)")
     parser.add_argument("--data", nargs="+", metavar="DIR", help="data to evaluate on (default: the run's)")
     parser.add_argument("--split", help="split to evaluate on (default: the run's data.eval_split)")
-    parser.add_argument("--samples", type=positive, help="held-out samples, evenly spaced (default: all)")
-    parser.add_argument("--batch-size", type=positive, help="samples at a time (default: optim.micro_batch_size)")
+    parser.add_argument("--samples", type=whole_number(), help="held-out samples, evenly spaced (default: all)")
+    parser.add_argument("--batch-size", type=whole_number(), help="samples at a time (default: optim.micro_batch_size)")
     parser.add_argument("--submission", action="store_true", help="write the official results file, checked")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for scorecards (default: RUN/evaluations)")
     device = "torch device (default: a GPU where there is one, else cpu; of several ranks each has its own)"

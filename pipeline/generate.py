@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from itertools import takewhile  # noqa: E402
@@ -28,6 +27,7 @@ import torch  # noqa: E402
 
 from data_prep.program import run_program  # noqa: E402
 from pipeline.config.options import refuse_address  # noqa: E402
+from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
 from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
@@ -149,25 +149,6 @@ def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: St
 
 
 def _parser() -> argparse.ArgumentParser:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or not int(text):
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
-        return int(text)
-
-    def above_0(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
-        return value
-
-    def share(text: str) -> float:
-        if above_0(text) > 1:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected above 0 and at most 1")
-        return float(text)
-
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.generate", description="Caption images with the model of a run.", allow_abbrev=False
     )
@@ -175,21 +156,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, required=True, help="run folder, or one of its checkpoint folders")
     parser.add_argument("--data", nargs="+", metavar="DIR", help="caption prepared samples instead of image files")
     parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")
-    parser.add_argument("--samples", type=positive, default=256, help="how many, spread over the split (default: 256)")
-    parser.add_argument("--shown", type=positive, default=24, help="how many the report shows (default: 24)")
-    beams_help = "beam search of this width; 1 is greedy (default, but for runs of captioning: as their options say)"
-    parser.add_argument("--beams", type=positive, help=beams_help)
-    nucleus_help = "sample each word from the most probable ones that hold TOP_P of the probability (1: from all)"
-    parser.add_argument("--nucleus", type=share, metavar="TOP_P", help=nucleus_help)
     parser.add_argument(
-        "--temperature", type=above_0, help="divides the scores that --nucleus samples from (default: 1)"
+        "--samples", type=whole_number(), default=256, help="how many, over the whole split (default: 256)"
+    )
+    parser.add_argument("--shown", type=whole_number(), default=24, help="how many the report shows (default: 24)")
+    beams_help = "beam search of this width; 1 is greedy (default, but for runs of captioning: as their options say)"
+    parser.add_argument("--beams", type=whole_number(), help=beams_help)
+    nucleus_help = "sample each word from the most probable ones that hold TOP_P of the probability (1: from all)"
+    parser.add_argument("--nucleus", type=number(most=1), metavar="TOP_P", help=nucleus_help)
+    parser.add_argument(
+        "--temperature", type=number(), help="divides the scores that --nucleus samples from (default: 1)"
     )
     parser.add_argument("--seed", type=int, help="decides what --nucleus draws (default: 0)")
-    parser.add_argument("--max-tokens", type=positive, help="longest caption in tokens (default: as in training)")
+    parser.add_argument("--max-tokens", type=whole_number(), help="longest caption in tokens (default: as in training)")
     parser.add_argument("--prompt", default="", help="words every caption starts with (needed for released behaviour)")
     lengths_help = "mlm: caption lengths in tokens to try (default: quantiles of the run's training captions)"
-    parser.add_argument("--lengths", type=positive, nargs="+", metavar="N", help=lengths_help)
-    parser.add_argument("--batch-size", type=positive, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--lengths", type=whole_number(), nargs="+", metavar="N", help=lengths_help)
+    parser.add_argument("--batch-size", type=whole_number(), default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--output", type=Path, help="file to write instead of stdout, or of RUN/samples.json")

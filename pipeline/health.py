@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from datetime import timedelta  # noqa: E402
@@ -25,6 +24,7 @@ from typing import Any  # noqa: E402
 from data_prep.manifest import write_atomically  # noqa: E402
 from data_prep.program import run_program  # noqa: E402
 from pipeline.cluster.node_health import MIB, Report, check_node, judge  # noqa: E402
+from pipeline.config.program_options import number, program_parser  # noqa: E402
 from pipeline.distributed.endings import say  # noqa: E402
 from pipeline.distributed.places import Place, discover  # noqa: E402
 
@@ -99,28 +99,12 @@ def _tell(reports: list[Report], output: Path | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def gib(text: str) -> float:
-        try:
-            found = float(text)
-        except ValueError:
-            found = -1.0
-        if not 0 <= found < math.inf:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of GiB")
-        return found
-
-    description, *rest = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.health",
-        description=description,
-        epilog="\n\n".join(rest),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("pipeline.health", __doc__)
     parser.add_argument("--run", type=Path, metavar="RUN", help="the --output folder of the training")
     parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="folders that nodes must see")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the reports as JSON here")
     free = "room that the run's disk must have (default: 1)"
-    parser.add_argument("--min-free-gib", type=gib, default=1.0, metavar="G", help=free)
+    parser.add_argument("--min-free-gib", type=number("GiB", zero=True), default=1.0, metavar="G", help=free)
     parser.add_argument("--skip-network", action="store_true", help="each node looks at itself alone")
     return parser
 

@@ -28,6 +28,7 @@ from pipeline.census import known_vocabulary
 from pipeline.config.command_line import DS_CONFIGS, Launch, parse_command_line
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, ConfigError, fail, in_batch_negatives
+from pipeline.config.program_options import number, whole_number
 from pipeline.finetuning.table import task_of
 from pipeline.planning import configurations as search
 from pipeline.planning.activations import DeviceKind
@@ -83,39 +84,23 @@ def parser() -> argparse.ArgumentParser:
         epilog="All options of training: python pipeline/train.py --help",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=_count, required=True, help="GPUs, one rank each")
-    parser.add_argument("--gpu-memory", type=_positive, required=True, metavar="GIB", help="memory of a GPU in GiB")
-    parser.add_argument("--nodes", type=_count, help="nodes (default: GPUs over GPUs of a node)")
-    parser.add_argument("--gpus-per-node", type=_count, help="GPUs of a node (default 8, or all)")
-    parser.add_argument("--node-memory", type=_positive, metavar="GIB", help="memory of a node; unknown: not checked")
+    parser.add_argument("--gpus", type=whole_number(), required=True, help="GPUs, one rank each")
+    parser.add_argument("--gpu-memory", type=number(), required=True, metavar="GIB", help="memory of a GPU in GiB")
+    parser.add_argument("--nodes", type=whole_number(), help="nodes (default: GPUs over GPUs of a node)")
+    parser.add_argument("--gpus-per-node", type=whole_number(), help="GPUs of a node (default 8, or all)")
+    parser.add_argument("--node-memory", type=number(), metavar="GIB", help="memory of a node; unknown: not checked")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     constants = parser.add_argument_group("constants of the machine (docs/scaling.md says where they are from)")
     constants.add_argument("--gpu", default="H100", metavar="NAME", help="its peak rate in bf16 (default H100)")
-    constants.add_argument("--reached", type=_positive, default=0.45, help="share of that in matrix products (0.45)")
-    constants.add_argument("--memory-bandwidth", type=_positive, metavar="GB/s", help="of a GPU (2680)")
-    constants.add_argument("--node-bandwidth", type=_positive, metavar="GB/s", help="of a GPU to its node (360)")
-    constants.add_argument("--network-bandwidth", type=_positive, metavar="GB/s", help="of a GPU to other nodes (40)")
-    constants.add_argument("--cores-per-gpu", type=_count, help="CPU cores for each GPU (12)")
-    constants.add_argument("--disk-bandwidth", type=_positive, metavar="GB/s", help="that all ranks write with (5)")
+    constants.add_argument("--reached", type=number(), default=0.45, help="share of that in matrix products (0.45)")
+    constants.add_argument("--memory-bandwidth", type=number(), metavar="GB/s", help="of a GPU (2680)")
+    constants.add_argument("--node-bandwidth", type=number(), metavar="GB/s", help="of a GPU to its node (360)")
+    constants.add_argument("--network-bandwidth", type=number(), metavar="GB/s", help="of a GPU to other nodes (40)")
+    constants.add_argument("--cores-per-gpu", type=whole_number(), help="CPU cores for each GPU (12)")
+    constants.add_argument("--disk-bandwidth", type=number(), metavar="GB/s", help="that all ranks write with (5)")
     text = "mean tokens of a text with both ends (12, Conceptual Captions)"
-    constants.add_argument("--text-tokens", type=_positive, default=TEXT_TOKENS, metavar="N", help=text)
+    constants.add_argument("--text-tokens", type=number(), default=TEXT_TOKENS, metavar="N", help=text)
     return parser
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or not int(word):
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number of 1 or more")
-    return int(word)
-
-
-def _positive(word: str) -> float:
-    try:
-        number = float(word)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number above 0")
-    return number
 
 
 def machine_of(options: argparse.Namespace) -> Machine:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_prep.program import run_program
 from pipeline.cluster.restarts import NAME, End, Limits, conclude
+from pipeline.config.program_options import program_parser, whole_number
 from pipeline.distributed.endings import EXIT_MEND
 
 
@@ -34,31 +35,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def number(least: int):
-        def parse(text: str) -> int:
-            if not text.isdecimal() or int(text) < least:
-                raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least {least}")
-            return int(text)
-
-        return parse
-
-    description, *rest = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.restart",
-        description=description,
-        epilog="\n\n".join(rest),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("pipeline.restart", __doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the --output folder of the training")
     parser.add_argument("--job", required=True, metavar="ID", help="the job, by the same name at every attempt")
-    parser.add_argument("--attempt", type=number(0), required=True, metavar="N", help="how often it was started before")
-    parser.add_argument("--code", type=number(1), required=True, metavar="C", help="exit code of its step, not 0")
+    parser.add_argument(
+        "--attempt", type=whole_number(0), required=True, metavar="N", help="how often it was started before"
+    )
+    parser.add_argument("--code", type=whole_number(), required=True, metavar="C", help="exit code of its step, not 0")
     parser.add_argument("--nodes", default="", metavar='"N1 N2"', help="the nodes that it had")
     budget = "restarts of the job at most, but those after it was told to stop and saved a newer step (default: 50)"
-    parser.add_argument("--max-restarts", type=number(0), default=50, metavar="N", help=budget)
+    parser.add_argument("--max-restarts", type=whole_number(0), default=50, metavar="N", help=budget)
     crash_loop = "equal failures in a row, without a newer checkpoint, that end it (default: 3)"
-    parser.add_argument("--same-failure", type=number(1), default=3, metavar="N", help=crash_loop)
+    parser.add_argument("--same-failure", type=whole_number(), default=3, metavar="N", help=crash_loop)
     return parser
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from data_prep.program import run_program
 from pipeline.cluster.status import StatusReader
 from pipeline.config.options import ConfigError, fail
+from pipeline.config.program_options import number, program_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,26 +87,12 @@ def _duration(seconds: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def seconds(text: str) -> float:
-        try:
-            found = float(text)
-        except ValueError:
-            found = 0.0
-        if not 0 < found < math.inf:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected seconds above 0")
-        return found
-
-    description, *rest = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.status",
-        description=description,
-        epilog="\n\n".join(rest),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("pipeline.status", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the --output folder of a training")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    parser.add_argument("--watch", type=seconds, metavar="SECONDS", help="show it again so often, until Ctrl-C")
+    parser.add_argument(
+        "--watch", type=number("seconds"), metavar="SECONDS", help="show it again so often, until Ctrl-C"
+    )
     return parser
 
 

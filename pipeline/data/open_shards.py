@@ -120,12 +120,19 @@ class OpenShards:
         self._close_beyond(len(self._open) // 2)
         return True
 
+    def __reduce__(self) -> tuple:
+        return _of_this_process, ()  # descriptors do not travel: where a corpus is unpickled, that process keeps them
+
     def _close_beyond(self, limit: int) -> None:
         while len(self._open) > limit:
             self._open.popitem(last=False)[1].close()
 
 
 OF_THIS_PROCESS = OpenShards()  # a forked process goes on with its own copy of the descriptors
+
+
+def _of_this_process() -> OpenShards:
+    return OF_THIS_PROCESS
 
 
 def open_shards_limit() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from data_prep.manifest import Manifest
 from pipeline.data.open_shards import MISSING, OF_THIS_PROCESS, OpenShard, OpenShards, ShardError
@@ -50,9 +49,3 @@ class ShardCopies:
 
     def close(self) -> None:
         self._kept.close(id(self))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _kept=OF_THIS_PROCESS)

@@ -8,7 +8,6 @@ import stat
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -95,12 +94,6 @@ class ShardFiles:
 
     def close(self) -> None:
         self._kept.close(id(self))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _kept=OF_THIS_PROCESS)
 
     def _opened_in_time(self, shard: Shard) -> OpenShard:
         began, pause = time.monotonic(), _FIRST_PAUSE_SECONDS

@@ -67,6 +67,7 @@ def test_what_is_kept_for_backward_is_what_a_real_pass_saves(name: str, dropout:
     batch = built(config(), "cpu", name)[1]
     targets = sum(len(term.target) for term in batch.terms.values())
     besides = batch.images.nbytes + 4 * VOCABULARY.size * (64 + targets)
+    # Of the 10 % by which the planner may be wrong about a rank, what it counts may take a fifth.
     assert real <= found <= 1.02 * real + besides, (found, real, besides)
 
 

@@ -13,6 +13,7 @@ from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_ro
 BATCHES = [[4, 7, 2], [5, 9, 3], [6, 3, 11], [2, 2, 2, 9], [12, 5], [3, 8, 1, 6, 14]]  # words of each caption
 
 
+@pytest.mark.extended  # one graph, without the lengths: test_recomputing
 @pytest.mark.slow(60)
 def test_training_compiles_as_one_graph_for_all_lengths():
     """Forward and backward of the training graph traced whole (backend without code generation), same random numbers.

@@ -122,8 +122,7 @@ def test_evaluation_runs_once() -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.extended
-@pytest.mark.slow(60)
+@pytest.mark.slow(30)
 def test_it_compiles_as_one_graph() -> None:
     from model.cpu import door
 

@@ -37,17 +37,17 @@ class ForkingLauncher(Launcher):
         return run.with_name(run.name + "-out") / "rank0.txt"
 
 
-@pytest.mark.slow(90)
+@pytest.mark.slow(50)
 def test_killed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
-    """Invariant 2, with 2 ranks at ZeRO 3 in bf16: all processes killed in training and twice in a save."""
+    """Invariant 2, with 2 ranks at ZeRO 3 in bf16: all processes killed in training and in a save."""
     make_corpus(tmp_path / "data", train=120, dev=24)
-    aims = ["saving", "training", "saving"]
-    result = run_cell("bf16-zero3", 3, 12, tmp_path, 0, aims, ForkingLauncher)
+    aims = ["saving", "training"]
+    result = run_cell("bf16-zero3", 2, 12, tmp_path, 0, aims, ForkingLauncher)
     assert result["differences"] == []
-    assert result["kills"] == 3 and result["launches"] > 3 and result["runs"] >= 1
+    assert result["kills"] == 2 and result["launches"] > 2 and result["runs"] >= 1
     whole = tmp_path / "bf16-zero3-whole"
     assert_differences_are_seen(whole, tmp_path)
-    assert "| bf16-zero3 | 3 |" in table({"bf16-zero3": result})
+    assert "| bf16-zero3 | 2 |" in table({"bf16-zero3": result})
 
 
 def assert_differences_are_seen(whole: Path, folder: Path) -> None:

@@ -81,7 +81,8 @@ def test_a_mistake_is_one_line(words: list[str], reason: str, capsys: pytest.Cap
 def test_numbers_out_of_range_are_refused_by_name(words: list[str], capsys: pytest.CaptureFixture) -> None:
     code, out, err = plan(capsys, "--gpus", "8", "--gpu-memory", "80", *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert f"argument {words[0]}: found '{words[1]}', expected a number" in err
+    kind = "a whole number of at least 1" if words[0] == "--gpus" else "a number above 0"
+    assert f"argument {words[0]}: found '{words[1]}', expected {kind}" in err
 
 
 def test_what_must_be_said_is_asked_for(capsys: pytest.CaptureFixture) -> None:

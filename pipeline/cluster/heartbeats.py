@@ -127,11 +127,12 @@ class Heartbeats:
         with self._lock:
             heard = dict(self._heard)
         if not self._watch.place.is_main:
-            return self._verdict_on_main(heard.get(0))
+            return self._verdict_on_main(heard)
         now, hosts = self._clock(), self._watch.hosts
         nothing = Heard(Beat(-1, SET_UP, "sets up", 0, waits=False, where=""), self._began, self._began)
         behind = _behind({rank: heard.get(rank, nothing) for rank in range(self._watch.place.world_size)})
-        if not any(now - one.moved_at > self._limits[one.beat.phase] for one in behind.values()):
+        furthest = _furthest(heard)
+        if not any(self._is_over(one, furthest, now) for one in behind.values()):
             return None
         silent = {rank: one for rank, one in behind.items() if self._is_silent(one, now)}
         busy = {rank: one for rank, one in behind.items() if not one.beat.waits}
@@ -139,7 +140,7 @@ class Heartbeats:
         rank, one = next(iter(slow.items()))
         others = [f"{rank} on {hosts.get(rank, '?')}" for rank in list(slow)[1 : 1 + SHOWN]]
         beside = f"; so do ranks {', '.join(others)}" if others else ""
-        reason = f"{self._complaint(one, now)}{beside}; the stacks of all ranks are shown"
+        reason = f"{self._complaint(one, furthest, now)}{beside}; the stacks of all ranks are shown"
         return Ending(rank, hosts.get(rank, "?"), EXIT_REQUEUE, reason, dump_stacks=True, names_cause=len(slow) == 1)
 
     def _leave_out_own_pause(self) -> None:
@@ -168,24 +169,42 @@ class Heartbeats:
         counters = {"world_size": self._watch.place.world_size, "heard_of": len(heard)}
         return {"phase": own.phase, "doing": own.doing, "step": own.step, **counters, "behind": shown}
 
-    def _verdict_on_main(self, main: Heard | None) -> Ending | None:
-        now = self._clock()
-        if main is None or now - main.at <= self._limits[main.beat.phase]:
-            return None
-        reason = f"{self._complaint(main, now)}; the stacks of all others are shown"
+    def _verdict_on_main(self, heard: Mapping[int, Heard]) -> Ending | None:
+        main, furthest, now = heard.get(0), _furthest(heard), self._clock()
+        if main is None or not (self._is_silent(main, now) and self._is_over(main, furthest, now)):
+            return None  # as long as it is heard of, it judges itself
+        reason = f"{self._complaint(main, furthest, now)}; the stacks of all others are shown"
         return Ending(0, self._watch.hosts.get(0, "?"), EXIT_REQUEUE, reason, dump_stacks=True)
+
+    def _is_over(self, one: Heard, furthest: Heard | None, now: float) -> bool:
+        """Whether a rank has not moved for longer than it may: than its phase may last, and since it is silent than the
+        phase may last in which others wait for it, as it may have got there since its last beat."""
+        if self._overtaken(one, furthest, now):
+            return now - max(one.at, furthest.moved_at) > self._limits[furthest.beat.phase]
+        return now - one.moved_at > self._limits[one.beat.phase]
+
+    def _overtaken(self, one: Heard, furthest: Heard | None, now: float) -> bool:
+        return furthest is not None and furthest.beat.count > one.beat.count and self._is_silent(one, now)
 
     def _is_silent(self, one: Heard, now: float) -> bool:
         return now - one.at > SILENT_BEATS * BEAT_SECONDS
 
-    def _complaint(self, one: Heard, now: float) -> str:
-        beat, option = one.beat, "save" if one.beat.phase == SAVING else one.beat.phase.replace("-", "_")
+    def _complaint(self, one: Heard, furthest: Heard | None, now: float) -> str:
+        beat = one.beat
+        phase = furthest.beat.phase if self._overtaken(one, furthest, now) else beat.phase
+        option = "save" if phase == SAVING else phase.replace("-", "_")
         if self._is_silent(one, now):
-            what = f"no heartbeat for {now - one.at:.0f} s: it is stopped, swapped out, or its node hangs"
+            what = (
+                f"no heartbeat for {now - one.at:.0f} s: it is stopped, swapped out, or its node hangs; at the last it"
+            )
         else:
-            what = f"does not get on for {now - one.moved_at:.0f} s"
+            what = f"does not get on for {now - one.moved_at:.0f} s; it"
         where = f", in {beat.where}" if beat.where else ""
-        return f"{what}; it {beat.doing}{where}, step {beat.step} (train.{option}_timeout_minutes)"
+        return f"{what} {beat.doing}{where}, step {beat.step} (train.{option}_timeout_minutes)"
+
+
+def _furthest(heard: Mapping[int, Heard]) -> Heard | None:
+    return max(heard.values(), key=lambda one: one.beat.count, default=None)
 
 
 def _behind(heard: Mapping[int, Heard]) -> dict[int, Heard]:

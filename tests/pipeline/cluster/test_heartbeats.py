@@ -93,8 +93,22 @@ def test_a_rank_without_heartbeats_is_named_before_others() -> None:
 
 def test_a_rank_that_was_never_heard_of_is_named() -> None:
     judge = Judge()
-    assert judge.after(2900, (0, 4, STEP, True), (1, 4, STEP, True)) is None  # as long as a set-up may take
-    assert judge.after(200, (0, 4, STEP, True), (1, 4, STEP, True)).startswith("error: rank 2 on n2: no heartbeat")
+    assert judge.after(2990, (0, 0, SET_UP, True), (1, 0, SET_UP, True)) is None
+    assert judge.after(30, (0, 0, SET_UP, True), (1, 0, SET_UP, True)).startswith("error: rank 2 on n2: no heartbeat")
+
+
+def test_a_rank_that_stops_soon_after_its_last_beat_has_the_time_of_those_that_wait_for_it() -> None:
+    """Stopped three seconds after set-up, it would otherwise have the hour that a set-up may take."""
+    judge = Judge()
+    judge.after(5, (0, 0, SET_UP), (1, 0, SET_UP), (2, 0, SET_UP))
+    assert judge.after(95, (0, 4, STEP, True), (2, 4, STEP, True)) is None
+    line = judge.after(20, (0, 4, STEP, True), (2, 4, STEP, True))
+    assert line.startswith("error: rank 1 on n1: no heartbeat for") and "(train.step_timeout_minutes)" in line
+    assert judge.beats.verdict().names_cause
+    judge = Judge(rank=2)
+    judge.hear(0, 0, SET_UP)
+    assert judge.after(95, (2, 4, STEP, True)) is None
+    assert judge.after(20, (2, 4, STEP, True)).startswith("error: rank 0 on n0: no heartbeat for 115 s")
 
 
 def test_where_nobody_is_to_blame_all_are_named_and_no_node_is() -> None:

@@ -15,7 +15,6 @@ tracking: {tensorboard: false, report: false}
 """
 
 
-@pytest.mark.extended
 @pytest.mark.slow(60)
 @pytest.mark.timeout(1200)
 def test_from_data_to_the_table_of_scores(desk: Desk, python: Path) -> None:

@@ -13,7 +13,7 @@ from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, images, tiny_config
 
 def test_both_ways_write_the_same_captions() -> None:
     torch.manual_seed(3)
-    objective = build_captioning(tiny_config("released"), FLMOptions(), VOCABULARY, MAX_TEXT_LENGTH).eval()
+    objective = build_captioning(tiny_config("released", dropout=0.5), FLMOptions(), VOCABULARY, MAX_TEXT_LENGTH).eval()
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if parameter.ndim > 1 and "vision" not in name:

@@ -130,13 +130,14 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
     maker = CaptionRows(data.tokenizer, config.data.max_text_length, config.objective.negative_share)
     preparation = Preparation(maker, planner, config.model.vision.image_size)
     loader = TrainingBatches(config, data, preparation, Place(0, 1, 0, "single"), 64, pin=False)
+    of_others = children_of_this_process()
     batches = loader.start(step)
     batch = next(batches)
     ready, ready_at = time.perf_counter(), time.time()
     assert len(batch.keys) == 64 and not batch.problems
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    used = [cpu_seconds(os.getpid()) - before_s, *(cpu_seconds(int(child)) for child in children)]
-    pss = pss_mib(os.getpid()) + sum(pss_mib(int(child)) for child in children)
+    workers_of_it = children_of_this_process() - of_others
+    used = [cpu_seconds(os.getpid()) - before_s, *map(cpu_seconds, workers_of_it)]
+    pss = pss_mib(os.getpid()) + sum(map(pss_mib, workers_of_it))
     result = {
         "ready_at": ready_at,
         "imports_s": imported - began,
@@ -153,6 +154,10 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
     import deepspeed  # noqa: F401  a rank of training holds it as well
 
     return result | {"rank_rss_with_deepspeed_mib": rss_mib(os.getpid())}
+
+
+def children_of_this_process() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
 def rss_mib(pid: int) -> float:

@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from data_prep.manifest import Manifest, Shard, index_columns
@@ -135,7 +135,8 @@ class NodeFolder:
         for name in (_PART, _LEFT, READY):
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
         for name in os.listdir(self.path / READY):
-            os.replace(self.path / READY / name, self.path / _LEFT / name)
+            with suppress(FileNotFoundError):  # another process does the same where locks are granted to all
+                os.replace(self.path / READY / name, self.path / _LEFT / name)
         there, files = set(os.listdir(self.path / _LEFT)), [self._names(shard) for shard in self._manifest.shards]
         self.left = {number for number, names in enumerate(files) if there.issuperset(names)}
         for name in there.difference(*(files[number] for number in self.left)):

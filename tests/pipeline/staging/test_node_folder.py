@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+import traceback
 from collections import namedtuple
 from pathlib import Path
 
@@ -314,6 +315,8 @@ def test_a_lock_that_is_granted_to_all_costs_copies_not_their_content(stage: Pat
             try:
                 work(seed)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "task": cards[0]["task"],
         "decoding": cards[0]["decoding"],
         "versions": cards[0]["versions"],
-        "command": "python -m benchmarks.cost.evaluation " + " ".join(words),
+        "command": " ".join(["python -m benchmarks.cost.evaluation", *words]).replace(str(arguments.run), "RUN"),
         "machine": machine(),
     }
     text = json.dumps(result, indent=1)

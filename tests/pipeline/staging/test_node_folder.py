@@ -10,8 +10,8 @@ import resource
 import shutil
 import signal
 import time
-import traceback
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from data_prep.shard_table import Shard
 from pipeline.data.open_shards import ShardError
 from pipeline.staging import node_folder
 from pipeline.staging.node_folder import NodeFolder, OtherContent, Stopped, own_folder, remove_leftovers
+from tests.forked_command import fork
 from tests.pipeline.data.test_reader import records, write_split
 
 
@@ -58,14 +59,7 @@ def originals(split: Path, *numbers: int) -> dict[str, bytes]:
 
 def in_child(work) -> int:
     """The exit code of ``work`` in a fork of this process."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            code = work() or 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
 
 
 def test_a_copy_is_the_original_and_as_large_as_was_said(stage: Path, split: Path) -> None:
@@ -307,19 +301,7 @@ def test_a_lock_that_is_granted_to_all_costs_copies_not_their_content(stage: Pat
                 assert error.errno == errno.ENOENT
                 folder.ready.discard(number)
 
-    children = []
-    for seed in (1, 2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                work(seed)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
+    children = [fork(partial(work, seed)) for seed in (1, 2)]
     hashes = {name: hashlib.sha256(data).digest() for name, data in originals(split, 0, 1, 2).items()}
     ready = NodeFolder(stage, split, load_manifest(split)).path / "ready"
     while children:

@@ -130,14 +130,14 @@ def first_batch(folder: Path, step: int, workers: int) -> dict[str, float]:
     maker = CaptionRows(data.tokenizer, config.data.max_text_length, config.objective.negative_share)
     preparation = Preparation(maker, planner, config.model.vision.image_size)
     loader = TrainingBatches(config, data, preparation, Place(0, 1, 0, "single"), 64, pin=False)
-    of_others = children_of_this_process()
+    children_before = children_of_this_process()
     batches = loader.start(step)
     batch = next(batches)
     ready, ready_at = time.perf_counter(), time.time()
     assert len(batch.keys) == 64 and not batch.problems
-    workers_of_it = children_of_this_process() - of_others
-    used = [cpu_seconds(os.getpid()) - before_s, *map(cpu_seconds, workers_of_it)]
-    pss = pss_mib(os.getpid()) + sum(map(pss_mib, workers_of_it))
+    loader_workers = children_of_this_process() - children_before
+    used = [cpu_seconds(os.getpid()) - before_s, *map(cpu_seconds, loader_workers)]
+    pss = pss_mib(os.getpid()) + sum(map(pss_mib, loader_workers))
     result = {
         "ready_at": ready_at,
         "imports_s": imported - began,

@@ -144,6 +144,7 @@ def _parser() -> ArgumentParser:
 
 @cache
 def _parser_of(choices: tuple[type, ...]) -> ArgumentParser:
+    """Another one only where there are other objectives or tasks than these ``choices``."""
     return _new_parser()
 
 

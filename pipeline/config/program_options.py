@@ -39,8 +39,9 @@ def number(unit: str = "", zero: bool = False, most: float = math.inf) -> Callab
         except ValueError:
             found = math.nan
         if not (0 < found < math.inf or zero and found == 0) or found > most:
+            kind = f"a number of {unit}" if unit else "a number"
             bounds = ("of at least 0" if zero else "above 0") + (f", at most {most:g}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number{f' of {unit}' * bool(unit)} {bounds}")
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {kind} {bounds}")
         return found
 
     return parse

@@ -101,6 +101,20 @@ pip_install() {
     fi
 }
 
+mend_launchers() { # pip writes the interpreter's path bare into a package's scripts; a kernel splits it at a space
+    local script first
+    case $PWD in *[[:space:]]*) ;; *) [ ${#PWD} -gt 80 ] || return 0 ;; esac # and an older one cuts it at 127 bytes
+    for script in "$VENV"/bin/*; do
+        IFS= read -r first <"$script" 2>/dev/null || continue
+        case $first in "#!$PWD/$VENV/bin/python"*) ;; *) continue ;; esac
+        { # sh starts the interpreter, to which the same two lines are a text
+            printf "#!/bin/sh\n'''exec' \"%s\" \"\$0\" \"\$@\"\n' '''\n" "${first#??}"
+            tail -n +2 "$script"
+        } >$VENV/mended && cat $VENV/mended >"$script" # its mode stays
+    done
+    rm -f $VENV/mended
+}
+
 { mkdir -p .cache && : >>.cache/setup.lock; } 2>/dev/null ||
     fail "$(id -un) may not write in $PWD; clone the repository into a folder of your own"
 exec 9>.cache/setup.lock
@@ -134,6 +148,7 @@ if ! $VENV/bin/python -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4
     say "no MPI library on this machine: installing $MPICH into $VENV"
     pip_install $MPICH
 fi
+mend_launchers
 fingerprint $VENV/bin/python >$STAMP
 rm -f $UNFINISHED
 say "ready after $((SECONDS - started)) s"

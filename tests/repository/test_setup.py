@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STAND_IN = """#!/bin/bash
+STAND_IN = r"""#!/bin/bash
 echo "$*" >>"$CALLS"
 case "$*" in
     -V) echo "Python ${VERSION:-3.11.9}" ;;
@@ -20,7 +21,9 @@ case "$*" in
     "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip "*)
         echo "cache: ${PIP_NO_CACHE_DIR:-kept}" >>"$CALLS"
-        [ -z "${PIP_FAILS:-}" ] || { echo "ERROR: no space left"; exit 1; } ;;
+        [ -z "${PIP_FAILS:-}" ] || { echo "ERROR: no space left"; exit 1; }
+        printf '#!%s/.venv/bin/python\nname = "launcher"\n' "$PWD" >.venv/bin/launcher
+        chmod 755 .venv/bin/launcher ;;
     *urlopen*) exit 1 ;;
     *mpi4py*) [ -z "${NO_MPI:-}" ] ;;
 esac
@@ -147,6 +150,20 @@ def test_a_home_that_may_not_be_written_to_needs_no_cache(checkout: Checkout) ->
     assert "cache: kept" in checkout.setup()[2]
     shutil.rmtree(checkout.folder / ".venv")
     assert "cache: 1" in checkout.setup(HOME="/dev/null/home")[2]
+
+
+@pytest.mark.parametrize("name", ["a folder with spaces", "größer", "long" * 30])
+def test_a_package_s_script_starts_from_any_folder(tmp_path: Path, name: str) -> None:
+    """DeepSpeed's launcher is such a script, which pip gives the interpreter's bare path."""
+    (tmp_path / name).mkdir()
+    checkout = Checkout(tmp_path / name)
+    assert checkout.setup()[0] == 0
+    python, launcher = checkout.folder / ".venv" / "bin" / "python", checkout.folder / ".venv" / "bin" / "launcher"
+    python.unlink()
+    python.symlink_to(sys.executable)
+    launcher.write_text(launcher.read_text() + "import sys\nprint(name, sys.argv[1:])\n")
+    done = subprocess.run([launcher, "two words"], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("launcher ['two words']\n", "")
 
 
 def test_make_lists_its_targets() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data_prep.manifest import CAPTIONS, write_atomically
+from data_prep.manifest import CAPTIONS
 from model.census import Census, parameter_census
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
@@ -30,15 +28,7 @@ from pipeline.cluster.restarts import begin as begin_attempt
 from pipeline.cluster.walltime import Walltime, end_time
 from pipeline.config.command_line import Launch
 from pipeline.config.ds_config import Device, read_ds_config, resolve
-from pipeline.config.options import (
-    Config,
-    ConfigError,
-    flatten,
-    in_batch_negatives,
-    save_config,
-    to_plain,
-    tokenizer_source,
-)
+from pipeline.config.options import Config, ConfigError, in_batch_negatives, to_plain
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.endings import host_name
 from pipeline.distributed.places import Place
@@ -55,13 +45,13 @@ from pipeline.loading.open_data import (
     sample_order,
 )
 from pipeline.loading.unusable import UnusableSamples
-from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.reporting.trackers import check_trackers
 from pipeline.staging.stager import Stager
 from pipeline.staging.starting import start_staging
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of
+from pipeline.training.run_files import copy_files, write_run_files
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
 
 
@@ -153,7 +143,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     if place.is_main:
         _announce(opened, state, census, engine, changes, starting)
         begin_attempt(launch.output, state.step, hosts)
-        _write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
+        write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
         copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)
     records = open_records(opened, engine, state, ranks)
@@ -334,62 +324,3 @@ def _announce(
         print(f"continuing after step {state.step} of {config.train.steps}", flush=True)
         for change in changes:
             print(f"continuing with {change}", flush=True)
-
-
-def _write_run_files(
-    launch: Launch,
-    ds_config: dict[str, Any],
-    ranks: Ranks,
-    num_parameters: int,
-    precision: str,
-    starting: dict[str, Any] | None,
-    scores: Sequence[Score],
-) -> None:
-    output, place = launch.output, ranks.place
-    output.mkdir(parents=True, exist_ok=True)
-    save_config(launch.config, output / "config.yaml")
-    (output / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
-    environment = {
-        "recipe": launch.recipe,
-        "world_size": place.world_size,
-        "launcher": place.launcher,
-        "precision": precision,
-        "num_parameters": num_parameters,
-        "starting_weights": starting or _recorded_start(output / "environment.json"),
-        "better": {score.name: "higher" if score.higher_is_better else "lower" for score in scores},
-        "sources": launch.sources,
-        **describe_environment(ranks.device),
-    }
-    (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(tokenizer_source(launch.config.data), output)
-
-
-def _recorded_start(environment: Path) -> dict[str, Any] | None:
-    """What the first part of a run noted of its starting weights; None where nothing is to be read."""
-    try:
-        return json.loads(environment.read_text(encoding="utf-8")).get("starting_weights")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def copy_tokenizer(source: str | Path, output: Path) -> None:
-    """RUN/tokenizer, whole or not there: a run that is killed while it copies does it again."""
-    final, beside = output / "tokenizer", output / "tokenizer.tmp"
-    if Path(source).is_dir() and not final.exists():
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(source, beside, ignore=_not_of_a_tokenizer)
-        os.rename(beside, final)
-
-
-def copy_files(names: Mapping[str, str], config: Config, output: Path) -> None:
-    """A copy in the run folder of each file of the task's that an option names; what is there stays."""
-    options = dict(flatten(config))
-    for name, option in names.items():
-        if options[option] is not None and not (output / name).exists():
-            write_atomically(output / name, Path(options[option]).read_text(encoding="utf-8"))
-
-
-def _not_of_a_tokenizer(folder: str, names: list[str]) -> list[str]:
-    """What a model's folder holds besides its tokenizer: weights above all."""
-    kept = (".json", ".txt", ".model", ".jinja")
-    return [name for name in names if not name.endswith(kept) or (Path(folder) / name).is_dir()]

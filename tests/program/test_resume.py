@@ -150,7 +150,7 @@ def test_the_fp16_loss_scale_continues() -> None:
 
 
 def test_a_tokenizer_copied_in_part_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.training.session import copy_tokenizer
+    from pipeline.training.run_files import copy_tokenizer
 
     source, output = tmp_path / "source", tmp_path / "run"
     source.mkdir()

@@ -30,7 +30,7 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
 from pipeline.config.options import Config
 from pipeline.data.order import SampleOrder
-from pipeline.loading.loader import TrainBatches
+from pipeline.loading.batch_positions import TrainBatches
 from pipeline.reporting.environment import describe_environment
 from pipeline.reporting.sample_keys import read_sample_keys
 from tests.forked_ranks import run_ranks

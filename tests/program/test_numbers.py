@@ -24,7 +24,7 @@ from tests.tiny_objective import TinyObjective, tiny_batch
 
 
 class FakeLoader:
-    """Batch k of all belongs to rank k mod world, as pipeline/loading/loader.py deals them out."""
+    """Batch k of all belongs to rank k mod world, as pipeline/loading/batch_positions.py deals them out."""
 
     def __init__(self, batches: list[list[int]], rank: int, world: int) -> None:
         self._mine, self.most_batches = batches[rank::world], -(-len(batches) // world)

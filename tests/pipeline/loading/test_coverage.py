@@ -21,7 +21,8 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.distributed.places import Place
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
-from pipeline.loading.loader import LoaderOptions, TrainBatches
+from pipeline.loading.batch_positions import TrainBatches
+from pipeline.loading.loader import LoaderOptions
 from pipeline.loading.open_data import open_held_out
 from pipeline.loading.shared_batches import SlotSampler
 from pipeline.tasks.evaluation import evaluate

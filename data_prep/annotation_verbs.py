@@ -171,15 +171,22 @@ def add_easy_vqa(parser: argparse.ArgumentParser) -> None:
 def run_easy_pairs(args: argparse.Namespace) -> int:
     splits, _ = read_easy_vqa(args.input, args.dev_share, args.seed)
     wanted = {"train": args.train, "dev": args.dev}
-    pairs = [make_pairs(split, wanted[split.split], args.seed) for split in splits if wanted.get(split.split)]
+    pairs = [
+        make_pairs(split, wanted[split.split], args.seed, args.statements_per_pair)
+        for split in splits
+        if wanted.get(split.split)
+    ]
     parts = [Part(args.output, split, args.images or [args.input], "easy_pairs") for split in pairs]
     return _prepare(args, parts, [args.input / "train" / "questions.json"], num_images=2)
 
 
 def add_easy_pairs(parser: argparse.ArgumentParser) -> None:
     _add_easy(parser, "data/easy_pairs")
-    parser.add_argument("--train", type=whole_number, default=20000, help="training pairs, each with a statement")
-    parser.add_argument("--dev", type=whole_number, default=2000, help="pairs of held-out images")
+    parser.add_argument("--train", type=whole_number, default=20000, help="statements for training")
+    parser.add_argument("--dev", type=whole_number, default=2000, help="statements on held-out images")
+    parser.add_argument(
+        "--statements-per-pair", type=positive_number, default=1, help="on two images, at most; they share a sample"
+    )
 
 
 def _add_easy(parser: argparse.ArgumentParser, output: str) -> None:

@@ -57,34 +57,34 @@ def _descriptions() -> Iterator[tuple[str, Callable[[Kind], bool]]]:
         yield " ".join(kind), lambda found, kind=kind: found == kind
 
 
-def make_pairs(images: AnnotatedSplit, num_pairs: int, seed: int = 0) -> AnnotatedSplit:
-    """``num_pairs`` pairs of a split's images with a statement each, drawn by ``seed`` and the split's name.
+def make_pairs(images: AnnotatedSplit, num_statements: int, seed: int = 0, per_pair: int = 1) -> AnnotatedSplit:
+    """``num_statements`` on pairs of a split's images, up to ``per_pair`` on each, drawn by ``seed`` and the split.
 
     Templates take turns, and within a template its sentences. One false pair of two differs from a true one in a single
     colour or shape. Images whose colour or shape their questions leave open are not used. Raises PrepError for a number
     that is no multiple of 4, for questions that contradict each other, and where the images are too few.
     """
-    if num_pairs < PAIRS_OF_A_SENTENCE or num_pairs % PAIRS_OF_A_SENTENCE:
-        raise PrepError(f"{num_pairs} {images.split} pairs: expected a multiple of {PAIRS_OF_A_SENTENCE}")
-    rng = random.Random(f"easy_pairs/{seed}/{images.split}")
+    if num_statements < PAIRS_OF_A_SENTENCE or num_statements % PAIRS_OF_A_SENTENCE:
+        raise PrepError(f"{num_statements} {images.split} statements: expected a multiple of {PAIRS_OF_A_SENTENCE}")
     of_kind = _by_kind(images)
-    turns = _turns(rng, of_kind)
+    pairs = _Pairs(random.Random(f"easy_pairs/{seed}/{images.split}"), of_kind, per_pair)
+    turns = _turns(pairs.rng, of_kind)
     found: list[Annotated] = []
-    used: set[tuple[str, str, str]] = set()
-    for number in range(num_pairs // PAIRS_OF_A_SENTENCE):
+    for number in range(num_statements // PAIRS_OF_A_SENTENCE):
         sentence, true, false = next(turns, (None, [], []))
-        drawn = [] if sentence is None else _draw_set(rng, sentence, true, false, of_kind, used)
+        drawn = [] if sentence is None else pairs.draw_set(sentence, true, false)
         if sentence is None or not drawn:
             known = sum(map(len, of_kind.values()))
             raise PrepError(
-                f"{images.split}: {known} images of known colour and shape are too few for {num_pairs} pairs"
+                f"{images.split}: {known} images of known colour and shape are too few for {num_statements} statements"
             )
-        for place, (left, right, label) in enumerate(drawn):
+        for place, (pair, label) in enumerate(drawn):
             name = f"{images.split}-{number}-{place}"
-            pair = Annotated(name, left.images + right.images, left.identities + right.identities)
+            if not pair.captions:
+                pair.key = name
+                found.append(pair)
             pair.add(sentence.text, label=str(label), identifier=f"{name}-0", template=sentence.template)
-            found.append(pair)
-    counts = {"statements": len(found), "sentences": len({pair.captions[0] for pair in found})}
+    counts = {"statements": num_statements, "sentences": len({text for pair in found for text in pair.captions})}
     return AnnotatedSplit(images.split, found, [], counts)
 
 
@@ -120,32 +120,44 @@ def _turns(
         yield from (queue[turn % len(queue)] for queue in queues.values())
 
 
-def _draw_set(
-    rng: random.Random,
-    sentence: Sentence,
-    true: list[KindPair],
-    false: set[KindPair],
-    of_kind: dict[Kind, list[Annotated]],
-    used: set[tuple[str, str, str]],
-) -> list[tuple[Annotated, Annotated, bool]]:
-    """Two true and two false pairs of images for a sentence, in random order; [] where no unused ones are left."""
-    ordered = sorted(false)
-    drawn = []
-    for label, near in ((True, False), (True, False), (False, True), (False, False)):
-        for _ in range(_TRIES):
-            kinds = rng.choice(true if label else ordered)
-            if near:
-                kinds = _near_miss(rng, true, false) or kinds
-            left, right = (rng.choice(of_kind[kind]) for kind in kinds)
-            key = sentence.text, left.key, right.key
-            if left is not right and key not in used:
-                used.add(key)
-                drawn.append((left, right, label))
-                break
-        else:
-            return []
-    rng.shuffle(drawn)
-    return drawn
+class _Pairs:
+    """Draws image pairs for sentences; one that may have more statements is taken before a new one is made."""
+
+    def __init__(self, rng: random.Random, of_kind: dict[Kind, list[Annotated]], per_pair: int) -> None:
+        self.rng, self._of_kind, self._per_pair = rng, of_kind, per_pair
+        self._with_room: dict[KindPair, list[Annotated]] = {}
+        self._used: set[tuple[str, ...]] = set()  # a text and the identities of its images
+
+    def draw_set(self, sentence: Sentence, true: list[KindPair], false: set[KindPair]) -> list[tuple[Annotated, bool]]:
+        """Two true and two false pairs of images for a sentence, in random order; [] where no unused ones are left."""
+        ordered = sorted(false)
+        drawn = []
+        for label, near in ((True, False), (True, False), (False, True), (False, False)):
+            for _ in range(_TRIES):
+                kinds = self.rng.choice(true if label else ordered)
+                if near:
+                    kinds = _near_miss(self.rng, true, false) or kinds
+                if pair := self._unused(sentence.text, kinds):
+                    drawn.append((pair, label))
+                    break
+            else:
+                return []
+        self.rng.shuffle(drawn)
+        return drawn
+
+    def _unused(self, text: str, kinds: KindPair) -> Annotated | None:
+        """A pair of these kinds that has not had this text; None where the draw fell on one that had."""
+        pairs = [each for each in self._with_room.get(kinds, ()) if len(each.captions) < self._per_pair]
+        pair = next((each for each in pairs if (text, *each.identities) not in self._used), None)
+        if pair is None:
+            left, right = (self.rng.choice(self._of_kind[kind]) for kind in kinds)
+            pair = Annotated("", left.images + right.images, left.identities + right.identities)
+            if left is right or (text, *pair.identities) in self._used:
+                return None
+            pairs.append(pair)
+        self._with_room[kinds] = pairs
+        self._used.add((text, *pair.identities))
+        return pair
 
 
 def _near_miss(rng: random.Random, true: list[KindPair], false: set[KindPair]) -> KindPair | None:

@@ -119,13 +119,22 @@ def test_the_shape_is_what_questions_and_answers_say(tmp_path):
         colour_and_shape(read_easy_vqa(tmp_path / "x", 0.0)[0][0].images[0])
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Train and dev pairs of a made-up easy-VQA, and the kind of each image by its identity."""
+@pytest.fixture(scope="module", params=[1, 8])
+def pairs(request, tmp_path_factory):
+    """Train and dev pairs of a made-up easy-VQA with up to so many statements, and each image's kind by identity."""
     folder = make_easy_vqa(tmp_path_factory.mktemp("easy"), 480)
     splits, _ = read_easy_vqa(folder, 0.2)
     kinds = {image.identities[0]: colour_and_shape(image) for split in splits for image in split.images}
-    return {split.split: make_pairs(split, 1200).images for split in splits}, kinds
+    made = {split.split: make_pairs(split, 1200, per_pair=request.param).images for split in splits}
+    assert max(len(pair.captions) for pair in made["train"]) == request.param
+    return made, kinds
+
+
+def statements(split):
+    """(pair, text, label, template, identifier) of every statement."""
+    for pair in split:
+        of_text = (pair.per_caption[name] for name in ("label", "template", "identifier"))
+        yield from zip([pair] * len(pair.captions), pair.captions, *of_text, strict=True)
 
 
 def truth(text, left, right):
@@ -149,34 +158,34 @@ def truth(text, left, right):
 
 def test_the_labels_are_true(pairs):
     splits, kinds = pairs
-    for pair in splits["train"] + splits["dev"]:
+    for pair, text, label, _, _ in statements(splits["train"] + splits["dev"]):
         left, right = (kinds[identity] for identity in pair.identities)
-        assert pair.per_caption["label"] == [str(truth(pair.captions[0], left, right))], (pair, left, right)
+        assert label == str(truth(text, left, right)), (pair, left, right)
 
 
 def test_no_way_to_the_label_without_the_images(pairs):
     """Each sentence is true and false equally often, so the best guess from text is right half the time."""
     for split in pairs[0].values():
         by_text, by_template = defaultdict(Counter), defaultdict(Counter)
-        for pair in split:
-            label = pair.per_caption["label"][0]
-            by_text[pair.captions[0]][label] += 1
-            by_template[pair.per_caption["template"][0]][label] += 1
+        for _, text, label, template, _ in statements(split):
+            by_text[text][label] += 1
+            by_template[template][label] += 1
         for counts in (*by_text.values(), *by_template.values()):
             assert counts["True"] == counts["False"]
-        assert sum(max(counts.values()) for counts in by_text.values()) == len(split) / 2
+        assert sum(max(counts.values()) for counts in by_text.values()) == 1200 / 2
         assert len(by_template) == 9
 
 
 def test_pairs_are_of_their_own_images_and_come_once(pairs):
     train, dev = ({identity for pair in split for identity in pair.identities} for split in pairs[0].values())
-    assert not train & dev and len(train) > 300
+    assert not train & dev and len(train) > 200
     for split in pairs[0].values():
-        rows = [(pair.identities, pair.captions[0]) for pair in split]
-        assert len(set(rows)) == len(rows) and all(left != right for (left, right), _ in rows)
-        names = [pair.per_caption["identifier"][0] for pair in split]
-        of_set = Counter((name.rsplit("-", 2)[0], pair.captions[0]) for name, pair in zip(names, split))
+        rows = [(pair.identities, text) for pair, text, *_ in statements(split)]
+        assert len(set(rows)) == len(rows) == 1200 and all(left != right for (left, right), _ in rows)
+        names = [identifier for *_, identifier in statements(split)]
+        of_set = Counter((name.rsplit("-", 2)[0], text) for name, (_, text) in zip(names, rows, strict=True))
         assert set(of_set.values()) == {4} and len(set(names)) == len(names)
+        assert len({pair.key for pair in split}) == len(split)
 
 
 def test_sentences_are_distinct():
@@ -200,11 +209,11 @@ def test_easy_pairs_are_stored_as_nlvr2_is(tmp_path, capsys):
 def test_too_few_images_are_said(tmp_path, capsys):
     folder = make_easy_vqa(tmp_path, 6)
     (split,), _ = read_easy_vqa(folder, 0.0)
-    with pytest.raises(PrepError, match="6 images of known colour and shape are too few for 4000 pairs"):
+    with pytest.raises(PrepError, match="6 images of known colour and shape are too few for 4000 statements"):
         make_pairs(split, 4000)
     with pytest.raises(PrepError, match="0 images of known"):
         make_pairs(AnnotatedSplit("dev", [], [], {}), 4)
-    with pytest.raises(PrepError, match="6 train pairs: expected a multiple of 4"):
+    with pytest.raises(PrepError, match="6 train statements: expected a multiple of 4"):
         make_pairs(split, 6)
     assert prepare("easy_vqa", "--input", tmp_path / "nowhere") == 2
     assert "questions.json: no such file" in capsys.readouterr().err

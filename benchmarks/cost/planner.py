@@ -160,7 +160,7 @@ def count(name: str, data: Path, base: int) -> Counted:
         config.train.async_save,
         batches=work.image_bytes * (config.data.prefetch + 2) * config.data.num_workers,
     )
-    demands = demands_of(parameters, work, zero, ranks, accumulation)
+    demands = demands_of(parameters, work, zero, ranks, accumulation, "cpu")
     return Counted(ranks, accumulation, zero, parameters, work, demands, memory)
 
 
@@ -175,11 +175,11 @@ def judged(counts: Mapping[str, Counted], tried: Mapping[str, Sequence[Trained]]
     """Planned against measured, by configuration."""
     seconds = {name: seconds_of(runs) for name, runs in tried.items()}
     fitted = [name for name in FITTED if name in counts]
-    machine = fit({name: counts[name] for name in fitted}, seconds)
+    constants = fit({name: counts[name] for name in fitted}, seconds)
     rows = {}
     for name, one in counts.items():
         measured = max(peak for run in tried[name] for peak in run.peak_bytes)
-        speed = speed_of(one.demands, machines(machine, one.ranks), one.work, one.ranks, one.accumulation)
+        speed = speed_of(one.demands, machine_of(constants), one.work, one.ranks, one.accumulation)
         rows[name] = {
             "ranks": one.ranks,
             "options": " ".join(words_of(name)),
@@ -195,14 +195,11 @@ def judged(counts: Mapping[str, Counted], tried: Mapping[str, Sequence[Trained]]
             "time_off": speed.step_seconds / seconds[name] - 1,
             "fitted": name in fitted,
         }
-    return {"constants": machine, "configurations": rows}
+    return {"constants": constants, "configurations": rows}
 
 
 def fit(counts: Mapping[str, Counted], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of a unit of each demand, none below 0, with the least relative errors.
-
-    Memory is slower for each of two ranks than for one, so that traffic has a constant for either.
-    """
+    """Seconds of a unit of each demand, none below 0, with the least relative errors."""
     names = list(counts)
     columns = {key: np.array([units(counts[name])[key] / seconds[name] for name in names]) for key in units_names()}
     best: tuple[float, dict[str, float]] | None = None
@@ -221,35 +218,33 @@ def fit(counts: Mapping[str, Counted], seconds: Mapping[str, float]) -> dict[str
 
 
 def units_names() -> tuple[str, ...]:
-    return "flops", "traffic, 1 rank", "traffic, 2 ranks", "operations", "sent", "step"
+    return "flops", "states", "summed", "gathered"
 
 
 def units(one: Counted) -> dict[str, float]:
-    """How much of each demand a step has."""
+    """How much of each demand a step has: products; bytes of weights, gradients and moments; bytes over the ranks."""
     demands = one.demands
-    traffic = demands.traffic + demands.optimizer_traffic
     return {
         "flops": demands.flops,
-        "traffic, 1 rank": traffic if one.ranks == 1 else 0.0,
-        "traffic, 2 ranks": traffic if one.ranks == 2 else 0.0,
-        "operations": float(demands.operations),
-        "sent": (demands.reduced + demands.gathered / 2) if one.ranks == 2 else 0.0,
-        "step": 1.0,
+        "states": demands.optimizer_traffic,
+        "summed": demands.reduced,
+        "gathered": demands.gathered / 2,
     }
 
 
-def machines(constants: Mapping[str, float], ranks: int) -> Machine:
+def machine_of(constants: Mapping[str, float]) -> Machine:
     """The constants as those of the planner; what fell out of the fit costs nothing."""
     rate = lambda name: 1 / constants[name] if constants[name] else float("inf")  # noqa: E731
+    summed = max(constants["summed"], 1e-15)  # gathering is said in its time
     return dataclasses.replace(
         Machine(),
         kind="cpu",
         flops=rate("flops"),
-        memory_bandwidth=rate(f"traffic, {ranks} rank{'s' if ranks > 1 else ''}"),
-        operation_seconds=constants["operations"],
-        node_bandwidth=rate("sent"),
+        memory_bandwidth=rate("states"),
+        node_bandwidth=1 / summed,
+        gathering=constants["gathered"] / summed,
         message_seconds=0.0,
-        step_seconds=constants["step"],
+        step_seconds=0.0,
     )
 
 

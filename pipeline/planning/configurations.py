@@ -101,7 +101,7 @@ def configurations(
         work = work_of(choice)
         memory = memory_of(parameters, work.activations, choice.zero, ranks, choice.accumulation, platform, async_save)
         rate = machine.fp32_flops if choice.precision == "fp32" else machine.flops
-        demands = demands_of(parameters, work, choice.zero, ranks, choice.accumulation)
+        demands = demands_of(parameters, work, choice.zero, ranks, choice.accumulation, machine.kind)
         speed = speed_of(demands, replace(machine, flops=rate), work, ranks, choice.accumulation)
         on_node = sum(memory.host.values()) * min(ranks, machine.ranks_per_node)
         fits = memory.peak <= memory_bytes and (host_bytes is None or on_node <= host_bytes)

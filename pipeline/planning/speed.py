@@ -1,8 +1,9 @@
 """Seconds of a step, and what a run asks of its network, loaders and disk, by a simple model with stated constants.
 
-What a step demands is counted; a machine's constants turn demands into seconds. Products and memory traffic of a device
+What a step demands is counted; a machine's constants turn demands into seconds. Products and memory traffic of a GPU
 follow one another, the host's launches run beside both, and sums over the ranks run beside the last backward pass as
-far as they are overlapped. Legend: P trained parameters, N ranks, M nodes, G ranks of a node, b bytes of a weight.
+far as they are overlapped. On a CPU nothing runs beside anything, and activations are in its caches.
+Legend: P trained parameters, N ranks, M nodes, G ranks of a node, b bytes of a weight.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Machine:
     operation_seconds: float = 8e-6  # of the host, for an operation's launch
     node_bandwidth: float = 0.8 * 450e9  # bytes per second of a rank to its node, each way
     network_bandwidth: float = 0.8 * 50e9  # bytes per second of a rank to other nodes, each way
+    gathering: float = 1.0  # time of bytes gathered or scattered, in that of half a sum, which moves as many
     message_seconds: float = 20e-6  # of one hop of a collective
     ranks_per_node: int = 8
     step_seconds: float = 0.002  # what a step costs besides: agreement of the ranks, the guard's wait
@@ -90,8 +92,10 @@ class Speed:
         return 1 - self.communication / self.step_seconds
 
 
-def demands_of(parameters: Parameters, work: Work, zero: Zero, ranks: int, accumulation: int) -> Demands:
-    """What a step of ``accumulation`` micro-batches asks of one rank."""
+def demands_of(
+    parameters: Parameters, work: Work, zero: Zero, ranks: int, accumulation: int, kind: DeviceKind = "cuda"
+) -> Demands:
+    """What a step of ``accumulation`` micro-batches asks of one rank, a device of this ``kind``."""
     whole = zero.weight_bytes * parameters.trained
     everything = zero.weight_bytes * (parameters.trained + parameters.frozen)
     part = parameters.trained / ranks
@@ -100,9 +104,12 @@ def demands_of(parameters: Parameters, work: Work, zero: Zero, ranks: int, accum
     if ranks > 1:
         reduced = float(whole * sums if zero.stage < 3 else 0)  # whole buckets, at stage 2 too
         gathered = float({0: 0, 1: whole, 2: whole, 3: (whole + everything) * accumulation}[zero.stage])
-    passes = 3 if ranks > 1 else 1  # into a bucket; to a flat copy and back
-    moved = 2 * (passes * whole * sums + (2 if zero.stage else 1) * FP32 * part)
-    adam = ADAM_BYTES * (parameters.trained if zero.stage == 0 else part)
+    moved = 2 * sums * _copies(zero.stage, ranks, kind) * whole
+    if zero.stage == 3 and ranks > 1:  # a rank's part of the weights into a buffer, each weight out of it
+        moved += 2 * accumulation * (1 + 1 / ranks) * everything
+    own = part if zero.stage else parameters.trained
+    moved += (2 * (2 if zero.stage else 1) + 3) * FP32 * own  # flat and back; read for the norm, scaled by it
+    adam = ADAM_BYTES * own
     offloaded = (zero.weight_bytes + FP32) * part if zero.offload_optimizer else 0.0  # weights up, gradients down
     if zero.offload_weights:  # a rank's part goes up for each forward and backward pass
         offloaded += 2 * accumulation * everything / ranks
@@ -123,12 +130,13 @@ def demands_of(parameters: Parameters, work: Work, zero: Zero, ranks: int, accum
 
 def speed_of(demands: Demands, machine: Machine, work: Work, ranks: int, accumulation: int) -> Speed:
     """Seconds of a step on ``machine``."""
-    products = demands.flops / machine.flops + demands.traffic / machine.memory_bandwidth
-    launches = demands.operations * machine.operation_seconds
-    compute = max(products, launches) if machine.kind == "cuda" else products + launches
+    compute, hidden = demands.flops / machine.flops, 0.0
     reducing = _all_reduce(demands.reduced, machine, ranks)
-    hidden = min(reducing, compute * demands.last_backward) if machine.kind == "cuda" else 0.0
-    communication = reducing - hidden + _all_reduce(demands.gathered, machine, ranks) / 2
+    if machine.kind == "cuda":
+        compute += demands.traffic / machine.memory_bandwidth
+        compute = max(compute, demands.operations * machine.operation_seconds)
+        hidden = min(reducing, compute * demands.last_backward)
+    communication = reducing - hidden + machine.gathering * _all_reduce(demands.gathered, machine, ranks) / 2
     communication += demands.collectives * machine.message_seconds * _hops(machine, ranks)
     optimizer = demands.optimizer_traffic / machine.memory_bandwidth
     optimizer += demands.host_traffic / machine.host_bandwidth + demands.copied / machine.copy_bandwidth
@@ -145,6 +153,17 @@ def speed_of(demands: Demands, machine: Machine, work: Work, ranks: int, accumul
         read_bandwidth=samples * ranks / seconds * machine.image_bytes,
         network_bytes=(2 * demands.reduced + demands.gathered) * (ranks - 1) / ranks,
     )
+
+
+def _copies(stage: int, ranks: int, kind: DeviceKind) -> float:
+    """How often a gradient is read and written on its way from backward to the rank that it belongs to.
+
+    As counted in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, comm/coalesced_collectives.py).
+    """
+    if stage < 3:
+        return 3.0 if ranks > 1 else 1.0  # into a bucket; to a flat copy and back
+    copies = 3 + 1 / ranks  # into a bucket; to a copy in the order of the ranks; divided; a rank's part out of it
+    return copies if kind == "cuda" else copies + 1 + 1 / ranks  # gloo scatters by summing a copy of all
 
 
 def checkpoint_of(parameters: Parameters, machine: Machine, ranks: int) -> tuple[int, float, float]:

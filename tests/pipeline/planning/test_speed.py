@@ -68,6 +68,27 @@ def test_efficiency_falls_with_nodes_and_rises_with_the_batch() -> None:
     assert speed(512, accumulation=8).efficiency > speed(512).efficiency
 
 
+@pytest.mark.parametrize(
+    ("stage", "ranks", "kind", "bytes_of_a_parameter"),
+    [
+        (0, 1, "cpu", 2 * 4 + 2 * 4 + 3 * 4 + 28),  # into a bucket; back; norm and scaling; Adam
+        (1, 1, "cpu", 2 * 4 + 4 * 4 + 3 * 4 + 28),  # flat and back
+        (2, 4, "cuda", 6 * 2 + (4 * 4 + 3 * 4 + 28) / 4),
+        (3, 1, "cpu", 2 * (4 + 2) * 4 + 4 * 4 + 3 * 4 + 28),  # gloo: one copy and its part more
+        (3, 4, "cuda", 2 * 3.25 * 2 + 2 * 1.25 * 2 + (4 * 4 + 3 * 4 + 28) / 4),
+    ],
+)
+def test_what_a_step_moves_in_memory_for_its_optimizer(stage: int, ranks: int, kind, bytes_of_a_parameter) -> None:
+    demands = demands_of(PARAMETERS, WORK, Zero(stage, 4 if kind == "cpu" else 2), ranks, 1, kind)
+    assert demands.optimizer_traffic == pytest.approx(bytes_of_a_parameter * 10**9)
+
+
+def test_gathering_may_be_slower_than_summing() -> None:
+    slow = dataclasses.replace(PLAIN, gathering=10.0)
+    one, ten = (speed(8, machine=machine).communication for machine in (PLAIN, slow))
+    assert ten == pytest.approx(one + 9 * one / 3)  # stage 1: weights gathered are half of what the sum moves
+
+
 def test_offloading_costs_time() -> None:
     def seconds(**offload: bool) -> float:
         demands = demands_of(PARAMETERS, WORK, Zero(2, 2, **offload), 8, 1)

@@ -23,12 +23,21 @@ TIMEOUT_SECONDS = 1800.0
 _FLAGS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8"
 # SPICE's serializer looks into classes of the JDK, which Java 16 and newer refuse. Java 8 does not read this variable.
 _OPENED = " ".join(f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in ("lang", "util", "math", "nio", "text"))
+# Where Java fails, the package keeps its lock, and its __del__ would wait for that lock for ever.
 _METEOR_PROGRAM = """
-import json, sys
-from pycocoevalcap.meteor.meteor import Meteor
+import json, os, sys
+from pycocoevalcap.meteor import meteor
+meteor.METEOR_JAR = sys.argv[1]
 found, wanted = json.load(sys.stdin)
 number = range(len(found))
-score = Meteor().compute_score({i: wanted[i] for i in number}, {i: [found[i]] for i in number})
+program = meteor.Meteor()
+try:
+    score = program.compute_score({i: wanted[i] for i in number}, {i: [found[i]] for i in number})
+except (OSError, ValueError) as error:
+    program.meteor_p.kill()
+    said = program.meteor_p.stderr.read().decode(errors="replace")
+    print(said or f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 json.dump(score, sys.stdout)
 """
 
@@ -65,10 +74,13 @@ def meteor(
     captions: Sequence[str], references: Sequence[Sequence[str]], timeout_seconds: float = TIMEOUT_SECONDS
 ) -> tuple[float, list[float]]:
     """METEOR 1.5 of tokenized captions: of all together, which is not the mean, and of each. Raises MetricMissing."""
-    package_folder()
+    folder = package_folder() / "meteor"
     _java()
     clean = [_one_field(caption) for caption in captions], [list(map(_one_field, of_image)) for of_image in references]
-    output = _run([sys.executable, "-c", _METEOR_PROGRAM], json.dumps(clean), timeout_seconds, "METEOR")
+    with tempfile.TemporaryDirectory(prefix="meteor-") as name:
+        jar = Path(shutil.copy(folder / "meteor-1.5.jar", name))  # takes %20 in its own path for a folder's name
+        (jar.parent / "data").symlink_to(folder / "data")
+        output = _run([sys.executable, "-c", _METEOR_PROGRAM, str(jar)], json.dumps(clean), timeout_seconds, "METEOR")
     score, scores = json.loads(output)
     return score, scores
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from data_prep.held_signals import held_signals
@@ -37,7 +38,7 @@ def ordered_map(
     try:
         pending: deque = deque()
         for chunk in chunks:
-            with held_signals():
+            with held_signals(), _interrupts_blocked():  # it starts workers as they are needed
                 pending.append(executor.submit(_run_chunk, function, chunk))
             if len(pending) >= 3 * workers:
                 yield from _result(pending.popleft())
@@ -48,6 +49,16 @@ def ordered_map(
     finally:
         with held_signals():
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes that are started within begin without Ctrl-C, which may come before they can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future) -> Any:

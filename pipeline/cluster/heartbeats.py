@@ -129,7 +129,7 @@ class Heartbeats:
         if not self._watch.place.is_main:
             return self._verdict_on_main(heard)
         now, hosts = self._clock(), self._watch.hosts
-        nothing = Heard(Beat(-1, SET_UP, "sets up", 0, waits=False, where=""), self._began, self._began)
+        nothing = self._never_heard()
         behind = _behind({rank: heard.get(rank, nothing) for rank in range(self._watch.place.world_size)})
         furthest = _furthest(heard)
         if not any(self._is_over(one, furthest, now) for one in behind.values()):
@@ -170,11 +170,15 @@ class Heartbeats:
         return {"phase": own.phase, "doing": own.doing, "step": own.step, **counters, "behind": shown}
 
     def _verdict_on_main(self, heard: Mapping[int, Heard]) -> Ending | None:
-        main, furthest, now = heard.get(0), _furthest(heard), self._clock()
-        if main is None or not (self._is_silent(main, now) and self._is_over(main, furthest, now)):
+        main, furthest, now = heard.get(0, self._never_heard()), _furthest(heard), self._clock()
+        if not (self._is_silent(main, now) and self._is_over(main, furthest, now)):
             return None  # as long as it is heard of, it judges itself
         reason = f"{self._complaint(main, furthest, now)}; the stacks of all others are shown"
         return Ending(0, self._watch.hosts.get(0, "?"), EXIT_REQUEUE, reason, dump_stacks=True)
+
+    def _never_heard(self) -> Heard:
+        """What stands for a rank that has sent no beat: it may have been stopped before its first one."""
+        return Heard(Beat(-1, SET_UP, "sets up", 0, waits=False, where=""), self._began, self._began)
 
     def _is_over(self, one: Heard, furthest: Heard | None, now: float) -> bool:
         """Whether a rank has not moved for longer than it may: than its phase may last, and since it is silent than the

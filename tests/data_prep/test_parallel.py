@@ -71,3 +71,15 @@ def test_a_handler_that_raises_leaves_no_lock_of_the_pool_taken(number, entry, m
     monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
     with pytest.raises(Told):
         list(results)
+
+
+def blocked_when_a_worker_starts(_: int) -> bool:
+    """The mask that a worker has is the one that it began with: nothing in it changes that."""
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.slow
+def test_workers_begin_without_interrupts_and_the_parent_keeps_its_own() -> None:
+    """Between its start and its first line of ours, Ctrl-C would end a worker in a traceback."""
+    assert list(ordered_map(blocked_when_a_worker_starts, range(4), 2, chunk_size=1)) == [True] * 4
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

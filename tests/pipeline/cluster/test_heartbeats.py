@@ -171,6 +171,15 @@ def test_rank_0_is_judged_by_the_others() -> None:
     assert judge.beats.verdict().line.startswith("error: rank 0 on n0: no heartbeat for 101 s")
 
 
+def test_rank_0_is_judged_by_the_others_also_if_its_first_beat_never_came() -> None:
+    judge = Judge(rank=2)
+    judge.hear(2, 4)
+    judge.now = 100.0
+    assert judge.beats.verdict() is None
+    judge.now = 101.0
+    assert judge.beats.verdict().line.startswith("error: rank 0 on n0: no heartbeat for 101 s")
+
+
 def test_a_beat_says_where_the_main_thread_is_and_ends_the_run_in_time() -> None:
     judge = Judge(world=1)
     judge.beats._pulse.move(STEP, "computes", 3)

@@ -21,8 +21,15 @@ def released_fixture(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     """Tensors of the dump of an objective ("flm", "mlm" or "ar"), its state dict, its gradient norms by name."""
     with safe_open(fixture_path(name), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if name == "flm":
+            tensors["image"] = made_image()
         layout, names = json.loads(file.metadata()["layout"]), json.loads(file.metadata()["grad_norm_names"])
     return tensors, made_weights(layout), dict(zip(names, tensors["grad_norms"].tolist(), strict=True))
+
+
+def made_image() -> Tensor:
+    """The images of the dumps, noise, to the rounding of a processor's logarithm and cosine: fp32 [4, 3, 96, 96]."""
+    return torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(11))
 
 
 def made_weights(layout: list[list]) -> dict[str, Tensor]:

@@ -77,8 +77,11 @@ def meteor(
     folder = package_folder() / "meteor"
     _java()
     clean = [_one_field(caption) for caption in captions], [list(map(_one_field, of_image)) for of_image in references]
-    with tempfile.TemporaryDirectory(prefix="meteor-") as name:
-        jar = Path(shutil.copy(folder / "meteor-1.5.jar", name))  # takes %20 in its own path for a folder's name
+    with tempfile.TemporaryDirectory(prefix="meteor-") as name:  # beside a path with a space it finds no data
+        try:
+            jar = Path(shutil.copy(folder / "meteor-1.5.jar", name))
+        except OSError as error:
+            raise MetricMissing(f"METEOR could not be started: {error}") from error
         (jar.parent / "data").symlink_to(folder / "data")
         output = _run([sys.executable, "-c", _METEOR_PROGRAM, str(jar)], json.dumps(clean), timeout_seconds, "METEOR")
     score, scores = json.loads(output)

@@ -87,9 +87,11 @@ def test_meteor_is_the_packages_whatever_the_locale(monkeypatch: pytest.MonkeyPa
 @needs_java
 def test_a_meteor_that_dies_says_why_and_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The package's own object waits for ever: for the lock under which its Java died."""
+    monkeypatch.setattr(java, "package_folder", lambda: tmp_path)
+    with pytest.raises(MetricMissing, match=r"^METEOR could not be started: .*meteor-1.5.jar"):
+        java.meteor(["a dog runs"], [["the dog runs"]], timeout_seconds=60)
     (tmp_path / "meteor").mkdir()
     (tmp_path / "meteor" / "meteor-1.5.jar").write_bytes(b"no jar")
-    monkeypatch.setattr(java, "package_folder", lambda: tmp_path)
     with pytest.raises(MetricMissing, match=r"^METEOR ended with code 1: Error: Invalid or corrupt jarfile"):
         java.meteor(["a dog runs"], [["the dog runs"]], timeout_seconds=60)
 

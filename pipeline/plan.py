@@ -29,6 +29,7 @@ from pipeline.config.command_line import DS_CONFIGS, Launch, parse_command_line
 from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, ConfigError, fail, in_batch_negatives
 from pipeline.config.program_options import number, whole_number
+from pipeline.engine.peak_flops import peak_flops
 from pipeline.finetuning.table import task_of
 from pipeline.planning import configurations as search
 from pipeline.planning.activations import DeviceKind
@@ -45,7 +46,6 @@ from pipeline.planning.counts import (
 from pipeline.planning.memory import zero_of
 from pipeline.planning.speed import Machine
 from pipeline.planning.summary import GIB, Subject, as_plain, as_text
-from pipeline.reporting.metrics import peak_flops
 
 COUNTED = 16, 64  # samples of the two micro-batches that others are told from
 OFFERED = ("zero1", "zero2", "zero3", "zero0", "zero2_offload", "zero3_offload")  # of ds_configs/

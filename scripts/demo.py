@@ -27,7 +27,7 @@ sys.path[0] = str(ROOT)
 
 from data_prep.parallel import default_workers  # noqa: E402
 from pipeline.distributed.launching import launched_ranks  # noqa: E402
-from pipeline.reporting.metrics import LOG_NAME, read_log  # noqa: E402
+from pipeline.recording.run_log import LOG_NAME, read_log  # noqa: E402
 from pipeline.reporting.page import held_out_rows  # noqa: E402
 from pipeline.reporting.page import number as as_text  # noqa: E402
 

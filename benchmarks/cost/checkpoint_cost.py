@@ -212,7 +212,7 @@ def describe(arguments: argparse.Namespace, argv: list[str] | None) -> dict[str,
     import deepspeed
     import safetensors
 
-    from pipeline.reporting.environment import device_name
+    from pipeline.recording.environment import device_name
 
     given = [argument for argument in (sys.argv[1:] if argv is None else argv)]
     return {

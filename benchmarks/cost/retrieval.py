@@ -32,7 +32,7 @@ from model.build import build_objective
 from model.config import ModelConfig, VisionConfig, objective_options
 from model.scoring.pairs import encode_captions, encode_image, score_captions
 from pipeline.distributed.host_memory import keep_freed_memory
-from pipeline.reporting.environment import device_name
+from pipeline.recording.environment import device_name
 
 IMAGE_SIZE = 384
 SPLITS = {"Flickr30K test": (1000, 5000), "COCO test": (5000, 25010)}  # images, captions

@@ -30,7 +30,7 @@ from model.build import build_objective
 from model.config import FLMOptions, ModelConfig, Vocabulary, objective_options
 from model.heads import LanguageModelHead
 from pipeline.distributed.host_memory import keep_freed_memory
-from pipeline.reporting.environment import device_name
+from pipeline.recording.environment import device_name
 
 VOCABULARY = Vocabulary(size=50265, bos_id=0, pad_id=1, eos_id=2, mask_id=50264)
 FULL_LENGTH = 50

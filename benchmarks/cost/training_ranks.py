@@ -14,7 +14,7 @@ from pathlib import Path
 from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from pipeline.distributed.launching import reserve_port
-from pipeline.reporting.metrics import LOG_NAME, read_log
+from pipeline.recording.run_log import LOG_NAME, read_log
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.05

@@ -35,8 +35,8 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
 from pipeline.loading.open_data import open_held_out
 from pipeline.metrics.cider import cider_d
-from pipeline.reporting.step_lines import StepLines
-from pipeline.reporting.step_lines import step_of as step_of_line
+from pipeline.recording.step_lines import StepLines
+from pipeline.recording.step_lines import step_of as step_of_line
 from pipeline.tasks.caption_scores import summarise
 from pipeline.tasks.captioning import Captioner, caption_items, load_captioner
 from pipeline.weights.starting import load_starting_weights

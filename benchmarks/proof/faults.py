@@ -31,7 +31,7 @@ from pathlib import Path
 from pipeline.cluster import heartbeats
 from pipeline.cluster.last_words import LastWords, read_last_words
 from pipeline.distributed.watch import GRACE_SECONDS
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests.forked_program import start_program
 from tests.tiny_corpus import make_corpus
 

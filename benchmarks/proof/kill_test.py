@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.proof.killed_launch import Kill, Launcher
 from benchmarks.proof.same_run import differences
-from pipeline.reporting.environment import describe_environment
+from pipeline.recording.environment import describe_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CELLS = [

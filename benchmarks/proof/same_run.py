@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from pipeline.checkpoint.files import newest_valid, weights_hash
 from pipeline.checkpoint.restore import load_weights
-from pipeline.reporting.sample_keys import read_sample_keys
+from pipeline.recording.sample_keys import read_sample_keys
 
 MEASURED = re.compile(r"(^|_)(time|seconds|second|gib|mfu|bytes|rank)$|data_wait_share")  # time and memory, not the run
 

@@ -31,8 +31,8 @@ from pipeline.checkpoint.state import RunState
 from pipeline.config.options import Config
 from pipeline.data.order import SampleOrder
 from pipeline.loading.batch_positions import TrainBatches
-from pipeline.reporting.environment import describe_environment
-from pipeline.reporting.sample_keys import read_sample_keys
+from pipeline.recording.environment import describe_environment
+from pipeline.recording.sample_keys import read_sample_keys
 from tests.forked_ranks import run_ranks
 from tests.pipeline.engine.test_engine import global_loss, make_engine, tiny_config
 from tests.tiny_objective import TinyObjective, tiny_batch

@@ -48,8 +48,8 @@ from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.run_lock import lock_run
 from pipeline.loading.open_data import open_held_out
-from pipeline.reporting.environment import describe_environment
-from pipeline.reporting.metrics import LOG_NAME, read_log
+from pipeline.recording.environment import describe_environment
+from pipeline.recording.run_log import LOG_NAME, read_log
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 _OF_THE_REPORT = ("command", "git_revision", "git_changed")  # of an environment: said of the trainings instead

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.probes.__main__ import read_probes
-from pipeline.reporting.metrics import LOG_NAME, read_log
+from pipeline.recording.run_log import LOG_NAME, read_log
 
 PROBES = {  # in the order of the report: the higher the better, all of them
     "vqa_accuracy": "VQA accuracy, linear probe",

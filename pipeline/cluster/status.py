@@ -17,7 +17,7 @@ from pipeline.cluster import heartbeats, restarts
 from pipeline.cluster.last_words import LastWords, read_last_words
 from pipeline.config.options import ConfigError
 from pipeline.distributed.endings import EXIT_DONE
-from pipeline.reporting.metrics import LOG_NAME, read_events, read_log
+from pipeline.recording.run_log import LOG_NAME, read_events, read_log
 
 RECENT = 20  # lines of the log that tell of the present
 MISSED_BEATS = 2.5  # of the file: so long without a new one, and it is told

@@ -14,7 +14,7 @@ from data_prep.manifest import write_atomically
 from pipeline.config.options import DataConfig
 from pipeline.data.open_shards import SHARD_REASONS
 from pipeline.distributed.ranks import Agreement
-from pipeline.reporting.step_lines import StepLines, cut_back
+from pipeline.recording.step_lines import StepLines, cut_back
 
 FILE_NAME = "unusable.jsonl"
 SHARDS_NAME = "unusable_shards.json"

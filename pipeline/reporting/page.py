@@ -18,9 +18,9 @@ from markupsafe import Markup
 from data_prep.manifest import write_atomically
 from pipeline.config.options import leaves
 from pipeline.incidents.records import incident_folder
+from pipeline.recording.run_log import EVENTS, LOG_NAME, read_events, read_log
 from pipeline.reporting.evaluations import Evaluation, EvaluationError, read_evaluations
 from pipeline.reporting.figures import NUM_COLOURS, Series, draw
-from pipeline.reporting.metrics import EVENTS, LOG_NAME, read_events, read_log
 
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.json"

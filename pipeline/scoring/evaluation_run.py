@@ -29,8 +29,8 @@ from pipeline.finetuning.table import task_of
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.open_data import open_held_out
 from pipeline.loading.shared_opening import found_by_main
-from pipeline.reporting.environment import describe_environment
-from pipeline.reporting.metrics import Progress
+from pipeline.recording.environment import describe_environment
+from pipeline.recording.progress import Progress
 from pipeline.scoring import scorecard
 from pipeline.scoring.examples import write_examples
 from pipeline.scoring.journal import Journal, read_journal, remove_journal

@@ -19,8 +19,8 @@ from pipeline.engine.engine import BadStep, StepResult
 from pipeline.incidents.guard import Guard
 from pipeline.incidents.records import FOLDER, incident_folder, list_incidents, name_checkpoint, write_incident
 from pipeline.incidents.rewind import SkippedBatches, decide_rewind, finish_setting_aside, ways_back
-from pipeline.reporting.environment import device_name
-from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
+from pipeline.recording.environment import device_name
+from pipeline.recording.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.training.session import Session
 
 

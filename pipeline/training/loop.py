@@ -12,7 +12,7 @@ from typing import Any
 from model.batch import Batch
 from pipeline.cluster.heartbeats import EVALUATION, SAVING, SET_UP, STEP
 from pipeline.distributed.endings import EXIT_DONE, EXIT_MEND, EXIT_REQUEUE
-from pipeline.reporting.metrics import Progress
+from pipeline.recording.progress import Progress
 from pipeline.reporting.page import report_or_warn
 from pipeline.tasks.evaluation import Run, evaluate
 from pipeline.training import bad_steps
@@ -24,7 +24,7 @@ def train(s: Session) -> int:
     """Train to the last step; returns the exit code. Every rank runs the same beats."""
     total = s.config.train.steps
     records = s.records
-    progress = records.writer.progress(total, s.state.step)
+    progress = Progress(total, s.state.step, enabled=s.ranks.place.is_main)
     try:
         code = _steps(s, progress) if _evaluate_what_is_due(s) else EXIT_REQUEUE
         progress.close()

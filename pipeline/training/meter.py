@@ -14,7 +14,7 @@ from torch import Tensor
 from model.batch import Batch
 from pipeline.distributed.ranks import Agreement
 from pipeline.engine.engine import StepResult, TrainEngine
-from pipeline.reporting.metrics import peak_flops
+from pipeline.engine.peak_flops import peak_flops
 
 GIB = float(1 << 30)
 GFLOP = 1e9

@@ -13,7 +13,7 @@ from data_prep.manifest import write_atomically
 from pipeline.config.command_line import Launch
 from pipeline.config.options import Config, flatten, save_config, tokenizer_source
 from pipeline.distributed.connecting import Ranks
-from pipeline.reporting.environment import describe_environment
+from pipeline.recording.environment import describe_environment
 from pipeline.tasks.task import Score
 
 

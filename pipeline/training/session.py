@@ -45,9 +45,9 @@ from pipeline.loading.open_data import (
     sample_order,
 )
 from pipeline.loading.unusable import UnusableSamples
-from pipeline.reporting.metrics import MetricsWriter
-from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys
-from pipeline.reporting.trackers import check_trackers
+from pipeline.recording.run_log import MetricsWriter
+from pipeline.recording.sample_keys import SampleKeys, cut_back_sample_keys
+from pipeline.recording.trackers import check_trackers
 from pipeline.staging.stager import Stager
 from pipeline.staging.starting import start_staging
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of

@@ -6,8 +6,8 @@ import json
 import time
 from pathlib import Path
 
-from pipeline.reporting.metrics import read_log
-from pipeline.reporting.sample_keys import read_sample_keys
+from pipeline.recording.run_log import read_log
+from pipeline.recording.sample_keys import read_sample_keys
 from tests.cluster.desk import Desk
 from tests.cluster.warm_python import process_file
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.folders import newest_saved_step
-from pipeline.reporting.sample_keys import read_sample_keys
+from pipeline.recording.sample_keys import read_sample_keys
 from tests.cluster.course import OPTIONS, STEPS, Course, assert_same, attempts, losses
 from tests.cluster.desk import SCRIPTS, Desk
 

@@ -75,7 +75,7 @@ def _rank(environment: dict[str, str]) -> tuple[str, int, int]:
 
 def _keep_pace(file: Path) -> None:
     """Wait before each step for as many seconds as the file says, so that there is time to disturb the run."""
-    from pipeline.reporting.sample_keys import SampleKeys
+    from pipeline.recording.sample_keys import SampleKeys
 
     write = SampleKeys.write
 

@@ -17,7 +17,7 @@ from pipeline.distributed.ranks import Agreement
 from pipeline.evaluate import main as evaluate
 from pipeline.finetuning.table import task_of
 from pipeline.generate import main as generate
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from pipeline.training.loop import train as loop
 from pipeline.training.session import resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks

@@ -13,7 +13,7 @@ from model.build import build_objective
 from model.config import VisionConfig, objective_options
 from model.torchvision_shim import ensure_torchvision
 from pipeline.checkpoint.restore import load_weights
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests.forked_ranks import run_ranks
 from tests.pipeline.engine.test_engine import global_loss, make_engine, micro_batches
 from tests.pipeline.engine.test_engine import tiny_config as engine_config

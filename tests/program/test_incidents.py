@@ -33,8 +33,8 @@ from pipeline.distributed.ranks import Agreement
 from pipeline.finetuning.table import task_of
 from pipeline.incidents.records import read_incident
 from pipeline.incidents.rewind import SkippedBatches
+from pipeline.recording.run_log import read_log
 from pipeline.replay import main as replay_main
-from pipeline.reporting.metrics import read_log
 from pipeline.training import bad_steps
 from pipeline.training.loop import train as loop
 from pipeline.training.session import resolve_ds_config, set_up

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.distributed.launching import reserve_port
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests.forked_program import start_program
 from tests.tiny_corpus import make_corpus
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests.program.test_program import REPOSITORY, SHORT, finish, losses, program
 from tests.program.test_program import work as prepared  # noqa: F401  (a fixture)
 

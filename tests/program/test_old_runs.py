@@ -19,7 +19,7 @@ from model.config import OPTIONS_OF, FLMOptions, ModelConfig, VisionConfig, opti
 from pipeline import evaluate, generate
 from pipeline.config import options
 from pipeline.config.recipes import RUN_CONFIG
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests.forked_program import Job, start_program
 
 REPOSITORY = Path(__file__).resolve().parents[2]

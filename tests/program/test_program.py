@@ -16,8 +16,8 @@ import pytest
 
 from pipeline.checkpoint.files import newest_valid, weights_hash
 from pipeline.checkpoint.restore import load_weights
-from pipeline.reporting.metrics import read_log
-from pipeline.reporting.sample_keys import read_sample_keys
+from pipeline.recording.run_log import read_log
+from pipeline.recording.sample_keys import read_sample_keys
 from tests.forked_command import finish
 from tests.forked_program import start_program
 from tests.tiny_corpus import make_corpus

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
 from pipeline.config.options import Config, ConfigError, TrainConfig
-from pipeline.reporting.sample_keys import read_sample_keys
+from pipeline.recording.sample_keys import read_sample_keys
 from tests.program.test_program import SHORT, finish, program, work  # noqa: F401 (a fixture)
 
 OPTIONS = [*SHORT, "--train.steps", "6", "--train.eval_every", "2", "--train.save_every", "2", "--train.keep_last", "9"]

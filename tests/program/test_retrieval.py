@@ -16,7 +16,7 @@ from pipeline.distributed.ranks import Agreement
 from pipeline.evaluate import main
 from pipeline.finetuning.retrieval import Retrieval
 from pipeline.finetuning.table import task_of
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from pipeline.training.loop import train as loop
 from pipeline.training.session import Ranks, resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks

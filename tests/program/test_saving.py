@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.checkpoint.files import newest_valid
 from pipeline.checkpoint.restore import read_state
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests.program.test_program import SHORT, finish, program, work  # noqa: F401 (a fixture)
 
 OPTIONS = [*SHORT, "--data.num_workers", "0", "--train.steps", "4"]

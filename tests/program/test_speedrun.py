@@ -15,7 +15,7 @@ from typing import IO
 import pytest
 
 from benchmarks.speedrun import jobs
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests import forked_command
 from tests.forked_command import Forked
 from tests.tiny_corpus import make_corpus

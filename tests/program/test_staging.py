@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reporting.metrics import read_log
-from pipeline.reporting.sample_keys import read_sample_keys
+from pipeline.recording.run_log import read_log
+from pipeline.recording.sample_keys import read_sample_keys
 from pipeline.staging import node_folder
 from tests.forked_program import Job, start_program
 from tests.tiny_corpus import make_corpus

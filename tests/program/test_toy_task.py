@@ -15,7 +15,7 @@ from pipeline.config.command_line import parse_command_line
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.ranks import Agreement
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from pipeline.training.loop import train as loop
 from pipeline.training.session import resolve_ds_config, set_up
 from tests import toy_task

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.distributed import watch
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 from tests.forked_program import Job, start_program
 from tests.tiny_corpus import make_corpus
 from tests.two_nodes import Nodes, hide, two_nodes

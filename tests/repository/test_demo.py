@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reporting.metrics import read_log
+from pipeline.recording.run_log import read_log
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

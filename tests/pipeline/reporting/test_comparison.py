@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.recording.run_log import MetricsWriter
 from pipeline.report import main
 from pipeline.reporting.comparison import write_comparison
-from pipeline.reporting.metrics import MetricsWriter
 from tests.pipeline.reporting.test_evaluations import CARD, HOSTILE, add_evaluation
 from tests.pipeline.reporting.test_report import Page, fake_run
 

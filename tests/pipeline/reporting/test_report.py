@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from pipeline.recording.run_log import MetricsWriter
 from pipeline.report import main
-from pipeline.reporting.metrics import MetricsWriter
 from pipeline.reporting.page import ReportError, duration, held_out_rows, number, write_report
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.data.order import micro_batch_positions
-from pipeline.reporting.sample_keys import SampleKeys, cut_back_sample_keys, read_sample_keys
-from pipeline.reporting.step_lines import StepLines, cut_back
+from pipeline.recording.sample_keys import SampleKeys, cut_back_sample_keys, read_sample_keys
+from pipeline.recording.step_lines import StepLines, cut_back
 
 
 def train(output: Path, steps: range, world: int, micro: int, batch: int = 8) -> None:

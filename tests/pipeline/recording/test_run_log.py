@@ -1,8 +1,7 @@
-"""Tests of the run log, the trackers, the progress display and the table of peak rates."""
+"""Tests of the run log and of the numbers it hands to TensorBoard."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import multiprocessing
@@ -14,14 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.reporting.metrics import (
-    LOG_NAME,
-    SUPERSEDED_NAME,
-    MetricsWriter,
-    Progress,
-    peak_flops,
-    read_log,
-)
+from pipeline.recording.run_log import LOG_NAME, SUPERSEDED_NAME, MetricsWriter, read_log
 
 
 def writer(path: Path, **options) -> MetricsWriter:
@@ -87,7 +79,6 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = MetricsWriter(run, {}, is_main=False, tensorboard=True, wandb=True)
     log.log(1, {"loss": 1.0})
     log.resume_from(0)
-    log.progress(10).update(1, {"loss": 1.0})
     log.close()
     assert not run.exists()
 
@@ -128,54 +119,3 @@ def test_tensorboard_of_a_killed_run_loses_nothing_and_repeats_nothing(tmp_path:
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30)]
-
-
-def test_progress_writes_plain_lines_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
-    bar = Progress(10, start=4, stream=stream, interval_seconds=0.0)
-    bar.update(5, {"loss": 1.23456, "epoch": 2})
-    bar.update(10)
-    bar.close()
-    first, last = stream.getvalue().splitlines()
-    assert first.startswith("step 5/10 | ") and "ETA" in first and first.endswith("loss 1.235, epoch 2")
-    assert last.startswith("step 10/10 | ") and "ETA" not in last
-
-
-def test_progress_is_quiet_between_lines_and_says_the_last_state() -> None:
-    stream = io.StringIO()
-    bar = Progress(1000, stream=stream, interval_seconds=60.0)
-    for step in range(1, 501):
-        bar.update(step)
-    assert stream.getvalue() == ""
-    bar.close()
-    bar.close()
-    assert stream.getvalue().count("\n") == 1 and "500/1000" in stream.getvalue()
-
-
-def test_progress_is_a_bar_with_eta_on_a_terminal() -> None:
-    stream = io.StringIO()
-    stream.isatty = lambda: True
-    bar = Progress(10, start=5, stream=stream)
-    bar.update(8, {"loss": 0.5})
-    bar.close()
-    assert "8/10" in stream.getvalue() and "loss 0.5" in stream.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "teraflops"),
-    [
-        ("NVIDIA H200", torch.bfloat16, 989.5),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
-        ("NVIDIA H100 PCIe", torch.float16, 756.5),
-        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
-        ("NVIDIA A100-SXM4-80GB", torch.float32, 19.5),
-        ("Tesla V100-SXM2-32GB", "fp16", 125),
-        ("Tesla V100-SXM2-32GB", "bf16", None),
-        ("NVIDIA L40S", "bf16", 362),
-        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
-        ("cpu", "fp32", None),
-    ],
-)
-def test_peak_rates(name: str, dtype: object, teraflops: float | None) -> None:
-    assert peak_flops(name, dtype) == (None if teraflops is None else pytest.approx(teraflops * 1e12))

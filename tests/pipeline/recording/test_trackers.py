@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.reporting import trackers
-from pipeline.reporting.metrics import LOG_NAME, MetricsWriter, read_log
-from pipeline.reporting.trackers import TrackerError, check_trackers
+from pipeline.recording import trackers
+from pipeline.recording.run_log import LOG_NAME, MetricsWriter, read_log
+from pipeline.recording.trackers import TrackerError, check_trackers
 
 
 def train(run: Path, steps: range = range(1, 4), **options: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.batch import Batch
-from pipeline.reporting.step_lines import StepLines, cut_back
+from pipeline.recording.step_lines import StepLines, cut_back
 
 PATTERN = "sample_keys-rank*.jsonl"
 

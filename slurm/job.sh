@@ -218,6 +218,7 @@ finish() {
     elif [ -n "$unfit" ]; then # one node less each time: that comes to an end by itself
         sort -u "$state.unfit" >&2
         [ "$(wc -l <<<"$unfit")" -lt "$nodes" ] || fail "no node of the job is fit; mend what stands above"
+        enough_without "$unfit" || fail "too few nodes of the partition are left without them; mend what stands above"
         requeue "$unfit"
     elif is_ended && [ "$(job_field Restarts)" = "$OPENFLM_ATTEMPT" ] && [ "$told" != USR1 ] && ! near_the_limit; then
         say "cancelled; submitted again, it goes on"
@@ -234,9 +235,23 @@ finish() {
     requeue "$(sed -n 's/^exclude //p' <<<"$excluded")"
 }
 
-# requeue NODES: the same job again, without these nodes
+keep_out() { # NODES -> these and those the job is kept off already, as one list
+    printf '%s\n' "$1" "$(job_field ExcNodeList)" | grep -v -x -e '(null)' -e '' | paste -s -d ,
+}
+
+enough_without() { # NODES: whether the partition has enough other nodes; else a job would wait for ever
+    local partition all left
+    partition=$(job_field Partition)
+    all=$(sinfo --noheader --Node --partition "$partition" --format %N | sort -u) || return 0
+    left=$(grep -v -x -c -F -f <(scontrol show hostnames "$(keep_out "$1")") <<<"$all")
+    [ "$left" -ge "$nodes" ] && return
+    say "without ${1//$'\n'/, } partition $partition has $left nodes left, the job needs $nodes"
+    return 1
+}
+
+# requeue NODES: the same job again, without these nodes where it can do without
 requeue() {
-    local all
+    local all=
     if [ "$(job_field BatchFlag)" != 1 ]; then
         say "not a batch job: start the same command again, it goes on"
         exit 75
@@ -247,12 +262,12 @@ requeue() {
     fi
     rm -f "$state".*
     trap '' TERM INT USR1 # Slurm ends this script, which still has to name the nodes
-    all=$(printf '%s\n' "$1" "$(job_field ExcNodeList)" | grep -v -x -e '(null)' -e '' | paste -s -d ,)
+    [ -z "$1" ] || ! enough_without "$1" || all=$(keep_out "$1")
     scontrol requeue "$job" || {
         say "Slurm does not requeue this job (JobRequeue=0?): submit the same command again, it goes on"
         exit 75
     }
-    if [ -n "$1" ]; then
+    if [ -n "$all" ]; then
         say "without ${1//$'\n'/, }"
         scontrol update "JobId=$job" "ExcNodeList=$all" || say "the next attempt may get these nodes again"
     fi

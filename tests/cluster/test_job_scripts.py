@@ -168,6 +168,19 @@ def test_a_check_of_nodes_leaves_unfit_ones_out(desk: Desk, script: Callable) ->
 
 
 @pytest.mark.extended
+def test_a_job_is_not_left_without_nodes(desk: Desk, script: Callable) -> None:
+    """It needs two, is kept off one of three, a second is unfit: it ends and says so instead of waiting for ever."""
+    body = """[ "$1 $2 $3" = "-m pipeline.health --run" ] || exit 0
+    [ "$SLURMD_NODENAME" != n1 ] || { echo "unfit n1: slow disk"; exit 75; }"""
+    site = desk.site(PYTHON=str(script("python", body)), HEALTH="yes")
+    job = desk.sbatch("pretrain_flm.sh", site=site, options=("--exclude=n3",))
+    assert desk.cluster.wait_for(job) == "FAILED", desk.log(job)
+    assert (desk.cluster.job(job)["Restarts"], desk.cluster.job(job)["ExitCode"]) == ("0", "2:0")
+    assert "without n1 partition main has 1 nodes left, the job needs 2" in desk.log(job)
+    assert "error: too few nodes of the partition are left" in desk.log(job)
+
+
+@pytest.mark.extended
 def test_a_stage_that_fails_ends_the_pipeline_with_its_table(desk: Desk, script: Callable) -> None:
     """Submitted within a job that binds its processes; jobs that can't come any more are not left in the queue."""
     body = """case "$*" in

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 
-def oracle_file(name: str) -> Path:
-    """The dump ``name`` in the folder $OPENFLM_ORACLE; skips the test where there is none."""
-    folder = Path(os.environ.get("OPENFLM_ORACLE", Path(__file__).resolve().parents[2] / "shared" / "oracle" / "flm"))
+def oracle_file(name: str, method: str = "flm") -> Path:
+    """The dump ``name`` in $OPENFLM_ORACLE (of FLM) or $OPENFLM_ORACLE_EVLGEN; skips the test where there is none."""
+    variable = "OPENFLM_ORACLE" + ("" if method == "flm" else f"_{method.upper()}")
+    folder = Path(os.environ.get(variable, Path(__file__).resolve().parents[2] / "shared" / "oracle" / method))
     if not (folder / name).is_file():
-        pytest.skip(f"no reference dump {name}: set OPENFLM_ORACLE to the folder that holds it")
+        pytest.skip(f"no reference dump {name}: set {variable} to the folder that holds it")
     return folder / name
 
 
-def load_oracle(name: str) -> dict:
-    return torch.load(oracle_file(name), weights_only=True)
+def load_oracle(name: str, method: str = "flm") -> Any:
+    return torch.load(oracle_file(name, method), weights_only=True)

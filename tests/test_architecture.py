@@ -20,6 +20,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu": (),
         "core": ("cpu.door",),
         "vision": ("core",),
+        "merge": (),
         "plans": ("core",),
         "networks": ("core", "vision"),
         "objectives": ("core", "plans", "networks", "decode"),

@@ -90,6 +90,43 @@ class ReconstructorConfig:
 
 
 @dataclass
+class ConnectorConfig:
+    """What turns the tokens of a frozen vision tower into tokens that a frozen language model reads (EVLGen).
+
+    Args:
+        name: tomeformer merges tokens in a BERT encoder; qformer and perceiver read them by learned queries, in BERT
+            layers and in pre-LN layers; pooling takes means over the grid, pixel_shuffle stacks neighbours of it, both
+            before two linear layers.
+        pretrained: Hugging Face name or folder of a BERT whose layers tomeformer and qformer begin with; null begins
+            with random ones.
+        num_tokens: tokens that the language model reads of an image.
+        merges_per_layer: tokens that each layer of tomeformer merges, instead of num_tokens (the release: 19).
+        merging: weighted counts a merged token as many times as there are tokens in it, plain once, as the release.
+        fewest_tokens: train with any number of tokens from this one to num_tokens, drawn for each micro-batch, so that
+            one model serves all of them; null trains with num_tokens. Of tomeformer only.
+        width: hidden width, a multiple of heads; of pooling and pixel_shuffle that between their linear layers.
+        heads: attention heads.
+        ffn_width: feed-forward width.
+        layers: layers of tomeformer, qformer or perceiver.
+        max_positions: rows of tomeformer's position table, so many tokens of an image at most.
+        dropout: dropout probability on attention and hidden states of tomeformer, qformer and perceiver.
+    """
+
+    name: Literal["tomeformer", "qformer", "perceiver", "pooling", "pixel_shuffle"] = "tomeformer"
+    pretrained: str | None = None
+    num_tokens: int = 29
+    merges_per_layer: int | None = None
+    merging: Literal["weighted", "plain"] = "weighted"
+    fewest_tokens: int | None = None
+    width: int = 768
+    heads: int = 12
+    ffn_width: int = 3072
+    layers: int = 12
+    max_positions: int = 512
+    dropout: float = 0.1
+
+
+@dataclass
 class ModelConfig:
     """The model.
 

@@ -21,6 +21,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "core": ("cpu.door",),
         "vision": ("core",),
         "merge": (),
+        "connectors": ("core", "merge", "vision.tower"),
         "plans": ("core",),
         "networks": ("core", "vision"),
         "objectives": ("core", "plans", "networks", "decode"),

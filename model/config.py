@@ -34,6 +34,11 @@ class VisionConfig:
         mlp_ratio: MLP width over hidden width (when name is null).
         quick_gelu: x*sigmoid(1.702x) instead of GELU (when name is null).
         drop_last_block: leave out the last block, as FLM does (not of LIBRARY/NAME).
+        layout: clip has a norm before the blocks and one behind them; eva has neither, and a bias in its patches (when
+            name is null; name eva-vit-g is EVA-CLIP's ViT-g/14, as EVLGen and BLIP-2 use it).
+        temporal: how the frames of a video tell each other what they show, in every block: released as EVLGen's
+            release, blind to their order; ordered, which is not; null not at all (not of LIBRARY/NAME). It is trained
+            where the tower is frozen too.
     """
 
     name: str | None = "ViT-B-32-quickgelu"
@@ -47,6 +52,8 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     quick_gelu: bool = True
     drop_last_block: bool = True
+    layout: Literal["clip", "eva"] = "clip"
+    temporal: Literal["released", "ordered"] | None = None
 
 
 @dataclass

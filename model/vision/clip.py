@@ -1,4 +1,4 @@
-"""CLIP-style vision transformer that returns all tokens (specification section 2.1).
+"""Vision transformer of CLIP and of EVA-CLIP that returns all tokens (specification section 2.1).
 
 Legend: B images, P = 1 + grid**2 tokens, W width.
 """
@@ -17,14 +17,22 @@ from model.attention import merge_heads, split_heads
 from model.config import VisionConfig
 from model.recomputing import run
 from model.torchvision_shim import ensure_torchvision
+from model.vision.temporal import TEMPORAL
 
 # Channel statistics of CLIP's training images (specification section 6.2).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_EPS, EVA_EPS = 1e-5, 1e-6  # of LayerNorms
+# EVA-CLIP's ViT-g/14 with 40 blocks, of which EVLGen leaves out the last (its specification, section 2.1).
+EVA_VIT_G = {"patch_size": 14, "width": 1408, "layers": 40, "head_width": 88, "mlp_ratio": 4.3637, "quick_gelu": False}
 
 
 class VisionTower(nn.Module):
-    """uint8 pixels -> tokens after ``ln_post``; the last block is left out when ``drop_last_block``."""
+    """uint8 pixels -> tokens after ``ln_post``; the last block is left out when ``drop_last_block``.
+
+    EVA-CLIP's ViT (layout eva) is the same without norms before and behind the blocks; its keys have no bias, which
+    is a bias of 0 here.
+    """
 
     recompute = False
 
@@ -43,12 +51,13 @@ class VisionTower(nn.Module):
         self.config = config
         self.grid = config.image_size // config.patch_size
         width, num_blocks = config.width, config.layers - int(config.drop_last_block)
-        self.patch_embedding = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=False)
+        is_clip = config.layout == "clip"
+        self.patch_embedding = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=not is_clip)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.position_embedding = nn.Parameter(torch.empty(1 + self.grid**2, width))
-        self.ln_pre = nn.LayerNorm(width, eps=1e-5)
+        self.ln_pre = nn.LayerNorm(width, eps=CLIP_EPS) if is_clip else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(num_blocks))
-        self.ln_post = nn.LayerNorm(width, eps=1e-5)
+        self.ln_post = nn.LayerNorm(width, eps=CLIP_EPS) if is_clip else nn.Identity()
         statistics = torch.tensor([IMAGE_MEAN, IMAGE_STD], dtype=torch.float64) * 255
         self.register_buffer("statistics", in_millionths(statistics).view(2, 3, 1), persistent=False)
         self.width, self.num_tokens = width, 1 + self.grid**2
@@ -76,8 +85,11 @@ class VisionTower(nn.Module):
             for linear in (block.qkv, block.out, block.up, block.down):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] (or floats already normalised) -> [B, P, W]; normalisation happens here, on the device."""
+    def forward(self, images: Tensor, num_frames: int = 1) -> Tensor:
+        """uint8 [B, 3, S, S] (or floats already normalised) -> [B, P, W]; normalisation happens here, on the device.
+
+        Each ``num_frames`` images one after another are the frames of a video.
+        """
         pixels = self.patch_embedding.cut(images)
         if pixels.dtype == torch.uint8:
             mean, std = (self.statistics.float() / 1e6).unbind(0)
@@ -86,7 +98,7 @@ class VisionTower(nn.Module):
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         tokens = self.ln_pre(torch.cat([first, patches], dim=1) + self.position_embedding)
         for block in self.blocks:
-            tokens = run(block, tokens, recompute=self.recompute and self.training)
+            tokens = run(block, tokens, num_frames, recompute=self.recompute and self.training)
         return self.ln_post(tokens)
 
 
@@ -101,26 +113,31 @@ class PatchEmbedding(nn.Conv2d):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, P-1, 3, p*p] -> [B, P-1, W]."""
-        return F.linear(pixels.flatten(2), self.weight.flatten(1))
+        return F.linear(pixels.flatten(2), self.weight.flatten(1), self.bias)
 
 
 class VisionBlock(nn.Module):
-    """Pre-LN transformer block."""
+    """Pre-LN transformer block; ``temporal`` lets the frames of a video tell each other what they show."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.num_heads, self.quick_gelu = width // config.head_width, config.quick_gelu
-        self.ln_1 = nn.LayerNorm(width, eps=1e-5)
+        eps = CLIP_EPS if config.layout == "clip" else EVA_EPS
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.ln_2 = nn.LayerNorm(width, eps=1e-5)
+        self.temporal = None if config.temporal is None else TEMPORAL[config.temporal](width)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, num_frames: int = 1) -> Tensor:
+        """[B, P, W] -> [B, P, W]."""
         query, key, value = split_heads(self.qkv(self.ln_1(tokens)), self.num_heads, 3)
         tokens = tokens + self.out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        if self.temporal is not None:
+            tokens = self.temporal(tokens, num_frames)
         hidden = self.up(self.ln_2(tokens))
         # x * sigmoid(1.702 x), by an operation that keeps one tensor for backward instead of two
         hidden = F.silu(1.702 * hidden) / 1.702 if self.quick_gelu else F.gelu(hidden)
@@ -133,13 +150,15 @@ def in_millionths(values: Tensor) -> Tensor:
 
 
 def resolve_sizes(config: VisionConfig) -> VisionConfig:
-    """Fills the sizes from the open_clip architecture named in ``config.name``; unchanged when it names none.
+    """Fills the sizes from the architecture named in ``config.name`` (of open_clip, or eva-vit-g), if it names one.
 
     Raises:
         ValueError: the name is unknown to open_clip, or is not a plain ViT.
     """
     if config.name is None:
         return config
+    if config.name == "eva-vit-g":
+        return dataclasses.replace(config, layout="eva", **EVA_VIT_G)
     ensure_torchvision()
     import open_clip
 

@@ -6,6 +6,7 @@ A map is written once, from our parameter name to the foreign names whose tensor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +31,20 @@ CLIP_RULES: Rules = (
     (r"blocks\.(\d+)\.down\.(weight|bias)", (r"transformer.resblocks.\1.mlp.c_proj.\2",)),
 )
 
-# The same as transformers names it, below the prefix "vision_model.".
+# EVA-CLIP's ViT as LAVIS and timm name it; of qkv's bias and of the tables: ``eva_image_encoder``.
+EVA_RULES: Rules = (
+    (r"patch_embedding\.(weight|bias)", (r"patch_embed.proj.\1",)),
+    (r"class_embedding", ("cls_token",)),
+    (r"position_embedding", ("pos_embed",)),
+    (r"blocks\.(\d+)\.ln_([12])\.(weight|bias)", (r"blocks.\1.norm\2.\3",)),
+    (r"blocks\.(\d+)\.qkv\.(weight|bias)", (r"blocks.\1.attn.qkv.\2",)),
+    (r"blocks\.(\d+)\.out\.(weight|bias)", (r"blocks.\1.attn.proj.\2",)),
+    (r"blocks\.(\d+)\.up\.(weight|bias)", (r"blocks.\1.mlp.fc1.\2",)),
+    (r"blocks\.(\d+)\.down\.(weight|bias)", (r"blocks.\1.mlp.fc2.\2",)),
+    (r"blocks\.(\d+)\.temporal\.(alpha|(?:query|key)\.(?:weight|bias))", (r"blocks.\1.temporal_merge.\2",)),
+)
+
+# CLIP's encoder as transformers names it, below the prefix "vision_model.".
 HF_CLIP_RULES: Rules = (
     (r"patch_embedding\.weight", ("embeddings.patch_embedding.weight",)),
     (r"class_embedding", ("embeddings.class_embedding",)),
@@ -114,6 +128,26 @@ def clip_image_encoder(state: Mapping[str, Tensor], config: VisionConfig) -> For
         f"holds no visual.* keys (found {found} ..); expected the state dict of a CLIP model, of open_clip's or"
         " transformers' names; towers of another kind are named by model.vision.name"
     )
+
+
+def eva_image_encoder(state: Mapping[str, Tensor], config: VisionConfig) -> Foreign:
+    """The image encoder in a state dict of EVA-CLIP's ViT, in the layout of LAVIS (``eva_vit_g.pth``) or of timm.
+
+    Left out: the last block where the tower has none, norms and projections behind the blocks.
+    """
+    own = {
+        name: value[0, 0] if name == "cls_token" else value[0] if name == "pos_embed" else value
+        for name, value in state.items()
+        if not re.fullmatch(r"blocks\.\d+\.attn\.[qkv]_bias", name)
+    }
+    for name in state:
+        block, is_query, _ = name.partition(".attn.q_bias")
+        if is_query:
+            query, value = state[name], state[f"{block}.attn.v_bias"]
+            own[f"{block}.attn.qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    last_block = rf"blocks\.{config.layers - 1}\..+"
+    unread = (r"(fc_)?norm\.(weight|bias)", r"(head|lm_head)\.(weight|bias)")
+    return Foreign(own, EVA_RULES, (last_block, *unread) if config.drop_last_block else unread)
 
 
 def refuse_other_network(config: VisionConfig, tag: str, known: Mapping[str, Any]) -> None:

@@ -147,6 +147,7 @@ class ModelConfig:
         vision: vision tower.
         text: text tower.
         reconstructor: reconstructor depth.
+        connector: from the vision tower to the language model (evlgen).
     """
 
     behaviour: Literal["default", "released"] = "default"
@@ -155,6 +156,7 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     reconstructor: ReconstructorConfig = field(default_factory=ReconstructorConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
 
 
 @dataclass

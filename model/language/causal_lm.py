@@ -1,0 +1,77 @@
+"""Language models of transformers that read image tokens before text: which one, how it is built, what it is asked.
+
+Legend: R rows, L length of a sequence, D width, M states, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.torchvision_shim import ensure_torchvision
+
+# What some models do to logits behind their last layer, by the setting that says so.
+_CHANGES_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+def language_settings(name: str) -> Any:
+    """The configuration of the language model in a folder, or of that name on the Hugging Face hub.
+
+    Raises:
+        ValueError: there is none, or the model is not one that predicts the next token by its last layer alone.
+    """
+    ensure_torchvision()
+    import transformers
+
+    try:
+        settings = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # settings of others make transformers raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        where = (
+            "no folder, nor to be had from the hub" if not Path(name).is_dir() else "its config.json is not readable"
+        )
+        raise ValueError(f"model.language.name {name}: {where} ({reason}); give a folder of a causal LM") from error
+    settings = getattr(settings, "text_config", settings)
+    if type(settings) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model.language.name {name} is of type {settings.model_type}, which transformers has no causal LM of;"
+            " name an OPT, Llama, Qwen or the like"
+        )
+    changed = [
+        key for key, neutral in _CHANGES_LOGITS.items() if getattr(settings, key, neutral) not in (neutral, None)
+    ]
+    if changed:
+        raise ValueError(f"model.language.name {name}: its logits are changed by {changed[0]}, which is not known here")
+    return settings
+
+
+class LanguageModel(nn.Module):
+    """A causal LM, reached by its three parts: embeddings of tokens, states of a sequence, logits of states.
+
+    ``llm`` is a module of transformers, whose names its weights keep.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        """``settings``: of transformers; random weights."""
+        super().__init__()
+        ensure_torchvision()
+        import transformers
+
+        self.llm = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.get_default_dtype())
+        self.width = self.llm.get_input_embeddings().embedding_dim
+        self.num_tokens = self.llm.get_input_embeddings().num_embeddings
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., D]."""
+        return self.llm.get_input_embeddings()(ids)
+
+    def states(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings [R, L, D], int64 [R, L] (1: there, 0: padding behind the end) -> states [R, L, D]."""
+        return self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[M, D] -> [M, V]."""
+        return self.llm.get_output_embeddings()(states)

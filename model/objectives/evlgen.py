@@ -1,0 +1,51 @@
+"""The objective of EVLGen: each token of a text from those before it and from the image, one stage, one loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.batch import Batch
+from model.evlgen import EVLGen
+from model.learning_rate_groups import declared_group
+from model.plans.language import LanguagePlanner
+
+
+class ImageToText(nn.Module):
+    """Next-token loss (term ``caption``) of a language model that reads image tokens first."""
+
+    name = "evlgen"
+
+    def __init__(self, net: EVLGen) -> None:
+        super().__init__()
+        self.net = net
+        self.planner = LanguagePlanner(net.vocabulary, net.form)
+        self.term_weights = {"caption": 1.0}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sum of losses over all targets, an fp32 scalar with gradient."""
+        return {"caption": self._losses(batch)[0].sum()}
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """(sum of losses, number of correct predictions), fp32 scalars."""
+        losses, correct = self._losses(batch)
+        return {"caption": (losses.sum(), correct.float().sum())}
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        term = batch.terms["caption"]
+        states = getattr(self.net(batch), term.source).index_select(0, term.position)
+        logits = self.net.language.logits(states).float()
+        return F.cross_entropy(logits, term.target, reduction="none"), logits.argmax(1) == term.target
+
+    def parameter_group(self, name: str) -> str:
+        """Learning-rate group of a parameter, as its module declares it."""
+        return declared_group(self, name)
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies: matrices and tables.
+
+        # NOTE release: the gates of frames (``alpha``, no dimension) are decayed too; here: no gate is.
+        """
+        return parameter.ndim > 1

@@ -1,0 +1,39 @@
+"""Plans of text that a language model reads behind image tokens: what is predicted, from the state before it.
+
+Legend: R rows, T padded length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from model.batch import Batch, Row
+from model.config import Vocabulary
+from model.language.text_form import TextForm
+from model.plans.builder import PlanBuilder, padded_length
+
+
+@dataclass(frozen=True)
+class LanguagePlanner:
+    """Each token of a row behind the first ``form.num_read`` is predicted, from the state before it.
+
+    Token t of row r is predicted from position r*T + t of the network's output ``before``. A row that has a ``target``
+    names its own number of tokens to be read.
+    """
+
+    vocabulary: Vocabulary
+    form: TextForm
+
+    def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
+        """images uint8 [B, I, 3, H, W]; rows with another role than "pair" have no targets."""
+        length = padded_length(rows)
+        builder = PlanBuilder(length, {"caption": ("before", "token")})
+        for number, row in enumerate(rows):
+            if row.role == "pair":
+                ids = np.array(row.token_ids)
+                targets = np.arange(self.form.num_read if row.target is None else row.target, len(ids))
+                builder.add_targets("caption", number * length + targets, ids[targets])
+        return builder.build(images, rows, self.vocabulary)

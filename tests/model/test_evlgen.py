@@ -1,0 +1,185 @@
+"""EVLGen whole: the release's numbers with OPT and with Vicuna's kind of model, and its checkpoints' names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.batch import Batch, Row
+from model.config import ConnectorConfig, ModelConfig, VisionConfig, Vocabulary
+from model.evlgen import EVLGen
+from model.frozen import freeze
+from model.language.causal_lm import LanguageModel
+from model.language.text_form import TextForm
+from model.merge.plan import MergePlan
+from model.objectives.evlgen import ImageToText
+from model.torchvision_shim import ensure_torchvision
+from model.weights import released_evlgen as released
+from model.weights.start import start_from
+from model.weights.towers import eva_image_encoder
+from tests.oracle import load_oracle, oracle_file
+
+ensure_torchvision()
+
+RELATIVE, OF_GRADIENTS = 2e-4, 2e-3  # of the dumps (their README): max |a - b| / max(1, max |b|)
+DUMPS = {"opt": "11_evlgen_opt_image.pt", "llama": "14_evlgen_vicuna_image.pt"}
+FORMS = {  # of the toy tokenizers
+    "opt": TextForm(begin=(2,), end=(14,), predicts_begin=True, cuts_end=True),
+    "llama": TextForm(begin=(2,), end=(2,), cuts_end=True),
+}
+LENGTH = {"opt": 32, "llama": 32}
+
+
+def assert_near(mine: Tensor, theirs: Tensor, relative: float = RELATIVE) -> None:
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).detach().abs().max() <= relative * theirs.detach().abs().max().clamp(min=1)
+
+
+def settings_of(kind: str, config: dict[str, Any]) -> Any:
+    import transformers
+
+    if kind == "opt":
+        return transformers.OPTConfig(**config["opt"])
+    sizes = config["llama"] | {"vocab_size": config["llm_vocab_after_resize"], "pad_token_id": 310}
+    return transformers.LlamaConfig(**sizes | {"bos_token_id": 2, "eos_token_id": 2})
+
+
+def model_of(kind: str, config: dict[str, Any]) -> ImageToText:
+    """The toy model of a dump, with random weights; tower and language model are frozen."""
+    eva, bert = config["eva"], config["bert"]
+    vision = VisionConfig(
+        name=None,
+        image_size=eva["img_size"],
+        patch_size=eva["patch_size"],
+        width=eva["embed_dim"],
+        layers=eva["depth"],
+        head_width=eva["embed_dim"] // eva["num_heads"],
+        mlp_ratio=eva["mlp_ratio"],
+        quick_gelu=False,
+        drop_last_block=False,
+        layout="eva",
+    )
+    connector = ConnectorConfig(
+        merging="plain",
+        merges_per_layer=bert["r"],
+        width=bert["hidden_size"],
+        heads=bert["num_attention_heads"],
+        ffn_width=bert["intermediate_size"],
+        layers=bert["num_hidden_layers"],
+        max_positions=bert["max_position_embeddings"],
+    )
+    language = LanguageModel(settings_of(kind, config))
+    vocabulary = Vocabulary(language.num_tokens, 2, 1, 2, 0)
+    net = EVLGen(ModelConfig(vision=vision, connector=connector), language, vocabulary, FORMS[kind])
+    freeze(net.vision, "dump")
+    freeze(net.language, "dump")
+    return ImageToText(net)
+
+
+def load(model: ImageToText, dump: dict[str, Any], prefix: str) -> None:
+    """Frozen parts as their own kinds, the trained ones as a released checkpoint."""
+    state = dump["state_dict"]
+    part = lambda start: {name.removeprefix(start): v for name, v in state.items() if name.startswith(start)}  # noqa: E731
+    foreign = eva_image_encoder(part("visual_encoder."), model.net.vision.config)
+    start_from(model.net.vision, foreign.state, foreign.rules, "EVA", (), foreign.dropped)
+    language = {name: value for name, value in part(f"{prefix}_model.").items() if "inv_freq" not in name}
+    if getattr(model.net.language.llm.config, "tie_word_embeddings", False):
+        assert torch.equal(language.pop("lm_head.weight"), next(v for n, v in language.items() if "embed_tokens" in n))
+    start_from(model.net.language.llm, language, source="LLM")
+    trained = {name: state[name] for name in dump["trainable"]}
+    start_from(model, released.by_one_name(trained), released.RULES, "EVLGen", released.FROZEN, released.DEAD)
+
+
+@pytest.mark.parametrize("kind", sorted(DUMPS))
+def test_equal_to_the_release(kind: str) -> None:
+    """Every intermediate, the loss and all gradients, from images and token ids."""
+    dump = load_oracle(DUMPS[kind], "evlgen")
+    model = model_of(kind, dump["config"])
+    load(model, dump, "opt" if kind == "opt" else "llm")
+    model.eval()
+    found = dump["intermediates"]
+    images = dump["samples"]["image"][:, None]
+    batch = a_batch(model, images, found)
+
+    tokens = model.net.features(images)
+    assert_near(tokens, found["visual_encoder_out"])
+    assert not tokens.requires_grad
+    connector = model.net.connector
+    assert_near(connector.norm(tokens), found["image_embeds_after_ln_vision"])
+    assert_near(connector.input(connector.norm(tokens)), found["VL_proj_out"])
+    trace = connector.trace(tokens)
+    assert_near(trace.tokens, found["VLconnector_out"])
+    for plan, theirs in zip(trace.plans, found["merge_trace"], strict=True):
+        num_even = theirs["unm_idx"].shape[1]
+        expected = (2 * theirs["unm_idx"], 2 * theirs["src_idx"], num_even + theirs["dst_idx"])
+        mine = MergePlan(plan.kept[:, :num_even], plan.merged, plan.into)
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected))
+    prefix = model.net.encode(images)
+    assert_near(prefix, found["llm_proj_out"])
+
+    states = model.net.read(batch.plan, prefix).before.unflatten(0, batch.plan.text.shape)
+    start = prefix.shape[1] - 1
+    for row, length in enumerate(batch.plan.lengths.tolist()):
+        logits = model.net.language.logits(states[row, :length])
+        assert_near(logits, found["llm_logits"][row, start : start + length])
+
+    loss = model(batch)["caption"] / batch.counts["caption"]
+    assert_near(loss, dump["loss"])
+    loss.backward()
+    expected = model_of(kind, dump["config"])
+    for parameter in expected.parameters():
+        nn.init.zeros_(parameter)
+    start_from(expected, released.by_one_name(dump["grads"]), released.RULES, "gradients", released.FROZEN)
+    theirs = dict(expected.named_parameters())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 + 2 + 2 + 4 + 12 * 6
+    for name, parameter in trained.items():
+        assert_near(parameter.grad, theirs[name], OF_GRADIENTS)
+
+
+def a_batch(model: ImageToText, images: Tensor, found: dict[str, Tensor]) -> Batch:
+    """The rows of a dump, from its labels and mask; ours end where its padding begins."""
+    labels, mask = found["llm_labels"], found["llm_attention_mask"]
+    start = found["llm_proj_out"].shape[1]
+    rows = []
+    for row in range(len(labels)):
+        ids = labels[row, start : int(mask[row].sum())].tolist()
+        read = model.net.form.num_read
+        assert (ids[:read] == [-100] * read) and -100 not in ids[read:], "what is predicted"
+        rows.append(Row([*model.net.form.begin[:read], *ids[read:]], row, 0))
+    return model.planner(images, rows)
+
+
+def test_a_long_text_is_cut_as_in_the_release() -> None:
+    words = list(range(100, 160))
+    assert len(FORMS["opt"].write(words, 32)) == 32 and FORMS["opt"].write(words, 32)[-1] == 130
+    ours = TextForm(begin=(2,), end=(14,)).write(words, 32)
+    assert len(ours) == 32 and ours[-1] == 14
+
+
+def test_a_released_checkpoint_has_no_unexplained_key() -> None:
+    """The layout of a released file, with its junk; one more key, or one less, is named."""
+    keys = json.loads(oracle_file("12_checkpoint_keys_tiny.json", "evlgen").read_text())
+    file = torch.load(oracle_file("12_checkpoint_layout_opt_image.pth", "evlgen"), weights_only=True)
+    dump = load_oracle(DUMPS["opt"], "evlgen")
+    model, state = model_of("opt", dump["config"]), released.by_one_name(file["model"])
+    assert keys
+    loaded = start_from(model, state, released.RULES, "FILE", released.FROZEN, released.DEAD)
+    assert loaded.dropped == ["opt_model.lm_head.weight"]
+    assert all(name.startswith(("net.vision.", "net.language.")) for name in loaded.fresh)
+    with pytest.raises(ValueError, match="FILE: the model has no place for VLconnector.surplus"):
+        start_from(
+            model,
+            state | {"VLconnector.surplus": torch.zeros(1)},
+            released.RULES,
+            "FILE",
+            released.FROZEN,
+            released.DEAD,
+        )
+    state.pop("ln_vision.bias")
+    with pytest.raises(ValueError, match="FILE: weights lack ln_vision.bias"):
+        start_from(model, state, released.RULES, "FILE", released.FROZEN, released.DEAD)

@@ -63,14 +63,28 @@ class LanguageModel(nn.Module):
         self.llm = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.get_default_dtype())
         self.width = self.llm.get_input_embeddings().embedding_dim
         self.num_tokens = self.llm.get_input_embeddings().num_embeddings
+        self.max_length = getattr(settings, "max_position_embeddings", None)  # None: as long as you like
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., D]."""
         return self.llm.get_input_embeddings()(ids)
 
-    def states(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [R, L, D], int64 [R, L] (1: there, 0: padding behind the end) -> states [R, L, D]."""
-        return self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+    def states(self, inputs: Tensor, mask: Tensor, kept: Any = None) -> Tensor:
+        """Embeddings [R, L, D] -> states [R, L, D].
+
+        ``mask`` int64 (1: there, 0: padding behind the end) is of these and, where keys and values of earlier ones are
+        ``kept`` (``new_memory``), of those before them: [R, L] or [R, K + L].
+        """
+        found = self.llm.base_model(
+            inputs_embeds=inputs, attention_mask=mask, past_key_values=kept, use_cache=kept is not None
+        )
+        return found.last_hidden_state
+
+    def new_memory(self) -> Any:
+        """Where ``states`` keeps keys and values: transformers' cache, whose rows ``reorder_cache`` selects."""
+        import transformers
+
+        return transformers.DynamicCache(config=self.llm.config)
 
     def logits(self, states: Tensor) -> Tensor:
         """[M, D] -> [M, V]."""

@@ -1,0 +1,104 @@
+"""Texts from a language model behind image tokens: the release's, and those of running it anew for every token."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.decode.language import LanguageDecoder
+from model.decode.search import beam, greedy
+from model.language.causal_lm import LanguageModel
+from model.language.text_form import TextForm
+from model.torchvision_shim import ensure_torchvision
+from model.weights.start import start_from
+from tests.oracle import load_oracle
+from tests.rounding import rounding
+
+ensure_torchvision()
+
+NEWLINE = 14
+BEGIN = 2
+
+
+def net_of(language: LanguageModel, form: TextForm) -> SimpleNamespace:
+    """What a decoder asks of a network; its images are tokens already."""
+    return SimpleNamespace(language=language.eval(), form=form, prefix=lambda tokens: tokens)
+
+
+def small_language(kind: str) -> LanguageModel:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    ids = dict(pad_token_id=1, bos_token_id=2, eos_token_id=2)
+    if kind == "opt":
+        return LanguageModel(transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **sizes, **ids))
+    return LanguageModel(transformers.LlamaConfig(intermediate_size=64, num_key_value_heads=2, **sizes, **ids))
+
+
+def test_greedy_texts_are_those_of_the_release() -> None:
+    """Its lengths count the token that it puts before the text: at most 29 new ones, 7 before an end."""
+    dump = load_oracle("16_generation_opt.pt", "evlgen")
+    import transformers
+
+    language = LanguageModel(transformers.OPTConfig(**dump["config"]))
+    state = dict(dump["state_dict"])
+    assert torch.equal(state.pop("lm_head.weight"), state["model.decoder.embed_tokens.weight"])
+    start_from(language.llm, state)
+    net = net_of(language, TextForm(end=(NEWLINE,)))
+    run = dump["runs"]["caption_greedy"]
+    found = greedy(LanguageDecoder(net, dump["prefix_embeds"], fewest_words=run["kwargs"]["min_length"] - 1), 29)
+    expected = [row[1 : row.index(NEWLINE)] for row in run["ids_with_placeholder_bos"].tolist()]
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_cached_scores_are_those_of_a_whole_pass(kind: str) -> None:
+    """Of every prefix of a text, through a selection of sequences as beam search makes it."""
+    language = small_language(kind)
+    form = TextForm(begin=(BEGIN,), end=(NEWLINE,))
+    tokens, words = torch.randn(2, 5, 32), torch.randint(3, 23, (4, 6))
+    decoder = LanguageDecoder(net_of(language, form), tokens, prompt=[7])
+    atol = 10 * rounding(*[32 * 3 + 64 + 13] * 2, 32)
+
+    def anew(tokens: Tensor, ids: Tensor) -> Tensor:
+        inputs = torch.cat([tokens, language.embed(ids)], dim=1)
+        states = language.states(inputs, torch.ones(inputs.shape[:2], dtype=torch.int64))
+        return language.logits(states[:, -1])
+
+    with torch.no_grad():
+        first = torch.tensor([[BEGIN, 7]]).expand(2, -1)
+        torch.testing.assert_close(decoder.start(), anew(tokens, first), rtol=0, atol=atol)
+        decoder.select(torch.tensor([0, 0, 1, 1]))
+        order = torch.tensor([1, 0, 3, 2])
+        ids = torch.tensor([[BEGIN, 7]]).expand(4, -1)
+        for number in range(6):
+            ids = torch.cat([ids, words[:, number : number + 1]], dim=1)
+            found = decoder.step(words[:, number])
+            torch.testing.assert_close(found, anew(tokens[[0, 0, 1, 1]], ids), rtol=0, atol=atol)
+            decoder.select(order)
+            ids, words = ids[order], words[order]
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_a_beam_of_all_is_the_best_of_all(kind: str) -> None:
+    """Against every text of two words, scored by a whole pass each."""
+    language, form = small_language(kind), TextForm(begin=(BEGIN,), end=(NEWLINE,))
+    tokens = torch.randn(1, 5, 32)
+    found = beam(LanguageDecoder(net_of(language, form), tokens), 2, beams=23, length_penalty=0.0)
+    with torch.no_grad():
+        values = {}
+        for first in range(23):
+            ids = [BEGIN, first]
+            inputs = torch.cat([tokens, language.embed(torch.tensor([ids]))], dim=1)
+            states = language.states(inputs, torch.ones(inputs.shape[:2], dtype=torch.int64))
+            scores = language.logits(states[0, -2:]).log_softmax(-1)
+            if first == NEWLINE:
+                values[()] = float(scores[0, first])
+                continue
+            values[(first,)] = float(scores[0, first] + scores[1, NEWLINE])
+            values |= {(first, w): float(scores[0, first] + scores[1, w]) for w in range(23) if w != NEWLINE}
+    assert tuple(found[0]) == max(values, key=values.get)

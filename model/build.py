@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
+from model.evlgen import EVLGen
 from model.frozen import freeze
+from model.language.causal_lm import LanguageModel, language_settings
+from model.language.text_form import text_form
 from model.objectives.captioning import Captioning
 from model.objectives.classification import Classification
+from model.objectives.evlgen import ImageToText
 from model.objectives.parts import Parts
 from model.objectives.pretraining import Pretraining
 from model.objectives.ranking import Ranking
@@ -19,12 +23,14 @@ def build_objective(
     objective: ObjectiveOptions,
     vocabulary: Vocabulary,
     max_text_length: int = 50,
-) -> Pretraining:
+) -> Pretraining | ImageToText:
     """The objective with random weights; those that the options name come later (pipeline/weights/starting.py).
 
     Raises:
         ValueError: an option out of range, or options that do not fit each other.
     """
+    if objective.name == "evlgen":
+        return build_evlgen(model, vocabulary, max_text_length)
     matching = objective.itm_weight and model.behaviour == "default"  # the release has none
     share = objective.negative_share if matching else 0.0
     in_batch = objective.negatives == "in_batch_hard"
@@ -34,6 +40,37 @@ def build_objective(
     if in_batch:
         parts = parts._replace(planner=HardNegatives(parts.planner, share))
     return Pretraining(model, objective, *parts)
+
+
+def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: int) -> ImageToText:
+    """EVLGen with random weights, its language model and, where the options say so, its vision tower out of training.
+
+    ``vocabulary`` is that of the language model's own tokenizer. Weights come later, as of :func:`build_objective`.
+
+    Raises:
+        ValueError: an option out of range, or options that do not fit each other.
+    """
+    name = model.language.name
+    _check_frozen_tower(model)
+    settings = language_settings(name)
+    language = LanguageModel(settings)
+    if vocabulary.size > language.num_tokens:
+        raise ValueError(
+            f"the tokenizer has {vocabulary.size} tokens, model.language.name {name} {language.num_tokens}; use its own"
+            " one: data.tokenizer null"
+        )
+    form = text_form(vocabulary, settings.model_type, model.behaviour == "released")
+    net = EVLGen(model, language, vocabulary, form)
+    longest = len(form.before) + net.connector.num_tokens + max_text_length
+    if language.max_length is not None and longest > language.max_length:
+        raise ValueError(
+            f"data.max_text_length {max_text_length} behind the {longest - max_text_length} tokens of an image is more"
+            f" than the {language.max_length} positions of model.language.name {name}; lower it"
+        )
+    freeze(net.language, source=name)
+    if model.vision.frozen:
+        freeze(net.vision, source=model.weights or model.vision.pretrained)
+    return ImageToText(net)
 
 
 def build_classification(
@@ -109,11 +146,7 @@ def build_captioning(
 
 def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabulary, max_text_length: int) -> None:
     objective.check()
-    if model.vision.frozen and not model.weights and model.vision.pretrained in (None, AUTO):
-        raise ValueError(
-            f"model.vision.frozen needs weights that can be had again, found model.vision.pretrained"
-            f" {model.vision.pretrained or 'null'}; name a file or a tag, or use model.vision.frozen false"
-        )
+    _check_frozen_tower(model)
     if objective.name == "prefixlm" and model.behaviour == "released":
         raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
     if objective.name == "mlm" and objective.whole_words and not vocabulary.word_starts:
@@ -134,6 +167,14 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
     for name, value in special.items():
         if not 0 <= value < vocabulary.size:
             raise ValueError(f"tokenizer's {name} {value} lies outside its vocabulary of {vocabulary.size}")
+
+
+def _check_frozen_tower(model: ModelConfig) -> None:
+    if model.vision.frozen and not model.weights and model.vision.pretrained in (None, AUTO):
+        raise ValueError(
+            f"model.vision.frozen needs weights that can be had again, found model.vision.pretrained"
+            f" {model.vision.pretrained or 'null'}; name a file or a tag, or use model.vision.frozen false"
+        )
 
 
 def _check_hard_negatives(model: ModelConfig, objective: ObjectiveOptions) -> None:

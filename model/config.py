@@ -134,6 +134,18 @@ class ConnectorConfig:
 
 
 @dataclass
+class LanguageConfig:
+    """The language model that reads an image's tokens before a text (evlgen); it is not trained.
+
+    Args:
+        name: folder, or Hugging Face name, of a causal LM with its weights (safetensors) and tokenizer: OPT, Llama,
+            Qwen, SmolLM2 and the like.
+    """
+
+    name: str | None = None
+
+
+@dataclass
 class ModelConfig:
     """The model.
 
@@ -148,6 +160,7 @@ class ModelConfig:
         text: text tower.
         reconstructor: reconstructor depth.
         connector: from the vision tower to the language model (evlgen).
+        language: the language model (evlgen).
     """
 
     behaviour: Literal["default", "released"] = "default"
@@ -157,32 +170,21 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     reconstructor: ReconstructorConfig = field(default_factory=ReconstructorConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
 
 
 @dataclass
 class ObjectiveOptions:
-    """What is trained: flm, or one of the baselines mlm, ar, prefixlm on the same towers.
-
-    Total = language loss + itm_weight*itm.
+    """What is trained: flm, or one of the baselines mlm, ar, prefixlm on the same towers; or evlgen.
 
     Args:
         name: objective; it decides which of the options below there are.
-        itm_weight: weight of image-text matching, which trains the CLS feature; ignored by released behaviour.
-        negative_share: share of samples that get one negative caption for image-text matching.
-        negatives: corpus draws that caption from the whole corpus, so no number depends on who shares a micro-batch;
-            in_batch_hard takes the one of the same micro-batch that resembles the sample's own most, so results depend
-            on optim.micro_batch_size (not on the number of ranks while that stays).
     """
 
-    name: Literal["flm", "mlm", "ar", "prefixlm"] = "flm"
-    itm_weight: float = 0.1
-    negative_share: float = 0.0625
-    negatives: Literal["corpus", "in_batch_hard"] = "corpus"
+    name: Literal["flm", "mlm", "ar", "prefixlm", "evlgen"] = "flm"
 
     def check(self) -> None:
         """Raises ValueError for a number out of its range."""
-        self._expect("itm_weight", 0 <= self.itm_weight < float("inf"), "a number, 0 or more")
-        self._expect("negative_share", 0 <= self.negative_share <= 1, "0 to 1")
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -190,7 +192,35 @@ class ObjectiveOptions:
 
 
 @dataclass
-class FLMOptions(ObjectiveOptions):
+class EVLGenOptions(ObjectiveOptions):
+    """Options of evlgen: none of its own."""
+
+    name: Literal["evlgen"] = "evlgen"
+
+
+@dataclass
+class PairOptions(ObjectiveOptions):
+    """What flm, mlm, ar and prefixlm have in common. Total = language loss + itm_weight*itm.
+
+    Args:
+        itm_weight: weight of image-text matching, which trains the CLS feature; ignored by released behaviour.
+        negative_share: share of samples that get one negative caption for image-text matching.
+        negatives: corpus draws that caption from the whole corpus, so no number depends on who shares a micro-batch;
+            in_batch_hard takes the one of the same micro-batch that resembles the sample's own most, so results depend
+            on optim.micro_batch_size (not on the number of ranks while that stays).
+    """
+
+    itm_weight: float = 0.1
+    negative_share: float = 0.0625
+    negatives: Literal["corpus", "in_batch_hard"] = "corpus"
+
+    def check(self) -> None:
+        self._expect("itm_weight", 0 <= self.itm_weight < float("inf"), "a number, 0 or more")
+        self._expect("negative_share", 0 <= self.negative_share <= 1, "0 to 1")
+
+
+@dataclass
+class FLMOptions(PairOptions):
     """Options of flm, whose language loss is (flm + l2r_weight*l2r + r2l_weight*r2l)/(1 + both weights).
 
     Args:
@@ -214,7 +244,7 @@ class FLMOptions(ObjectiveOptions):
 
 
 @dataclass
-class MLMOptions(ObjectiveOptions):
+class MLMOptions(PairOptions):
     """Options of mlm.
 
     Args:
@@ -236,14 +266,14 @@ class MLMOptions(ObjectiveOptions):
 
 
 @dataclass
-class AROptions(ObjectiveOptions):
+class AROptions(PairOptions):
     """Options of ar: none of its own."""
 
     name: Literal["ar"] = "ar"
 
 
 @dataclass
-class PrefixLMOptions(ObjectiveOptions):
+class PrefixLMOptions(PairOptions):
     """Options of prefixlm.
 
     Args:
@@ -264,6 +294,7 @@ OPTIONS_OF: dict[str, type[ObjectiveOptions]] = {
     "mlm": MLMOptions,
     "ar": AROptions,
     "prefixlm": PrefixLMOptions,
+    "evlgen": EVLGenOptions,
 }
 
 
@@ -276,7 +307,8 @@ def objective_options(name: str = "flm", **options: Any) -> ObjectiveOptions:
 class Vocabulary:
     """What the model must know of the tokenizer: size, the ids of the special tokens, which tokens begin a word.
 
-    ``word_starts`` is one byte per token, 1 where a word begins; empty where that is not known.
+    ``word_starts`` is one byte per token, 1 where a word begins; empty where that is not known. A tokenizer of a
+    language model may lack some of these (-1), and name one token twice.
     """
 
     size: int
@@ -285,6 +317,7 @@ class Vocabulary:
     eos_id: int  # </s>
     mask_id: int
     word_starts: bytes = field(default=b"", repr=False)
+    newline_id: int = -1  # of a line break, where it is one token
 
     @property
     def special_ids(self) -> tuple[int, ...]:

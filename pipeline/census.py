@@ -15,8 +15,8 @@ from data_prep.program import run_program
 from model.census import parameter_census
 from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
-from pipeline.config.options import Config, ConfigError, fail, tokenizer_source
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.config.options import Config, ConfigError, fail
+from pipeline.data.tokenizer import tokenizer_of
 from pipeline.finetuning.table import task_of
 
 ROBERTA_TOKENS = 50_265  # roberta-base's vocabulary, the paper's
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def known_vocabulary(config: Config) -> tuple[Vocabulary, str]:
     """The vocabulary of the run's tokenizer, or of the paper's where nothing is prepared; and which, in words."""
     try:
-        vocabulary = load_tokenizer(tokenizer_source(config.data)).vocabulary
+        vocabulary = tokenizer_of(config).vocabulary
         return vocabulary, f"the tokenizer's {vocabulary.size:,} tokens"
     except ConfigError:  # nothing prepared yet
         vocabulary = Vocabulary(ROBERTA_TOKENS, bos_id=0, pad_id=1, eos_id=2, mask_id=ROBERTA_TOKENS - 1)

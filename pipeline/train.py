@@ -58,7 +58,7 @@ def check_prepared(launch: Launch) -> None:
                 f"{path}: no such folder; run `python -m data_prep synth && python -m data_prep tokenizer` first, "
                 "or name prepared data by --data DIR"
             ) from error
-    tokenizer_source(launch.config.data)
+    tokenizer_source(launch.config)
 
 
 def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> int:

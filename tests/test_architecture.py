@@ -29,7 +29,9 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "decode": ("core", "plans", "networks"),
         "scoring": ("core", "networks"),
         "weights": ("core", "vision", "objectives"),
-        "programs": ("core", "vision", "plans", "networks", "objectives", "decode", "scoring", "weights"),
+        "programs": (
+            *("core", "vision", "language", "plans", "networks", "objectives", "decode", "scoring", "weights"),
+        ),
     },
     "data_prep": {"splits": (), "annotations": ("splits",), "all": ("splits", "annotations")},
     "pipeline": {

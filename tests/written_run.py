@@ -12,8 +12,7 @@ import torch
 from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import load_config
-from pipeline.config.options import tokenizer_source
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import tokenizer_of
 from pipeline.finetuning.table import task_of
 from pipeline.tasks.task import Task
 
@@ -33,7 +32,7 @@ def write_run(
     (run / "config.yaml").write_text(settings.format(data=data))
     config = load_config(run)
     torch.manual_seed(0)
-    objective = (task or task_of(config)).build(config, load_tokenizer(tokenizer_source(config.data)).vocabulary)
+    objective = (task or task_of(config)).build(config, tokenizer_of(config).vocabulary)
     folder = run / "checkpoints" / "step_00000001.tmp"
     folder.mkdir(parents=True)
     writer = PartWriter(folder, rank=0)

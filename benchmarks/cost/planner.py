@@ -28,9 +28,8 @@ from benchmarks.cost.loading import machine as machine_in_words
 from benchmarks.cost.training_ranks import Trained, make_data, train
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.ds_config import Device, read_ds_config, resolve
-from pipeline.config.options import tokenizer_source
 from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import tokenizer_of
 from pipeline.plan import counted, valueless
 from pipeline.planning.counts import Parameters, Work, count_parameters
 from pipeline.planning.memory import CPU, HEAP_BLOCK, Memory, Zero, memory_of, zero_of
@@ -143,7 +142,7 @@ def count(name: str, data: Path, base: int) -> Counted:
     ranks = CONFIGURATIONS[name][0]
     launch = parse_command_line([*words_of(name), "--data", str(data)])
     config = launch.config
-    tokenizer = load_tokenizer(tokenizer_source(config.data))
+    tokenizer = tokenizer_of(config)
     resolved = resolve(read_ds_config(launch.deepspeed), config, ranks, Device("cpu", has_bf16=True))
     objective = valueless(config, tokenizer.vocabulary, "fp32")
     texts = mean_tokens(data, tokenizer, config.data.max_text_length)

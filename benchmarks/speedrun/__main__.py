@@ -40,7 +40,7 @@ from benchmarks.speedrun.plan import (
 from benchmarks.speedrun.report import Findings, write_report
 from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows
 from pipeline.checkpoint.files import published, remove
-from pipeline.config.options import fail, tokenizer_source, weighted_paths
+from pipeline.config.options import Config, fail, tokenizer_source, weighted_paths
 from pipeline.config.recipes import find_recipe
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ class Speedrun:
         self.rows = load_rows(arguments.rows, shared_words(arguments), arguments.only)
         self.target_rows = target_rows(self.rows, arguments.target)
         data = self.rows[0].config.data
-        tokenizer = load_tokenizer(tokenizer_source(data))
+        tokenizer = load_tokenizer(tokenizer_source(Config(data=data)))
         check_models(self.rows, tokenizer.vocabulary)
         corpora = open_corpora([path for path, _ in weighted_paths(data)], data.train_split)
         held_out = open_held_out(self.rows[0].config)

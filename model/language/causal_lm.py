@@ -65,6 +65,14 @@ class LanguageModel(nn.Module):
         self.num_tokens = self.llm.get_input_embeddings().num_embeddings
         self.max_length = getattr(settings, "max_position_embeddings", None)  # None: as long as you like
 
+    def macs(self, num_rows: int, length: int) -> int:
+        """Multiply-accumulates of the states of so many sequences of this length: of its matrix products."""
+        settings = self.llm.config
+        inside = set(self.llm.base_model.modules()) - {self.llm.get_input_embeddings()}
+        linear = sum(one.weight.numel() for one in inside if isinstance(one, nn.Linear))
+        attention = 2 * length * settings.num_hidden_layers * settings.hidden_size
+        return num_rows * length * (linear + attention)
+
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., D]."""
         return self.llm.get_input_embeddings()(ids)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from model.config import Vocabulary
+
 
 @dataclass(frozen=True)
 class TextForm:
@@ -30,3 +32,27 @@ class TextForm:
         if self.cuts_end:
             return [*self.begin, *words, *self.end][:max_length]
         return [*self.begin, *words[: max_length - len(self.begin) - len(self.end)], *self.end]
+
+
+def text_form(vocabulary: Vocabulary, kind: str, released: bool) -> TextForm:
+    """How texts are written for a language model of this ``kind`` (transformers' model_type), by its ``vocabulary``.
+
+    A document begins, the image follows, and a line of text, which a line break begins and ends. Where a line break is
+    no token of its own (SentencePiece), the text begins at once and ends by the end token. ``released``: as the release
+    writes for OPT and for Vicuna (specification section 4).
+
+    Raises:
+        ValueError: the release knows no such kind, or it needs a token that the tokenizer lacks.
+    """
+    document, newline, end = vocabulary.bos_id, vocabulary.newline_id, vocabulary.eos_id
+    if released and kind not in ("opt", "llama"):
+        raise ValueError(f"model.behaviour released knows opt and llama, not {kind}; use model.behaviour default")
+    if released and kind == "opt":
+        if newline < 0:
+            raise ValueError("the tokenizer has no token for a line break, by which released texts of OPT end")
+        return TextForm((), (document,), (newline,), predicts_begin=True, cuts_end=True)
+    if released:
+        return TextForm((), (end,), (end,), cuts_end=True)  # the release sets every special token to </s>
+    if newline >= 0:
+        return TextForm((document,), (newline,), (newline,))
+    return TextForm((document,), (), (end,))

@@ -39,6 +39,23 @@ class ImageToText(nn.Module):
         logits = self.net.language.logits(states).float()
         return F.cross_entropy(logits, term.target, reduction="none"), logits.argmax(1) == term.target
 
+    def flops(self, batch: Batch) -> int:
+        """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`).
+
+        Of a frozen tower forward alone; of the language model forward and the gradients of its inputs, as its weights
+        have none.
+        """
+        net, num_images = self.net, batch.images.shape[0] * batch.images.shape[1]
+        num_rows, length = batch.plan.text.shape
+        length += net.connector.num_tokens + len(net.form.before)
+        head = len(batch.terms["caption"].target) * net.language.num_tokens * net.language.width
+        tower = 6 if any(parameter.requires_grad for parameter in net.vision.parameters()) else 2
+        return (
+            tower * num_images * net.vision.macs
+            + 6 * batch.images.shape[0] * net.connector.macs()
+            + 4 * (net.language.macs(num_rows, length) + head)
+        )
+
     def parameter_group(self, name: str) -> str:
         """Learning-rate group of a parameter, as its module declares it."""
         return declared_group(self, name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model.frozen import frozen_source, frozen_tensors
+from model.frozen import frozen_source, frozen_tensors, persistent_buffers
 from pipeline.checkpoint.files import (
     KINDS,
     STATE,
@@ -183,7 +183,8 @@ def load_into(model: nn.Module, path: Path) -> None:
     frozen = frozen_tensors(model)
     _refuse_other_frozen(path, read_state(path).frozen, describe_frozen(model))
     reader = Reader(path, kinds=("weight",))
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in frozen}
+    own = [*model.named_parameters(), *persistent_buffers(model)]  # a shared tensor once, as checkpoints have it
+    expected = {name: tuple(value.shape) for name, value in own if name not in frozen}
     fix = "restore the config.yaml and tokenizer it was trained with"
     _refuse_other_names(path, "weight", reader.shapes("weight"), expected, fix)
     model.load_state_dict(dict(reader.read_all("weight")), strict=False)

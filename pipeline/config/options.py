@@ -251,7 +251,7 @@ def validate(config: Config) -> None:
             " corpus"
         )
     limit = config.model.text.max_positions - 2
-    if config.data.max_text_length > limit:
+    if config.data.max_text_length > limit and not reads_by_language_model(config):
         raise ConfigError(
             f"data.max_text_length {config.data.max_text_length} exceeds the text tower's {limit} positions "
             f"(model.text.max_positions - 2); use --data.max_text_length {limit}"
@@ -279,7 +279,7 @@ def _check_length(train: TrainConfig) -> None:
 
 def in_batch_negatives(config: Config) -> str | None:
     """The option by which wrong captions come out of the micro-batch, so that its size is part of the run."""
-    if config.task.name == "pretraining" and config.objective.negatives == "in_batch_hard":
+    if config.task.name == "pretraining" and getattr(config.objective, "negatives", None) == "in_batch_hard":
         return "objective.negatives in_batch_hard"
     return "task.negatives in_batch" if getattr(config.task, "negatives", None) == "in_batch" else None
 
@@ -366,11 +366,18 @@ def refuse_address(path: str, option: str) -> None:
         )
 
 
-def tokenizer_source(data: DataConfig) -> str | Path:
-    """``data.tokenizer``, or the folder ``tokenizer`` in or above the first data path."""
-    if data.tokenizer:
-        return data.tokenizer
-    first = weighted_paths(data)[0][0]
+def tokenizer_source(config: Config) -> str | Path:
+    """``data.tokenizer``, or the language model's own (evlgen), or the folder ``tokenizer`` at the first data path."""
+    if config.data.tokenizer:
+        return config.data.tokenizer
+    if reads_by_language_model(config):
+        if config.model.language.name is None:
+            raise ConfigError(
+                "objective.name evlgen needs a language model, found model.language.name null; name its folder:"
+                " --model.language.name FOLDER"
+            )
+        return config.model.language.name
+    first = weighted_paths(config.data)[0][0]
     for folder in (first, first.resolve().parent, first.resolve().parent.parent):
         if (folder / "tokenizer").is_dir():
             return folder / "tokenizer"
@@ -379,3 +386,8 @@ def tokenizer_source(data: DataConfig) -> str | Path:
         f"--output {first}/tokenizer`, or name a Hugging Face "
         "tokenizer by --data.tokenizer roberta-base"
     )
+
+
+def reads_by_language_model(config: Config) -> bool:
+    """Whether texts are read by a language model, by the tokens of its own tokenizer."""
+    return config.objective.name == "evlgen"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import Vocabulary
+from pipeline.config.options import Config, reads_by_language_model, tokenizer_source
 
 _SPECIAL_NAMES = {  # role -> attributes of a Hugging Face tokenizer that may hold it
     "bos": ("bos_token", "cls_token"),
@@ -18,6 +19,8 @@ _SPECIAL_NAMES = {  # role -> attributes of a Hugging Face tokenizer that may ho
     "eos": ("eos_token", "sep_token"),
     "mask": ("mask_token",),
 }
+# Of a language model: what begins a document (the first of these that there is), and what ends a text.
+_DOCUMENT_BEGINS, _OF_LANGUAGE = "<|endoftext|>", {"bos": ("bos_token", "eos_token"), "eos": ("eos_token", "bos_token")}
 _HOW_TO_GET_ONE = "`python -m data_prep tokenizer` trains one from prepared captions"
 MAX_IDS_PER_TOKEN = 10  # gaps between ids are rare and small
 MIN_TEXT_LENGTH = 3  # <s>, one word, </s>
@@ -37,7 +40,13 @@ class TextTokenizer:
         self.source = source
         tokens = engine.get_vocab(with_added_tokens=True)
         special = {f"{role}_id": number for role, number in special_ids.items()}
-        self.vocabulary = Vocabulary(max(tokens.values()) + 1, **special, word_starts=_word_starts(tokens))
+        newline = engine.encode("\n", add_special_tokens=False).ids
+        self.vocabulary = Vocabulary(
+            max(tokens.values()) + 1,
+            **special,
+            word_starts=_word_starts(tokens),
+            newline_id=newline[0] if len(newline) == 1 else -1,
+        )
         self._hidden = {*special_ids.values()}
 
     @property
@@ -72,11 +81,11 @@ class TextTokenizer:
         self.__init__(Tokenizer.from_str(state["engine"]), state["special_ids"], state["source"])
 
 
-def load_tokenizer(source: str | Path) -> TextTokenizer:
+def load_tokenizer(source: str | Path, of_language_model: bool = False) -> TextTokenizer:
     """The tokenizer in folder ``source`` (no network is touched), or of that name on the Hugging Face hub.
 
     A ``Path`` is always a folder, a string may be either. Raises ValueError when there is none, or when it lacks a
-    special token that FLM needs.
+    special token that FLM needs; ``of_language_model``: one that EVLGen needs, what begins and what ends a text.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are encoded one by one, in loader processes
     must_be_folder = isinstance(source, Path) or source.startswith(("/", ".", "~")) or Path(source).exists()
@@ -89,7 +98,7 @@ def load_tokenizer(source: str | Path) -> TextTokenizer:
     engine = getattr(tokenizer, "backend_tokenizer", None)
     if engine is None:
         raise ValueError(f"tokenizer {source}: has no fast version (tokenizer.json); {_HOW_TO_GET_ONE}")
-    special_ids = _special_ids(tokenizer, source)
+    special_ids = _language_ids(tokenizer, source) if of_language_model else _special_ids(tokenizer, source)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(
             f"tokenizer {source}: knows special tokens only, its vocabulary was not read; {_HOW_TO_GET_ONE}"
@@ -99,6 +108,19 @@ def load_tokenizer(source: str | Path) -> TextTokenizer:
         raise ValueError(f"tokenizer {source}: numbers {len(tokenizer)} tokens up to {highest}; {_HOW_TO_GET_ONE}")
     with _readable(source, "not readable"):  # tokenizers may write a file that it does not read
         return TextTokenizer(type(engine).from_str(engine.to_str()), special_ids, source)
+
+
+def tokenizer_of(config: Config, source: str | Path | None = None) -> TextTokenizer:
+    """The tokenizer that a run with this ``config`` reads texts by, from ``source`` where that is given; raises as
+    :func:`load_tokenizer`."""
+    source = tokenizer_source(config) if source is None else source
+    if not reads_by_language_model(config):
+        return load_tokenizer(source)
+    try:
+        return load_tokenizer(source, of_language_model=True)
+    except ValueError as error:
+        wanted = "model.language.name is the folder of a causal LM with its tokenizer, or its Hugging Face name"
+        raise ValueError(str(error).replace(_HOW_TO_GET_ONE, wanted)) from error
 
 
 @contextmanager
@@ -147,6 +169,23 @@ def _special_ids(tokenizer: Any, source: str) -> dict[str, int]:
         raise ValueError(
             f"tokenizer {source}: special tokens share ids ({found}), FLM needs them apart; {_HOW_TO_GET_ONE}"
         )
+    return found
+
+
+def _language_ids(tokenizer: Any, source: str) -> dict[str, int]:
+    """What begins a document, ends a text and pads; no token is hidden from a language model, and few have a pad."""
+    vocabulary = tokenizer.get_vocab()
+    found = {"mask": -1}
+    for role, names in _OF_LANGUAGE.items():
+        tokens = [token for token in (getattr(tokenizer, name, None) for name in names) if token in vocabulary]
+        if not tokens:
+            raise ValueError(
+                f"tokenizer {source}: has neither {' nor '.join(names)}, by which a text begins or ends; name those in"
+                " its tokenizer_config.json"
+            )
+        found[role] = vocabulary[tokens[0]]
+    found["bos"] = vocabulary.get(_DOCUMENT_BEGINS, found["bos"])
+    found["pad"] = vocabulary.get(getattr(tokenizer, "pad_token", None), found["eos"])
     return found
 
 

@@ -10,11 +10,11 @@ import torch
 
 from data_prep.manifest import CAPTIONS, ManifestError, find_manifests, is_split
 from model.batch import Batch
-from pipeline.config.options import Config, ConfigError, tokenizer_source, weighted_paths
+from pipeline.config.options import Config, ConfigError, weighted_paths
 from pipeline.data.augmentation import describe
 from pipeline.data.order import ORDER_VERSION, SampleOrder
 from pipeline.data.shard_reader import Corpus, refuse_twice
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer, tokenizer_of
 from pipeline.data.transforms import TRANSFORM_VERSION
 from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.places import Place
@@ -52,7 +52,7 @@ def open_training_data(
     Every rank must call it. Raises ValueError, on every rank the same, in one line for what does not fit.
     """
     agreement = agreement or Agreement()
-    tokenizer = load_tokenizer(tokenizer_source(config.data))
+    tokenizer = tokenizer_of(config)
     weighted = weighted_paths(config.data)
     by_path, held_out = found_by_main(lambda: _find_splits(config, num_images, texts), agreement)
     splits = [split for found in by_path for split in found]

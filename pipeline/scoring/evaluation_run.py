@@ -20,7 +20,7 @@ from torch import nn
 from data_prep.manifest import write_atomically
 from pipeline.config.options import Config, ConfigError, to_plain
 from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer, tokenizer_of
 from pipeline.data.transforms import TRANSFORM_VERSION
 from pipeline.distributed.board import Board
 from pipeline.distributed.connecting import Ranks
@@ -104,7 +104,7 @@ def set_up(request: Request, ranks: Ranks, store: Any = None, task: Task | None 
     task = task or task_of(config)
     refuse_submission(request, task, config.task.name)
     use_files_of_run(subject, task)
-    tokenizer = load_tokenizer(subject.tokenizer)
+    tokenizer = tokenizer_of(config, subject.tokenizer)
     found_by_main(lambda: refuse_other_training(subject, task, tokenizer), agreement)
     corpora = open_held_out(config, task.num_images, agreement, texts_of(task))
     if not corpora:

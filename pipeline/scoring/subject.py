@@ -86,7 +86,7 @@ def find_subject(request: Request) -> Subject:
         sha256=file_sha256(path / (IMPORTED if run is None else MANIFEST)),
         run=run,
         config=config,
-        tokenizer=copy if copy and copy.is_dir() else tokenizer_source(config.data if run is None else own.data),
+        tokenizer=copy if copy and copy.is_dir() else tokenizer_source(config if run is None else own),
         root=request.output or run / EVALUATIONS,
         same_task=name == own.task.name,
         given=frozenset(given),

@@ -26,11 +26,11 @@ from model.plans.builder import row_generator
 from pipeline.checkpoint.files import run_of
 from pipeline.checkpoint.restore import resolve
 from pipeline.config.command_line import load_config
-from pipeline.config.options import Config, tokenizer_source
+from pipeline.config.options import Config
 from pipeline.config.task_options import CaptioningOptions
 from pipeline.data.order import mix_words
 from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import TextTokenizer, clean_caption, load_tokenizer
+from pipeline.data.tokenizer import TextTokenizer, clean_caption, tokenizer_of
 from pipeline.data.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
 from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import summarise
@@ -136,7 +136,7 @@ def load_captioner(
     checkpoint = resolve(run)
     config = load_config(run_of(checkpoint))
     copy = run_of(checkpoint) / "tokenizer"
-    tokenizer = load_tokenizer(copy if copy.is_dir() else tokenizer_source(config.data))
+    tokenizer = tokenizer_of(config, copy if copy.is_dir() else None)
     longest = config.data.max_text_length
     objective = _built(config, tokenizer)
     most = min(max_tokens or longest - 2, longest - 2)  # words without <s> and </s>

@@ -11,12 +11,13 @@ from torch import nn
 from model.batch import Batch
 from model.build import build_objective
 from model.config import Vocabulary
-from pipeline.config.options import Config
+from pipeline.config.options import Config, reads_by_language_model
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.loading.datasets import Preparation
 from pipeline.loading.open_data import eval_loader, placeholder_batch
 from pipeline.tasks.caption_rows import CaptionRows
+from pipeline.tasks.language_rows import LanguageRows
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Score
 
 SHUFFLED = "shuffled/"  # before the names of values measured with other samples' images
@@ -24,7 +25,7 @@ MEASURED = ("loss", "correct", "targets")  # of every term
 
 
 class Pretraining:
-    """FLM, MLM, AR or PrefixLM on image-caption pairs."""
+    """FLM, MLM, AR, PrefixLM or EVLGen on image-caption pairs."""
 
     num_images = 1
 
@@ -32,9 +33,13 @@ class Pretraining:
         return build_objective(config.model, config.objective, vocabulary, config.data.max_text_length)
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
-        planner = objective.planner
+        planner, image_size = objective.planner, config.model.vision.image_size
+        if reads_by_language_model(config):
+            return Preparation(
+                LanguageRows(tokenizer, objective.net.form, config.data.max_text_length), planner, image_size
+            )
         maker = CaptionRows(tokenizer, config.data.max_text_length, planner.negative_share, planner.full_stop)
-        return Preparation(maker, planner, config.model.vision.image_size)
+        return Preparation(maker, planner, image_size)
 
     def scores(self, objective: nn.Module) -> tuple[Score, ...]:
         names = sorted(objective.term_weights)

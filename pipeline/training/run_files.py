@@ -43,7 +43,7 @@ def write_run_files(
         **describe_environment(ranks.device),
     }
     (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(tokenizer_source(launch.config.data), output)
+    copy_tokenizer(tokenizer_source(launch.config), output)
 
 
 def _recorded_start(environment: Path) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model.config import ModelConfig, TextConfig, VisionConfig
+from model.evlgen import EVLGen
+from model.language.causal_lm import LanguageModel, language_settings
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
 from model.vision.tower import build_tower
@@ -21,6 +23,7 @@ from pipeline.config.command_line import load_config
 from pipeline.config.options import Config
 from pipeline.weights.external import load_external
 from pipeline.weights.files import read_state_dict
+from pipeline.weights.language import load_language
 
 IMPORTED, IMPORT_RECIPE = "weights.safetensors", "recipe.yaml"  # in the folder of an imported model
 HEAD = r"(?!net\.).+"  # whatever is not of the network: what a task or objective puts on top
@@ -100,15 +103,38 @@ def read_model(weights: str) -> dict[str, Tensor]:
         checkpoint = restore.resolve(folder)
         frozen = {}
         if restore.read_state(checkpoint).frozen:
-            config = load_config(run_of(checkpoint)).model
-            tower = build_tower(config.vision)
-            load_vision_tower(tower, config)
-            frozen = {f"{TOWER}{name}": value.detach() for name, value in named_tensors(tower)}
+            frozen = _frozen_of(load_config(run_of(checkpoint)).model)
         return restore.weights_in(checkpoint, frozen)
     except CheckpointError as error:
         raise ValueError(
             f"model.weights {weights}: {error}; a folder made by `python -m pipeline.convert` holds {IMPORTED}"
         ) from error
+
+
+def load_frozen_parts(objective: nn.Module, config: ModelConfig) -> None:
+    """Gives an objective the weights of its parts that are not trained, which no checkpoint holds.
+
+    Raises:
+        ValueError: they can't be had or do not fit.
+    """
+    if config.vision.frozen:
+        load_vision_tower(objective.net.vision, config)
+    if isinstance(getattr(objective, "net", None), EVLGen):
+        load_language(objective.net.language, config.language.name)
+
+
+def _frozen_of(config: ModelConfig) -> dict[str, Tensor]:
+    """The same, by our names, for a model that is not built."""
+    found = {}
+    if config.vision.frozen:
+        tower = build_tower(config.vision)
+        load_vision_tower(tower, config)
+        found |= {f"{TOWER}{name}": value.detach() for name, value in named_tensors(tower)}
+    if config.language.name is not None:
+        language = LanguageModel(language_settings(config.language.name))
+        load_language(language, config.language.name)
+        found |= {f"net.language.{name}": value.detach() for name, value in named_tensors(language)}
+    return found
 
 
 def load_vision(tower: nn.Module, config: VisionConfig) -> Loaded:

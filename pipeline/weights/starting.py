@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from model.config import AUTO, ModelConfig, TextConfig, VisionConfig
+from model.evlgen import EVLGen
 from model.objectives.pretraining import Pretraining
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
@@ -26,7 +27,8 @@ from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
 from pipeline.weights.external import published_files
 from pipeline.weights.hub import Hub, HubError
-from pipeline.weights.sources import is_import, load_model, load_text, load_vision, load_vision_tower, load_whole
+from pipeline.weights.language import load_connector, load_language
+from pipeline.weights.sources import is_import, load_frozen_parts, load_model, load_text, load_vision, load_whole
 
 CLIP_TAG, CLIP_FILE = "openai", "open_clip_model.safetensors"
 ROBERTA, ROBERTA_LAYERS, ROBERTA_TOKENS = "roberta-base", 12, 50265
@@ -58,7 +60,8 @@ def load_starting_weights(
     differently. The engine broadcasts rank 0's parameters when it is built.
 
     Returns:
-        "vision" and "text", or "model" with ``model.weights``, to asked, taken and reason: fit for JSON.
+        "vision" and "text" (of evlgen "language" and "connector"), or "model" with ``model.weights``, to asked, taken
+        and reason: fit for JSON.
 
     Raises:
         ConfigError: on every rank, if weights that were named can't be had or do not fit.
@@ -73,8 +76,7 @@ def load_starting_weights(
 
 def load_frozen(objective: nn.Module, config: ModelConfig, place: Place, agreement: Agreement) -> None:
     """Load the frozen parts of a model whose other weights come from a checkpoint; raises as the above."""
-    if config.vision.frozen:
-        _on_rank_0(lambda: load_vision_tower(objective.net.vision, config), place, agreement)
+    _on_rank_0(lambda: load_frozen_parts(objective, config), place, agreement)
 
 
 def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) -> None:
@@ -88,8 +90,7 @@ def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) ->
     if is_import(checkpoint):
         load_whole(objective, str(checkpoint))
         return
-    if config.vision.frozen:
-        load_vision_tower(objective.net.vision, config)
+    load_frozen_parts(objective, config)
     load_into(objective, checkpoint)
 
 
@@ -128,6 +129,13 @@ def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer,
         _refuse_other_tokens_of_run(config.weights, tokenizer)
         return {"model": Start(config.weights, config.weights, names=load_model(objective, config.weights))}
     net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
+    if isinstance(net, EVLGen):
+        language, bert = config.language.name, config.connector.pretrained
+        return {
+            "vision": _load_vision(net, config, hub),
+            "language": Start(language, language, names=load_language(net.language, language)),
+            "connector": Start(bert, bert, names=None if bert is None else load_connector(net.connector, bert)),
+        }
     return {"vision": _load_vision(net, config, hub), "text": _load_text(net, config, tokenizer, hub)}
 
 

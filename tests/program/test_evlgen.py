@@ -1,0 +1,170 @@
+"""EVLGen through the programs: trained on frozen parts, resumed, evaluated; a checkpoint holds what is trained only."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.torchvision_shim import ensure_torchvision
+from pipeline.checkpoint.files import checkpoint_path
+from pipeline.checkpoint.reading import Reader
+from pipeline.checkpoint.restore import read_state
+from pipeline.evaluate import main as evaluate
+from pipeline.recording.run_log import LOG_NAME, read_log
+from tests.forked_ranks import run_ranks
+from tests.pipeline.data.test_reader import records, write_split
+from tests.program.test_frozen_tower import write_clip, zero
+from tests.program.test_incidents import train
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+
+
+def write_language_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
+    """A random language model of some words with its own tokenizer, which has a line break and no mask, no pad."""
+    ensure_torchvision()
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<|endoftext|>", *alphabet]
+    engine = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    if kind == "opt":
+        settings = transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **sizes)
+    else:
+        settings = transformers.LlamaConfig(intermediate_size=64, tie_word_embeddings=True, **sizes)
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("work")
+    write_split(work / "data" / "toy" / "train", records(40))
+    write_split(work / "data" / "toy" / "dev", records(40)[:8])
+    write_clip(work / "clip.safetensors")
+    write_language_model(work / "llm")
+    return work
+
+
+def options(work: Path, output: Path, *more: Any) -> list[str]:
+    settings = {
+        "recipe": "evlgen_tiny",
+        "data": work / "data",
+        "output": output,
+        "model.language.name": work / "llm",
+        "model.vision.pretrained": work / "clip.safetensors",
+        "model.vision.frozen": "true",
+        "optim.batch_size": 8,
+        "optim.micro_batch_size": 2,
+        "train.steps": STEPS,
+        "train.save_every": 2,
+        "train.keep_last": 9,
+        "train.eval_every": 0,
+        "train.log_every": 1,
+        "optim.schedule": "constant",  # the same steps whatever their number
+        "optim.warmup_fraction": 0,
+        "tracking.tensorboard": "false",
+        "tracking.report": "false",
+    }
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))] + [str(one) for one in more]
+
+
+def losses(run: Path) -> list[float]:
+    return [one["loss"] for one in read_log(run / LOG_NAME) if one["kind"] == "train"]
+
+
+def test_it_trains_resumes_and_is_evaluated(work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(1, train, options(work, run)) == [0]
+    before = load_file(work / "llm" / "model.safetensors")
+    path = checkpoint_path(run, STEPS)
+    frozen = read_state(path).frozen
+    assert {name.split(".")[1] for name in frozen["names"]} == {"vision", "language"}
+    assert all(name.startswith("net.connector.") for name in Reader(path).shapes("weight"))
+    noted = json.loads((run / "environment.json").read_text())["starting_weights"]
+    assert noted["language"]["taken"] == str(work / "llm") and len(noted["language"]["names"]["loaded"]) == len(before)
+    found = losses(run)
+    assert len(found) == STEPS and found[-1] < found[0]
+
+    resumed = tmp_path / "resumed"
+    assert run_ranks(1, train, options(work, resumed, "--train.steps", 4)) == [0]
+    assert run_ranks(1, train, options(work, resumed)) == [0]
+    assert losses(resumed) == found  # bit for bit
+
+    assert evaluate(["--run", str(run), "--split", "dev"]) == 0
+    said = capfd.readouterr().out
+    assert "caption_loss" in said
+
+
+@pytest.fixture(scope="module")
+def one_rank(work: Path) -> list[float]:
+    """Losses of one rank at stage 0."""
+    assert run_ranks(1, train, options(work, work / "reference", *zero(0))) == [0]
+    return losses(work / "reference")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stages_and_ranks_give_the_same_losses(work: Path, tmp_path: Path, one_rank: list[float], stage: int) -> None:
+    """Two ranks, stopped and resumed in the middle, at every stage of ZeRO, with frozen parts."""
+    run = tmp_path / "run"
+    assert run_ranks(2, train, options(work, run, *zero(stage), "--train.steps", 3)) == [0, 0]
+    assert run_ranks(2, train, options(work, run, *zero(stage))) == [0, 0]
+    assert losses(run) == pytest.approx(one_rank, abs=1e-4)
+
+
+def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
+    """By their hash, whichever part it is."""
+    run = tmp_path / "run"
+    assert run_ranks(1, train, options(work, run, "--train.steps", 2)) == [0]
+    file = work / "llm" / "model.safetensors"
+    kept = file.read_bytes()
+    state = load_file(file)
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.001
+    try:
+        save_file(state, file, metadata={"format": "pt"})
+        with pytest.raises(RuntimeError, match="was trained with frozen weights of .*llm with SHA-256"):
+            run_ranks(1, train, options(work, run))
+    finally:
+        file.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (
+            ["--model.language.name", "null"],
+            "evlgen needs a language model, found model.language.name null",
+        ),
+        (
+            ["--model.language.name", "/nowhere/llm"],
+            "/nowhere/llm: no such folder; model.language.name is the folder of",
+        ),
+        (["--model.connector.num_tokens", "2"], "2 tokens can't remain of 17 after 2 layers; 5 can at least"),
+        (["--model.connector.name", "pooling", "--model.connector.num_tokens", "7"], "pooling can't make 7 tokens"),
+        (["--model.connector.name", "pooling", "--model.connector.pretrained", "x"], "a pooling has no layers of BERT"),
+        (["--model.connector.pretrained", "/nowhere"], "model.connector.pretrained /nowhere can't be loaded"),
+        (["--model.vision.pretrained", "null"], "model.vision.frozen needs weights that can be had again"),
+        (
+            ["--data.max_text_length", "140"],
+            "data.max_text_length 140 behind the 7 tokens of an image is more",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(work: Path, tmp_path: Path, more: list[str], error: str) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(error)):
+        run_ranks(1, train, options(work, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()

@@ -122,6 +122,11 @@ def build_parts(
 
     ``share`` of the samples get a negative caption from the corpus; raises as :func:`build_objective`.
     """
+    if objective.name not in OBJECTIVES:
+        raise ValueError(
+            f"objective.name {objective.name} is for the tasks pretraining and captioning; use one of"
+            f" {', '.join(OBJECTIVES)}, or another task.name"
+        )
     _check(model, objective, vocabulary, max_text_length)
     parts = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, share, num_images)
     if model.vision.frozen:

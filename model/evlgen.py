@@ -47,7 +47,7 @@ class EVLGen(nn.Module):
 
     def forward(self, batch: Batch) -> Predictions:
         """Runs a whole plan."""
-        return self.read(batch.plan, self.encode(batch.images))
+        return self.fuse(batch.plan, self.encode(batch.images))
 
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """uint8 [B, I, 3, S, S] -> [B, Q, D]; of a video the mean of its frames is what the connector gets."""
@@ -63,7 +63,7 @@ class EVLGen(nn.Module):
                 tokens = self.vision(images.flatten(0, 1))
             return tokens if num_frames == 1 else tokens.unflatten(0, (-1, num_frames)).mean(1)
 
-    def read(self, plan: TextPlan, prefix: Tensor) -> Predictions:
+    def fuse(self, plan: TextPlan, prefix: Tensor) -> Predictions:
         """The language side, given the image tokens [B, Q, D]."""
         num_rows, length = plan.text.shape
         inputs = self.prefix(prefix.index_select(0, plan.image_of_row))

@@ -56,7 +56,11 @@ class FLM(nn.Module):
 
     def forward(self, batch: Batch) -> Features:
         """Runs a whole plan."""
-        return self.fuse(batch.plan, encode_images(self, batch.images))
+        return self.fuse(batch.plan, self.encode(batch.images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [B, I, 3, S, S] -> projected tokens [B*I, P, D]."""
+        return encode_images(self, images)
 
     def fuse(self, plan: TextPlan, images: Tensor) -> Features:
         """The text side, given projected tokens [B*I, P, D] of all images."""

@@ -41,7 +41,11 @@ class OneStream(nn.Module):
 
     def forward(self, batch: Batch) -> StreamFeatures:
         """Runs a whole plan."""
-        return self.fuse(batch.plan, encode_images(self, batch.images))
+        return self.fuse(batch.plan, self.encode(batch.images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [B, I, 3, S, S] -> projected tokens [B*I, P, D]."""
+        return encode_images(self, images)
 
     def fuse(self, plan: TextPlan, images: Tensor) -> StreamFeatures:
         """The text side, given projected tokens [B*I, P, D] of all images."""

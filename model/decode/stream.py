@@ -13,26 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import merge_heads, split_heads
+from model.decode.language import LanguageDecoder
+from model.decode.search import Decoder
+from model.evlgen import EVLGen
 from model.plans.captions import CaptionForm
 from model.towers import encode_images
 
 
 def decoder_of(
     objective: nn.Module, images: Tensor, prompt: Sequence[int] = (), tokens: Tensor | None = None
-) -> StreamDecoder:
+) -> Decoder:
     """A decoder of captions for the searches of :mod:`model.decode.search`.
 
     Args:
-        objective: in eval mode, one whose l2r stream predicts: ``Captioning``, or a ``Pretraining`` of flm, ar or
-            prefixlm.
+        objective: in eval mode, one that predicts from left to right: ``Captioning``, a ``Pretraining`` of flm, ar or
+            prefixlm, or EVLGen's.
         images: uint8 [B, 1, 3, S, S] on the model's device.
         prompt: word ids every caption starts with; needed for pretraining in released behaviour, which never learns the
             first word.
-        tokens: projected tokens [B, P, D] of the images, where they are encoded already.
+        tokens: [B, P, D] of the images, where they are encoded already (the network's ``encode``).
 
     Raises:
         ValueError: an mlm model, or released behaviour without a prompt.
     """
+    if isinstance(objective.net, EVLGen):
+        return LanguageDecoder(objective.net, objective.net.encode(images) if tokens is None else tokens, prompt)
     if objective.name == "mlm":
         raise ValueError(
             "an mlm model does not predict from left to right; caption with model.decode.mask_predict.mask_predict"

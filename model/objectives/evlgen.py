@@ -20,7 +20,7 @@ class ImageToText(nn.Module):
     def __init__(self, net: EVLGen) -> None:
         super().__init__()
         self.net = net
-        self.planner = LanguagePlanner(net.vocabulary, net.form)
+        self.form, self.planner = net.form, LanguagePlanner(net.vocabulary, net.form)
         self.term_weights = {"caption": 1.0}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -35,9 +35,12 @@ class ImageToText(nn.Module):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         term = batch.terms["caption"]
-        states = getattr(self.net(batch), term.source).index_select(0, term.position)
+        return self.lm_head(getattr(self.net(batch), term.source).index_select(0, term.position), term.target)
+
+    def lm_head(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, D] states, int64 [M] -> fp32 [M] losses with gradient, bool [M] whether no token is more probable."""
         logits = self.net.language.logits(states).float()
-        return F.cross_entropy(logits, term.target, reduction="none"), logits.argmax(1) == term.target
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`).

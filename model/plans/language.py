@@ -18,7 +18,7 @@ from model.plans.builder import PlanBuilder, padded_length
 
 @dataclass(frozen=True)
 class LanguagePlanner:
-    """Each token of a row behind the first ``form.num_read`` is predicted, from the state before it.
+    """Each token of a row is predicted, from the state before it, but for what the form reads and ``num_prompt`` words.
 
     Token t of row r is predicted from position r*T + t of the network's output ``before``. A row that has a ``target``
     names its own number of tokens to be read.
@@ -26,14 +26,15 @@ class LanguagePlanner:
 
     vocabulary: Vocabulary
     form: TextForm
+    num_prompt: int = 0
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """images uint8 [B, I, 3, H, W]; rows with another role than "pair" have no targets."""
-        length = padded_length(rows)
+        length, num_read = padded_length(rows), self.form.num_read + self.num_prompt
         builder = PlanBuilder(length, {"caption": ("before", "token")})
         for number, row in enumerate(rows):
             if row.role == "pair":
                 ids = np.array(row.token_ids)
-                targets = np.arange(self.form.num_read if row.target is None else row.target, len(ids))
+                targets = np.arange(num_read if row.target is None else row.target, len(ids))
                 builder.add_targets("caption", number * length + targets, ids[targets])
         return builder.build(images, rows, self.vocabulary)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data_prep.manifest import write_atomically
 from model.batch import Batch, Row
-from model.build import build_captioning
+from model.build import build_captioning, build_objective
 from model.config import Vocabulary
 from model.decode.likelihood import log_probabilities
 from model.decode.search import beam, greedy, nucleus
@@ -28,8 +28,7 @@ from model.decode.stream import decoder_of
 from model.objectives.self_critical import Critic, SelfCriticalPlanner
 from model.plans.builder import row_generator
 from model.plans.captions import CaptionForm
-from model.towers import encode_images
-from pipeline.config.options import Config, ConfigError
+from pipeline.config.options import Config, ConfigError, reads_by_language_model
 from pipeline.config.task_options import CaptioningOptions
 from pipeline.data.order import sample_seed
 from pipeline.data.shard_reader import Corpus, RawSample
@@ -41,6 +40,7 @@ from pipeline.loading.datasets import ALL_TEXTS, OtherRows, Preparation
 from pipeline.loading.open_data import eval_loader, placeholder_batch
 from pipeline.metrics.captions import METRICS, CaptionScores, caption_scores, tokenization
 from pipeline.metrics.submissions import caption_submission
+from pipeline.tasks.language_rows import LanguageRows
 from pipeline.tasks.pretraining import held_out_pass
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
@@ -89,8 +89,14 @@ class CaptioningTask:
     num_images = 1
 
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
-        length = config.data.max_text_length
-        return build_captioning(config.model, config.objective, vocabulary, length, config.task.self_critical)
+        sizes = (config.model, config.objective, vocabulary, config.data.max_text_length)
+        if not reads_by_language_model(config):
+            return build_captioning(*sizes, config.task.self_critical)
+        if config.task.self_critical:
+            raise ValueError(
+                "task.self_critical is not for evlgen; use objective.name flm or --task.self_critical false"
+            )
+        return build_objective(*sizes)
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
         if not config.task.self_critical:
@@ -136,7 +142,7 @@ class CaptioningTask:
             "tokenization": tokenization(),
             "wrong_image": "cider_d_wrong_image: the same captions against the references of the image half the split"
             " away",
-            "text_form": "<s> <bos> words . <eos> </s>" if config.model.behaviour == "released" else "<s> words </s>",
+            "text_form": _text_form(config),
         }
 
     def submission(self, config: Config, predictions: Sequence[Prediction], items: Iterable[RawSample]) -> Any:
@@ -145,8 +151,18 @@ class CaptioningTask:
         return caption_submission([(one["image_id"], one["caption"]) for one in predictions], expected)
 
 
+def _text_form(config: Config) -> str:
+    if reads_by_language_model(config):
+        return "that of the language model (model/language/text_form.py)"
+    return "<s> <bos> words . <eos> </s>" if config.model.behaviour == "released" else "<s> words </s>"
+
+
 def _reading(config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
     """Captions of the data, to be predicted word by word."""
+    num_prompt, size = len(prompt_words(config, tokenizer)), config.model.vision.image_size
+    if reads_by_language_model(config):
+        rows = LanguageRows(tokenizer, objective.form, config.data.max_text_length, config.task.prompt)
+        return Preparation(rows, dataclasses.replace(objective.planner, num_prompt=num_prompt), size)
     maker = WrittenCaptions(
         tokenizer,
         objective.form,
@@ -154,8 +170,7 @@ def _reading(config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> 
         config.task.prompt,
         full_stop=config.model.behaviour == "released",
     )
-    planner = objective.planner(len(prompt_words(config, tokenizer)))
-    return Preparation(maker, planner, config.model.vision.image_size)
+    return Preparation(maker, objective.planner(num_prompt), size)
 
 
 def prompt_words(config: Config, tokenizer: TextTokenizer) -> list[int]:
@@ -207,7 +222,7 @@ class Writer:
         """Captions of the batch's images, each encoded once; ranks that share one network take as many steps."""
         prompt = prompt_words(self.config, self.tokenizer)
         most = longest(self.config)
-        tokens = encode_images(objective.net, batch.images)
+        tokens = objective.net.encode(batch.images)
         decoder = decoder_of(objective, batch.images, prompt, tokens)
         found = self._search(decoder, most, batch)
         likelihood = log_probabilities(objective, tokens, found, most, len(prompt)).tolist()

@@ -19,7 +19,7 @@ from data_prep.manifest import write_atomically
 from model.attention_maps import on_grid, text_attention_map, word_attention
 from model.batch import Planner, Row
 from model.vision.tower import Grid, grid_of
-from pipeline.config.options import Config
+from pipeline.config.options import Config, reads_by_language_model
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.transforms import UnusableSample, clip_transform, decode_image, draft_size
 from pipeline.finetuning.retrieval import Gallery, matrix
@@ -138,6 +138,8 @@ class _Show:
     def _rows(self, example: Example, sample: RawSample) -> tuple[list[Row], Planner] | None:
         """What the model reads of an example, and who plans it; None where it reads nothing."""
         maker, length = self.preparation.maker, self.config.data.max_text_length
+        if reads_by_language_model(self.config):
+            return None
         if self.task == "captioning":
             words = maker.tokenizer.encode(example.read, length)[1:-1]
             return [Row(self.objective.form.write(words, length), 0, 0, "pair", sample.key)], self.objective.planner(0)

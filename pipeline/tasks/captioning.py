@@ -26,7 +26,7 @@ from model.plans.builder import row_generator
 from pipeline.checkpoint.files import run_of
 from pipeline.checkpoint.restore import resolve
 from pipeline.config.command_line import load_config
-from pipeline.config.options import Config
+from pipeline.config.options import Config, reads_by_language_model
 from pipeline.config.task_options import CaptioningOptions
 from pipeline.data.order import mix_words
 from pipeline.data.shard_reader import Corpus
@@ -178,9 +178,9 @@ def load_captioner(
 def _built(config: Config, tokenizer: TextTokenizer) -> nn.Module:
     """The objective of a run; raises ValueError for a task that writes no captions."""
     sizes = (config.model, config.objective, tokenizer.vocabulary, config.data.max_text_length)
-    if config.task.name == "captioning":
+    if config.task.name == "captioning" and not reads_by_language_model(config):
         return build_captioning(*sizes, config.task.self_critical)
-    if config.task.name != "pretraining":
+    if config.task.name not in ("captioning", "pretraining"):
         raise ValueError(f"a run of task {config.task.name} writes no captions; use one of captioning or pretraining")
     return build_objective(*sizes)
 

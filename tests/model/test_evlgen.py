@@ -121,7 +121,7 @@ def test_equal_to_the_release(kind: str) -> None:
     prefix = model.net.encode(images)
     assert_near(prefix, found["llm_proj_out"])
 
-    states = model.net.read(batch.plan, prefix).before.unflatten(0, batch.plan.text.shape)
+    states = model.net.fuse(batch.plan, prefix).before.unflatten(0, batch.plan.text.shape)
     start = prefix.shape[1] - 1
     for row, length in enumerate(batch.plan.lengths.tolist()):
         logits = model.net.language.logits(states[row, :length])

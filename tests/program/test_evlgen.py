@@ -16,6 +16,7 @@ from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.restore import read_state
 from pipeline.evaluate import main as evaluate
+from pipeline.generate import main as generate
 from pipeline.recording.run_log import LOG_NAME, read_log
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
@@ -110,6 +111,28 @@ def test_it_trains_resumes_and_is_evaluated(work: Path, tmp_path: Path, capfd: p
     assert "caption_loss" in said
 
 
+def test_captions_are_trained_scored_and_written(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The task captioning from a pretrained run on two ranks, whose captions end at different words; the run's own
+    loss is that of ``pipeline.evaluate``."""
+    monkeypatch.chdir(tmp_path)
+    assert run_ranks(1, train, options(work, tmp_path / "run", "--train.steps", 2)) == [0]
+    task = ["--task.name", "captioning", "--task.max_tokens", 8, "--model.weights", tmp_path / "run"]
+    assert run_ranks(2, train, options(work, tmp_path / "captions", *task)) == [0, 0]
+    last = [one for one in read_log(tmp_path / "captions" / LOG_NAME) if one["kind"] == "eval"][-1]
+    assert {"cider_d", "loss", "cider_d_wrong_image", "caption_accuracy"} <= set(last)
+    assert evaluate(["--run", "captions", "--split", "dev", "--task.decoding", "beam"]) == 0
+    [card] = (tmp_path / "captions" / "evaluations").glob("captioning-*/scorecard.json")
+    found = json.loads(card.read_text())
+    assert found["metrics"]["caption_loss"] == pytest.approx(last["caption_loss"], abs=1e-5)
+    assert found["decoding"]["name"] == "beam" and "cider_d" in found["metrics"]
+    lines = [json.loads(line) for line in (card.parent / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and all(line["log_probability"] < 0 for line in lines)
+    assert generate(["--run", "captions", "--data", str(work / "data"), "--split", "dev", "--samples", "3"]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def one_rank(work: Path) -> list[float]:
     """Losses of one rank at stage 0."""
@@ -145,6 +168,7 @@ def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "error"),
     [
+        (["--task.name", "retrieval"], "objective.name evlgen is for the tasks pretraining and captioning"),
         (
             ["--model.language.name", "null"],
             "evlgen needs a language model, found model.language.name null",

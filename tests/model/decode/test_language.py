@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import ConnectorConfig, ModelConfig, VisionConfig, Vocabulary
 from model.decode.language import LanguageDecoder
+from model.decode.likelihood import log_probabilities
 from model.decode.search import beam, greedy
+from model.decode.stream import decoder_of
+from model.evlgen import EVLGen
 from model.language.causal_lm import LanguageModel
 from model.language.text_form import TextForm
+from model.objectives.evlgen import ImageToText
 from model.torchvision_shim import ensure_torchvision
 from model.weights.start import start_from
 from tests.oracle import load_oracle
@@ -102,3 +107,25 @@ def test_a_beam_of_all_is_the_best_of_all(kind: str) -> None:
             values[(first,)] = float(scores[0, first] + scores[1, NEWLINE])
             values |= {(first, w): float(scores[0, first] + scores[1, w]) for w in range(23) if w != NEWLINE}
     assert tuple(found[0]) == max(values, key=values.get)
+
+
+@pytest.mark.parametrize("form", [TextForm((BEGIN,), (NEWLINE,), (NEWLINE,)), TextForm((), (BEGIN,), (NEWLINE,))])
+def test_how_probable_a_text_is(form: TextForm) -> None:
+    """The sum of what the decoder says of each word and of the end, of texts of different lengths."""
+    language = small_language("llama")
+    vision = VisionConfig(name=None, image_size=16, patch_size=8, width=16, layers=2, head_width=8)
+    connector = ConnectorConfig(num_tokens=4, width=16, heads=2, ffn_width=32, layers=1)
+    vocabulary = Vocabulary(language.num_tokens, BEGIN, 1, NEWLINE, -1)
+    net = EVLGen(ModelConfig(vision=vision, connector=connector), language, vocabulary, form)
+    objective = ImageToText(net).eval()
+    texts = [[3, 4, 5, 6], [7], [8, 9, 10, 11, 12, 13]]
+    with torch.no_grad():
+        tokens = net.encode(torch.randint(0, 256, (3, 1, 3, 16, 16), dtype=torch.uint8))
+        found = log_probabilities(objective, tokens, texts, max_tokens=6, num_prompt=1)
+        for number, words in enumerate(texts):
+            decoder = decoder_of(objective, torch.zeros(0), words[:1], tokens[number : number + 1])
+            scores, expected = decoder.start(), 0.0
+            for word in [*words[1:], *([NEWLINE] if len(words) < 6 else [])]:
+                expected += float(scores.log_softmax(-1)[0, word])
+                scores = decoder.step(torch.tensor([word]))
+            assert float(found[number]) == pytest.approx(expected, abs=20 * rounding(*[32 * 3 + 64 + 13] * 2, 32))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_prep.tokenizer import train_tokenizer
-from model.config import OPTIONS_OF
+from model.objectives.table import OBJECTIVES
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError
 from pipeline.data.shard_reader import Corpus
@@ -184,7 +184,7 @@ def test_captions_in_the_released_form(data: Path) -> None:
     assert len(predictions) == IMAGES
 
 
-@pytest.mark.parametrize("name", OPTIONS_OF)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_builds_the_same_captioner(data: Path, name: str) -> None:
     config, tokenizer = configured(data, "--objective.name", name), load_tokenizer(data / "tokenizer")
     names = {name for name, _ in built(config, tokenizer).named_parameters()}

@@ -1,7 +1,7 @@
 """The one contract between data and model: every field of a batch with its dtype and shape.
 
 A ``Batch`` is what any task fills: images, targets of loss terms, and the names of its samples. A task that reads text
-through the packed text tower adds a ``TextPlan``.
+through the packed text tower adds a ``TextPlan``, one that reads it by a language model a ``LanguagePlan``.
 
 Legend: B samples, I images per sample, R text rows, T padded text length, N packed states of a stream, Q queries,
 M targets of a term, C classes.
@@ -76,6 +76,19 @@ class TextPlan:
 
 
 @dataclass
+class LanguagePlan:
+    """Texts that a language model reads behind the tokens of images: all texts of an image in one sequence, one after
+    another, each of which sees the image and itself. Legend: S sequences, L longest one without the image's tokens."""
+
+    text: Tensor  # int64 [S, L], pad_id beyond the length
+    lengths: Tensor  # int64 [S], tokens of all texts of the sequence
+    image: Tensor  # int64 [S], 0..B-1
+    number: Tensor  # int64 [S, L], of the text in its sequence that a token is of; -1 beyond the length
+    place: Tensor  # int64 [S, L], of the token in its text, from 0
+    most_texts: int = 1  # in any sequence
+
+
+@dataclass
 class Batch:
     """A micro-batch. All sizes are known on the host, without asking the device."""
 
@@ -83,7 +96,7 @@ class Batch:
     terms: dict[str, Term]
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
-    plan: TextPlan | None = None
+    plan: TextPlan | LanguagePlan | None = None
     notes: list[Any] = field(default_factory=list)  # of each sample's first row
     positions: list[int] = field(default_factory=list)  # of the samples in the order of training or evaluation
 
@@ -100,7 +113,7 @@ class Batch:
         }
         plan = self.plan
         if plan is not None:
-            plan = TextPlan(*(value if isinstance(value, int) else function(value) for value in vars(plan).values()))
+            plan = type(plan)(*(value if isinstance(value, int) else function(value) for value in vars(plan).values()))
         return replace(self, images=images, terms=terms, plan=plan)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:

@@ -1,7 +1,7 @@
 """The network of EVLGen: a vision tower, a connector, a language model that reads the image's tokens before the text.
 
-Legend: B samples, I images or frames of each, P tokens of an image, Q those that the connector leaves, R text rows,
-T padded length, L length of a sequence, D width of the language model.
+Legend: B samples, I images or frames of each, P tokens of an image, Q those that the connector leaves, S sequences of
+text, L their padded length, D width of the language model.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batch import Batch, TextPlan
+from model.batch import Batch, LanguagePlan
 from model.config import ModelConfig, Vocabulary
 from model.connectors.connector import Connector
 from model.language.causal_lm import LanguageModel
@@ -19,9 +20,11 @@ from model.language.text_form import TextForm
 from model.learning_rate_groups import declare_group
 from model.vision.tower import build_tower, grid_of
 
+IN_FRONT = -2  # of all texts: the image's tokens, and what the form has before them
+
 
 class Predictions(NamedTuple):
-    """Output of the network: ``before`` [R*T, D], the state before each token of each row."""
+    """Output of the network: ``before`` [S*L, D], the state before each token of each sequence."""
 
     before: Tensor
 
@@ -42,6 +45,7 @@ class EVLGen(nn.Module):
         tower = (self.vision.num_tokens, self.vision.width, grid_of(self.vision))
         self.connector = Connector(config.connector, *tower, language.width)
         self.language = language
+        self.register_buffer("before", torch.tensor(form.before, dtype=torch.int64), persistent=False)
         declare_group("rest", self.vision, self.language)
         declare_group("cross", self.connector)
 
@@ -63,23 +67,39 @@ class EVLGen(nn.Module):
                 tokens = self.vision(images.flatten(0, 1))
             return tokens if num_frames == 1 else tokens.unflatten(0, (-1, num_frames)).mean(1)
 
-    def fuse(self, plan: TextPlan, prefix: Tensor) -> Predictions:
+    def fuse(self, plan: LanguagePlan, tokens: Tensor) -> Predictions:
         """The language side, given the image tokens [B, Q, D]."""
-        num_rows, length = plan.text.shape
-        inputs = self.prefix(prefix.index_select(0, plan.image_of_row))
+        inputs = self.prefix(tokens.index_select(0, plan.image))
         start = inputs.shape[1]
         inputs = torch.cat([inputs, self.language.embed(plan.text).to(inputs.dtype)], dim=1)
-        is_text = torch.arange(length, device=inputs.device) < plan.lengths[:, None]
-        mask = torch.cat([is_text.new_ones(num_rows, start), is_text], dim=1).long()
-        states = self.language.states(inputs, mask)
-        return Predictions(states[:, start - 1 : start - 1 + length].flatten(0, 1))
+        number = F.pad(plan.number, (start, 0), value=IN_FRONT)
+        if plan.most_texts == 1:
+            states = self.language.states(inputs, (number != -1).long())
+        else:
+            first = torch.arange(start, device=inputs.device).expand(len(inputs), -1)
+            places = torch.cat([first, start + plan.place], dim=1)
+            states = self.language.states(inputs, _seen(number, inputs.dtype), places=places)
+        last, states = states[:, start - 1 : start], states[:, start:]
+        before = torch.cat([last, states[:, :-1]], dim=1)
+        return Predictions(torch.where((plan.place == 0)[..., None], last, before).flatten(0, 1))
 
     def prefix(self, tokens: Tensor) -> Tensor:
         """Image tokens [R, Q, D] behind what the text's form has before them."""
-        if not self.form.before:
+        if not len(self.before):
             return tokens
-        before = self.language.embed(torch.tensor(self.form.before, device=tokens.device)).to(tokens.dtype)
+        before = self.language.embed(self.before).to(tokens.dtype)
         return torch.cat([before.expand(len(tokens), -1, -1), tokens], dim=1)
+
+
+def _seen(number: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, [S, 1, L, L]: 0 where a token sees another, else the least number of ``dtype``.
+
+    A token sees what stands in front of all texts and what stands before it in its own, by ``number`` int64 [S, L].
+    """
+    same = (number[:, None, :] == number[:, :, None]) | (number == IN_FRONT)[:, None, :]
+    allowed = same.tril() | torch.eye(number.shape[1], dtype=torch.bool, device=number.device)
+    added = torch.zeros(allowed.shape, dtype=dtype, device=number.device)
+    return added.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.batch import Row
+from model.batch import Batch, Row
 from model.evlgen import EVLGen
 from model.plans.builder import PlanBuilder, padded_length
 from model.plans.captions import CaptionForm
@@ -36,31 +36,47 @@ def log_probabilities(
         fp32 [B].
     """
     net = objective.net
-    by_language_model = isinstance(net, EVLGen)
-    form = getattr(objective, "form", None) or CaptionForm(net.vocabulary)
-    before = len(form.begin) + (not by_language_model)  # tokens of a row before its words; FLM's begin with `<s>`
-    rows = [Row(form.write(words, len(words) + 8), number, 0) for number, words in enumerate(captions)]
-    builder = PlanBuilder(padded_length(rows), {"caption": ("before" if by_language_model else "l2r", "token")})
-    counts = []
-    for number, (row, words) in enumerate(zip(rows, captions, strict=True)):
-        ids = np.array(row.token_ids)
-        targets = np.arange(before + num_prompt, before + len(words) + (len(words) < max_tokens))
-        if by_language_model:
-            places = number * builder.num_positions + targets
-        else:
-            first = int(net.released)  # the release's `<s>` is seen by no word
-            states = builder.add_states("l2r", number, np.arange(first, max(len(ids) - 1, first + 1)))
-            places = states[targets - 1 - first]
-        builder.add_targets("caption", places, ids[targets])
-        counts.append(len(targets))
-    images = torch.zeros((len(rows), 1), dtype=torch.uint8)  # the plan asks for their number only
-    batch = builder.build(images, rows, net.vocabulary).to(tokens.device)
+    images = torch.zeros((len(captions), 1), dtype=torch.uint8)  # a plan asks for their number only
+    planned = _of_language_model if isinstance(net, EVLGen) else _of_stream
+    batch, counts = planned(objective, images, captions, max_tokens, num_prompt)
+    batch = batch.to(tokens.device)
     term = batch.terms["caption"]
     states = getattr(net.fuse(batch.plan, tokens), term.source).index_select(0, term.position)
     losses, _ = objective.lm_head(states, term.target)
     caption_M = torch.repeat_interleave(
-        torch.arange(len(rows), device=tokens.device),
+        torch.arange(len(captions), device=tokens.device),
         torch.tensor(counts, device=tokens.device),
         output_size=sum(counts),
     )
-    return losses.new_zeros(len(rows)).index_add(0, caption_M, -losses)
+    return losses.new_zeros(len(captions)).index_add(0, caption_M, -losses)
+
+
+def _of_stream(
+    objective: nn.Module, images: Tensor, captions: Sequence[Sequence[int]], max_tokens: int, num_prompt: int
+) -> tuple[Batch, list[int]]:
+    """The plan of captions that the l2r stream predicts, and how many targets each has."""
+    net = objective.net
+    form = getattr(objective, "form", CaptionForm(net.vocabulary))
+    first = int(net.released)  # the release's `<s>` is seen by no word
+    num_read = 1 + len(form.begin) + num_prompt
+    rows = [Row(form.write(words, len(words) + 8), number, 0) for number, words in enumerate(captions)]
+    builder = PlanBuilder(padded_length(rows), {"caption": ("l2r", "token")})
+    counts = []
+    for number, (row, words) in enumerate(zip(rows, captions, strict=True)):
+        ids = np.array(row.token_ids)
+        targets = np.arange(num_read, 1 + len(form.begin) + len(words) + (len(words) < max_tokens))
+        states = builder.add_states("l2r", number, np.arange(first, max(len(ids) - 1, first + 1)))
+        builder.add_targets("caption", states[targets - 1 - first], ids[targets])
+        counts.append(len(targets))
+    return builder.build(images, rows, net.vocabulary), counts
+
+
+def _of_language_model(
+    objective: nn.Module, images: Tensor, captions: Sequence[Sequence[int]], max_tokens: int, num_prompt: int
+) -> tuple[Batch, list[int]]:
+    """The same of EVLGen's."""
+    form, rows = objective.form, []
+    for number, words in enumerate(captions):
+        end = form.end if len(words) < max_tokens else ()
+        rows.append(Row([*form.begin, *words, *end], number, 0, target=len(form.begin) + num_prompt))
+    return objective.planner(images, rows), [len(row.token_ids) - row.target for row in rows]

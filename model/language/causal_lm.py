@@ -77,14 +77,19 @@ class LanguageModel(nn.Module):
         """int64 [...] -> [..., D]."""
         return self.llm.get_input_embeddings()(ids)
 
-    def states(self, inputs: Tensor, mask: Tensor, kept: Any = None) -> Tensor:
+    def states(self, inputs: Tensor, mask: Tensor, kept: Any = None, places: Tensor | None = None) -> Tensor:
         """Embeddings [R, L, D] -> states [R, L, D].
 
         ``mask`` int64 (1: there, 0: padding behind the end) is of these and, where keys and values of earlier ones are
-        ``kept`` (``new_memory``), of those before them: [R, L] or [R, K + L].
+        ``kept`` (``new_memory``), of those before them: [R, L] or [R, K + L]. Or it is what is added to scores,
+        [R, 1, L, L], with the ``places`` of the tokens, int64 [R, L].
         """
         found = self.llm.base_model(
-            inputs_embeds=inputs, attention_mask=mask, past_key_values=kept, use_cache=kept is not None
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=kept,
+            use_cache=kept is not None,
         )
         return found.last_hidden_state
 

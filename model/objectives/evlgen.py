@@ -49,14 +49,14 @@ class ImageToText(nn.Module):
         have none.
         """
         net, num_images = self.net, batch.images.shape[0] * batch.images.shape[1]
-        num_rows, length = batch.plan.text.shape
+        num_sequences, length = batch.plan.text.shape
         length += net.connector.num_tokens + len(net.form.before)
         head = len(batch.terms["caption"].target) * net.language.num_tokens * net.language.width
         tower = 6 if any(parameter.requires_grad for parameter in net.vision.parameters()) else 2
         return (
             tower * num_images * net.vision.macs
             + 6 * batch.images.shape[0] * net.connector.macs()
-            + 4 * (net.language.macs(num_rows, length) + head)
+            + 4 * (net.language.macs(num_sequences, length) + head)
         )
 
     def parameter_group(self, name: str) -> str:

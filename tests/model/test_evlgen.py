@@ -22,6 +22,7 @@ from model.weights import released_evlgen as released
 from model.weights.start import start_from
 from model.weights.towers import eva_image_encoder
 from tests.oracle import load_oracle, oracle_file
+from tests.rounding import rounding
 
 ensure_torchvision()
 
@@ -152,6 +153,46 @@ def a_batch(model: ImageToText, images: Tensor, found: dict[str, Tensor]) -> Bat
         assert (ids[:read] == [-100] * read) and -100 not in ids[read:], "what is predicted"
         rows.append(Row([*model.net.form.begin[:read], *ids[read:]], row, 0))
     return model.planner(images, rows)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_texts_of_one_image_do_not_see_each_other(kind: str) -> None:
+    """Several texts behind one image's tokens have the losses and gradients that they have one by one."""
+    model = small_model(kind)
+    images = torch.randint(0, 256, (3, 1, 3, 16, 16), dtype=torch.uint8)
+    texts = [(0, [5, 6, 7]), (2, [8, 9, 10, 11]), (0, [5, 12]), (0, [13, 14, 15, 16, 17]), (1, [18, 19])]
+    rows = [Row(model.form.write(words, 32), image, 0) for image, words in texts]
+    gradients, losses = [], []
+    for batches in ([rows], [[row] for row in rows]):
+        model.zero_grad()
+        found = [model(model.planner(images, part))["caption"] for part in batches]
+        losses.append(sum(found))
+        losses[-1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    plan = model.planner(images, rows).plan
+    assert plan.most_texts == 3 and plan.text.shape[0] == 3 and sorted(plan.image.tolist()) == [0, 1, 2]
+    atol = 100 * rounding(*[32 * 3 + 64 + 40] * 2, 32)
+    torch.testing.assert_close(*losses, rtol=0, atol=atol)
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=atol)
+
+
+def small_model(kind: str) -> ImageToText:
+    """Random weights, a frozen language model."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=23, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    if kind == "opt":
+        language = LanguageModel(transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **sizes))
+    else:
+        language = LanguageModel(transformers.LlamaConfig(intermediate_size=64, num_key_value_heads=2, **sizes))
+    vision = VisionConfig(name=None, image_size=16, patch_size=8, width=16, layers=2, head_width=8)
+    connector = ConnectorConfig(num_tokens=4, width=16, heads=2, ffn_width=32, layers=1)
+    form = TextForm((2,), (3,), (3,))
+    net = EVLGen(ModelConfig(vision=vision, connector=connector), language, Vocabulary(23, 2, 1, 3, -1), form)
+    freeze(net.language, "random")
+    return ImageToText(net).eval()
 
 
 def test_a_long_text_is_cut_as_in_the_release() -> None:

@@ -1,11 +1,13 @@
-"""Converts checkpoints of the FLM release to this project's names and back.
+"""Converts checkpoints of the FLM release to this project's names and back, and GGUF files to folders.
 
     python -m pipeline.convert import-flm CKPT OUT [--text-heads N]
     python -m pipeline.convert export-flm OUT CKPT
+    python -m pipeline.convert import-gguf FILE OUT
 
 import-flm reads a released checkpoint, pretrained (FLM, MLM, AR) or fine-tuned, and makes the folder OUT:
 weights.safetensors, recipe.yaml (its sizes; train from it with --recipe OUT/recipe.yaml) and import.json (what became
 of every key). Nothing in CKPT is executed. export-flm writes the released layout again, without what nothing reads.
+import-gguf makes a folder of a language model in a GGUF file, for --model.language.name OUT.
 
 Exit codes: 0 done, 2 a file that cannot be converted, or a wrong command line.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from data_prep.program import run_program
 from pipeline.config.options import fail
+from pipeline.weights.gguf import import_gguf
 from pipeline.weights.importing import export_flm, import_flm
 
 
@@ -25,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.verb == "import-flm":
             import_flm(arguments.source, arguments.target, arguments.text_heads)
+        elif arguments.verb == "import-gguf":
+            import_gguf(arguments.source, arguments.target)
         else:
             export_flm(arguments.source, arguments.target)
     except BrokenPipeError:
@@ -46,6 +51,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     two = verbs.add_parser("export-flm", help="folder -> released layout")
     two.add_argument("source", metavar="OUT", type=Path)
     two.add_argument("target", metavar="CKPT", type=Path)
+    three = verbs.add_parser("import-gguf", help="language model in a GGUF file -> folder")
+    three.add_argument("source", metavar="FILE", type=Path)
+    three.add_argument("target", metavar="OUT", type=Path)
     return parser.parse_args(argv)
 
 

@@ -49,6 +49,21 @@ class EVLGen(nn.Module):
         declare_group("rest", self.vision, self.language)
         declare_group("cross", self.connector)
 
+    @torch.no_grad()
+    def scale_prefix(self) -> None:
+        """Scales the connector's last layer so that image tokens are as large as the language model's embeddings.
+
+        In rms, as far as features that are normal noise tell; from the connector's own initialisation they would be
+        smaller by an order of magnitude, and to grow takes most of a short training.
+        """
+        table = self.language.llm.get_input_embeddings().weight
+        noise = torch.randn(2, self.vision.num_tokens, self.vision.width, generator=torch.Generator().manual_seed(0))
+        connector = self.connector
+        was_training = connector.training
+        tokens = connector.eval()(noise.to(connector.output.weight))
+        connector.train(was_training)
+        connector.output.weight.mul_(_rms(table) / _rms(tokens))
+
     def forward(self, batch: Batch) -> Predictions:
         """Runs a whole plan."""
         return self.fuse(batch.plan, self.encode(batch.images))
@@ -100,6 +115,10 @@ def _seen(number: Tensor, dtype: torch.dtype) -> Tensor:
     allowed = same.tril() | torch.eye(number.shape[1], dtype=torch.bool, device=number.device)
     added = torch.zeros(allowed.shape, dtype=dtype, device=number.device)
     return added.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.float().square().mean().sqrt()
 
 
 def _is_trained(module: nn.Module) -> bool:

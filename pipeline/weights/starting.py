@@ -131,11 +131,14 @@ def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer,
     net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
     if isinstance(net, EVLGen):
         language, bert = config.language.name, config.connector.pretrained
-        return {
+        starts = {
             "vision": _load_vision(net, config, hub),
             "language": Start(language, language, names=load_language(net.language, language)),
             "connector": Start(bert, bert, names=None if bert is None else load_connector(net.connector, bert)),
         }
+        if config.behaviour == "default":
+            net.scale_prefix()
+        return starts
     return {"vision": _load_vision(net, config, hub), "text": _load_text(net, config, tokenizer, hub)}
 
 

@@ -177,7 +177,20 @@ def test_texts_of_one_image_do_not_see_each_other(kind: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=atol)
 
 
-def small_model(kind: str) -> ImageToText:
+@pytest.mark.parametrize("name", ["tomeformer", "qformer", "perceiver", "pooling"])
+def test_image_tokens_are_as_large_as_words(name: str) -> None:
+    """Once scaled, on other noise than it was scaled by: within a tenth."""
+    model = small_model("llama", name=name)
+    net, rms = model.net, lambda values: float(values.square().mean().sqrt())
+    words = rms(net.language.llm.get_input_embeddings().weight)
+    noise = torch.randn(64, net.vision.num_tokens, net.vision.width)
+    with torch.no_grad():
+        assert not 0.9 < rms(net.connector(noise)) / words < 1.1
+        net.scale_prefix()
+        assert 0.9 < rms(net.connector(noise)) / words < 1.1
+
+
+def small_model(kind: str, name: str = "tomeformer") -> ImageToText:
     """Random weights, a frozen language model."""
     import transformers
 
@@ -188,7 +201,7 @@ def small_model(kind: str) -> ImageToText:
     else:
         language = LanguageModel(transformers.LlamaConfig(intermediate_size=64, num_key_value_heads=2, **sizes))
     vision = VisionConfig(name=None, image_size=16, patch_size=8, width=16, layers=2, head_width=8)
-    connector = ConnectorConfig(num_tokens=4, width=16, heads=2, ffn_width=32, layers=1)
+    connector = ConnectorConfig(name=name, num_tokens=4, width=16, heads=2, ffn_width=32, layers=1)
     form = TextForm((2,), (3,), (3,))
     net = EVLGen(ModelConfig(vision=vision, connector=connector), language, Vocabulary(23, 2, 1, 3, -1), form)
     freeze(net.language, "random")

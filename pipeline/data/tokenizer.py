@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import Vocabulary
+from model.torchvision_shim import ensure_torchvision
 from pipeline.config.options import Config, reads_by_language_model, tokenizer_source
 
 _SPECIAL_NAMES = {  # role -> attributes of a Hugging Face tokenizer that may hold it
@@ -151,6 +152,7 @@ def _word_starts(tokens: dict[str, int]) -> bytes:
 
 
 def _from_transformers(source: str, local_only: bool) -> Any:
+    ensure_torchvision()  # a folder of a model is asked for its configuration, which imports models
     from transformers import AutoTokenizer
 
     where = "not readable" if local_only else "neither a folder nor to be had from the Hugging Face hub"

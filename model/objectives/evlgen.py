@@ -16,6 +16,7 @@ class ImageToText(nn.Module):
     """Next-token loss (term ``caption``) of a language model that reads image tokens first."""
 
     name = "evlgen"
+    elsewhere = (r"net\.vision\.(?!blocks\.\d+\.temporal\.).+", r"net\.language\..+")  # weights that no import has
 
     def __init__(self, net: EVLGen) -> None:
         super().__init__()

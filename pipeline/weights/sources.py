@@ -16,7 +16,7 @@ from model.vision.clip import VisionTower
 from model.vision.tower import build_tower
 from model.weights.heads import head_resizes, head_rules
 from model.weights.start import Loaded, Resizes, named_tensors, start_from
-from model.weights.towers import bert_bottom, clip_image_encoder, refuse_other_network
+from model.weights.towers import bert_bottom, clip_image_encoder, eva_image_encoder, refuse_other_network
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import CheckpointError, run_of
 from pipeline.config.command_line import load_config
@@ -28,6 +28,7 @@ from pipeline.weights.language import load_language
 IMPORTED, IMPORT_RECIPE = "weights.safetensors", "recipe.yaml"  # in the folder of an imported model
 HEAD = r"(?!net\.).+"  # whatever is not of the network: what a task or objective puts on top
 TOWER = "net.vision."
+OF_VIDEO = (r"blocks\.\d+\.temporal\..+",)  # begins anew in a tower of images
 
 
 def load_model(objective: nn.Module, weights: str) -> Loaded:
@@ -71,6 +72,7 @@ def import_config(folder: Path) -> Config:
 
 def _start(objective: nn.Module, weights: str, fresh: Iterable[str] = (), resizes: Resizes = ()) -> Loaded:
     state, source = read_model(weights), f"model.weights {weights}"
+    fresh = [*fresh, *getattr(objective, "elsewhere", ())]
     dropped = [HEAD, *getattr(objective, "not_read", ())]
     released = getattr(getattr(objective, "net", None), "released", False)
     return start_from(objective, state, head_rules(state), source, fresh, dropped, (*head_resizes(released), *resizes))
@@ -82,11 +84,12 @@ def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:
     Raises:
         ValueError: they can't be had or do not fit.
     """
-    if not config.weights:
+    found = {}
+    if config.weights:
+        named = read_model(config.weights).items()
+        found = {name.removeprefix(TOWER): value for name, value in named if name.startswith(TOWER)}
+    if not found or all(".temporal." in name for name in found):  # an imported EVLGen is what was trained only
         return load_vision(tower, config.vision)
-    found = {
-        name.removeprefix(TOWER): value for name, value in read_model(config.weights).items() if name.startswith(TOWER)
-    }
     return start_from(tower, found, source=f"model.weights {config.weights}")
 
 
@@ -148,6 +151,10 @@ def load_vision(tower: nn.Module, config: VisionConfig) -> Loaded:
 
 def _load_clip(tower: VisionTower, config: VisionConfig) -> Loaded:
     """From a local safetensors or PyTorch file, else an open_clip tag (hub)."""
+    if config.pretrained is None:
+        raise ValueError(
+            "model.vision.pretrained is null, and these weights need the tower they were trained with; name it"
+        )
     source, file = f"model.vision.pretrained {config.pretrained}", Path(config.pretrained)
     if file.is_file():
         state = read_state_dict(file)
@@ -155,11 +162,12 @@ def _load_clip(tower: VisionTower, config: VisionConfig) -> Loaded:
         raise ValueError(f"{source}: no such file (nor a tag, as model.vision.name is null)")
     else:
         state = _state_of_tag(tower, config)
+    image_encoder = clip_image_encoder if tower.config.layout == "clip" else eva_image_encoder
     try:
-        state, rules, dropped = clip_image_encoder(state, tower.config)
+        state, rules, dropped = image_encoder(state, tower.config)
     except ValueError as error:
         raise ValueError(f"{source} {error}") from error
-    return start_from(tower, state, rules, source, dropped=dropped)
+    return start_from(tower, state, rules, source, OF_VIDEO, dropped)
 
 
 def _state_of_tag(tower: VisionTower, config: VisionConfig) -> dict[str, Tensor]:

@@ -87,11 +87,11 @@ def load_trained(objective: nn.Module, config: ModelConfig, checkpoint: Path) ->
         ValueError: the checkpoint is damaged or of another model, or frozen weights are no longer those it was
             trained with.
     """
+    load_frozen_parts(objective, config)
     if is_import(checkpoint):
         load_whole(objective, str(checkpoint))
-        return
-    load_frozen_parts(objective, config)
-    load_into(objective, checkpoint)
+    else:
+        load_into(objective, checkpoint)
 
 
 def _on_rank_0(load: Callable[[], Any], place: Place, agreement: Agreement) -> Any:
@@ -127,6 +127,8 @@ def describe_start(starting: dict[str, dict[str, Any]]) -> tuple[str, list[str]]
 def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer, hub: Hub) -> dict[str, Start]:
     if config.weights:
         _refuse_other_tokens_of_run(config.weights, tokenizer)
+        if is_import(Path(config.weights)):
+            load_frozen_parts(objective, config)
         return {"model": Start(config.weights, config.weights, names=load_model(objective, config.weights))}
     net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
     if isinstance(net, EVLGen):

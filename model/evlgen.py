@@ -66,7 +66,8 @@ class EVLGen(nn.Module):
 
     def forward(self, batch: Batch) -> Predictions:
         """Runs a whole plan."""
-        return self.fuse(batch.plan, self.encode(batch.images))
+        num_tokens = batch.plan.num_tokens if self.training else 0
+        return self.fuse(batch.plan, self.encode(batch.images, num_tokens or None))
 
     def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """uint8 [B, I, 3, S, S] -> [B, Q, D]; of a video the mean of its frames is what the connector gets."""

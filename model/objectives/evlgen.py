@@ -21,7 +21,9 @@ class ImageToText(nn.Module):
     def __init__(self, net: EVLGen) -> None:
         super().__init__()
         self.net = net
-        self.form, self.planner = net.form, LanguagePlanner(net.vocabulary, net.form)
+        fewest, most = net.connector.config.fewest_tokens, net.connector.num_tokens
+        tokens = None if fewest is None else (fewest, most)
+        self.form, self.planner = net.form, LanguagePlanner(net.vocabulary, net.form, tokens=tokens)
         self.term_weights = {"caption": 1.0}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -51,12 +53,13 @@ class ImageToText(nn.Module):
         """
         net, num_images = self.net, batch.images.shape[0] * batch.images.shape[1]
         num_sequences, length = batch.plan.text.shape
-        length += net.connector.num_tokens + len(net.form.before)
+        num_tokens = batch.plan.num_tokens or net.connector.num_tokens
+        length += num_tokens + len(net.form.before)
         head = len(batch.terms["caption"].target) * net.language.num_tokens * net.language.width
         tower = 6 if any(parameter.requires_grad for parameter in net.vision.parameters()) else 2
         return (
             tower * num_images * net.vision.macs
-            + 6 * batch.images.shape[0] * net.connector.macs()
+            + 6 * batch.images.shape[0] * net.connector.macs(num_tokens)
             + 4 * (net.language.macs(num_sequences, length) + head)
         )
 

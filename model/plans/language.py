@@ -11,7 +11,7 @@ from torch import Tensor
 from model.batch import Batch, LanguagePlan, Row, Term
 from model.config import Vocabulary
 from model.language.text_form import TextForm
-from model.plans.builder import round_up
+from model.plans.builder import round_up, row_generator
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LanguagePlanner:
     vocabulary: Vocabulary
     form: TextForm
     num_prompt: int = 0
+    tokens: tuple[int, int] | None = None  # fewest and most of an image, drawn from the seed of the first row
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """images uint8 [B, I, 3, H, W]; rows with another role than "pair" have no targets.
@@ -54,6 +55,12 @@ class LanguagePlanner:
         plan = LanguagePlan(
             *map(torch.from_numpy, (text, np.array(lengths), np.array(list(by_sample)), number, place)),
             most_texts=max(map(len, by_sample.values())),
+            num_tokens=0 if self.tokens is None else _draw(*self.tokens, rows[0].seed),
         )
         positions = torch.from_numpy(np.flatnonzero(predicted))
         return Batch(images, {"caption": Term("before", positions, plan.text.flatten()[positions])}, plan=plan)
+
+
+def _draw(fewest: int, most: int, seed: int) -> int:
+    """A number from ``fewest`` to ``most``, all of them as probable."""
+    return int(row_generator(seed, stream=1).integers(fewest, most + 1))

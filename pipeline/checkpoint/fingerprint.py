@@ -41,7 +41,7 @@ def run_fingerprint(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     for name in names_of_scoring(config.task):
         plain["task"].pop(name)
     optim = {"batch_size": config.optim.batch_size}
-    if in_batch_negatives(config) is not None:
+    if in_batch_negatives(config) is not None or config.model.connector.fewest_tokens is not None:
         optim["micro_batch_size"] = config.optim.micro_batch_size
     return json.loads(json.dumps({
         "model": plain["model"],

@@ -177,6 +177,24 @@ def test_texts_of_one_image_do_not_see_each_other(kind: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=atol)
 
 
+def test_numbers_of_tokens_are_drawn_in_training_only() -> None:
+    """All from fewest_tokens to num_tokens, by the first row's seed; an evaluation has num_tokens."""
+    model = small_model("llama", num_tokens=4, fewest_tokens=3)
+    images = torch.randint(0, 256, (1, 1, 3, 16, 16), dtype=torch.uint8)
+    plans = [model.planner(images, [Row([2, 5, 3], 0, seed)]) for seed in range(40)]
+    assert {batch.plan.num_tokens for batch in plans} == {3, 4}
+    assert model.planner(images, [Row([2, 5, 3], 0, 7)]).plan.num_tokens == plans[7].plan.num_tokens
+    seen = []
+    model.net.connector.register_forward_hook(lambda _, __, tokens: seen.append(tokens.shape[1]))
+    for batch in plans:
+        model.train()(batch)
+    assert seen == [batch.plan.num_tokens for batch in plans]
+    seen.clear()
+    model.eval()(plans[0])
+    assert seen == [4]
+    assert small_model("llama").planner(images, [Row([2, 5, 3], 0, 7)]).plan.num_tokens == 0
+
+
 @pytest.mark.parametrize("name", ["tomeformer", "qformer", "perceiver", "pooling"])
 def test_image_tokens_are_as_large_as_words(name: str) -> None:
     """Once scaled, on other noise than it was scaled by: within a tenth."""
@@ -190,7 +208,7 @@ def test_image_tokens_are_as_large_as_words(name: str) -> None:
         assert 0.9 < rms(net.connector(noise)) / words < 1.1
 
 
-def small_model(kind: str, name: str = "tomeformer") -> ImageToText:
+def small_model(kind: str, **options: Any) -> ImageToText:
     """Random weights, a frozen language model."""
     import transformers
 
@@ -201,7 +219,7 @@ def small_model(kind: str, name: str = "tomeformer") -> ImageToText:
     else:
         language = LanguageModel(transformers.LlamaConfig(intermediate_size=64, num_key_value_heads=2, **sizes))
     vision = VisionConfig(name=None, image_size=16, patch_size=8, width=16, layers=2, head_width=8)
-    connector = ConnectorConfig(name=name, num_tokens=4, width=16, heads=2, ffn_width=32, layers=1)
+    connector = ConnectorConfig(**dict(num_tokens=4, width=16, heads=2, ffn_width=32, layers=1) | options)
     form = TextForm((2,), (3,), (3,))
     net = EVLGen(ModelConfig(vision=vision, connector=connector), language, Vocabulary(23, 2, 1, 3, -1), form)
     freeze(net.language, "random")

@@ -93,13 +93,14 @@ class LanguagePlan:
 class Batch:
     """A micro-batch. All sizes are known on the host, without asking the device."""
 
-    images: Tensor  # uint8 [B, I, 3, H, W]
+    images: Tensor  # uint8 [B, I, 3, H, W]; or features of them that a frozen tower gave before, [B, I, P, W]
     terms: dict[str, Term]
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     plan: TextPlan | LanguagePlan | None = None
     notes: list[Any] = field(default_factory=list)  # of each sample's first row
     positions: list[int] = field(default_factory=list)  # of the samples in the order of training or evaluation
+    stored: torch.dtype | None = None  # images are bytes of features [B, I, P, W] of this dtype, until ``to``
 
     @property
     def counts(self) -> dict[str, int]:
@@ -118,9 +119,11 @@ class Batch:
         return replace(self, images=images, terms=terms, plan=plan)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The batch with every tensor on ``device``; images stay uint8."""
+        """The batch with every tensor on ``device``; images stay uint8, stored features become what they are."""
         move = lambda tensor: tensor.to(device, non_blocking=non_blocking)  # noqa: E731
-        return self.with_images(move(self.images), move)
+        images = move(self.images)
+        images = images if self.stored is None else images.view(self.stored)
+        return replace(self.with_images(images, move), stored=None)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by ``torch.utils.data.DataLoader``)."""

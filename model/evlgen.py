@@ -18,7 +18,7 @@ from model.connectors.connector import Connector
 from model.language.causal_lm import LanguageModel
 from model.language.text_form import TextForm
 from model.learning_rate_groups import declare_group
-from model.vision.tower import build_tower, grid_of
+from model.vision.tower import build_tower, grid_of, tokens_of
 
 IN_FRONT = -2  # of all texts: the image's tokens, and what the form has before them
 
@@ -74,13 +74,11 @@ class EVLGen(nn.Module):
         return self.connector(self.features(images), num_tokens)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, I, 3, S, S] -> [B, P, W]."""
+        """uint8 [B, I, 3, S, S], or features [B, I, P, W] -> [B, P, W]."""
         num_frames = images.shape[1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision)):
-            if self.has_temporal:
-                tokens = self.vision(images.flatten(0, 1), num_frames)
-            else:
-                tokens = self.vision(images.flatten(0, 1))
+            tokens = tokens_of(self.vision, images, num_frames if self.has_temporal else 1)
+            tokens = tokens.to(self.connector.norm.weight.dtype)
             return tokens if num_frames == 1 else tokens.unflatten(0, (-1, num_frames)).mean(1)
 
     def fuse(self, plan: LanguagePlan, tokens: Tensor) -> Predictions:

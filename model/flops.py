@@ -44,7 +44,7 @@ def network_macs(config: ModelConfig, tower: Tower, batch: Batch, streams: int) 
     rb, rt = config.reconstructor.bottom_layers, config.reconstructor.top_layers
     layers = (text.bottom_layers if rb is None else rb) + (text.top_layers if rt is None else rt) if streams == 2 else 0
     return {
-        "vision": num_images * tower.macs,
+        "vision": 0 if batch.images.ndim == 4 else num_images * tower.macs,  # features were computed before
         "bottom_text": text.bottom_layers * (self_attention + states * ffn),
         "top_text": text.top_layers * (self_attention + image_attention + states * ffn)
         + (states + queries) * square

@@ -8,7 +8,7 @@ from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
 from model.layers import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.learning_rate_groups import declare_group
-from model.vision.tower import build_tower
+from model.vision.tower import build_tower, tokens_of
 
 
 def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary, num_images: int = 1) -> None:
@@ -49,7 +49,7 @@ def reset_parameters(net: nn.Module, keep: tuple[str, ...] = ()) -> None:
 
 
 def encode_images(net: nn.Module, images: Tensor) -> Tensor:
-    """Projected tokens [B*I, P, D] of images uint8 [B, I, 3, S, S]; image i of a sample has type 1 + i.
+    """Projected tokens [B*I, P, D] of images uint8 [B, I, 3, S, S] or features [B, I, P, W]; image i has type 1 + i.
 
     Raises:
         ValueError: samples have more images than the network was built for.
@@ -57,7 +57,7 @@ def encode_images(net: nn.Module, images: Tensor) -> Tensor:
     num_images, num_types = images.shape[1], net.type_embedding.num_embeddings
     if num_images >= num_types:
         raise ValueError(f"samples have {num_images} images, the network knows {num_types - 1}; build it for as many")
-    tokens = net.image_projection(net.vision(images.flatten(0, 1)))
+    tokens = net.image_projection(tokens_of(net.vision, images).to(net.image_projection.weight.dtype))
     if num_images == 1:
         return tokens + net.type_embedding.weight[1]
     return (tokens.unflatten(0, (-1, num_images)) + net.type_embedding.weight[1 : 1 + num_images, None]).flatten(0, 1)

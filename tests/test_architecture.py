@@ -48,20 +48,22 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "recording": (),
         "reporting": ("config", "incidents", "recording"),
         "weights": ("config", "distributed", "data", "checkpoint"),
-        "loading": ("config", "distributed", "data", "recording"),
+        "stored_features": ("config", "distributed", "data", "checkpoint.files", "weights.sources"),
+        "loading": ("config", "distributed", "data", "recording", "stored_features"),
         "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading"),
         "finetuning": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "tasks"),
         "scoring": (
             *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "recording", "tasks"),
-            "finetuning",
+            *("finetuning", "stored_features"),
         ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
-            *("cluster", "staging", "tasks.task", "tasks.evaluation", "reporting.page"),
+            *("cluster", "staging", "stored_features", "tasks.task", "tasks.evaluation", "reporting.page"),
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
-            *("reporting", "tasks", "finetuning", "training", "metrics", "scoring", "cluster", "planning"),
+            *("reporting", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
+            "planning",
         ),
     },
 }
@@ -86,7 +88,9 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
-        "programs": tuple("train evaluate generate replay report convert census plan restart status health".split())
+        "programs": tuple(
+            "train evaluate generate features replay report convert census plan restart status health".split()
+        )
     },
 }
 LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why

@@ -57,6 +57,7 @@ class ImageToText(nn.Module):
         length += num_tokens + len(net.form.before)
         head = len(batch.terms["caption"].target) * net.language.num_tokens * net.language.width
         tower = 6 if any(parameter.requires_grad for parameter in net.vision.parameters()) else 2
+        tower = 0 if batch.images.ndim == 4 else tower
         return (
             tower * num_images * net.vision.macs
             + 6 * batch.images.shape[0] * net.connector.macs(num_tokens)

@@ -39,6 +39,15 @@ def build_tower(config: VisionConfig) -> nn.Module:
     return VisionTower(resolve_sizes(config))
 
 
+def tokens_of(tower: nn.Module, images: Tensor, num_frames: int = 1) -> Tensor:
+    """The tokens [B*I, P, W] of images uint8 [B, I, 3, S, S]; of features [B, I, P, W] these, and no tower is run."""
+    if images.ndim == 4:
+        return images.flatten(0, 1)
+    if num_frames == 1:
+        return tower(images.flatten(0, 1))
+    return tower(images.flatten(0, 1), num_frames)
+
+
 class Grid(NamedTuple):
     """Where the tokens of a tower stand in the image: ``height`` x ``width`` cells, row by row, after ``leading`` ones
     that stand nowhere (class, registers)."""

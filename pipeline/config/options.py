@@ -42,6 +42,8 @@ class DataConfig:
         max_pixels: images with more pixels than this are unusable (decompression bombs).
         fast_decode: vectorised resize, and large JPEGs shrunk while decoding; pixels differ by a grey level or two.
         augmentation: random changes of training images before the resize; randaugment is that of the FLM release.
+        features: read the tokens of the frozen vision tower that `python -m pipeline.features` has written beside the
+            shards, in this dtype, instead of images; null reads images.
         bad_sample_budget: unusable samples that are always tolerated.
         bad_sample_share: share of the samples seen that may be unusable beyond bad_sample_budget.
         allow_change: go on from the same position when a resumed run's data, tokenizer or order differ from before.
@@ -65,6 +67,7 @@ class DataConfig:
     max_pixels: PositiveInt = 100_000_000
     fast_decode: bool = True
     augmentation: Literal["none", "randaugment"] = "none"
+    features: Literal["float16", "bfloat16"] | None = None
     bad_sample_budget: NonNegativeInt = 100
     bad_sample_share: ClosedUnitInterval = 0.01
     allow_change: bool = False

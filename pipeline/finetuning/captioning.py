@@ -122,10 +122,9 @@ class CaptioningTask:
         corpora, tokenizer = list(held_out), preparation.maker.tokenizer
         images = dataclasses.replace(preparation, maker=ImageRows(), planner=images_only)
         batches = eval_loader(config, corpora, images, ranks.place, ranks.pin, texts_per_image=1)
-        size = preparation.image_size
-        spare = images_only(torch.zeros((1, 1, 3, size, size), dtype=torch.uint8), [])
+        spare = placeholder_batch(images)
         writer = Writer(config, tokenizer, corpora, batches.dataset.rows(), ranks)
-        reading = _reading(config, objective, tokenizer)
+        reading = dataclasses.replace(_reading(config, objective, tokenizer), features=preparation.features)
         losses = eval_loader(config, corpora, reading, ranks.place, ranks.pin, texts_per_image=ALL_TEXTS)
         return [
             EvaluationPass(batches, spare, writer.measure, (), writer.summarise, write=writer.write),

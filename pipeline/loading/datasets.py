@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from model.batch import Planner, Row
@@ -16,6 +17,8 @@ from pipeline.data.order import SampleOrder, mix_words, sample_seed
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.transforms import ClipTransform, UnusableSample, decode_image
 from pipeline.loading.collate import Item
+from pipeline.stored_features.files import StoredFeatures
+from pipeline.stored_features.opening import FeatureSource
 
 EvalImages = Literal["own", "shuffled", "hidden"]
 ALL_TEXTS = sys.maxsize
@@ -58,6 +61,7 @@ class Preparation:
     maker: RowMaker
     planner: Planner
     image_size: int
+    features: FeatureSource | None = None  # read instead of images
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,23 @@ class SampleReader:
     max_pixels: int
     draft_size: int | None
     augment: Augment | None = None
+    features: Sequence[StoredFeatures] | None = None  # of each corpus, read instead of images
 
     @property
-    def image_shape(self) -> tuple[int, int, int, int]:
-        """[I, 3, S, S] of one sample; raises ValueError for corpora that do not agree on I."""
+    def image_shape(self) -> tuple[int, ...]:
+        """[I, 3, S, S] of one sample, or [I, P, 2W] of stored features; raises ValueError for corpora that do not agree
+        on I."""
         num_images = sorted({corpus.num_images for corpus in self.corpora})
         if len(num_images) > 1:
             raise ValueError(f"corpora of {num_images} images per sample: expected the same number in all")
+        if self.features is not None:
+            return self.features[0].identity.bytes_shape
         return num_images[0], 3, self.transform.size, self.transform.size
+
+    @property
+    def stored(self) -> torch.dtype | None:
+        """The dtype of stored features, None where images are read."""
+        return None if self.features is None else self.features[0].identity.torch_dtype
 
     def item(
         self,
@@ -92,15 +105,18 @@ class SampleReader:
     ) -> Item:
         """Row ``index`` of a corpus; its images, or those of row ``image_index``, are written into ``out``.
 
-        ``out`` is uint8 [I, 3, S, S]; an unusable sample leaves it black and gives a placeholder, and
+        ``out`` is uint8 of ``image_shape``; an unusable sample leaves it black and gives a placeholder, and
         ``hide_images`` leaves it black. Where ``near`` names rows that are read together, other texts are theirs. With
         ``num_texts`` above 1 the item has up to so many of the texts of the row's images.
         """
         read = self.corpora[corpus]
         numbers = near if near is not None and len(near) > 1 else range(len(read))
         try:
-            sample = read.read(index)
-            encoded = sample.images if image_index is None else read.read(image_index).images
+            if self.features is None:
+                sample = read.read(index)
+                encoded = sample.images if image_index is None else read.read(image_index).images
+            else:
+                sample, encoded = read.read_without_images(index), []
             others = OtherRows(read, index, numbers)
             if num_texts == 1:
                 rows = self.maker.rows(sample, seed, others)
@@ -109,6 +125,8 @@ class SampleReader:
             if hide_images:
                 out.zero_()
                 encoded = []
+            elif self.features is not None:
+                self.features[corpus].read(index if image_index is None else image_index, out)
             for slot, data in enumerate(encoded):
                 image = decode_image(data, self.max_pixels, sample.key, self.draft_size)
                 if self.augment is not None:

@@ -275,6 +275,7 @@ def _reader(
         max_pixels=options.max_pixels,
         draft_size=draft_size(preparation.image_size, shrinks),
         augment=augment_named(augmentation),
+        features=None if preparation.features is None else preparation.features.open(corpora),
     )
 
 
@@ -305,6 +306,7 @@ class _BatchMaker:
         except DataError as error:
             return Failure(str(error), EXIT_MEND if isinstance(error, OutOfDescriptors) else EXIT_REQUEUE)
         batch = collate(items, images, self._planner, positions)
+        batch.stored = self._dataset.reader.stored
         assert batch.images.data_ptr() == images.data_ptr(), "the planner must keep the images where they are"
         return batch if self._pool is None else SharedBatch(batch, slot, self._pool)
 

@@ -147,6 +147,8 @@ def data_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
             "augmentation": describe(settings.augmentation),
         },
     }
+    if settings.features is not None:
+        found["features"] = settings.features
     return found if data.texts_per_image == 1 else found | {"texts_per_image": data.texts_per_image}
 
 
@@ -219,9 +221,12 @@ def eval_loader(
 
 def placeholder_batch(preparation: Preparation, num_images: int = 1) -> Batch:
     """A batch without targets, for a rank that has run dry while others still compute together."""
-    size = preparation.image_size
-    images = torch.zeros((1, num_images, 3, size, size), dtype=torch.uint8)
-    return preparation.planner(images, preparation.maker.placeholder(""))
+    size, features = preparation.image_size, preparation.features
+    shape = (3, size, size) if features is None else features.bytes_shape
+    images = torch.zeros((1, num_images, *shape), dtype=torch.uint8)
+    batch = preparation.planner(images, preparation.maker.placeholder(""))
+    batch.stored = None if features is None else features.torch_dtype
+    return batch
 
 
 def loader_options(config: Config, pin: bool) -> LoaderOptions:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from pipeline.scoring.subject import (
     refuse_other_training,
     use_files_of_run,
 )
+from pipeline.stored_features.opening import feature_source
 from pipeline.tasks.evaluation import BatchRecord, Outcome, run_passes
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Task, texts_of
 
@@ -116,7 +117,8 @@ def set_up(request: Request, ranks: Ranks, store: Any = None, task: Task | None 
     if not agreement.is_main:  # after rank 0, which may have fetched something into a cache
         load_weights(subject, objective)
     objective.eval().to(device)
-    preparation = task.preparation(config, objective, tokenizer)
+    features = feature_source(config, getattr(getattr(objective, "net", None), "vision", None), agreement)
+    preparation = replace(task.preparation(config, objective, tokenizer), features=features)
     evaluating = EvaluationRanks(ranks.place, device.type == "cuda")
     passes = task.passes(config, objective, preparation, corpora, evaluating)
     board = Board(store, agreement)

@@ -22,7 +22,8 @@ from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_
 from pipeline.weights.starting import load_trained
 
 EVALUATIONS = "evaluations"
-OF_LOADING = ("data.num_workers", "data.prefetch", "data.timeout_seconds")  # change no batch
+OF_LOADING = ("data.num_workers", "data.prefetch", "data.timeout_seconds", "data.features")  # change no batch, features
+# round one
 OF_TEXT = ("data.tokenizer", "data.max_text_length")  # an imported model does not say how it reads
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -50,6 +50,7 @@ from pipeline.recording.sample_keys import SampleKeys, cut_back_sample_keys
 from pipeline.recording.trackers import check_trackers
 from pipeline.staging.stager import Stager
 from pipeline.staging.starting import start_staging
+from pipeline.stored_features.opening import feature_source
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of
 from pipeline.training.run_files import copy_files, write_run_files
 from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
@@ -134,6 +135,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         starting = load_starting_weights(objective, config.model, opened.data.tokenizer, place, agreement)
     else:
         load_frozen(objective, config.model, place, agreement)
+    features = feature_source(config, getattr(getattr(objective, "net", None), "vision", None), agreement)
     lock = _lock(launch.output, ranks, opened.lock)  # of a new run only now: a mistake before this leaves no folder
     census = parameter_census(objective)
     prepare_deepspeed(ranks.device)
@@ -151,7 +153,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         ranks.stop.time_is_up = Walltime(time_is_over, records.saver.expected_seconds).is_up
     order = sample_order(config, opened.data)
     stager = start_staging(config, opened.data.corpora, order, ranks, engine.accumulation, state.step)
-    preparation = task.preparation(config, objective, opened.data.tokenizer)
+    preparation = replace(task.preparation(config, objective, opened.data.tokenizer), features=features)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
     evaluating = EvaluationRanks(place, pin, lambda done: agreement.total([not done])[0] == 0, in_training=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.restore import read_state
 from pipeline.evaluate import main as evaluate
+from pipeline.features import main as write_features
 from pipeline.generate import main as generate
 from pipeline.recording.run_log import LOG_NAME, read_log
 from tests.forked_ranks import run_ranks
@@ -147,6 +149,27 @@ def test_stages_and_ranks_give_the_same_losses(work: Path, tmp_path: Path, one_r
     assert run_ranks(2, train, options(work, run, *zero(stage), "--train.steps", 3)) == [0, 0]
     assert run_ranks(2, train, options(work, run, *zero(stage))) == [0, 0]
     assert losses(run) == pytest.approx(one_rank, abs=1e-4)
+
+
+def test_stored_features_stand_for_images(work: Path, tmp_path: Path, one_rank: list[float]) -> None:
+    """On two ranks at stages 0 and 3: the losses of training on images, but for the rounding to fp16; no image is
+    decoded, and the evaluation reads features too."""
+    data = tmp_path / "data"
+    shutil.copytree(work / "data", data)
+    words = ["--data", str(data), "--data.features", "float16", "--data.num_workers", "1"]
+    of_tower = options(work, tmp_path / "run", "--data", data)
+    assert write_features([word for word in of_tower if word not in ("--output", str(tmp_path / "run"))]) == 0
+    for number, stage in enumerate((0, 3)):
+        run = tmp_path / f"run-{number}"
+        assert run_ranks(2, train, options(work, run, *zero(stage), *words)) == [0, 0]
+        assert losses(run) == pytest.approx(one_rank, abs=2e-3) and losses(run) != one_rank
+    last = [one for one in read_log(tmp_path / "run-0" / LOG_NAME) if one["kind"] == "eval"][-1]
+    assert evaluate(["--run", str(tmp_path / "run-0"), "--split", "dev"]) == 0
+    [card] = (tmp_path / "run-0" / "evaluations").glob("*/scorecard.json")
+    assert json.loads(card.read_text())["metrics"]["caption_loss"] == pytest.approx(last["caption_loss"], abs=1e-5)
+    shutil.rmtree(next((data / "toy" / "dev").glob("features-*")))
+    with pytest.raises(RuntimeError, match="no features of this tower beside the shards"):
+        run_ranks(1, train, options(work, tmp_path / "again", *words))
 
 
 def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:

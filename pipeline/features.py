@@ -1,0 +1,86 @@
+"""Writes what a frozen vision tower gives for each image beside the shards, for runs that read that instead of images.
+
+    python -m pipeline.features --recipe R --data DIR [--splits train dev] [--batch-size N] [--section.key value ...]
+
+Options are those of pipeline/train.py, which decide about tower, weights and pixels; --data.features says in which
+dtype (float16). A training with the same options and --data.features reads what was written. Started by several ranks
+(torchrun, srun, deepspeed) it shares the shards out; started again it goes on with those that are missing.
+
+Exit codes: 0 done, 2 configuration, 75 told to stop.
+"""
+
+from __future__ import annotations
+
+from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # what follows takes seconds to import
+
+import argparse  # noqa: E402
+import os  # noqa: E402
+
+from data_prep.program import run_program  # noqa: E402
+from pipeline.config.command_line import parse_command_line  # noqa: E402
+from pipeline.config.options import ConfigError, fail  # noqa: E402
+from pipeline.config.program_options import whole_number  # noqa: E402
+from pipeline.data.open_shards import DataError  # noqa: E402
+from pipeline.distributed.devices import choose_device  # noqa: E402
+from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
+from pipeline.distributed.places import discover  # noqa: E402
+from pipeline.recording.progress import Progress  # noqa: E402
+from pipeline.stored_features.writing import open_tower, unwritten, write_shard  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments, words = _parser().parse_known_args(argv)
+    stop = StopRequest().listen(at_once=True)
+    try:
+        return _write(arguments, words, stop)
+    except BrokenPipeError:
+        raise
+    except Stopped as error:
+        return say(error, place=None)
+    except (ValueError, OSError, DataError) as error:
+        return fail(error if isinstance(error, ValueError) else ValueError(str(error)))
+    finally:
+        stop.close()
+
+
+def _write(arguments: argparse.Namespace, words: list[str], stop: StopRequest) -> int:
+    given = any(word.partition("=")[0] == "--data.features" for word in words)
+    config = parse_command_line(words + ([] if given else ["--data.features", "float16"])).config
+    if config.data.features is None:
+        raise ConfigError("--data.features null: expected float16 or bfloat16, the dtype that is written")
+    place, device = choose_device(discover(os.environ))
+    splits = arguments.splits or [split for split in (config.data.train_split, config.data.eval_split) if split]
+    tower, source = open_tower(config, device)
+    todo = unwritten(config, splits, source)
+    mine = todo[place.rank :: place.world_size]
+    progress = Progress(sum(one.samples for one in mine), unit="image", enabled=place.is_main)
+    stop.poll_from_here()
+    done = 0
+    for shard in mine:
+        if stop.requested:
+            return EXIT_REQUEUE
+        write_shard(shard, config, tower, device, arguments.batch_size)
+        done += shard.samples
+        progress.update(done)
+    progress.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: the training and the held-out split")
+    parser.add_argument("--batch-size", type=whole_number(1), default=32, help="images at a time (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main)

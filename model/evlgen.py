@@ -44,6 +44,9 @@ class EVLGen(nn.Module):
         self.has_temporal = config.vision.temporal is not None
         tower = (self.vision.num_tokens, self.vision.width, grid_of(self.vision))
         self.connector = Connector(config.connector, *tower, language.width)
+        self.vision.recompute = self.connector.body.recompute = config.activation_checkpointing
+        if config.activation_checkpointing:
+            language.recompute_layers()
         self.language = language
         self.register_buffer("before", torch.tensor(form.before, dtype=torch.int64), persistent=False)
         declare_group("rest", self.vision, self.language)
@@ -88,11 +91,11 @@ class EVLGen(nn.Module):
         inputs = torch.cat([inputs, self.language.embed(plan.text).to(inputs.dtype)], dim=1)
         number = F.pad(plan.number, (start, 0), value=IN_FRONT)
         if plan.most_texts == 1:
-            states = self.language.states(inputs, (number != -1).long())
+            states = self.language.states(inputs)
         else:
             first = torch.arange(start, device=inputs.device).expand(len(inputs), -1)
             places = torch.cat([first, start + plan.place], dim=1)
-            states = self.language.states(inputs, _seen(number, inputs.dtype), places=places)
+            states = self.language.states(inputs, added=_seen(number, inputs.dtype), places=places)
         last, states = states[:, start - 1 : start], states[:, start:]
         before = torch.cat([last, states[:, :-1]], dim=1)
         return Predictions(torch.where((plan.place == 0)[..., None], last, before).flatten(0, 1))

@@ -32,22 +32,18 @@ class LanguageDecoder:
         self._language, self._tokens = net.language, net.prefix(tokens)
         self.end_ids, self.prompt = net.form.end[:1], list(prompt)
         self._first = [*net.form.begin, *prompt]
-        self._length, self._fewest, self._num_words = self._tokens.shape[1], fewest_words, len(prompt)
-        longest = net.language.max_length
-        self.limit = ANY_LENGTH if longest is None else longest - self._length - len(net.form.begin) - 1
+        self._fewest, self._num_words, longest = fewest_words, len(prompt), net.language.max_length
+        self.limit = ANY_LENGTH if longest is None else longest - self._tokens.shape[1] - len(net.form.begin) - 1
         self._kept = net.language.new_memory()
 
     def start(self) -> Tensor:
         """Reads the images, what begins a text, and the prompt; returns the scores fp32 [B, V]."""
         first = torch.tensor(self._first, device=self._tokens.device, dtype=torch.int64)
         words = self._language.embed(first).to(self._tokens.dtype).expand(len(self._tokens), -1, -1)
-        inputs = torch.cat([self._tokens, words], dim=1)
-        self._length = inputs.shape[1]
-        return self._scores(inputs)
+        return self._scores(torch.cat([self._tokens, words], dim=1))
 
     def step(self, ids: Tensor) -> Tensor:
         """Appends ``ids`` int64 [G]; returns the scores fp32 [G, V] of the next token."""
-        self._length += 1
         self._num_words += 1
         return self._scores(self._language.embed(ids[:, None]).to(self._tokens.dtype))
 
@@ -56,8 +52,7 @@ class LanguageDecoder:
         self._kept.reorder_cache(sequences)
 
     def _scores(self, inputs: Tensor) -> Tensor:
-        mask = torch.ones(len(inputs), self._length, device=inputs.device, dtype=torch.int64)
-        states = self._language.states(inputs, mask, self._kept)
+        states = self._language.states(inputs, self._kept)
         scores = self._language.logits(states[:, -1]).float()
         if self._num_words < self._fewest:
             scores[:, list(self.end_ids)] = float("-inf")

@@ -5,12 +5,15 @@ Legend: R rows, L length of a sequence, D width, M states, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.recomputing import run
 from model.torchvision_shim import ensure_torchvision
 
 # What some models do to logits behind their last layer, by the setting that says so.
@@ -77,16 +80,18 @@ class LanguageModel(nn.Module):
         """int64 [...] -> [..., D]."""
         return self.llm.get_input_embeddings()(ids)
 
-    def states(self, inputs: Tensor, mask: Tensor, kept: Any = None, places: Tensor | None = None) -> Tensor:
-        """Embeddings [R, L, D] -> states [R, L, D].
+    def states(
+        self, inputs: Tensor, kept: Any = None, added: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings [R, L, D] -> states [R, L, D], each of which sees those before it.
 
-        ``mask`` int64 (1: there, 0: padding behind the end) is of these and, where keys and values of earlier ones are
-        ``kept`` (``new_memory``), of those before them: [R, L] or [R, K + L]. Or it is what is added to scores,
-        [R, 1, L, L], with the ``places`` of the tokens, int64 [R, L].
+        So padding behind the end needs no mask. Keys and values of earlier ones are ``kept`` (``new_memory``), if
+        given. ``added`` to the scores, [R, 1, L, L], with the ``places`` of the tokens, int64 [R, L]: where some of
+        those before are not to be seen.
         """
         found = self.llm.base_model(
             inputs_embeds=inputs,
-            attention_mask=mask,
+            attention_mask=added,
             position_ids=places,
             past_key_values=kept,
             use_cache=kept is not None,
@@ -99,6 +104,21 @@ class LanguageModel(nn.Module):
 
         return transformers.DynamicCache(config=self.llm.config)
 
+    def recompute_layers(self) -> None:
+        """From now on a layer keeps its inputs only for backward and runs again there (:mod:`model.recomputing`).
+
+        transformers' own switch works in training mode, which a frozen model is never in.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for layer in self.llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(_again, layer.forward)
+
     def logits(self, states: Tensor) -> Tensor:
         """[M, D] -> [M, V]."""
         return self.llm.get_output_embeddings()(states)
+
+
+def _again(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    return run(partial(forward, **options), *inputs, recompute=True)

@@ -177,6 +177,25 @@ def test_texts_of_one_image_do_not_see_each_other(kind: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=atol)
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_recomputing_gives_the_same_gradients(kind: str) -> None:
+    """Of a language model in evaluation mode too, whose layers run once more in backward."""
+    images = torch.randint(0, 256, (2, 1, 3, 16, 16), dtype=torch.uint8)
+    gradients, calls = [], []
+    for recompute in (False, True):
+        model = small_model(kind, recompute=recompute)
+        layers = [layer for layer in model.net.language.llm.modules() if type(layer).__name__.endswith("DecoderLayer")]
+        inner = [layer.self_attn for layer in layers]
+        counted = []
+        for attention in inner:
+            attention.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        model(model.planner(images, [Row([2, 5, 6, 3], 0, 0), Row([2, 7, 3], 1, 1)]))["caption"].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        calls.append(len(counted))
+    assert calls == [2, 4]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
 def test_numbers_of_tokens_are_drawn_in_training_only() -> None:
     """All from fewest_tokens to num_tokens, by the first row's seed; an evaluation has num_tokens."""
     model = small_model("llama", num_tokens=4, fewest_tokens=3)
@@ -208,7 +227,7 @@ def test_image_tokens_are_as_large_as_words(name: str) -> None:
         assert 0.9 < rms(net.connector(noise)) / words < 1.1
 
 
-def small_model(kind: str, **options: Any) -> ImageToText:
+def small_model(kind: str, recompute: bool = False, **options: Any) -> ImageToText:
     """Random weights, a frozen language model."""
     import transformers
 
@@ -221,7 +240,8 @@ def small_model(kind: str, **options: Any) -> ImageToText:
     vision = VisionConfig(name=None, image_size=16, patch_size=8, width=16, layers=2, head_width=8)
     connector = ConnectorConfig(**dict(num_tokens=4, width=16, heads=2, ffn_width=32, layers=1) | options)
     form = TextForm((2,), (3,), (3,))
-    net = EVLGen(ModelConfig(vision=vision, connector=connector), language, Vocabulary(23, 2, 1, 3, -1), form)
+    config = ModelConfig(vision=vision, connector=connector, activation_checkpointing=recompute)
+    net = EVLGen(config, language, Vocabulary(23, 2, 1, 3, -1), form)
     freeze(net.language, "random")
     return ImageToText(net).eval()
 

@@ -71,7 +71,7 @@ def test_cached_scores_are_those_of_a_whole_pass(kind: str) -> None:
 
     def anew(tokens: Tensor, ids: Tensor) -> Tensor:
         inputs = torch.cat([tokens, language.embed(ids)], dim=1)
-        states = language.states(inputs, torch.ones(inputs.shape[:2], dtype=torch.int64))
+        states = language.states(inputs)
         return language.logits(states[:, -1])
 
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_beam_of_all_is_the_best_of_all(kind: str) -> None:
         for first in range(23):
             ids = [BEGIN, first]
             inputs = torch.cat([tokens, language.embed(torch.tensor([ids]))], dim=1)
-            states = language.states(inputs, torch.ones(inputs.shape[:2], dtype=torch.int64))
+            states = language.states(inputs)
             scores = language.logits(states[0, -2:]).log_softmax(-1)
             if first == NEWLINE:
                 values[()] = float(scores[0, first])

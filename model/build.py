@@ -70,6 +70,8 @@ def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: in
     freeze(net.language, source=name)
     if model.vision.frozen:
         freeze(net.vision, source=model.weights or model.vision.pretrained)
+        for block in net.vision.blocks if net.has_temporal else ():
+            block.temporal.requires_grad_(True)  # the frames' part is new, whatever the tower
     return ImageToText(net)
 
 

@@ -35,6 +35,11 @@ def build_tower(config: VisionConfig) -> nn.Module:
         ValueError: no such name, or sizes that do not fit it.
     """
     if config.name is not None and "/" in config.name:
+        if config.temporal is not None:
+            raise ValueError(
+                f"model.vision.temporal {config.temporal}: the blocks of {config.name} are another library's; use a ViT"
+                " of open_clip's names, eva-vit-g, or model.vision.temporal null"
+            )
         return external_tower(config)
     return VisionTower(resolve_sizes(config))
 

@@ -155,6 +155,25 @@ def a_batch(model: ImageToText, images: Tensor, found: dict[str, Tensor]) -> Bat
     return model.planner(images, rows)
 
 
+@pytest.mark.parametrize("temporal", ["released", "ordered"])
+def test_a_video_is_the_mean_of_its_frames(temporal: str) -> None:
+    """What frames tell each other is trained in a frozen tower too; a new video model is the image model on each
+    frame."""
+    model = small_model("llama", temporal=temporal)
+    freeze(model.net.vision, "random")
+    for block in model.net.vision.blocks:
+        block.temporal.requires_grad_(True)
+    frames = torch.randint(0, 256, (2, 4, 3, 16, 16), dtype=torch.uint8)
+    images = model.net.features(frames.flatten(0, 1)[:, None]).unflatten(0, (2, 4))
+    torch.testing.assert_close(model.net.features(frames), images.mean(1), rtol=0, atol=rounding(16, 4))
+    rows = [Row([2, 5, 6, 3], sample * 4, 0) for sample in range(2)]
+    model(model.planner(frames, rows))["caption"].backward()
+    gates = {n: p.grad for n, p in model.named_parameters() if n.endswith(("temporal.alpha", "temporal.out.weight"))}
+    assert len(gates) == 1 and all(gradient.any() for gradient in gates.values())
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "vision" in n and "temporal" not in n)
+    assert not model.decays("net.vision.blocks.0.temporal.alpha", torch.zeros(()))
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_texts_of_one_image_do_not_see_each_other(kind: str) -> None:
     """Several texts behind one image's tokens have the losses and gradients that they have one by one."""
@@ -227,7 +246,7 @@ def test_image_tokens_are_as_large_as_words(name: str) -> None:
         assert 0.9 < rms(net.connector(noise)) / words < 1.1
 
 
-def small_model(kind: str, recompute: bool = False, **options: Any) -> ImageToText:
+def small_model(kind: str, recompute: bool = False, temporal: Any = None, **options: Any) -> ImageToText:
     """Random weights, a frozen language model."""
     import transformers
 
@@ -237,7 +256,7 @@ def small_model(kind: str, recompute: bool = False, **options: Any) -> ImageToTe
         language = LanguageModel(transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **sizes))
     else:
         language = LanguageModel(transformers.LlamaConfig(intermediate_size=64, num_key_value_heads=2, **sizes))
-    vision = VisionConfig(name=None, image_size=16, patch_size=8, width=16, layers=2, head_width=8)
+    vision = VisionConfig(None, image_size=16, patch_size=8, width=16, layers=2, head_width=8, temporal=temporal)
     connector = ConnectorConfig(**dict(num_tokens=4, width=16, heads=2, ffn_width=32, layers=1) | options)
     form = TextForm((2,), (3,), (3,))
     config = ModelConfig(vision=vision, connector=connector, activation_checkpointing=recompute)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.config import VisionConfig
 from model.vision.clip import VisionTower, resolve_sizes
 from model.vision.temporal import OrderedTemporalAttention, ReleasedTemporalAttention, frame_positions
+from model.vision.tower import build_tower
 from model.weights.start import start_from
 from model.weights.towers import eva_image_encoder
 from tests.oracle import load_oracle
@@ -127,6 +128,11 @@ def test_frames_stand_at_different_places() -> None:
     positions = frame_positions(64, 32, torch.device("cpu"))
     distances = torch.cdist(positions, positions) + 9 * torch.eye(64)
     assert distances.min() > 0.1 and positions.abs().max() <= 1
+
+
+def test_a_tower_of_another_library_has_no_frames() -> None:
+    with pytest.raises(ValueError, match="temporal ordered: the blocks of timm/resnet18 are another library's"):
+        build_tower(VisionConfig(name="timm/resnet18", temporal="ordered"))
 
 
 def test_a_width_that_does_not_fit_is_one_line() -> None:

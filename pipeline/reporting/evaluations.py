@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass
 class Example:
-    """A prediction to show; ``words`` are pairs of a word and its shadows."""
+    """A prediction to show; ``words`` are pairs of a word and its shadows, ``merges`` pictures with what they show."""
 
     key: str
     text: str
@@ -48,6 +48,7 @@ class Example:
     note: str
     pictures: list[Picture]
     words: list[tuple[str, str]]
+    merges: list[tuple[str, str]]
 
 
 @dataclass
@@ -153,7 +154,12 @@ def _example(one: Mapping[str, Any]) -> Example:
     ]
     words = [(str(word["word"]), shadows(word["attention"])) for word in one.get("words", [])]
     texts = (str(one.get(name) or "") for name in ("key", "text", "prediction"))
-    return Example(*texts, [str(truth) for truth in one.get("truth", [])], str(one.get("note", "")), pictures, words)
+    truth = [str(truth) for truth in one.get("truth", [])]
+    merges = [
+        (f"layer {int(each['layer'])}: {int(each['tokens'])} tokens", str(each["thumbnail"]))
+        for each in one.get("merges", [])
+    ]
+    return Example(*texts, truth, str(one.get("note", "")), pictures, words, merges)
 
 
 def shadows(attention: Mapping[str, Any] | None) -> str:

@@ -26,6 +26,7 @@ from pipeline.finetuning.retrieval import Gallery, matrix
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics import recall
 from pipeline.scoring.confusion import of_answers, of_labels, recall_curves
+from pipeline.scoring.merges import NOTE, merge_pictures
 from pipeline.tasks.captioning import thumbnail
 from pipeline.tasks.task import Prediction
 
@@ -127,13 +128,15 @@ class _Show:
         pictures: list[dict[str, Any]] = [{"thumbnail": thumbnail(image)} for image in images]
         words: list[dict[str, Any]] = []
         planned = self._rows(example, sample)
+        merges = merge_pictures(self.objective.net, images[0], self.grid)
         if self.grid is None or planned is None:
             self.note = NO_GRID if self.grid is None else NO_TEXT
         else:
             words = self._draw(pictures, *planned, images)
+        self.note = NOTE if merges else self.note
         names = ("right", "text", "prediction", "truth", "note")
         shown = {name: getattr(example, name) for name in names}
-        return {"key": sample.key, **shown, "images": pictures, "words": words}
+        return {"key": sample.key, **shown, "images": pictures, "words": words, "merges": merges}
 
     def _rows(self, example: Example, sample: RawSample) -> tuple[list[Row], Planner] | None:
         """What the model reads of an example, and who plans it; None where it reads nothing."""

@@ -1,0 +1,58 @@
+"""Pictures of what a TomeFormer merges: the image after some of its layers, patches of one token in one colour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.connectors.tomeformer import TomeFormer
+from model.evlgen import EVLGen
+from model.merge.apply import membership
+from model.merge.schedule import tokens_after
+from model.vision.tower import Grid
+from pipeline.tasks.captioning import thumbnail
+
+SHOWN_LAYERS = 4
+NOTE = "merging: each patch in the mean colour of all patches that its token stands for"
+
+
+@torch.no_grad()
+def merge_pictures(net: nn.Module, image: Tensor, grid: Grid | None) -> list[dict[str, Any]]:
+    """The image uint8 [3, S, S] after some layers, evenly chosen, the last among them: layer, tokens and thumbnail.
+
+    None for a network that merges no tokens, or whose tokens stand nowhere known.
+    """
+    if grid is None or not isinstance(net, EVLGen) or not isinstance(net.connector.body, TomeFormer):
+        return []
+    device = next(net.connector.parameters()).device
+    plans = net.connector.trace(net.features(image[None, None].to(device))).plans
+    num_tokens = net.vision.num_tokens
+    left = tokens_after(num_tokens, [0 if plan is None else plan.merged.shape[1] for plan in plans])
+    patches = _patches(image, grid)
+    found = []
+    for layer in _chosen(len(plans)):
+        groups = membership(plans[: layer + 1], 1, num_tokens)[0, grid.leading :].cpu()
+        shown = _in_groups(patches, groups, left[layer]).unflatten(0, (grid.height, grid.width))
+        pixels = torch.nn.functional.interpolate(shown.permute(2, 0, 1)[None], size=image.shape[1:], mode="nearest")
+        picture = pixels[0].round().to(torch.uint8)
+        found.append({"layer": layer + 1, "tokens": left[layer], "thumbnail": thumbnail(picture)})
+    return found
+
+
+def _chosen(num_layers: int) -> list[int]:
+    shown = min(SHOWN_LAYERS, num_layers)
+    return [(number + 1) * num_layers // shown - 1 for number in range(shown)]
+
+
+def _patches(image: Tensor, grid: Grid) -> Tensor:
+    """The mean colour of each cell of the grid, fp32 [cells, 3]."""
+    return torch.nn.functional.adaptive_avg_pool2d(image.float(), (grid.height, grid.width)).flatten(1).T
+
+
+def _in_groups(patches: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """The mean colour of the cells of a cell's group, fp32 [cells, 3]."""
+    sums = torch.zeros(num_groups, 3).index_add_(0, groups, patches)
+    counts = torch.zeros(num_groups).index_add_(0, groups, torch.ones(len(groups)))
+    return (sums / counts.clamp(min=1)[:, None])[groups]

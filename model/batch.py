@@ -85,7 +85,6 @@ class LanguagePlan:
     image: Tensor  # int64 [S], 0..B-1
     number: Tensor  # int64 [S, L], of the text in its sequence that a token is of; -1 beyond the length
     place: Tensor  # int64 [S, L], of the token in its text, from 0
-    most_texts: int = 1  # in any sequence
     num_tokens: int = 0  # of an image, in training; 0: as many as the connector always gives
 
 

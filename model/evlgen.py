@@ -44,8 +44,8 @@ class EVLGen(nn.Module):
         self.has_temporal = config.vision.temporal is not None
         tower = (self.vision.num_tokens, self.vision.width, grid_of(self.vision))
         self.connector = Connector(config.connector, *tower, language.width)
-        self.vision.recompute = self.connector.body.recompute = config.activation_checkpointing
-        if config.activation_checkpointing:
+        self.recompute = self.vision.recompute = self.connector.body.recompute = config.activation_checkpointing
+        if self.recompute:
             language.recompute_layers()
         self.language = language
         self.register_buffer("before", torch.tensor(form.before, dtype=torch.int64), persistent=False)
@@ -90,12 +90,10 @@ class EVLGen(nn.Module):
         start = inputs.shape[1]
         inputs = torch.cat([inputs, self.language.embed(plan.text).to(inputs.dtype)], dim=1)
         number = F.pad(plan.number, (start, 0), value=IN_FRONT)
-        if plan.most_texts == 1:
-            states = self.language.states(inputs)
-        else:
-            first = torch.arange(start, device=inputs.device).expand(len(inputs), -1)
-            places = torch.cat([first, start + plan.place], dim=1)
-            states = self.language.states(inputs, added=_seen(number, inputs.dtype), places=places)
+        first = torch.arange(start, device=inputs.device).expand(len(inputs), -1)
+        places = torch.cat([first, start + plan.place], dim=1)
+        # always a mask: without one transformers looks at values of the positions, for which the host waits
+        states = self.language.states(inputs, added=_seen(number, inputs.dtype), places=places)
         last, states = states[:, start - 1 : start], states[:, start:]
         before = torch.cat([last, states[:, :-1]], dim=1)
         return Predictions(torch.where((plan.place == 0)[..., None], last, before).flatten(0, 1))

@@ -85,9 +85,8 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Embeddings [R, L, D] -> states [R, L, D], each of which sees those before it.
 
-        So padding behind the end needs no mask. Keys and values of earlier ones are ``kept`` (``new_memory``), if
-        given. ``added`` to the scores, [R, 1, L, L], with the ``places`` of the tokens, int64 [R, L]: where some of
-        those before are not to be seen.
+        Keys and values of earlier ones are ``kept`` (``new_memory``), if given. ``added`` to the scores, [R, 1, L, L],
+        with the ``places`` of the tokens, int64 [R, L]: where some of those before are not to be seen.
         """
         found = self.llm.base_model(
             inputs_embeds=inputs,

@@ -54,7 +54,6 @@ class LanguagePlanner:
                 start = stop
         plan = LanguagePlan(
             *map(torch.from_numpy, (text, np.array(lengths), np.array(list(by_sample)), number, place)),
-            most_texts=max(map(len, by_sample.values())),
             num_tokens=0 if self.tokens is None else _draw(*self.tokens, rows[0].seed),
         )
         positions = torch.from_numpy(np.flatnonzero(predicted))

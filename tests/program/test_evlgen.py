@@ -19,6 +19,7 @@ from pipeline.checkpoint.restore import read_state
 from pipeline.evaluate import main as evaluate
 from pipeline.features import main as write_features
 from pipeline.generate import main as generate
+from pipeline.plan import main as plan
 from pipeline.recording.run_log import LOG_NAME, read_log
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
@@ -170,6 +171,16 @@ def test_stored_features_stand_for_images(work: Path, tmp_path: Path, one_rank: 
     shutil.rmtree(next((data / "toy" / "dev").glob("features-*")))
     with pytest.raises(RuntimeError, match="no features of this tower beside the shards"):
         run_ranks(1, train, options(work, tmp_path / "again", *words))
+
+
+def test_it_is_planned_and_counted(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its configuration alone: no weights are read, of the tower or of the language model."""
+    words = options(work, work / "run", "--model.vision.pretrained", "not read")
+    del words[words.index("--output") : words.index("--output") + 2]
+    assert plan([*words, "--gpus", "2", "--gpu-memory", "8", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["parameters"] == {"trained": 20_384, "frozen": 19_552 + 28_864}  # as the census says
+    assert said["best"]["memory_by_part"]["frozen weights"] > 0
 
 
 def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:

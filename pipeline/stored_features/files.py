@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +26,17 @@ from torch import Tensor
 
 from data_prep.manifest import write_atomically
 from pipeline.config.options import ConfigError
+from pipeline.data.open_shards import DataError
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import UnusableSample
 
 FORMAT_VERSION = 1
+MAX_OPEN = 64  # files of a corpus and process
 SUMMARY = "features.json"
+
+
+class LostFeatures(DataError):
+    """A file of features is gone or damaged; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class StoredFeatures:
             for number, shard in enumerate(summary["shards"])
             for sample, problem in shard["unusable"].items()
         }
-        self._arrays: dict[int, np.ndarray] = {}
+        self._files: dict[int, _ShardFile] = {}
 
     def read(self, row: int, out: Tensor) -> None:
         """The features of the images of a row, into ``out`` uint8 [I, P, 2W]; raises UnusableSample."""
@@ -137,23 +145,52 @@ class StoredFeatures:
         if sample in self._unusable:
             raise UnusableSample(*self._unusable[sample])
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        found = self._array(shard)[sample - int(self._starts[shard])]
-        out.numpy()[...] = found.view(np.uint8)
+        self._file(shard).read(sample - int(self._starts[shard]), out)
 
-    def _array(self, number: int) -> np.ndarray:
-        if number not in self._arrays:
-            path = self._folder / f"{number:05d}.npy"
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            expected = (int(self._starts[number + 1] - self._starts[number]), *self.identity.shape)
-            if array.shape != expected or array.dtype != np.uint16:
-                raise ConfigError(
-                    f"{path} holds {array.dtype} {array.shape}, expected uint16 {expected}; write it again"
-                )
-            self._arrays[number] = array
-        return self._arrays[number]
+    def _file(self, number: int) -> _ShardFile:
+        if number not in self._files:
+            while len(self._files) >= MAX_OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            samples = int(self._starts[number + 1] - self._starts[number])
+            self._files[number] = _ShardFile(self._folder / f"{number:05d}.npy", (samples, *self.identity.shape))
+        return self._files[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_arrays": {}}
+        return self.__dict__ | {"_files": {}}
+
+
+class _ShardFile:
+    """An array on disk, read and not mapped: a map of a truncated file kills the process."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        """Raises LostFeatures where it is not there, or holds something else."""
+        self._path, self._row_bytes = path, 2 * math.prod(shape[1:])
+        try:
+            self._file = open(path, "rb")
+            version = np.lib.format.read_magic(self._file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            found, by_column, dtype = read_header[version](self._file)
+        except (OSError, ValueError, KeyError) as error:
+            raise self._lost(str(error)) from None
+        if found != shape or dtype != np.uint16 or by_column:
+            raise self._lost(f"holds {dtype} {found}, expected uint16 {shape}")
+        self._start = self._file.tell()
+
+    def read(self, row: int, out: Tensor) -> None:
+        """One row into ``out``, uint8 of as many bytes."""
+        place, buffer = self._start + row * self._row_bytes, memoryview(out.numpy()).cast("B")
+        try:
+            count = os.preadv(self._file.fileno(), [buffer], place)
+        except OSError as error:
+            raise self._lost(str(error)) from None
+        if count != self._row_bytes:
+            raise self._lost(f"ends at byte {place + count}, expected {self._row_bytes} bytes from {place}")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _lost(self, reason: str) -> LostFeatures:
+        return LostFeatures(f"{self._path}: {reason}; write it again: python -m pipeline.features")
 
 
 def _read_summary(folder: Path, corpus: Corpus, identity: Identity) -> dict[str, Any]:

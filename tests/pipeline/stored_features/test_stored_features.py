@@ -20,7 +20,8 @@ from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import UnusableSample, clip_transform, decode_image, draft_size
 from pipeline.distributed.ranks import Agreement
 from pipeline.features import main
-from pipeline.stored_features.files import ShardWriter, StoredFeatures
+from pipeline.stored_features import files
+from pipeline.stored_features.files import LostFeatures, ShardWriter, StoredFeatures
 from pipeline.stored_features.opening import feature_source
 from pipeline.weights.sources import load_vision_tower
 from tests.pipeline.data.test_reader import records, write_split
@@ -178,8 +179,29 @@ def test_a_damaged_file_is_one_line(written: Path, tmp_path: Path) -> None:
     np.save(folder / "00000.npy", np.zeros((2, 2), np.uint16))
     stored, tower, _ = opened(tmp_path / "work")
     out = torch.empty(1, tower.num_tokens, 2 * tower.width, dtype=torch.uint8)
-    with pytest.raises(ConfigError, match=r"00000.npy holds uint16 \(2, 2\), expected uint16 \(9, 1, 17, 32\)"):
+    with pytest.raises(LostFeatures, match=r"00000.npy: holds uint16 \(2, 2\), expected uint16 \(9, 1, 17, 32\)"):
         stored.read(0, out)
+    (folder / "00000.npy").write_bytes(b"no array")
+    with pytest.raises(LostFeatures, match="00000.npy: .*; write it again"):
+        stored.read(0, out)
+    whole = (written / folder.relative_to(tmp_path / "work") / "00000.npy").read_bytes()
+    (folder / "00000.npy").write_bytes(whole[:-100])
+    stored.read(0, out)
+    with pytest.raises(LostFeatures, match="00000.npy: ends at byte .*, expected 1088 bytes from"):
+        stored.read(int(opened(written)[2].first_rows()[8]), out)
+    stored, _, _ = opened(tmp_path / "work")
+    (folder / "00000.npy").unlink()
+    with pytest.raises(LostFeatures, match="00000.npy.*No such file"):
+        stored.read(0, out)
+
+
+def test_few_files_are_open_at_a_time(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_OPEN", 1)
+    stored, tower, corpus = opened(written)
+    out = torch.empty(1, tower.num_tokens, 2 * tower.width, dtype=torch.uint8)
+    for row in (0, len(corpus) - 1, 0):
+        stored.read(row, out)
+        assert len(stored._files) == 1
 
 
 def test_mistakes_of_the_command_line(written: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def encode_images(net: nn.Module, images: Tensor) -> Tensor:
     num_images, num_types = images.shape[1], net.type_embedding.num_embeddings
     if num_images >= num_types:
         raise ValueError(f"samples have {num_images} images, the network knows {num_types - 1}; build it for as many")
-    tokens = net.image_projection(tokens_of(net.vision, images).to(net.image_projection.weight.dtype))
+    tokens = net.image_projection(tokens_of(net.vision, images).to(net.type_embedding.weight.dtype))
     if num_images == 1:
         return tokens + net.type_embedding.weight[1]
     return (tokens.unflatten(0, (-1, num_images)) + net.type_embedding.weight[1 : 1 + num_images, None]).flatten(0, 1)

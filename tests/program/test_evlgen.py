@@ -114,6 +114,7 @@ def test_it_trains_resumes_and_is_evaluated(work: Path, tmp_path: Path, capfd: p
     assert "caption_loss" in said
 
 
+@pytest.mark.slow(27)
 def test_captions_are_trained_scored_and_written(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,16 +14,19 @@ PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n logical --m
 # Tests whose numbers come from the processor's kernels: run a second time with those that every processor has.
 NUMERIC := tests/model $(addprefix tests/pipeline/,engine checkpoint data tasks training weights)
 
-.PHONY: help setup demo test extended unit lint format clean
+.PHONY: help setup demo demo-evlgen test extended unit lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## create or refresh .venv (all other targets do this first)
 	@scripts/setup.sh
 
 demo: setup ## make data, train a small model with DeepSpeed, caption held-out images, write the report (ARGS=--help)
 	@python scripts/demo.py $(ARGS)
+
+demo-evlgen: setup ## the same with a frozen language model: weights, connector, captions, what was merged (ARGS=--help)
+	@python scripts/demo_evlgen.py $(ARGS)
 
 test: lint ## lint, then all tests, slow ones last, then the fast numeric ones with the plainest kernels (not with ARGS)
 	@scripts/setup.sh --test-tools

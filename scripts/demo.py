@@ -84,8 +84,7 @@ def main() -> int:
     options = _parse()
     demo = Demo(options)
     if options.fresh:
-        for folder in (options.work, options.output):
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_results(options)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
@@ -102,6 +101,12 @@ def main() -> int:
         return 130
     summarise(demo, time.monotonic() - began)
     return 0
+
+
+def remove_results(options: argparse.Namespace) -> None:
+    """What earlier demos have left."""
+    for folder in (options.work, options.output):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(demo: Demo) -> None:
@@ -134,15 +139,14 @@ def prepare(demo: Demo) -> None:
 
 def train(demo: Demo) -> None:
     """Pretraining under the real launcher, ZeRO-2, on all GPUs or on two CPU ranks."""
-    ranks = _num_gpus() or 2
-    threads = max(1, default_workers() // ranks)
+    ranks = num_gpus() or 2
     with demo.stage(f"pretrain with DeepSpeed, ZeRO-2, {ranks} rank{'s' if ranks > 1 else ''}"):
         demo.command(
             *("deepspeed", "--log_level", "warning", "--num_gpus", ranks),
             *("pipeline/train.py", "--deepspeed", "ds_configs/zero2.json", "--recipe", "demo"),
             *("--data", demo.data, "--output", demo.run_folder),
             *(("--train.steps", demo.options.steps) if demo.options.steps else ()),
-            environment={"OMP_NUM_THREADS": str(threads)},
+            environment={"OMP_NUM_THREADS": str(threads_of_a_rank(ranks))},
         )
 
 
@@ -216,7 +220,13 @@ def _end(process: subprocess.Popen, patience_seconds: float = 60.0) -> None:
     process.wait()
 
 
-def _num_gpus() -> int:
+def threads_of_a_rank(ranks: int) -> int:
+    """The cores of this machine, shared out."""
+    return max(1, default_workers() // ranks)
+
+
+def num_gpus() -> int:
+    """GPUs of this machine."""
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recording.run_log import read_log
+from tests.program.test_evlgen import write_language_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -32,6 +33,22 @@ def started(folder: Path, *options: str, launcher: Path | None = None) -> Iterat
             yield process
         finally:
             process.terminate()
+
+
+@pytest.mark.slow(60)
+@pytest.mark.timeout(600)
+def test_demo_of_evlgen(tmp_path: Path) -> None:
+    """From images to captions and pictures of merges, with a language model of bytes."""
+    write_language_model(tmp_path / "llm")
+    places = ["--work", tmp_path / "work", "--output", tmp_path / "run", "--language", tmp_path / "llm"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = [sys.executable, "scripts/demo_evlgen.py", *places, "--train", "32", "--dev", "4", "--steps", "1"]
+    words, environment = list(map(str, command)), {**os.environ, "PATH": path}
+    found = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, env=environment, timeout=500)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    table = found.stdout.split("== result")[1]
+    assert "caption loss" in table and "main colour and shape" in table and "report.html" in table
+    assert "which patches became one" in (tmp_path / "run" / "report.html").read_text()
 
 
 def demo(folder: Path, *options: str, launcher: Path | None = None) -> subprocess.CompletedProcess[str]:

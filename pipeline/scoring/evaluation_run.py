@@ -187,6 +187,7 @@ def _identity(evaluation: Evaluation, tokenizer: TextTokenizer) -> dict[str, Any
             for number, corpus in enumerate(evaluation.corpora)
         },
         "samples": config.train.eval_samples,
+        "items": [len(one.batches.dataset) for one in evaluation.passes],  # what positions in the journal count
         "seed": config.train.seed,
         "batch_size": config.optim.micro_batch_size,
         "checkpoint": subject.sha256,
@@ -203,6 +204,7 @@ def _images(config: Config) -> dict[str, Any]:
         "size": config.model.vision.image_size,
         "fast_decode": config.data.fast_decode,
         "max_pixels": config.data.max_pixels,
+        "features": config.data.features,
     }
 
 

@@ -91,6 +91,23 @@ def test_another_number_of_ranks_goes_on(
     assert results(tmp_path) == undisturbed["run"]
 
 
+@pytest.mark.slow(10)
+def test_what_was_begun_with_other_items_is_left_alone(
+    runs: Path, tmp_path: Path, undisturbed: dict[str, dict]
+) -> None:
+    """Positions in its journal may mean others: an earlier program judged each text of an image by itself."""
+    assert start(1, runs, "run", tmp_path, partial(die_after, 1, False)).finish() != [0]
+    [begun] = tmp_path.glob("*/evaluation.json")
+    identity = json.loads(begun.read_text())
+    assert identity["items"] == [ITEMS, ITEMS]
+    begun.write_text(json.dumps(identity | {"items": [ITEMS, 5 * ITEMS]}))
+    job = start(1, runs, "run", tmp_path)
+    assert job.finish() == [0] and "items are done" not in job.output(0)
+    [card] = tmp_path.glob("*/scorecard.json")
+    assert card.parent != begun.parent
+    assert json.loads(card.read_text())["metrics"] == undisturbed["run"]["card"]["metrics"]
+
+
 def stop_rank(which: int, rank: int) -> None:
     """SIGTERM to one rank, in the middle of its first batch."""
     measure, told = evaluation.as_numbers, []

@@ -35,7 +35,8 @@ def started(folder: Path, *options: str, launcher: Path | None = None) -> Iterat
             process.terminate()
 
 
-@pytest.mark.slow(60)
+@pytest.mark.extended
+@pytest.mark.slow(90)
 @pytest.mark.timeout(600)
 def test_demo_of_evlgen(tmp_path: Path) -> None:
     """From images to captions and pictures of merges, with a language model of bytes."""

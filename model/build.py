@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
 from model.evlgen import EVLGen
 from model.frozen import freeze
@@ -51,6 +53,7 @@ def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: in
         ValueError: an option out of range, or options that do not fit each other.
     """
     name = model.language.name
+    _refuse_idle(model, "evlgen", "text", "reconstructor")
     _check_frozen_tower(model)
     settings = language_settings(name)
     language = LanguageModel(settings)
@@ -153,6 +156,9 @@ def build_captioning(
 
 def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabulary, max_text_length: int) -> None:
     objective.check()
+    _refuse_idle(model, objective.name, "connector", "language")
+    if model.vision.temporal is not None:
+        raise ValueError(f"model.vision.temporal {model.vision.temporal} is for objective.name evlgen; use null")
     _check_frozen_tower(model)
     if objective.name == "prefixlm" and model.behaviour == "released":
         raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
@@ -174,6 +180,22 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
     for name, value in special.items():
         if not 0 <= value < vocabulary.size:
             raise ValueError(f"tokenizer's {name} {value} lies outside its vocabulary of {vocabulary.size}")
+
+
+def _refuse_idle(model: ModelConfig, objective: str, *parts: str) -> None:
+    """Raises ValueError for a part of the model that the objective does not have and somebody has described."""
+    for part in parts:
+        described = getattr(model, part)
+        changed = [
+            one.name
+            for one in fields(described)
+            if getattr(described, one.name) != getattr(type(described)(), one.name)
+        ]
+        if changed:
+            raise ValueError(
+                f"model.{part}.{changed[0]} has no effect: objective.name {objective} has no such part; leave it out,"
+                " or train another objective"
+            )
 
 
 def _check_frozen_tower(model: ModelConfig) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -81,18 +81,18 @@ class Demo:
 
 def main() -> int:
     """Runs all stages; returns the exit code."""
-    options = _parse()
-    demo = Demo(options)
-    if options.fresh:
-        remove_results(options)
+    return run(Demo(_parse()), lambda demo: (prepare(demo), train(demo), caption(demo), write_report(demo)))
+
+
+def run(demo: Demo, stages: Callable[[Demo], object]) -> int:
+    """Runs the stages of a demo and prints what came out; returns the exit code."""
+    if demo.options.fresh:
+        remove_results(demo.options)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     try:
-        prepare(demo)
-        train(demo)
-        caption(demo)
-        write_report(demo)
+        stages(demo)
     except StageFailed as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return error.code
@@ -138,15 +138,21 @@ def prepare(demo: Demo) -> None:
 
 
 def train(demo: Demo) -> None:
-    """Pretraining under the real launcher, ZeRO-2, on all GPUs or on two CPU ranks."""
-    ranks = num_gpus() or 2
-    with demo.stage(f"pretrain with DeepSpeed, ZeRO-2, {ranks} rank{'s' if ranks > 1 else ''}"):
+    """Pretraining under the real launcher, ZeRO-2."""
+    launch_training(demo, "pretrain", 2, "--recipe", "demo", "--data", demo.data)
+
+
+def launch_training(demo: Demo, what: str, stage: int, *words: object) -> None:
+    """A training with DeepSpeed's launcher at a stage of ZeRO, on all GPUs or on two CPU ranks."""
+    ranks = _num_gpus() or 2
+    threads = max(1, default_workers() // ranks)
+    with demo.stage(f"{what} with DeepSpeed, ZeRO-{stage}, {ranks} rank{'s' if ranks > 1 else ''}"):
         demo.command(
             *("deepspeed", "--log_level", "warning", "--num_gpus", ranks),
-            *("pipeline/train.py", "--deepspeed", "ds_configs/zero2.json", "--recipe", "demo"),
-            *("--data", demo.data, "--output", demo.run_folder),
+            *("pipeline/train.py", "--deepspeed", f"ds_configs/zero{stage}.json", *words),
+            *("--output", demo.run_folder),
             *(("--train.steps", demo.options.steps) if demo.options.steps else ()),
-            environment={"OMP_NUM_THREADS": str(threads_of_a_rank(ranks))},
+            environment={"OMP_NUM_THREADS": str(threads)},
         )
 
 
@@ -220,13 +226,7 @@ def _end(process: subprocess.Popen, patience_seconds: float = 60.0) -> None:
     process.wait()
 
 
-def threads_of_a_rank(ranks: int) -> int:
-    """The cores of this machine, shared out."""
-    return max(1, default_workers() // ranks)
-
-
-def num_gpus() -> int:
-    """GPUs of this machine."""
+def _num_gpus() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)

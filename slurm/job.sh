@@ -262,7 +262,9 @@ requeue() {
     fi
     rm -f "$state".*
     trap '' TERM INT USR1 # Slurm ends this script, which still has to name the nodes
-    [ -z "$1" ] || ! enough_without "$1" || all=$(keep_out "$1")
+    if [ -n "$1" ]; then
+        if enough_without "$1"; then all=$(keep_out "$1"); else say "so the next attempt may get them again"; fi
+    fi
     scontrol requeue "$job" || {
         say "Slurm does not requeue this job (JobRequeue=0?): submit the same command again, it goes on"
         exit 75

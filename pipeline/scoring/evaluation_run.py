@@ -117,7 +117,7 @@ def set_up(request: Request, ranks: Ranks, store: Any = None, task: Task | None 
     if not agreement.is_main:  # after rank 0, which may have fetched something into a cache
         load_weights(subject, objective)
     objective.eval().to(device)
-    features = feature_source(config, getattr(getattr(objective, "net", None), "vision", None), agreement)
+    features = feature_source(config, objective, agreement, corpora)
     preparation = replace(task.preparation(config, objective, tokenizer), features=features)
     evaluating = EvaluationRanks(ranks.place, device.type == "cuda")
     passes = task.passes(config, objective, preparation, corpora, evaluating)

@@ -22,8 +22,8 @@ from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_
 from pipeline.weights.starting import load_trained
 
 EVALUATIONS = "evaluations"
-OF_LOADING = ("data.num_workers", "data.prefetch", "data.timeout_seconds", "data.features")  # change no batch, features
-# round one
+OF_LOADING = ("data.num_workers", "data.prefetch", "data.timeout_seconds")  # change no batch
+OF_IMAGES = ("data.features",)  # stored features are rounded; they are part of the evaluation's identity
 OF_TEXT = ("data.tokenizer", "data.max_text_length")  # an imported model does not say how it reads
 
 
@@ -100,7 +100,7 @@ def _refuse_what_was_trained(given: Iterable[str], own: Config, task: str, setti
     A run may be scored in another way at the task that it was trained for; an imported model, or another task, has no
     options of its own yet.
     """
-    may = [*OF_LOADING, *(f"task.{option}" for option in names_of_scoring(own.task))]
+    may = [*OF_LOADING, *OF_IMAGES, *(f"task.{option}" for option in names_of_scoring(own.task))]
     may += OF_TEXT if imported else ()
     for option in given:
         is_free = option.startswith("task.") and option != "task.name" and (imported or task != own.task.name)

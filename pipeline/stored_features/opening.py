@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ class FeatureSource:
     """Features of a run's tower, whatever the corpus: ``identity`` is that of no split."""
 
     identity: Identity
+    _opened: dict[Path, StoredFeatures] = field(default_factory=dict, compare=False)
 
     @property
     def bytes_shape(self) -> tuple[int, int]:
@@ -38,23 +40,31 @@ class FeatureSource:
         return dataclasses.replace(self.identity, split=corpus.fingerprint, images=corpus.num_images)
 
     def open(self, corpora: Sequence[Corpus]) -> list[StoredFeatures]:
-        """The stored features of each corpus; raises ConfigError where they are missing or others."""
-        return [StoredFeatures(corpus, self.of(corpus)) for corpus in corpora]
+        """The stored features of each corpus, opened once; raises ConfigError where they are missing or others."""
+        for corpus in corpora:
+            if corpus.split_dir not in self._opened:
+                self._opened[corpus.split_dir] = StoredFeatures(corpus, self.of(corpus))
+        return [self._opened[corpus.split_dir] for corpus in corpora]
 
 
-def feature_source(config: Config, tower: nn.Module, agreement: Agreement) -> FeatureSource | None:
+def feature_source(
+    config: Config, objective: nn.Module, agreement: Agreement, corpora: Sequence[Corpus]
+) -> FeatureSource | None:
     """The features that a run with this ``config`` reads, None where it reads images; every rank must call it.
 
-    ``tower`` has its weights on rank 0.
+    The vision tower of ``objective`` has its weights on rank 0.
 
     Raises:
-        ConfigError: options that features of a frozen tower can't follow.
+        ConfigError: options that features of a frozen tower can't follow, or a corpus without its features.
     """
     if config.data.features is None:
         return None
     check_options(config)
+    tower = objective.net.vision
     sha256 = agreement.gather(tower_hash(tower) if agreement.is_main else None)[0]
-    return FeatureSource(identity_of(config, tower, sha256))
+    source = FeatureSource(identity_of(config, tower, sha256))
+    source.open(corpora)
+    return source
 
 
 def identity_of(config: Config, tower: nn.Module, sha256: str) -> Identity:

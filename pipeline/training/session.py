@@ -135,7 +135,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         starting = load_starting_weights(objective, config.model, opened.data.tokenizer, place, agreement)
     else:
         load_frozen(objective, config.model, place, agreement)
-    features = feature_source(config, getattr(getattr(objective, "net", None), "vision", None), agreement)
+    features = feature_source(config, objective, agreement, [*opened.data.corpora, *opened.data.held_out])
     lock = _lock(launch.output, ranks, opened.lock)  # of a new run only now: a mistake before this leaves no folder
     census = parameter_census(objective)
     prepare_deepspeed(ranks.device)

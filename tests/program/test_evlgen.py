@@ -172,6 +172,7 @@ def test_stored_features_stand_for_images(work: Path, tmp_path: Path, one_rank: 
     shutil.rmtree(next((data / "toy" / "dev").glob("features-*")))
     with pytest.raises(RuntimeError, match="no features of this tower beside the shards"):
         run_ranks(1, train, options(work, tmp_path / "again", *words))
+    assert not (tmp_path / "again").exists()
 
 
 def test_it_is_planned_and_counted(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +204,7 @@ def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "error"),
     [
+        (["--model.text.width", "64"], "model.text.width has no effect: objective.name evlgen has no such part"),
         (["--task.name", "retrieval"], "objective.name evlgen is for the tasks pretraining and captioning"),
         (
             ["--model.language.name", "null"],

@@ -14,6 +14,7 @@ from model.config import ConnectorConfig
 from model.connectors.connector import Connector
 from model.connectors.regroup import PixelShuffle, Pooling
 from model.vision.tower import Grid
+from tests.rounding import DOUBLE
 
 WIDTH, LANGUAGE_WIDTH, GRID = 24, 20, Grid(4, 6, 1)
 NAMES = ("tomeformer", "qformer", "perceiver", "pooling", "pixel_shuffle")
@@ -37,7 +38,8 @@ def test_every_part_is_trained(name: str) -> None:
     assert not unused
     model.eval()
     assert not torch.equal(model(images)[0], model(images)[1])
-    torch.testing.assert_close(model(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-5)
+    model, images = model.double(), images.double()
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]), rtol=0, atol=DOUBLE)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,16 +12,10 @@ from model.vision.temporal import OrderedTemporalAttention, ReleasedTemporalAtte
 from model.vision.tower import build_tower
 from model.weights.start import start_from
 from model.weights.towers import eva_image_encoder
-from tests.oracle import load_oracle
-from tests.rounding import rounding
+from tests.oracle import GRADIENT, assert_near, eva_config, load_oracle
+from tests.rounding import DOUBLE
 
-RELATIVE = 2e-4  # of the dumps (their README): max |a - b| / max(1, max |b|); 2e-3 of gradients
 SMALL = dict(name=None, image_size=16, patch_size=8, width=32, layers=3, head_width=8, layout="eva", quick_gelu=False)
-
-
-def assert_near(mine: Tensor, theirs: Tensor, relative: float = RELATIVE) -> None:
-    assert mine.shape == theirs.shape
-    assert (mine - theirs).detach().abs().max() <= relative * theirs.detach().abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -33,26 +27,14 @@ def test_equal_to_the_release(number: int) -> None:
     mine = model(tokens, case["T"])
     assert_near(mine, case["y"])
     (mine * case["probe_weight"]).mean().backward()
-    assert_near(tokens.grad, case["grad_x"], 2e-3)
+    assert_near(tokens.grad, case["grad_x"], GRADIENT)
     for name, parameter in model.named_parameters():
-        assert_near(parameter.grad, case["grad_params"][name], 2e-3)
+        assert_near(parameter.grad, case["grad_params"][name], GRADIENT)
 
 
 def test_eva_is_equal_to_the_release() -> None:
     dump = load_oracle("08_eva_image_tiny.pt", "evlgen")
-    sizes = dump["config"]
-    config = VisionConfig(
-        name=None,
-        image_size=sizes["img_size"],
-        patch_size=sizes["patch_size"],
-        width=sizes["embed_dim"],
-        layers=sizes["depth"],
-        head_width=sizes["embed_dim"] // sizes["num_heads"],
-        mlp_ratio=sizes["mlp_ratio"],
-        quick_gelu=False,
-        drop_last_block=False,
-        layout="eva",
-    )
+    config = eva_config(dump["config"])
     tower = VisionTower(config).eval()
     foreign = eva_image_encoder(dump["state_dict"], config)
     loaded = start_from(tower, foreign.state, foreign.rules, "EVA", (), foreign.dropped)
@@ -105,10 +87,10 @@ def open_gates(tower: VisionTower) -> VisionTower:
 
 def test_what_the_order_of_frames_changes() -> None:
     """Nothing in the released way, where frames only come out in another order; something in the ordered one."""
-    order, close = torch.tensor([2, 0, 3, 1]), {"rtol": 0, "atol": 50 * rounding(*[32 * 3] * 3)}
+    order, close = torch.tensor([2, 0, 3, 1]), {"rtol": 0, "atol": DOUBLE}
     shuffled = frames().unflatten(0, (2, 4))[:, order].flatten(0, 1)
     for temporal, is_blind in (("released", True), ("ordered", False)):
-        tower = open_gates(video_tower(temporal))
+        tower = open_gates(video_tower(temporal)).double()
         once, again = (tower(images, 4).unflatten(0, (2, 4)) for images in (frames(), shuffled))
         assert torch.allclose(once[:, order], again, **close) == is_blind
         assert torch.allclose(once.mean(1), again.mean(1), **close) == is_blind
@@ -118,10 +100,9 @@ def test_what_the_order_of_frames_changes() -> None:
 
 
 def test_still_frames_are_an_image_in_the_released_way() -> None:
-    tower = open_gates(video_tower("released"))
+    tower = open_gates(video_tower("released")).double()
     still = frames(2, 1).repeat_interleave(4, dim=0)
-    atol = 50 * rounding(*[32 * 3] * 3)
-    torch.testing.assert_close(tower(still, 4)[::4], tower(frames(2, 1)), rtol=0, atol=atol)
+    torch.testing.assert_close(tower(still, 4)[::4], tower(frames(2, 1)), rtol=0, atol=DOUBLE)
 
 
 def test_frames_stand_at_different_places() -> None:

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.distributed.ranks import Agreement
 from pipeline.features import main
 from pipeline.stored_features import files
 from pipeline.stored_features.files import LostFeatures, ShardWriter, StoredFeatures
-from pipeline.stored_features.opening import feature_source
+from pipeline.stored_features.opening import FeatureSource, feature_source, identity_of, tower_hash
 from pipeline.weights.sources import load_vision_tower
 from tests.pipeline.data.test_reader import records, write_split
 from tests.program.test_frozen_tower import write_clip
@@ -57,7 +58,8 @@ def opened(work: Path, *more: str, split: str = "train") -> tuple[StoredFeatures
     config, corpus = config_of(work, *more), Corpus(work / "data" / "toy" / split)
     tower = build_tower(config.model.vision).eval()
     load_vision_tower(tower, config.model)
-    [found] = feature_source(config, tower, Agreement()).open([corpus])
+    source = feature_source(config, SimpleNamespace(net=SimpleNamespace(vision=tower)), Agreement(), [corpus])
+    [found] = source.open([corpus])
     return found, tower, corpus
 
 
@@ -126,7 +128,7 @@ def test_an_unusable_image_is_named_when_it_is_read(written: Path, tmp_path: Pat
     config, corpus = config_of(written), Corpus(tmp_path / "dev")
     tower = build_tower(config.model.vision)
     load_vision_tower(tower, config.model)
-    [stored] = feature_source(config, tower, Agreement()).open([corpus])
+    [stored] = FeatureSource(identity_of(config, tower, tower_hash(tower))).open([corpus])
     out = torch.empty(1, tower.num_tokens, 2 * tower.width, dtype=torch.uint8)
     with pytest.raises(UnusableSample, match="sample-2: truncated image"):
         stored.read(int(corpus.first_rows()[2]), out)

@@ -1,0 +1,121 @@
+"""The import law of docs/architecture.md as tables: who may import whom, and what is confined to which file."""
+
+from __future__ import annotations
+
+# Wing -> the wings of its package that its files may import. A wing is a folder, or a list of files beside the folders
+# (FILES_OF). "wing.file" allows that one file. Within a wing any file may import any other, in no circle.
+LAW: dict[str, dict[str, tuple[str, ...]]] = {
+    "model": {
+        "cpu": (),
+        "core": ("cpu.door",),
+        "vision": ("core",),
+        "merge": (),
+        "connectors": ("core", "merge", "vision.tower"),
+        "plans": ("core", "language.text_form"),
+        "language": ("core",),
+        "networks": ("core", "vision", "connectors", "language"),
+        "objectives": ("core", "plans", "networks", "decode"),
+        "decode": ("core", "plans", "networks"),
+        "scoring": ("core", "networks"),
+        "weights": ("core", "vision", "objectives"),
+        "programs": (
+            *("core", "vision", "language", "plans", "networks", "objectives", "decode", "scoring", "weights"),
+        ),
+    },
+    "data_prep": {"splits": (), "annotations": ("splits",), "all": ("splits", "annotations")},
+    "pipeline": {
+        "config": (),
+        "metrics": (),
+        "planning": ("config",),
+        "distributed": ("config",),
+        "data": ("config",),
+        "checkpoint": ("config", "distributed"),
+        "cluster": ("config", "distributed", "checkpoint.folders", "recording.run_log"),
+        "staging": ("config", "distributed", "data"),
+        "incidents": ("config", "checkpoint"),
+        "engine": ("config", "distributed", "checkpoint", "incidents"),
+        "recording": (),
+        "reporting": ("config", "incidents", "recording"),
+        "weights": ("config", "distributed", "data", "checkpoint"),
+        "stored_features": ("config", "distributed", "data", "checkpoint.files", "weights.sources"),
+        "loading": ("config", "distributed", "data", "recording", "stored_features"),
+        "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading"),
+        "finetuning": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "tasks"),
+        "scoring": (
+            *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "recording", "tasks"),
+            *("finetuning", "stored_features"),
+        ),
+        "training": (
+            *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
+            *("cluster", "staging", "stored_features", "tasks.task", "tasks.evaluation", "reporting.page"),
+        ),
+        "programs": (
+            *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
+            *("reporting", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
+            "planning",
+        ),
+    },
+}
+FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "model": {
+        "core": (
+            *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads"),
+            *("torchvision_shim", "census", "frozen", "learning_rate_groups", "recomputing"),
+        ),
+        "networks": ("towers", "flm", "one_stream", "evlgen", "flops", "attention_maps"),
+        "programs": ("build",),
+    },
+    "data_prep": {
+        "splits": (
+            *("filters", "held_signals", "images", "manifest", "parallel"),
+            *("prepare", "record", "shard_table", "shard_writer"),
+        ),
+        "all": (
+            *("__main__", "annotation_verbs", "bounded_download", "bounded_http", "drawing", "fetch", "info"),
+            *("lean_imports", "overlap", "program", "scenes", "sources", "synth", "tables", "tokenizer"),
+            *("verb_options", "verbs", "verify", "vqa_answers"),
+        ),
+    },
+    "pipeline": {
+        "programs": tuple(
+            "train evaluate generate features replay report convert census plan restart status health".split()
+        )
+    },
+}
+LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
+    "data_prep/all": "its wings come with the corpora (docs/architecture.md)",
+}
+MAY_IMPORT = {
+    "model": set(),
+    "data_prep": set(),
+    "pipeline": {"model", *(f"data_prep.{name}" for name in ("manifest", "images", "program", "vqa_answers"))},
+}
+OURS = {"model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}
+FOREIGN_TO = {
+    "model": {
+        "deepspeed",
+        "webdataset",
+        "img2dataset",
+        "mpi4py",
+        "pyarrow",
+        "pandas",
+        "jsonargparse",
+        "yaml",
+        "jinja2",
+    },
+    "data_prep": {"torch", "torchvision", "deepspeed", "open_clip", "timm"},
+    "pipeline": {"img2dataset"},
+}
+CONFINED = {  # module -> the only files of the three packages that touch it
+    "torch.distributed": {
+        "pipeline/distributed/rendezvous.py",
+        "pipeline/distributed/ranks.py",
+        "pipeline/distributed/bandwidth.py",
+        "pipeline/engine/engine.py",
+    },
+    "deepspeed": {"pipeline/engine/ds_check.py", "pipeline/engine/engine.py", "pipeline/engine/full_state.py"},
+    "torch.utils.tensorboard": {"pipeline/recording/trackers.py"},
+    "tensorboard": {"pipeline/recording/trackers.py"},
+    "wandb": {"pipeline/recording/trackers.py"},
+}
+NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

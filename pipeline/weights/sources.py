@@ -72,7 +72,8 @@ def import_config(folder: Path) -> Config:
 
 def _start(objective: nn.Module, weights: str, fresh: Iterable[str] = (), resizes: Resizes = ()) -> Loaded:
     state, source = read_model(weights), f"model.weights {weights}"
-    fresh = [*fresh, *getattr(objective, "elsewhere", ())]
+    if is_import(Path(weights)):
+        fresh = [*fresh, *getattr(objective, "elsewhere", ())]
     dropped = [HEAD, *getattr(objective, "not_read", ())]
     released = getattr(getattr(objective, "net", None), "released", False)
     return start_from(objective, state, head_rules(state), source, fresh, dropped, (*head_resizes(released), *resizes))

@@ -127,9 +127,12 @@ def describe_start(starting: dict[str, dict[str, Any]]) -> tuple[str, list[str]]
 def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer, hub: Hub) -> dict[str, Start]:
     if config.weights:
         _refuse_other_tokens_of_run(config.weights, tokenizer)
+        names = load_model(objective, config.weights)
         if is_import(Path(config.weights)):
             load_frozen_parts(objective, config)
-        return {"model": Start(config.weights, config.weights, names=load_model(objective, config.weights))}
+        elif isinstance(getattr(objective, "net", None), EVLGen):  # the one named, which may be another than the run's
+            load_language(objective.net.language, config.language.name)
+        return {"model": Start(config.weights, config.weights, names=names)}
     net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
     if isinstance(net, EVLGen):
         language, bert = config.language.name, config.connector.pretrained

@@ -21,6 +21,7 @@ from pipeline.features import main as write_features
 from pipeline.generate import main as generate
 from pipeline.plan import main as plan
 from pipeline.recording.run_log import LOG_NAME, read_log
+from pipeline.weights.sources import read_model
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.program.test_frozen_tower import write_clip, zero
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 
 
-def write_language_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
+def write_language_model(folder: Path, kind: str = "llama", seed: int = 0, width: int = 32) -> Path:
     """A random language model of some words with its own tokenizer, which has a line break and no mask, no pad."""
     ensure_torchvision()
     import transformers
@@ -44,10 +45,10 @@ def write_language_model(folder: Path, kind: str = "llama", seed: int = 0) -> Pa
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="<|endoftext|>")
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(vocab_size=len(words), hidden_size=width, num_hidden_layers=2, num_attention_heads=4)
     sizes |= dict(max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     if kind == "opt":
-        settings = transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **sizes)
+        settings = transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=width, **sizes)
     else:
         settings = transformers.LlamaConfig(intermediate_size=64, tie_word_embeddings=True, **sizes)
     transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
@@ -135,6 +136,21 @@ def test_captions_are_trained_scored_and_written(
     assert len(lines) == 8 and all(line["log_probability"] < 0 for line in lines)
     assert generate(["--run", "captions", "--data", str(work / "data"), "--split", "dev", "--samples", "3"]) == 0
     assert "error" not in capsys.readouterr().err
+
+
+def test_a_run_with_another_language_model_starts_from_its_connector(work: Path, tmp_path: Path) -> None:
+    """The language model is the one that is named, whichever the run had; of another width it is refused."""
+    assert run_ranks(1, train, options(work, tmp_path / "run", "--train.steps", 2)) == [0]
+    other = write_language_model(tmp_path / "other", seed=1)
+    words = ["--model.weights", tmp_path / "run", "--model.language.name", other]
+    assert run_ranks(1, train, options(work, tmp_path / "next", *words, "--train.steps", 2)) == [0]
+    found = read_model(str(tmp_path / "next"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(found[f"net.language.llm.{name}"], load_file(other / "model.safetensors")[name])
+    assert run_ranks(1, train, options(work, tmp_path / "next", *words, "--train.steps", 3)) == [0]  # it resumes
+    wide = write_language_model(tmp_path / "wide", width=64)
+    with pytest.raises(RuntimeError, match="has shape .*, the model's"):
+        run_ranks(1, train, options(work, tmp_path / "third", *words[:2], "--model.language.name", wide))
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,8 @@ start() { # start ARGUMENTS...: settings; sets DRY_RUN and arguments
     for word in "$@"; do
         if [ "$word" = --dry-run ]; then DRY_RUN=yes; else arguments+=("$word"); fi
     done
+    # shellcheck disable=SC2034 # of slurm/pretrain_evlgen.sh; a site's file may be older than it
+    PRETRAIN_EVLGEN=()
     load_site
     # shellcheck source=slurm/submit.sh
     source "$SCRIPTS/submit.sh"
@@ -83,6 +85,21 @@ train_command() {
     [ -n "$RUN" ] || command+=(--output "${RUN:=$RUNS/$(basename "$recipe" .yaml)}")
     RUN=$(absolute "$RUN")
     command+=("$@")
+}
+
+# pretrain SCRIPT RECIPE OPTIONS...: trains within an allocation, else submits SCRIPT with the arguments it was given
+pretrain() {
+    local script=$1
+    shift
+    train_command "$@"
+    if inside; then
+        begin_job
+        check_nodes --run "$RUN"
+        run_step train "${command[@]}"
+        finish "$RUN" $?
+    fi
+    submit "$script" "$NODES" -- "${arguments[@]}"
+    [ -z "$DRY_RUN" ] || show_ranks "$NODES" "${command[@]}"
 }
 
 pretraining_run() { # the run that fine-tuning starts from

@@ -24,12 +24,4 @@ source "$SCRIPTS/job.sh" || { echo "error: submit slurm/pretrain_flm.sh by its p
 start "$@" # sets DRY_RUN and arguments
 options=("${arguments[@]}")
 [ -n "$(value_of recipe "${options[@]}")" ] || options=("${PRETRAIN[@]}" "${options[@]}")
-train_command flm_base_4m "${options[@]}"
-if inside; then
-    begin_job
-    check_nodes --run "$RUN"
-    run_step train "${command[@]}"
-    finish "$RUN" $?
-fi
-submit pretrain_flm.sh "$NODES" -- "${arguments[@]}"
-[ -z "$DRY_RUN" ] || show_ranks "$NODES" "${command[@]}"
+pretrain pretrain_flm.sh flm_base_4m "${options[@]}"

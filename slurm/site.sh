@@ -40,6 +40,8 @@ SAME_FAILURE=3               # equal failures in a row, without progress, that e
 PREPARE=()                   # arguments of `python -m data_prep`, a string each, like ("synth" "tokenizer"); what is
                              # done is not done again. Empty: all data is there
 PRETRAIN=(--recipe flm_base_4m) # options of pretraining, unless a recipe is given to slurm/pretrain_flm.sh
+PRETRAIN_EVLGEN=(--recipe evlgen_opt2.7b --model.vision.pretrained eva_vit_g.pth) # likewise of slurm/pretrain_evlgen.sh;
+                             # where nodes reach no hub, also --model.language.name and --model.connector.pretrained
 FINETUNE=()                  # options of all fine-tuning
 TASKS=(vqav2 nlvr2 snli_ve coco_caption coco_retrieval) # recipes; the data of NAME is TASK_DATA/NAME
 TASK_DATA=data

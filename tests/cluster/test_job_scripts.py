@@ -44,6 +44,37 @@ def test_ranks_get_what_the_dry_run_shows(desk: Desk, script: Callable) -> None:
 
 
 @pytest.mark.extended
+def test_evlgen_is_submitted_like_any_recipe(desk: Desk, script: Callable) -> None:
+    site = desk.site(PYTHON=str(script("python", 'echo "$@" >"$OUT/rank-$SLURM_PROCID"')))
+    job = desk.sbatch("pretrain_evlgen.sh", "--train.steps", "5", site=site, OUT=str(desk.folder))
+    assert desk.cluster.wait_for(job) == "COMPLETED", desk.log(job)
+    for rank in range(2):
+        words = (desk.folder / f"rank-{rank}").read_text()
+        assert "--recipe evlgen_opt2.7b --model.vision.pretrained eva_vit_g.pth --train.steps 5" in words
+        assert f"--output {desk.folder}/runs/evlgen_opt2.7b" in words
+
+
+@pytest.mark.parametrize(
+    ("older", "arguments", "recipe"),
+    [
+        (False, (), "--recipe evlgen_opt2.7b --model.vision.pretrained eva_vit_g.pth"),
+        (False, ("--recipe", "evlgen_small"), "--recipe evlgen_small"),
+        (True, (), "--recipe evlgen_opt2.7b"),
+    ],
+    ids=["as it stands", "another recipe", "settings that are older than the script"],
+)
+def test_what_pretraining_of_evlgen_would_run(tmp_path: Path, older: bool, arguments: tuple, recipe: str) -> None:
+    site, text = tmp_path / "site.sh", (SCRIPTS / "site.sh").read_text()
+    site.write_text(re.sub(r"(?m)^PRETRAIN_EVLGEN=.*$", "", text) if older else text)
+    command = ["bash", SCRIPTS / "pretrain_evlgen.sh", "--dry-run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OPENFLM_SITE": str(site)})
+    assert done.returncode == 0, done.stderr
+    (shown,) = re.findall(r"^slurm: each of 2 ranks, .* runs: (.*)$", done.stderr, re.M)
+    assert recipe in shown and shown.count("--recipe") == 1
+    assert f"/runs/{recipe.split()[1]} " in shown + " "
+
+
+@pytest.mark.extended
 def test_a_node_without_python_is_left_out(desk: Desk, script: Callable) -> None:
     python = script("python", ENVIRONMENT)
     container = script("container", '[ "$SLURMD_NODENAME" != n2 ] || set -- "${@/%\\/python//python.gone}"\nexec "$@"')

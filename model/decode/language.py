@@ -21,18 +21,17 @@ class LanguageDecoder:
     Weights are reached by calling modules, so that ZeRO-3 gathers them.
     """
 
-    def __init__(self, net: EVLGen, tokens: Tensor, prompt: Sequence[int] = (), fewest_words: int = 0) -> None:
+    def __init__(self, net: EVLGen, tokens: Tensor, prompt: Sequence[int] = ()) -> None:
         """
         Args:
             net: in eval mode.
             tokens: [B, Q, L], of the images (``EVLGen.encode``).
             prompt: word ids that every text starts with.
-            fewest_words: no text ends before it has so many, the prompt's included.
         """
         self._language, self._tokens = net.language, net.prefix(tokens)
         self.end_ids, self.prompt = net.form.end[:1], list(prompt)
         self._first = [*net.form.begin, *prompt]
-        self._fewest, self._num_words, longest = fewest_words, len(prompt), net.language.max_length
+        longest = net.language.max_length
         self.limit = ANY_LENGTH if longest is None else longest - self._tokens.shape[1] - len(net.form.begin) - 1
         self._kept = net.language.new_memory()
 
@@ -44,7 +43,6 @@ class LanguageDecoder:
 
     def step(self, ids: Tensor) -> Tensor:
         """Appends ``ids`` int64 [G]; returns the scores fp32 [G, V] of the next token."""
-        self._num_words += 1
         return self._scores(self._language.embed(ids[:, None]).to(self._tokens.dtype))
 
     def select(self, sequences: Tensor) -> None:
@@ -53,7 +51,4 @@ class LanguageDecoder:
 
     def _scores(self, inputs: Tensor) -> Tensor:
         states = self._language.states(inputs, self._kept)
-        scores = self._language.logits(states[:, -1]).float()
-        if self._num_words < self._fewest:
-            scores[:, list(self.end_ids)] = float("-inf")
-        return scores
+        return self._language.logits(states[:, -1]).float()

@@ -54,7 +54,7 @@ def test_greedy_texts_are_those_of_the_release() -> None:
     start_from(language.llm, state)
     net = net_of(language, TextForm(end=(NEWLINE,)))
     run = dump["runs"]["caption_greedy"]
-    found = greedy(LanguageDecoder(net, dump["prefix_embeds"], fewest_words=run["kwargs"]["min_length"] - 1), 29)
+    found = greedy(LanguageDecoder(net, dump["prefix_embeds"]), 29, min_tokens=run["kwargs"]["min_length"] - 1)
     expected = [row[1 : row.index(NEWLINE)] for row in run["ids_with_placeholder_bos"].tolist()]
     assert found == expected
 

@@ -248,11 +248,14 @@ class Writer:
     def _about(self, position: int, key: str) -> dict[str, Any]:
         corpus, row = self.rows[position]
         sample = self.corpora[corpus].read_without_images(row)
-        return {"image_id": sample.meta.get("image_id", key), "references": texts_of(sample)}
+        domain = sample.meta.get("domain")
+        about = {"image_id": sample.meta.get("image_id", key), "references": texts_of(sample)}
+        return about if domain is None else about | {"domain": domain}
 
     def summarise(self, totals: Mapping[str, float], predictions: list[Prediction]) -> dict[str, float]:
-        """Scores of all captions, and CIDEr-D of the same captions against other images' references: what they owe to
-        the language alone. Each prediction is told its "cider_d"."""
+        """Scores of all captions, CIDEr-D of each domain that images name (nocaps), and CIDEr-D of the same captions
+        against other images' references: what they owe to the language alone. Each prediction is told its "cider_d".
+        """
         metrics = IN_TRAINING if self.ranks.in_training else METRICS
         known = [one for one in predictions if one["references"]]
         if not known:
@@ -264,6 +267,7 @@ class Writer:
         values |= {f"{n}_standard_error": error for n, error in found.standard_errors.items() if error is not None}
         for one in known:
             one["cider_d"] = round(found.per_item["cider_d"][one["position"]], 6)
+        values |= _by_domain(known)
         if len(known) > 1:
             values["cider_d_wrong_image"] = self._scored(known, len(known) // 2, ("cider_d",)).values["cider_d"]
         return values
@@ -282,3 +286,13 @@ class Writer:
             content = {name: getattr(self.found, name) for name in ("tokenization", "missing", "notes")}
             content["references"] = {"images": len(counts), "least": min(counts), "most": max(counts)}
             write_atomically(folder / METRICS_NAME, json.dumps(content, indent=1))
+
+
+def _by_domain(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Mean CIDEr-D of the images of each domain, by the document frequencies of all images that are scored; so that of
+    all images is the mean over domains, each counted by its images, as in the published tables of nocaps."""
+    found: dict[str, list[float]] = {}
+    for one in predictions:
+        if "domain" in one:
+            found.setdefault(str(one["domain"]), []).append(one["cider_d"])
+    return {f"cider_d/{name}": sum(found[name]) / len(found[name]) for name in sorted(found)}

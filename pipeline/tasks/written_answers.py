@@ -22,7 +22,7 @@ from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
 from pipeline.loading.datasets import OtherRows, Preparation
 from pipeline.loading.open_data import eval_loader, placeholder_batch
-from pipeline.tasks.searching import most_probable
+from pipeline.tasks.searching import decoding, most_probable
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction
 
 RELEASED_WORDS = 50  # of a question at most
@@ -166,8 +166,10 @@ def released_question(question: str) -> str:
 
 def protocol(config: Config) -> dict[str, Any]:
     """How written answers come about, for the scorecard."""
-    asked = config.task.question_prompt or ("that of its language model" if reads_by_language_model(config) else "{}")
-    return {"answers": f"written, at most {config.task.max_answer_tokens} tokens", "prompt": asked}
+    task = config.task
+    asked = task.question_prompt or ("that of its language model" if reads_by_language_model(config) else "{}")
+    found = {"answers": f"written, at most {task.max_answer_tokens} tokens, {task.decoding}", "prompt": asked}
+    return found if task.decoding == "greedy" else found | {"decoding": decoding(task)}
 
 
 def passes(

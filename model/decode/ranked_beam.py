@@ -46,6 +46,7 @@ def ranked_beam(
     all_agree: Callable[[bool], bool] = alone,
     min_tokens: int = 0,
     rules: Rules = TRANSFORMERS_4,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
     """The best of K kept sequences, which ended among the K best candidates of their step.
 
@@ -53,7 +54,8 @@ def ranked_beam(
     candidates of all beams, so a better sequence may be lost; and an image is done once K sequences are kept and its
     best beam, at the length that it has, is not above the worst of them, though more words could make it so.
 
-    Args and returns as of :func:`model.decode.search.beam`, and ``rules``.
+    Args and returns as of :func:`model.decode.search.beam`, and ``rules``; ``repetition_penalty`` multiplies the log
+    probability of every word that its sequence has already (Keskar et al., arXiv 1909.05858, as transformers does it).
 
     Raises:
         ValueError: as there.
@@ -71,6 +73,9 @@ def ranked_beam(
     for number in range(num_words):
         length = len(decoder.prompt) + number + 1
         total = scores.log_softmax(-1).view(num_images, -1, vocabulary)
+        if repetition_penalty != 1:
+            seen = words[:, :, :number]
+            total.scatter_(2, seen, total.gather(2, seen) * repetition_penalty)
         if length <= min_tokens:
             total[:, :, ends] = NEVER
         flat = (total + sums[:, :, None]).flatten(1)

@@ -66,6 +66,8 @@ class VQAOptions(TextsOfImagesOptions):
             search, by which EVLGen's release decoded. Answers: greedy, and with evlgen one of the beams.
         beams: width of the beam search.
         length_penalty: a beam is worth its log probability over its length to this power.
+        repetition_penalty: released_beam multiplies by it the log probability of a word that is there already; the
+            release has 1.5 with Vicuna.
     """
 
     name: Literal["vqa"] = "vqa"
@@ -76,11 +78,13 @@ class VQAOptions(TextsOfImagesOptions):
     decoding: Decoding = scoring("greedy")
     beams: PositiveInt = scoring(3)
     length_penalty: NonNegativeFloat = scoring(1.0)
+    repetition_penalty: PositiveFloat = scoring(1.0)
 
     def check(self) -> None:
         prompt = self.question_prompt
         self._expect("question_prompt", prompt is None or prompt.count("{}") == 1, "a text that holds {} once")
         self._expect("decoding", self.decoding != "nucleus", "greedy, beam or released_beam for answers")
+        _check_search(self)
 
 
 @dataclass
@@ -126,6 +130,8 @@ class CaptioningOptions(TaskOptions):
             beam search, by which EVLGen's release decoded.
         beams: width of the beam search.
         length_penalty: a beam is worth its log probability over its length to this power.
+        repetition_penalty: released_beam multiplies by it the log probability of a word that is there already; the
+            release has 1.5 with Vicuna.
         top_p: nucleus samples from the fewest most probable tokens that hold this much probability.
         temperature: divides the scores that nucleus samples from.
         max_tokens: longest caption in tokens.
@@ -139,6 +145,7 @@ class CaptioningOptions(TaskOptions):
     decoding: Decoding = scoring("greedy")
     beams: PositiveInt = scoring(3)
     length_penalty: NonNegativeFloat = scoring(1.0)
+    repetition_penalty: PositiveFloat = scoring(1.0)
     top_p: PositiveFloat = scoring(0.9)
     temperature: PositiveFloat = scoring(1.0)
     max_tokens: PositiveInt = scoring(30)
@@ -150,6 +157,7 @@ class CaptioningOptions(TaskOptions):
         self._expect("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         most = f"at most task.max_tokens ({self.max_tokens})"
         self._expect("min_tokens", self.min_tokens <= self.max_tokens, most)
+        _check_search(self)
 
 
 @dataclass
@@ -170,6 +178,12 @@ class RetrievalOptions(TaskOptions):
 
     def check(self) -> None:
         self._expect("pool", self.pool >= self.num_negatives, f"at least task.num_negatives ({self.num_negatives})")
+
+
+def _check_search(options: VQAOptions | CaptioningOptions) -> None:
+    """Raises ValueError for a penalty that the search does not have."""
+    has_it = options.decoding == "released_beam" or options.repetition_penalty == 1
+    options._expect("repetition_penalty", has_it, f"1 with task.decoding {options.decoding}, which has none")
 
 
 TASK_OPTIONS_OF: dict[str, type[TaskOptions]] = {

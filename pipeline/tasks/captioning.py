@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ class Captioner:
     nucleus: Nucleus | None = None
     beam_rules: str = "beam"  # a search of BEAMS
     min_tokens: int = 0
+    repetition_penalty: float = 1.0
 
     @torch.inference_mode()
     def caption(self, pixels: Sequence[Tensor], first: int = 0) -> list[str]:
@@ -102,8 +104,9 @@ class Captioner:
             top_p, temperature, _ = self.nucleus
             return nucleus(decoder, self.max_tokens, draws, top_p, temperature, min_tokens=self.min_tokens)
         if self.beams > 1:
-            search = BEAMS[self.beam_rules]
-            return search(decoder, self.max_tokens, self.beams, self.length_penalty, min_tokens=self.min_tokens)
+            own = {} if self.beam_rules == "beam" else {"repetition_penalty": self.repetition_penalty}
+            search = partial(BEAMS[self.beam_rules], min_tokens=self.min_tokens, **own)
+            return search(decoder, self.max_tokens, self.beams, self.length_penalty)
         return greedy(decoder, self.max_tokens, min_tokens=self.min_tokens)
 
     @property
@@ -180,6 +183,7 @@ def load_captioner(
         nucleus=nucleus,
         beam_rules=rules,
         min_tokens=least,
+        repetition_penalty=getattr(options, "repetition_penalty", 1.0),
     )
 
 

@@ -12,7 +12,7 @@ BEAMS = {"beam": beam, "released_beam": ranked_beam}
 OPTIONS_OF = {
     "greedy": (),
     "beam": ("beams", "length_penalty"),
-    "released_beam": ("beams", "length_penalty"),
+    "released_beam": ("beams", "length_penalty", "repetition_penalty"),
     "nucleus": ("top_p", "temperature"),
 }
 
@@ -23,6 +23,7 @@ class SearchOptions(Protocol):
     decoding: str
     beams: int
     length_penalty: float
+    repetition_penalty: float
 
 
 def most_probable(
@@ -31,8 +32,9 @@ def most_probable(
     """Texts by the greedy or beam search of a task's options; arguments and result as :mod:`model.decode.search`."""
     if options.decoding == "greedy":
         return greedy(decoder, max_tokens, all_agree, min_tokens=min_tokens)
+    own = {} if options.decoding == "beam" else {"repetition_penalty": options.repetition_penalty}
     search = BEAMS[options.decoding]
-    return search(decoder, max_tokens, options.beams, options.length_penalty, all_agree, min_tokens)
+    return search(decoder, max_tokens, options.beams, options.length_penalty, all_agree, min_tokens, **own)
 
 
 def decoding(options: SearchOptions) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from model.torchvision_shim import ensure_torchvision
 from model.weights.start import start_from
 from tests.model.decode.test_language import NEWLINE, net_of, small_language
 from tests.model.decode.test_search import TableDecoder, random_scores
+from tests.model.test_evlgen import settings_of
 from tests.oracle import load_oracle
 
 ensure_torchvision()
@@ -74,6 +75,47 @@ def test_beams_are_those_of_the_release(name: str) -> None:
     found = ranked_beam(decoder, most, options["num_beams"], penalty, min_tokens=least)
     rows = [row[1:] for row in run["ids_with_placeholder_bos"].tolist()]
     assert found == [row[: row.index(NEWLINE)] if NEWLINE in row else row for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dumped"), [("opt", "11_evlgen_opt_image.pt"), ("llama", "14_evlgen_vicuna_image.pt")]
+)
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_beams_of_the_release_behind_its_prompts(kind: str, dumped: str, task: str) -> None:
+    """Captions and answers of the whole model; with Vicuna by its penalty on repetitions, questions of two lengths."""
+    dump = load_oracle(dumped, "evlgen")
+    prefix, language = ("opt_model.", "opt") if kind == "opt" else ("llm_model.", "llama")
+    model = LanguageModel(settings_of(language, dump["config"]))
+    state = {name.removeprefix(prefix): v for name, v in dump["state_dict"].items() if name.startswith(prefix)}
+    tied = getattr(model.llm.config, "tie_word_embeddings", False)
+    dropped = ("inv_freq", "lm_head") if tied else ("inv_freq",)
+    start_from(model.llm, {name: v for name, v in state.items() if not any(one in name for one in dropped)})
+    run = dump["generation"][f"{task}_beams5"]
+    options, inputs, mask = run["kwargs"], run["prefix_embeds"], run["prefix_mask"].bool()
+    end = options.get("eos_token_id", model.llm.config.eos_token_id)
+    table = model.llm.get_input_embeddings().weight.detach()
+    num_tokens = dump["intermediates"]["VLconnector_out"].shape[1]  # then the gap of the shorter question
+    questions = []
+    for row, seen in zip(inputs[:, num_tokens:], mask[:, num_tokens:], strict=True):
+        distances = (row[seen][:, None] - table).abs().amax(-1)
+        assert float(distances.min(1).values.max()) < 1e-6, "each is the embedding of a word"
+        questions.append(distances.argmin(1).tolist())
+    decoder = LanguageDecoder(net_of(model, TextForm(end=(end,))), inputs[:, :num_tokens], questions=questions)
+    most = options["max_new_tokens"] if "max_new_tokens" in options else options["max_length"] - 1
+    found = ranked_beam(
+        *(decoder, most, 5, float(options["length_penalty"])),
+        min_tokens=options["min_length"] - 1,
+        repetition_penalty=options.get("repetition_penalty", 1.0),
+    )
+    rows = [row[1:] for row in run["ids"].tolist()]
+    assert found == [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def test_a_word_that_is_there_costs_more_by_the_penalty() -> None:
+    """Scored by hand, greedily: "0" again and again, unless its log probability doubles: .6 to .36, below .39."""
+    logs = lambda _, words: [math.log(p) for p in (0.6, 0.39, 0.01)]  # noqa: E731
+    assert ranked_beam(TableDecoder(logs, 1), 3, 1, 0.0) == [[0, 0, 0]]
+    assert ranked_beam(TableDecoder(logs, 1), 2, 1, 0.0, repetition_penalty=2.0) == [[0, 1]]
 
 
 def test_an_end_that_is_not_among_the_best_candidates_is_lost() -> None:

@@ -28,6 +28,7 @@ from pipeline.metrics.submissions import SubmissionError
 from pipeline.metrics.vqa import accuracy
 from pipeline.tasks.task import EvaluationRanks
 from pipeline.tasks.written_answers import AnswerRows, released_question
+from tests.oracle import load_oracle, oracle_file
 from tests.pipeline.data.test_reader import jpeg, write_split
 from tests.pipeline.finetuning.test_classification import ANSWERS, config_of, evaluated, vqa_record
 from tests.program.test_evlgen import write_language_model
@@ -130,6 +131,20 @@ def test_the_questions_of_the_release() -> None:
     assert released_question('Is it "A.B" (No: 1)?! #2 *; ~') == "is it ab no 1? 2"
     assert released_question("what's on the man's t-shirt, left?") == "what's on the man's t-shirt, left?"
     assert released_question("word " * 70) == " ".join(["word"] * 50)
+
+
+def test_what_is_read_of_a_question_is_what_the_release_reads() -> None:
+    """With the toy tokenizer of its dumps: the embeddings that stand before the answer, 32 tokens at most."""
+    dump = load_oracle("11_evlgen_opt_image.pt", "evlgen")
+    tokenizer = load_tokenizer(oracle_file("tokenizer_opt_tiny/vocab.json", "evlgen").parent, of_language_model=True)
+    settings = {"prompt": QUESTIONS["opt"], "cuts_prompt": True, "clean": released_question}
+    maker = AnswerRows(tokenizer, (2,), (14,), 32, 10, lambda sample: {}, **settings)
+    table = dump["state_dict"]["opt_model.model.decoder.embed_tokens.weight"]
+    embeddings = dump["generation"]["vqa_beams1"]["prefix_embeds"]
+    for question, expected in zip(dump["questions"], embeddings, strict=True):
+        (row,) = maker.rows(RawSample("k", [], question, {}), 0, None)
+        read = table[[2, *row.note["_question"]]]
+        assert torch.equal(read, expected[-len(read) :]) and len(read) == 32
 
 
 def test_a_prompt_of_ones_own(data: Path) -> None:
@@ -243,7 +258,11 @@ def test_options_that_would_be_idle_are_refused(tmp_path: Path) -> None:
     config.task.generative, config.task.decoding = True, "beam"
     with pytest.raises(ConfigError, match="task.decoding beam of answers is for objective.name evlgen"):
         evaluated(config)
-    for words, error in (({"question_prompt": "Q"}, "a text that holds {} once"), ({"decoding": "nucleus"}, "greedy")):
+    for words, error in (
+        ({"question_prompt": "Q"}, "a text that holds {} once"),
+        ({"decoding": "nucleus"}, "greedy"),
+        ({"repetition_penalty": 1.5}, "1 with task.decoding greedy"),
+    ):
         with pytest.raises(ValueError, match=error):
             task_options("gqa", **words).check()
 

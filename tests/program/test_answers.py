@@ -13,6 +13,7 @@ from data_prep.shard_writer import SplitWriter
 from pipeline import evaluate
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.reading import Reader
+from pipeline.plan import main as plan
 from pipeline.recording.run_log import LOG_NAME, read_log
 from tests.data_prep.annotations.prepared import prepare
 from tests.data_prep.annotations.test_nocaps import DOMAINS, content
@@ -24,11 +25,12 @@ from tests.pipeline.finetuning.test_answers import gqa_record
 from tests.pipeline.finetuning.test_classification import vqa_record
 from tests.pipeline.scoring.program import die_after, results
 from tests.program.test_evlgen import losses, options, write_language_model
-from tests.program.test_frozen_tower import write_clip
+from tests.program.test_frozen_tower import write_clip, zero
 from tests.program.test_incidents import train
 
 pytestmark = pytest.mark.slow
 KILLED = -9
+SEARCH = {"name": "released_beam", "beams": 3, "length_penalty": 0.0, "repetition_penalty": 1.0}
 BEAMS = ["--task.decoding", "released_beam", "--task.beams", "3", "--task.length_penalty", "0"]
 
 
@@ -60,6 +62,7 @@ def evaluated(work: Path, run: Path, output: Path, world: int, *more: Any, dying
     job = start_program(world, list(map(str, words)), output / f"ranks-{world}", evaluate.main, dying)
     codes = job.finish()
     assert codes[-1] == code, job.output(world - 1)
+    assert "no examples for the report" not in job.output(0)
     return results(output) if code == 0 else {}
 
 
@@ -69,7 +72,7 @@ def test_a_pretrained_model_is_asked_questions_that_it_never_saw(work: Path, tmp
     more = ["--task", "gqa", "--data", work / "data", "--split", "test_dev", "--submission", *BEAMS]
     alone = evaluated(work, work / "run", tmp_path / "one", 1, *more)
     assert alone["card"]["task"] == "gqa" and alone["card"]["items"] == 13
-    assert alone["card"]["decoding"] == {"name": "released_beam", "beams": 3, "length_penalty": 0.0}
+    assert alone["card"]["decoding"] == SEARCH
     assert {"accuracy", "accuracy_as_written", "accuracy/structural/verify", "loss"} <= set(alone["card"]["metrics"])
     assert alone["card"]["protocol"]["prompt"] == "that of its language model"
     assert evaluated(work, work / "run", tmp_path / "two", 2, *more) == alone
@@ -83,11 +86,12 @@ def test_a_pretrained_model_is_asked_questions_that_it_never_saw(work: Path, tmp
     assert sorted(one["questionId"] for one in found) == sorted(f"{n}0{k}" for n in range(7) for k in range(n % 3 + 1))
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(60)
 def test_it_learns_to_answer_and_goes_on(work: Path, tmp_path: Path) -> None:
-    """Several questions of an image at once, two ranks, stopped and resumed: the losses of a run that was not. Only
-    the connector is trained; the evaluation's loss is that of training."""
+    """Several questions of an image at once, two ranks at ZeRO-3, stopped and resumed: the losses of a run that was
+    not. Only the connector is trained; the evaluation by one rank finds what training found."""
     task = ["--task.name", "vqa", "--data.texts_per_image", 3, "--model.weights", work / "run", "--train.steps", 4]
+    task += [*zero(3), *BEAMS, "--train.eval_samples", 8, "--task.max_answer_tokens", 3]
     words = options(work, tmp_path / "whole", *READING, *task, "--train.eval_every", 4)
     assert run_ranks(2, train, words) == [0, 0]
     again = options(work, tmp_path / "again", *READING, *task)
@@ -98,7 +102,7 @@ def test_it_learns_to_answer_and_goes_on(work: Path, tmp_path: Path) -> None:
     assert all(name.startswith("net.connector.") for name in Reader(path).shapes("weight"))
 
     last = [one for one in read_log(tmp_path / "whole" / LOG_NAME) if one["kind"] == "eval"][-1]
-    found = evaluated(work, tmp_path / "whole", tmp_path / "scored", 1)
+    found = evaluated(work, tmp_path / "whole", tmp_path / "scored", 1, "--samples", 8)
     metrics = found["card"]["metrics"]
     assert metrics["loss"] == pytest.approx(last["loss"], abs=1e-5) and "vqa_accuracy/yes/no" in metrics
     assert metrics["vqa_accuracy"] == pytest.approx(last["vqa_accuracy"], abs=1e-6)
@@ -117,3 +121,11 @@ def test_it_captions_a_prepared_set_by_domain(work: Path, tmp_path: Path) -> Non
     assert {f"cider_d/{name}" for name in DOMAINS} <= set(found["card"]["metrics"])
     lines = [json.loads(line) for line in found["predictions"].splitlines()]
     assert [line["domain"] for line in lines] == [*DOMAINS, *DOMAINS] and len(lines[0]["references"]) == 10
+
+
+def test_it_is_planned(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fine-tuning on questions, by its configuration alone."""
+    words = options(work, work / "run", *READING, "--task.name", "okvqa")
+    del words[words.index("--output") : words.index("--output") + 2]
+    assert plan([*words, "--gpus", "2", "--gpu-memory", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["trained"] == 20_384  # as the census says

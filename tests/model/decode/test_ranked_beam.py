@@ -36,6 +36,7 @@ def talkative(kind: str, seed: int) -> LanguageModel:
     return language
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 1.0])
 def test_row_for_row_what_generate_of_transformers_finds(kind: str, penalty: float) -> None:

@@ -171,6 +171,7 @@ def test_answers_are_the_same_in_every_batch(data: Path, search: str) -> None:
         assert again == pytest.approx(values, rel=1e-5)  # sums of fp32 losses in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 5])
 def test_answers_are_those_of_generate_of_transformers(data: Path, beams: int) -> None:
     """Each question by itself, from the same embeddings, with length penalty 0: there all versions agree."""

@@ -13,12 +13,15 @@ from typing import Any
 from data_prep.annotations.annotated import AnnotatedSplit, records
 from data_prep.annotations.easy_pairs import make_pairs
 from data_prep.annotations.easy_vqa import read_easy_vqa
+from data_prep.annotations.gqa import read_gqa
 from data_prep.annotations.karpathy import held_out_images as held_out_by_karpathy
 from data_prep.annotations.karpathy import read_karpathy
 from data_prep.annotations.nlvr2 import read_nlvr2
+from data_prep.annotations.nocaps import read_nocaps
+from data_prep.annotations.okvqa import read_okvqa
 from data_prep.annotations.published import compare
 from data_prep.annotations.snli_ve import label_revision, read_snli_ve
-from data_prep.annotations.visual_genome import read_visual_genome
+from data_prep.annotations.visual_genome import coco_ids_of, read_visual_genome
 from data_prep.annotations.vqav2 import held_out_images, read_vqav2, vocabulary_answers
 from data_prep.manifest import CAPTIONS, file_sha256, write_atomically
 from data_prep.prepare import fill_split
@@ -83,11 +86,8 @@ def _held_out(path: Path) -> set[int]:
 
 def add_vqav2(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--questions", type=local_path, nargs="+", required=True, help="v2_OpenEnded_mscoco_*_questions.json, several")
-    add("--annotations", type=local_path, nargs="+", default=[], help="v2_mscoco_*_annotations.json; none for test")
-    add("--split", type=plain_name, nargs="+", help="names of the splits in the order of --questions, for own ones")
-    add("--answer-splits", type=name_list, default=["train", "dev"], help="whose answers are counted; as A,B,...")
-    add("--min-answer-count", type=positive_number, default=MIN_COUNT, help="questions that an answer must have")
+    _add_vqa_form(parser, "v2_OpenEnded_mscoco_*_questions.json", "v2_mscoco_*_annotations.json; none for test")
+    _add_vocabulary(parser, ["train", "dev"], MIN_COUNT)
     add("--vg-qa", type=local_path, help="Visual Genome's question_answers.json: a training corpus of its own beside")
     add("--vg-image-data", type=local_path, help="Visual Genome's image_data.json, which names its images of COCO")
     add("--vg-images", type=local_path, nargs="+", help="folders of Visual Genome's images; default: those of --images")
@@ -96,6 +96,62 @@ def add_vqav2(parser: argparse.ArgumentParser) -> None:
         "--held-out", type=local_path, nargs="+", default=[], help="further VQAv2 questions, or Karpathy's file of COCO"
     )
     _add_options(parser, "data/vqav2", "COCO's images (train2014, val2014, test2015, or 2017's)")
+
+
+def _add_vqa_form(parser: argparse.ArgumentParser, questions: str, annotations: str) -> None:
+    add = parser.add_argument
+    add("--questions", type=local_path, nargs="+", required=True, help=f"{questions}, several")
+    add("--annotations", type=local_path, nargs="+", default=[], help=annotations)
+    add("--split", type=plain_name, nargs="+", help="names of the splits in the order of --questions, for own ones")
+
+
+def _add_vocabulary(parser: argparse.ArgumentParser, splits: list[str], min_count: int) -> None:
+    add = parser.add_argument
+    add("--answer-splits", type=name_list, default=splits, help="whose answers are counted; as A,B,...")
+    add("--min-answer-count", type=positive_number, default=min_count, help="questions that an answer must have")
+
+
+def run_okvqa(args: argparse.Namespace) -> int:
+    splits = read_okvqa(args.questions, args.annotations, args.split)
+    parts = [Part(args.output, split, args.images, "okvqa", texts="questions") for split in splits]
+    vocabulary = (splits, args.answer_splits, args.min_answer_count)
+    return _prepare(args, parts, [*args.questions, *args.annotations], vocabulary=vocabulary)
+
+
+def add_okvqa(parser: argparse.ArgumentParser) -> None:
+    _add_vqa_form(parser, "OpenEnded_mscoco_*_questions.json", "mscoco_*_annotations.json")
+    _add_vocabulary(parser, ["train"], 3)  # of its 9,009 questions few have the same answer
+    _add_options(parser, "data/okvqa", "COCO's images (train2014, val2014)")
+
+
+def run_gqa(args: argparse.Namespace) -> int:
+    names = _split_names(args)
+    coco_ids = None if args.vg_image_data is None else coco_ids_of(args.vg_image_data)
+    splits = [read_gqa(path, name, coco_ids) for path, name in zip(args.input, names)]
+    _refuse_twice(splits)
+    parts = [Part(args.output, split, args.images, "gqa", texts="questions") for split in splits]
+    files = [*args.input, *([] if args.vg_image_data is None else [args.vg_image_data])]
+    return _prepare(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
+
+
+def add_gqa(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", type=local_path, nargs="+", required=True, help="{train,val,testdev,test}_balanced_questions.json")
+    add("--split", type=plain_name, nargs="+", help="names of the splits in the order of --input, for own ones")
+    add("--vg-image-data", type=local_path, help="Visual Genome's image_data.json, which names its images of COCO")
+    _add_vocabulary(parser, ["train", "dev"], MIN_COUNT)
+    _add_options(parser, "data/gqa", "GQA's images (images), like 2370799.jpg")
+
+
+def run_nocaps(args: argparse.Namespace) -> int:
+    annotated = read_nocaps(args.input, args.split)
+    return _prepare(args, [Part(args.output, annotated, args.images, "nocaps")], [args.input])
+
+
+def add_nocaps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=local_path, required=True, help="nocaps_val_4500_captions.json")
+    parser.add_argument("--split", type=plain_name, default="dev", help="name of the split")
+    _add_options(parser, "data/nocaps", "images of Open Images' validation split, like 0013ea2087020901.jpg")
 
 
 def run_nlvr2(args: argparse.Namespace) -> int:
@@ -136,15 +192,24 @@ def add_flickr30k(parser: argparse.ArgumentParser) -> None:
 
 
 def run_snli_ve(args: argparse.Namespace) -> int:
-    if args.split is not None and len(args.split) != len(args.input):
-        raise PrepError(f"--split {' '.join(args.split)}: expected a name for each of the {len(args.input)} --input")
-    splits = [read_snli_ve(path, split) for path, split in zip(args.input, args.split or [None] * len(args.input))]
-    if len({split.split for split in splits}) < len(splits):
-        raise PrepError("--input: two files of the same split; give each once")
+    splits = [read_snli_ve(path, split) for path, split in zip(args.input, _split_names(args))]
+    _refuse_twice(splits)
     revisions = {split.split: label_revision(split) for split in splits}
     parts = [Part(args.output, split, args.images, "snli_ve", texts="hypotheses") for split in splits]
     print("labels:", ", ".join(f"{split} {revision}" for split, revision in revisions.items()))
     return _prepare(args, parts, args.input, label_revision=revisions)
+
+
+def _split_names(args: argparse.Namespace) -> list[str | None]:
+    """The name that --split gives each --input, None where it gives none."""
+    if args.split is not None and len(args.split) != len(args.input):
+        raise PrepError(f"--split {' '.join(args.split)}: expected a name for each of the {len(args.input)} --input")
+    return args.split or [None] * len(args.input)
+
+
+def _refuse_twice(splits: Sequence[AnnotatedSplit]) -> None:
+    if len({split.split for split in splits}) < len(splits):
+        raise PrepError("--input: two files of the same split; give each once")
 
 
 def add_snli_ve(parser: argparse.ArgumentParser) -> None:
@@ -288,6 +353,9 @@ def _name_problems(where: str, examples: dict[str, Rejection], counts: dict[str,
 
 ANNOTATION_VERBS: dict[str, Verb] = {
     "vqav2": ("prepare VQAv2 from its questions, annotations and COCO's images", add_vqav2, run_vqav2),
+    "gqa": ("prepare GQA from its questions and images", add_gqa, run_gqa),
+    "okvqa": ("prepare OK-VQA from its questions, annotations and COCO's images", add_okvqa, run_okvqa),
+    "nocaps": ("prepare nocaps' captions from its file and Open Images' images", add_nocaps, run_nocaps),
     "nlvr2": ("prepare a split of NLVR2 from its JSON lines and images", add_nlvr2, run_nlvr2),
     "coco": ("prepare COCO's captions in Karpathy's splits", add_coco, run_coco),
     "flickr30k": ("prepare Flickr30k's captions in Karpathy's splits", add_flickr30k, run_flickr30k),

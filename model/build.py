@@ -129,7 +129,7 @@ def build_parts(
     """
     if objective.name not in OBJECTIVES:
         raise ValueError(
-            f"objective.name {objective.name} is for the tasks pretraining and captioning; use one of"
+            f"objective.name {objective.name} is for the tasks pretraining, captioning, vqa, gqa and okvqa; use one of"
             f" {', '.join(OBJECTIVES)}, or another task.name"
         )
     _check(model, objective, vocabulary, max_text_length)

@@ -76,6 +76,15 @@ class EVLGen(nn.Module):
         """uint8 [B, I, 3, S, S] -> [B, Q, D]; of a video the mean of its frames is what the connector gets."""
         return self.connector(self.features(images), num_tokens)
 
+    def encode_each_once(self, images: Tensor) -> Tensor:
+        """As ``encode``, without work for an image that is equal to the one before it: questions come image by image.
+
+        Waits for the device once.
+        """
+        new = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        new[1:] = (images[1:] != images[:-1]).flatten(1).any(1)
+        return self.encode(images[new]).index_select(0, new.cumsum(0) - 1)
+
     def features(self, images: Tensor) -> Tensor:
         """uint8 [B, I, 3, S, S], or features [B, I, P, W] -> [B, P, W]."""
         num_frames = images.shape[1]

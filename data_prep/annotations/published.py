@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 # Counts of the files as their authors publish them: visualqa.org/download.html, lil-lab/nlvr, Karpathy's splits
-# (github.com/karpathy/neuraltalk2), necla-ml/SNLI-VE, vzhou842/easy-VQA.
+# (github.com/karpathy/neuraltalk2), necla-ml/SNLI-VE, vzhou842/easy-VQA, nocaps.org/download, okvqa.allenai.org. GQA's
+# are those of the balanced questions as a public copy of the set counts them (lmms-lab/GQA on the Hugging Face hub).
 PUBLISHED: dict[str, dict[str, dict[str, int]]] = {
     "vqav2": {
         "train": {"questions": 443_757, "images": 82_783, "answers": 4_437_570},
         "dev": {"questions": 214_354, "images": 40_504, "answers": 2_143_540},
         "test": {"questions": 447_793, "images": 81_434},
         "test_dev": {"questions": 107_394},
+    },
+    "gqa": {
+        "train": {"questions": 943_000},
+        "dev": {"questions": 132_062},
+        "test_dev": {"questions": 12_578, "images": 398},
+        "test": {"questions": 95_336, "images": 2_987},
+    },
+    "okvqa": {
+        "train": {"questions": 9_009, "answers": 90_090},
+        "test": {"questions": 5_046, "answers": 50_460},
+    },
+    "nocaps": {
+        "dev": {
+            **{"images": 4_500, "captions": 45_000},
+            **{"in-domain": 648, "near-domain": 2_938, "out-domain": 914},
+        },
     },
     "nlvr2": {
         "train": {"statements": 86_373},

@@ -16,7 +16,7 @@ def read_visual_genome(question_answers: Path, image_data: Path, held_out: Colle
 
     ``held_out``: COCO ids of images whose questions are left out and counted as ``held_out_image``. Raises PrepError.
     """
-    coco_ids = _coco_ids(image_data)
+    coco_ids = coco_ids_of(image_data)
     entries = read_json(question_answers)
     if not isinstance(entries, list):
         raise PrepError(f"{question_answers}: no list, expected Visual Genome's question_answers.json")
@@ -39,7 +39,8 @@ def read_visual_genome(question_answers: Path, image_data: Path, held_out: Colle
     return AnnotatedSplit("train", list(images.values()), problems, {"questions": rows, "images": len(images)})
 
 
-def _coco_ids(path: Path) -> dict[int, int | None]:
+def coco_ids_of(path: Path) -> dict[int, int | None]:
+    """The COCO id of each of Visual Genome's images, None for those that are not COCO's; raises PrepError."""
     entries = read_json(path)
     try:
         found = {whole_number(entry, "image_id"): entry.get("coco_id") for entry in entries}

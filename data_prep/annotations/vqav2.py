@@ -1,8 +1,8 @@
-"""Reads VQAv2's questions and annotations as published (v2_OpenEnded_mscoco_*, v2_mscoco_*)."""
+"""Reads questions and annotations in VQA's form: VQAv2's (v2_OpenEnded_mscoco_*, v2_mscoco_*) and others like them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +13,25 @@ from data_prep.record import PrepError, Rejection
 SPLIT_OF = {"train2014": "train", "val2014": "dev", "test2015": "test", "test-dev2015": "test_dev"}
 NUM_ANSWERS = 10
 _QUESTIONS = "VQAv2 questions as in v2_OpenEnded_mscoco_train2014_questions.json"
-_ANNOTATIONS = "VQAv2 annotations as in v2_mscoco_train2014_annotations.json"
 
 
 class Annotation(NamedTuple):
-    """What the annotations say of one question; ``answers`` as they stand, in the file's order."""
+    """What the annotations say of one question: ``answers`` as they stand, in order, and what else is kept."""
 
     image_id: int
     answers: list[str]
-    answer_type: str
-    question_type: str
-    majority: str
+    also: dict[str, Any]
+
+
+class Schema(NamedTuple):
+    """A set in VQA's form: its name, what its files are, what its splits are called by ``data_subtype``, and how one
+    entry of its annotations is read, given the whole file."""
+
+    name: str
+    questions: str
+    annotations: str
+    split_of: dict[str, str]
+    annotation: Callable[[dict[str, Any], dict[str, Any]], Annotation]
 
 
 class _AnnotationFile(NamedTuple):
@@ -35,27 +43,35 @@ class _AnnotationFile(NamedTuple):
 def read_vqav2(
     questions: Sequence[Path], annotations: Sequence[Path], splits: Sequence[str] | None = None
 ) -> list[AnnotatedSplit]:
-    """The splits of VQAv2, one for each file of ``questions``, with all questions of an image together.
+    """The splits of VQAv2; arguments and errors as of :func:`read_vqa_form`."""
+    return read_vqa_form(VQAV2, questions, annotations, splits)
+
+
+def read_vqa_form(
+    schema: Schema, questions: Sequence[Path], annotations: Sequence[Path], splits: Sequence[str] | None = None
+) -> list[AnnotatedSplit]:
+    """The splits of a set, one for each file of ``questions``, with all questions of an image together.
 
     A file's ``data_subtype`` says which annotations are its own and, without ``splits``, what its split is called.
     Questions of test subtypes have no answers. Raises PrepError for a file of another kind, a subtype that comes twice
     and questions other than of a test without annotations.
     """
-    contents = _by_subtype(questions, _QUESTIONS)
-    answers = _by_subtype(annotations, _ANNOTATIONS)
+    contents = _by_subtype(questions, schema.questions)
+    answers = _by_subtype(annotations, schema.annotations)
     if unused := next((subtype for subtype in answers if subtype not in contents), None):
         raise PrepError(f"{answers[unused][0]}: annotations of {unused}, of which there are no questions; give both")
     if splits is not None and len(splits) != len(questions):
         raise PrepError(f"--split {' '.join(splits)}: expected a name for each of the {len(questions)} --questions")
-    names = splits or [SPLIT_OF.get(subtype, subtype) for subtype in contents]
+    names = splits or [schema.split_of.get(subtype, subtype) for subtype in contents]
     if len(set(names)) < len(names):
         raise PrepError(f"--split {' '.join(names)}: a split comes twice")
     found = []
     for split, (subtype, (path, content)) in zip(names, contents.items(), strict=True):
         if subtype not in answers and not subtype.startswith("test"):
-            raise PrepError(f"{path}: no annotations of {subtype}; give v2_mscoco_{subtype}_annotations.json as well")
-        annotated = _read_annotations(*answers[subtype]) if subtype in answers else None
-        found.append(_read_questions(split, subtype, path, content, annotated))
+            file = schema.annotations.rpartition(" ")[2].replace("train2014", subtype)
+            raise PrepError(f"{path}: no annotations of {subtype}; give {file} as well")
+        annotated = _read_annotations(schema, *answers[subtype]) if subtype in answers else None
+        found.append(_read_questions(schema, split, subtype, path, content, annotated))
     return found
 
 
@@ -88,9 +104,9 @@ def _by_subtype(paths: Sequence[Path], expected: str) -> dict[str, tuple[Path, d
     return found
 
 
-def _read_annotations(path: Path, content: dict[str, Any]) -> _AnnotationFile:
+def _read_annotations(schema: Schema, path: Path, content: dict[str, Any]) -> _AnnotationFile:
     file = _AnnotationFile({}, {}, [])
-    for number, entry in enumerate(entries_of(content, "annotations", path, _ANNOTATIONS)):
+    for number, entry in enumerate(entries_of(content, "annotations", path, schema.annotations)):
         try:
             question_id = whole_number(entry, "question_id")
         except BadEntry as error:
@@ -101,13 +117,20 @@ def _read_annotations(path: Path, content: dict[str, Any]) -> _AnnotationFile:
             file.nameless.append(Rejection("duplicate_id", name, f"again in {path.name}; the earlier one counts"))
             continue
         try:
-            file.of_question[question_id] = _annotation(entry)
+            file.of_question[question_id] = schema.annotation(entry, content)
         except BadEntry as error:
             file.problems[question_id] = Rejection(error.reason, f"question {question_id}", error.detail)
     return file
 
 
-def _annotation(entry: dict[str, Any]) -> Annotation:
+def _of_vqav2(entry: dict[str, Any], content: dict[str, Any]) -> Annotation:
+    names = ("answer_type", "question_type", "multiple_choice_answer")
+    _, texts = ten_answers(entry)
+    return Annotation(whole_number(entry, "image_id"), texts, {name: text(entry, name) for name in names})
+
+
+def ten_answers(entry: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The answers to a question, as entries and as texts; raises BadEntry where there are not ten different ones."""
     answers = list_of(entry, "answers")
     texts = [text(answer, "answer") for answer in answers]
     if len(texts) != NUM_ANSWERS:
@@ -115,19 +138,16 @@ def _annotation(entry: dict[str, Any]) -> Annotation:
     ids = [answer.get("answer_id") for answer in answers]
     if any(not isinstance(number, int) for number in ids) or len(set(ids)) < len(ids):
         raise BadEntry("duplicate_id", f"the ids {ids} of its answers are not distinct numbers")
-    return Annotation(
-        whole_number(entry, "image_id"),
-        texts,
-        text(entry, "answer_type"),
-        text(entry, "question_type"),
-        text(entry, "multiple_choice_answer"),
-    )
+    return answers, texts
+
+
+VQAV2 = Schema("vqav2", _QUESTIONS, "VQAv2 annotations as in v2_mscoco_train2014_annotations.json", SPLIT_OF, _of_vqav2)
 
 
 def _read_questions(
-    split: str, subtype: str, path: Path, content: dict[str, Any], annotated: _AnnotationFile | None
+    schema: Schema, split: str, subtype: str, path: Path, content: dict[str, Any], annotated: _AnnotationFile | None
 ) -> AnnotatedSplit:
-    entries = entries_of(content, "questions", path, _QUESTIONS)
+    entries = entries_of(content, "questions", path, schema.questions)
     images: dict[int, Annotated] = {}
     problems = list(annotated.nameless) if annotated else []
     seen: set[int] = set()
@@ -145,17 +165,12 @@ def _read_questions(
             if annotated is not None:
                 answer = _answer_to(question_id, image_id, annotated)
                 num_answers += len(answer.answers)
-                of_question |= {
-                    "answers": answer.answers,
-                    "answer_type": answer.answer_type,
-                    "question_type": answer.question_type,
-                    "multiple_choice_answer": answer.majority,
-                }
+                of_question |= {"answers": answer.answers, **answer.also}
         except BadEntry as error:
             problems.append(Rejection(error.reason, name, error.detail))
             continue
         if image_id not in images:
-            images[image_id] = _image(image_id, subtype)
+            images[image_id] = _image(schema, image_id, subtype)
         images[image_id].add(question, **of_question)
     counts = {"questions": len(entries), "images": len(images)}
     if annotated is not None:
@@ -179,7 +194,7 @@ def _answer_to(question_id: int, image_id: int, annotated: _AnnotationFile) -> A
     return annotation
 
 
-def _image(image_id: int, subtype: str) -> Annotated:
+def _image(schema: Schema, image_id: int, subtype: str) -> Annotated:
     images = coco_images(image_id, subtype.replace("test-dev", "test"))
     key = Path(images[0]).stem
-    return Annotated(key, (images,), (f"coco/{image_id}",), {"image_id": image_id, "source": "vqav2"})
+    return Annotated(key, (images,), (f"coco/{image_id}",), {"image_id": image_id, "source": schema.name})

@@ -53,6 +53,7 @@ def greedy(
     max_tokens: int = 30,
     all_agree: Callable[[bool], bool] = alone,
     read: Tensor | None = None,
+    min_tokens: int = 0,
 ) -> list[list[int]]:
     """The most probable next token, again and again, until an end token or ``max_tokens``.
 
@@ -63,13 +64,15 @@ def greedy(
             equally many steps, so each goes on until the last is done; all need the same ``max_tokens`` and prompt.
         read: int64 [B, F], words that each image's own sequence goes on with after the prompt, -1 from where it has no
             more: questions of different lengths. None of them is an end token.
+        min_tokens: no sequence ends before it has so many words, prompt and ``read`` included.
 
     Returns:
         Word ids of each image's sequence, prompt and ``read`` included, the end token left out. One of ``max_tokens``
         words was cut: the end token takes a place of its own.
 
     Raises:
-        ValueError: ``max_tokens`` leaves no room after the prompt, or is more than the decoder can hold.
+        ValueError: ``max_tokens`` leaves no room after the prompt, or is more than the decoder can hold or less than
+            ``min_tokens``.
     """
     num_read = 0 if read is None else read.shape[1]
 
@@ -77,7 +80,7 @@ def greedy(
         best = scores.argmax(-1)
         return torch.where(read[:, number] >= 0, read[:, number], best) if number < num_read else best
 
-    return _one_by_one(decoder, max_tokens, choose, all_agree)
+    return _one_by_one(decoder, max_tokens, min_tokens, choose, all_agree)
 
 
 @torch.no_grad()
@@ -88,6 +91,7 @@ def nucleus(
     top_p: float = 0.9,
     temperature: float = 1.0,
     all_agree: Callable[[bool], bool] = alone,
+    min_tokens: int = 0,
 ) -> list[list[int]]:
     """Each next token drawn from the fewest most probable ones that have ``top_p`` of the probability together.
 
@@ -101,6 +105,7 @@ def nucleus(
         top_p: above 0, at most 1; the most probable token is always among those drawn from.
         temperature: above 0; scores are divided by it.
         all_agree: as of :func:`greedy`.
+        min_tokens: as of :func:`greedy`.
 
     Returns:
         As :func:`greedy`.
@@ -108,7 +113,7 @@ def nucleus(
     Raises:
         ValueError: as :func:`greedy`, and for numbers out of their range or too few.
     """
-    num_words = _room(decoder, max_tokens)
+    num_words = room(decoder, max_tokens, min_tokens)
     if not 0 < top_p <= 1 or not 0 < temperature < float("inf"):
         raise ValueError(f"top_p is {top_p} and temperature {temperature}, expected above 0 to 1, and above 0")
     if uniforms.shape[1] < num_words:
@@ -122,20 +127,26 @@ def nucleus(
         place = torch.searchsorted(upto, point, right=True)
         return ids.gather(-1, torch.minimum(place, size - 1))[:, 0]
 
-    return _one_by_one(decoder, max_tokens, draw, all_agree)
+    return _one_by_one(decoder, max_tokens, min_tokens, draw, all_agree)
 
 
 def _one_by_one(
-    decoder: Decoder, max_tokens: int, choose: Callable[[Tensor, int], Tensor], all_agree: Callable[[bool], bool]
+    decoder: Decoder,
+    max_tokens: int,
+    min_tokens: int,
+    choose: Callable[[Tensor, int], Tensor],
+    all_agree: Callable[[bool], bool],
 ) -> list[list[int]]:
     """One sequence an image: ``choose`` takes scores [B, V] and the number of the word, and gives the word [B]."""
-    num_words = _room(decoder, max_tokens)
-    words = [choose(decoder.start(), 0)]
+    num_words = room(decoder, max_tokens, min_tokens)
+    held_back = min_tokens - len(decoder.prompt)  # so many words may not be an end
+    words = [choose(_endless(decoder, decoder.start(), held_back > 0), 0)]
     finished = _ends(decoder, words[0])
     while len(words) < num_words and not all_agree(bool(finished.all())):
-        words.append(choose(decoder.step(words[-1]), len(words)))
+        scores = _endless(decoder, decoder.step(words[-1]), held_back > len(words))
+        words.append(choose(scores, len(words)))
         finished = finished | _ends(decoder, words[-1])
-    return _sequences(decoder, torch.stack(words, 1))
+    return sequences(decoder, torch.stack(words, 1))
 
 
 @torch.no_grad()
@@ -145,6 +156,7 @@ def beam(
     beams: int = 3,
     length_penalty: float = 1.0,
     all_agree: Callable[[bool], bool] = alone,
+    min_tokens: int = 0,
 ) -> list[list[int]]:
     """Beam search: the best of all sequences that ended, or were cut at ``max_tokens``.
 
@@ -159,7 +171,7 @@ def beam(
     Raises:
         ValueError: as :func:`greedy`, and for less than one beam.
     """
-    num_words = _room(decoder, max_tokens)
+    num_words = room(decoder, max_tokens, min_tokens)
     scores = decoder.start()
     (num_images, vocabulary), device = scores.shape, scores.device
     if beams < 1:
@@ -173,7 +185,8 @@ def beam(
     for number in range(num_words):
         length = len(decoder.prompt) + number + 1
         total = scores.log_softmax(-1).view(num_images, -1, vocabulary).add_(sums[:, :, None])
-        best, best_words = _better(best, best_words, total[:, :, ends].amax(-1), length**length_penalty, words)
+        if length > min_tokens:
+            best, best_words = _better(best, best_words, total[:, :, ends].amax(-1), length**length_penalty, words)
         total[:, :, ends] = float("-inf")
         sums, flat = total.flatten(1).topk(min(beams, total.shape[1] * vocabulary))
         parents, ids = flat // vocabulary, flat % vocabulary
@@ -185,7 +198,7 @@ def beam(
         decoder.select((first * total.shape[1] + parents).flatten())
         scores = decoder.step(ids.flatten())
     _, best_words = _better(best, best_words, sums, max_tokens**length_penalty, words)
-    return _sequences(decoder, best_words)
+    return sequences(decoder, best_words)
 
 
 def _better(best: Tensor, best_words: Tensor, sums: Tensor, divisor: float, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,8 +209,10 @@ def _better(best: Tensor, best_words: Tensor, sums: Tensor, divisor: float, word
     return torch.where(better, value, best), torch.where(better[:, None], found, best_words)
 
 
-def _room(decoder: Decoder, max_tokens: int) -> int:
+def room(decoder: Decoder, max_tokens: int, min_tokens: int = 0) -> int:
     """How many words may follow the prompt."""
+    if min_tokens > max_tokens:
+        raise ValueError(f"min_tokens is {min_tokens}, expected at most max_tokens, which is {max_tokens}")
     prompt = len(decoder.prompt)
     if not prompt < max_tokens <= decoder.limit:
         raise ValueError(
@@ -206,11 +221,18 @@ def _room(decoder: Decoder, max_tokens: int) -> int:
     return max_tokens - prompt
 
 
+def _endless(decoder: Decoder, scores: Tensor, holds: bool) -> Tensor:
+    """The scores, where it ``holds`` without those of the end tokens."""
+    if holds:
+        scores[:, list(decoder.end_ids)] = float("-inf")
+    return scores
+
+
 def _ends(decoder: Decoder, ids: Tensor) -> Tensor:
     """bool [B]: which of ``ids`` int64 [B] end a sequence."""
     return torch.stack([ids == end for end in decoder.end_ids]).any(0)
 
 
-def _sequences(decoder: Decoder, words: Tensor) -> list[list[int]]:
+def sequences(decoder: Decoder, words: Tensor) -> list[list[int]]:
     """The prompt and what stands before the first end token in each row of ``words`` int64 [B, N]."""
     return [[*decoder.prompt, *takewhile(lambda word: word not in decoder.end_ids, row)] for row in words.tolist()]

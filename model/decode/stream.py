@@ -21,7 +21,11 @@ from model.towers import encode_images
 
 
 def decoder_of(
-    objective: nn.Module, images: Tensor, prompt: Sequence[int] = (), tokens: Tensor | None = None
+    objective: nn.Module,
+    images: Tensor,
+    prompt: Sequence[int] = (),
+    tokens: Tensor | None = None,
+    questions: Sequence[Sequence[int]] | None = None,
 ) -> Decoder:
     """A decoder of captions for the searches of :mod:`model.decode.search`.
 
@@ -32,12 +36,15 @@ def decoder_of(
         prompt: word ids every caption starts with; needed for pretraining in released behaviour, which never learns the
             first word.
         tokens: [B, P, D] of the images, where they are encoded already (the network's ``encode``).
+        questions: word ids that are read behind each image before its text; EVLGen's only.
 
     Raises:
         ValueError: an mlm model, or released behaviour without a prompt.
     """
     if isinstance(objective.net, EVLGen):
-        return LanguageDecoder(objective.net, objective.net.encode(images) if tokens is None else tokens, prompt)
+        tokens = objective.net.encode(images) if tokens is None else tokens
+        return LanguageDecoder(objective.net, tokens, prompt, questions)
+    assert questions is None
     if objective.name == "mlm":
         raise ValueError(
             "an mlm model does not predict from left to right; caption with model.decode.mask_predict.mask_predict"

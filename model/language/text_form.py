@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 from model.config import Vocabulary
 
+QUESTIONS = {  # model_type of transformers -> how the release asks it a question, which stands for {}
+    "opt": "Question: {} Short answer:",
+    "llama": "Question: {} Short answer:",
+}
+QUESTION = "Question: {} Short answer:"  # to any other
+
 
 @dataclass(frozen=True)
 class TextForm:
     """How a text is written for a language model: ``before``, the image's tokens, ``begin``, the words, ``end``.
 
     ``before`` and ``begin`` are read, words and ``end`` are predicted. ``predicts_begin``: so is ``begin``, as in
-    the release with OPT. ``cuts_end``: a text that is too long loses its end, as there.
+    the release with OPT. ``cuts_end``: a text that is too long loses its end, as there. ``question``:
+    how a question is asked, whose answer is a text; {} is its place.
     """
 
     before: tuple[int, ...] = ()
@@ -21,6 +28,7 @@ class TextForm:
     end: tuple[int, ...] = ()
     predicts_begin: bool = False
     cuts_end: bool = False
+    question: str = QUESTION
 
     @property
     def num_read(self) -> int:
@@ -44,15 +52,18 @@ def text_form(vocabulary: Vocabulary, kind: str, released: bool) -> TextForm:
     Raises:
         ValueError: the release knows no such kind, or it needs a token that the tokenizer lacks.
     """
+    asked = QUESTIONS.get(kind, QUESTION)
     document, newline, end = vocabulary.bos_id, vocabulary.newline_id, vocabulary.eos_id
     if released and kind not in ("opt", "llama"):
         raise ValueError(f"model.behaviour released knows opt and llama, not {kind}; use model.behaviour default")
     if released and kind == "opt":
         if newline < 0:
             raise ValueError("the tokenizer has no token for a line break, by which released texts of OPT end")
-        return TextForm((), (document,), (newline,), predicts_begin=True, cuts_end=True)
+        return TextForm((), (document,), (newline,), predicts_begin=True, cuts_end=True, question=asked)
     if released:
-        return TextForm((), (end,), (end,), cuts_end=True)  # the release sets every special token to </s>
+        return TextForm(
+            (), (end,), (end,), cuts_end=True, question=asked
+        )  # the release sets every special token to </s>
     if newline >= 0:
-        return TextForm((document,), (newline,), (newline,))
-    return TextForm((document,), (), (end,))
+        return TextForm((document,), (newline,), (newline,), question=asked)
+    return TextForm((document,), (), (end,), question=asked)

@@ -31,14 +31,16 @@ class ImageToText(nn.Module):
         return {"caption": self._losses(batch)[0].sum()}
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """(sum of losses, number of correct predictions), fp32 scalars."""
-        losses, correct = self._losses(batch)
+    def score(self, batch: Batch, tokens: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """(sum of losses, number of correct predictions), fp32 scalars; ``tokens`` [B, Q, D] of the images, where they
+        are encoded already."""
+        losses, correct = self._losses(batch, tokens)
         return {"caption": (losses.sum(), correct.float().sum())}
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: Batch, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         term = batch.terms["caption"]
-        return self.lm_head(getattr(self.net(batch), term.source).index_select(0, term.position), term.target)
+        found = self.net(batch) if tokens is None else self.net.fuse(batch.plan, tokens)
+        return self.lm_head(getattr(found, term.source).index_select(0, term.position), term.target)
 
     def lm_head(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """[M, D] states, int64 [M] -> fp32 [M] losses with gradient, bool [M] whether no token is more probable."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Decoding = Literal["greedy", "beam", "released_beam", "nucleus"]
 
 
 def scoring(default: Any) -> Any:
@@ -21,7 +23,7 @@ class TaskOptions:
         name: task; it decides which of the options below there are.
     """
 
-    name: Literal["pretraining", "vqa", "nlvr2", "snli_ve", "captioning", "retrieval"] = "pretraining"
+    name: Literal["pretraining", "vqa", "gqa", "okvqa", "nlvr2", "snli_ve", "captioning", "retrieval"] = "pretraining"
 
     def check(self) -> None:
         """Raises ValueError for a number out of its range."""
@@ -56,14 +58,47 @@ class VQAOptions(TextsOfImagesOptions):
     Args:
         answers: list of answers made by `python -m data_prep vqav2`; null is answers.json in or above the first data
             path.
-        generative: write the answer word by word instead of choosing it from the list.
-        max_answer_tokens: longest answer that is written (generative).
+        generative: write the answer word by word instead of choosing it from the list; evlgen always does.
+        max_answer_tokens: longest answer that is written.
+        question_prompt: what is read of a question that is answered in words, {} for the question itself; null is what
+            its language model is asked by (evlgen), or else the question alone.
+        decoding: how texts are searched for when they are scored; released_beam goes by the rules of transformers' beam
+            search, by which EVLGen's release decoded. Answers: greedy, and with evlgen one of the beams.
+        beams: width of the beam search.
+        length_penalty: a beam is worth its log probability over its length to this power.
+        repetition_penalty: released_beam multiplies by it the log probability of a word that is there already; the
+            release has 1.5 with Vicuna.
     """
 
     name: Literal["vqa"] = "vqa"
     answers: str | None = scoring(None)  # its content is in a run's fingerprint, not its path
     generative: bool = False
     max_answer_tokens: PositiveInt = scoring(10)
+    question_prompt: str | None = None
+    decoding: Decoding = scoring("greedy")
+    beams: PositiveInt = scoring(3)
+    length_penalty: NonNegativeFloat = scoring(1.0)
+    repetition_penalty: PositiveFloat = scoring(1.0)
+
+    def check(self) -> None:
+        prompt = self.question_prompt
+        self._expect("question_prompt", prompt is None or prompt.count("{}") == 1, "a text that holds {} once")
+        self._expect("decoding", self.decoding != "nucleus", "greedy, beam or released_beam for answers")
+        _check_search(self)
+
+
+@dataclass
+class GQAOptions(VQAOptions):
+    """Options of gqa, questions about images with one right answer each: those of vqa."""
+
+    name: Literal["gqa"] = "gqa"
+
+
+@dataclass
+class OKVQAOptions(VQAOptions):
+    """Options of okvqa, questions about images that ask for knowledge: those of vqa."""
+
+    name: Literal["okvqa"] = "okvqa"
 
 
 @dataclass
@@ -91,29 +126,38 @@ class CaptioningOptions(TaskOptions):
 
     Args:
         prompt: words that every caption starts with; they are read, not predicted.
-        decoding: how captions are searched for when they are scored.
+        decoding: how captions are searched for when they are scored; released_beam goes by the rules of transformers'
+            beam search, by which EVLGen's release decoded.
         beams: width of the beam search.
         length_penalty: a beam is worth its log probability over its length to this power.
+        repetition_penalty: released_beam multiplies by it the log probability of a word that is there already; the
+            release has 1.5 with Vicuna.
         top_p: nucleus samples from the fewest most probable tokens that hold this much probability.
         temperature: divides the scores that nucleus samples from.
         max_tokens: longest caption in tokens.
+        min_tokens: no caption ends before it has so many, the prompt's included.
         self_critical: train on the CIDEr-D of sampled captions, over that of the greedy one.
         document_frequencies: file of document frequencies for that reward; null counts the training captions.
     """
 
     name: Literal["captioning"] = "captioning"
     prompt: str = ""
-    decoding: Literal["greedy", "beam", "nucleus"] = scoring("greedy")
+    decoding: Decoding = scoring("greedy")
     beams: PositiveInt = scoring(3)
     length_penalty: NonNegativeFloat = scoring(1.0)
+    repetition_penalty: PositiveFloat = scoring(1.0)
     top_p: PositiveFloat = scoring(0.9)
     temperature: PositiveFloat = scoring(1.0)
     max_tokens: PositiveInt = scoring(30)
+    min_tokens: NonNegativeInt = scoring(0)
     self_critical: bool = False
     document_frequencies: str | None = None
 
     def check(self) -> None:
         self._expect("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        most = f"at most task.max_tokens ({self.max_tokens})"
+        self._expect("min_tokens", self.min_tokens <= self.max_tokens, most)
+        _check_search(self)
 
 
 @dataclass
@@ -136,9 +180,17 @@ class RetrievalOptions(TaskOptions):
         self._expect("pool", self.pool >= self.num_negatives, f"at least task.num_negatives ({self.num_negatives})")
 
 
+def _check_search(options: VQAOptions | CaptioningOptions) -> None:
+    """Raises ValueError for a penalty that the search does not have."""
+    has_it = options.decoding == "released_beam" or options.repetition_penalty == 1
+    options._expect("repetition_penalty", has_it, f"1 with task.decoding {options.decoding}, which has none")
+
+
 TASK_OPTIONS_OF: dict[str, type[TaskOptions]] = {
     "pretraining": PretrainingOptions,
     "vqa": VQAOptions,
+    "gqa": GQAOptions,
+    "okvqa": OKVQAOptions,
     "nlvr2": NLVR2Options,
     "snli_ve": SNLIVEOptions,
     "captioning": CaptioningOptions,

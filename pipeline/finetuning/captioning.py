@@ -23,13 +23,12 @@ from model.batch import Batch, Row
 from model.build import build_captioning, build_objective
 from model.config import Vocabulary
 from model.decode.likelihood import log_probabilities
-from model.decode.search import beam, greedy, nucleus
+from model.decode.search import nucleus
 from model.decode.stream import decoder_of
 from model.objectives.self_critical import Critic, SelfCriticalPlanner
 from model.plans.builder import row_generator
 from model.plans.captions import CaptionForm
 from pipeline.config.options import Config, ConfigError, reads_by_language_model
-from pipeline.config.task_options import CaptioningOptions
 from pipeline.data.order import sample_seed
 from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer, clean_caption
@@ -42,6 +41,7 @@ from pipeline.metrics.captions import METRICS, CaptionScores, caption_scores, to
 from pipeline.metrics.submissions import caption_submission
 from pipeline.tasks.language_rows import LanguageRows
 from pipeline.tasks.pretraining import held_out_pass
+from pipeline.tasks.searching import decoding, most_probable
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
 IN_TRAINING = ("bleu", "cider_d")  # which take seconds
@@ -119,6 +119,11 @@ class CaptioningTask:
         ranks: EvaluationRanks,
     ) -> list[EvaluationPass]:
         """Captions of the images, each once, then the loss of all the captions that they have."""
+        if config.task.min_tokens > longest(config):
+            raise ConfigError(
+                f"task.min_tokens {config.task.min_tokens} is more than the {longest(config)} tokens that a caption may"
+                " have (data.max_text_length - 2); lower it"
+            )
         corpora, tokenizer = list(held_out), preparation.maker.tokenizer
         images = dataclasses.replace(preparation, maker=ImageRows(), planner=images_only)
         batches = eval_loader(config, corpora, images, ranks.place, ranks.pin, texts_per_image=1)
@@ -137,6 +142,7 @@ class CaptioningTask:
             "decoding": decoding(config.task),
             "prompt": config.task.prompt,
             "max_tokens": longest(config),
+            "min_tokens": config.task.min_tokens,
             "references": "all captions of an image, as they stand",
             "tokenization": tokenization(),
             "wrong_image": "cider_d_wrong_image: the same captions against the references of the image half the split"
@@ -192,12 +198,6 @@ def images_only(images: Tensor, rows: list[Row]) -> Batch:
     return Batch(images, {})
 
 
-def decoding(options: CaptioningOptions) -> dict[str, Any]:
-    """The search of a run, with the options that it has."""
-    own = {"greedy": (), "beam": ("beams", "length_penalty"), "nucleus": ("top_p", "temperature")}
-    return {"name": options.decoding, **{name: getattr(options, name) for name in own[options.decoding]}}
-
-
 def longest(config: Config) -> int:
     """Tokens of a caption at most, prompt included: ``task.max_tokens``, as far as training went."""
     return min(config.task.max_tokens, config.data.max_text_length - 2)
@@ -237,23 +237,25 @@ class Writer:
 
     def _search(self, decoder: Any, most: int, batch: Batch) -> list[list[int]]:
         options, agree = self.config.task, self.ranks.all_agree
-        if options.decoding == "beam":
-            return beam(decoder, most, options.beams, options.length_penalty, agree)
-        if options.decoding == "greedy":
-            return greedy(decoder, most, agree)
+        if options.decoding != "nucleus":
+            return most_probable(options, decoder, most, agree, options.min_tokens)
         places = [self.rows[position] for position in batch.positions] or [(0, 0)] * len(batch.images)
         seeds = [sample_seed(self.config.train.seed, 0, *place) for place in places]
         uniforms = torch.from_numpy(np.stack([row_generator(seed).random(most) for seed in seeds]))
-        return nucleus(decoder, most, uniforms.to(batch.images.device), options.top_p, options.temperature, agree)
+        uniforms, least = uniforms.to(batch.images.device), options.min_tokens
+        return nucleus(decoder, most, uniforms, options.top_p, options.temperature, agree, least)
 
     def _about(self, position: int, key: str) -> dict[str, Any]:
         corpus, row = self.rows[position]
         sample = self.corpora[corpus].read_without_images(row)
-        return {"image_id": sample.meta.get("image_id", key), "references": texts_of(sample)}
+        domain = sample.meta.get("domain")
+        about = {"image_id": sample.meta.get("image_id", key), "references": texts_of(sample)}
+        return about if domain is None else about | {"domain": domain}
 
     def summarise(self, totals: Mapping[str, float], predictions: list[Prediction]) -> dict[str, float]:
-        """Scores of all captions, and CIDEr-D of the same captions against other images' references: what they owe to
-        the language alone. Each prediction is told its "cider_d"."""
+        """Scores of all captions, CIDEr-D of each domain that images name (nocaps), and CIDEr-D of the same captions
+        against other images' references: what they owe to the language alone. Each prediction is told its "cider_d".
+        """
         metrics = IN_TRAINING if self.ranks.in_training else METRICS
         known = [one for one in predictions if one["references"]]
         if not known:
@@ -265,6 +267,7 @@ class Writer:
         values |= {f"{n}_standard_error": error for n, error in found.standard_errors.items() if error is not None}
         for one in known:
             one["cider_d"] = round(found.per_item["cider_d"][one["position"]], 6)
+        values |= _by_domain(known)
         if len(known) > 1:
             values["cider_d_wrong_image"] = self._scored(known, len(known) // 2, ("cider_d",)).values["cider_d"]
         return values
@@ -283,3 +286,13 @@ class Writer:
             content = {name: getattr(self.found, name) for name in ("tokenization", "missing", "notes")}
             content["references"] = {"images": len(counts), "least": min(counts), "most": max(counts)}
             write_atomically(folder / METRICS_NAME, json.dumps(content, indent=1))
+
+
+def _by_domain(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Mean CIDEr-D of the images of each domain, by the document frequencies of all images that are scored; so that of
+    all images is the mean over domains, each counted by its images, as in the published tables of nocaps."""
+    found: dict[str, list[float]] = {}
+    for one in predictions:
+        if "domain" in one:
+            found.setdefault(str(one["domain"]), []).append(one["cider_d"])
+    return {f"cider_d/{name}": sum(found[name]) / len(found[name]) for name in sorted(found)}

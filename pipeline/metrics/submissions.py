@@ -1,4 +1,4 @@
-"""Files that official servers score: VQA answers for EvalAI, and the COCO captions results file, each item once."""
+"""Files that official evaluators score: answers of VQA and GQA, and the COCO captions results file, each item once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def vqa_submission(answers: Iterable[tuple[int, str]], expected_ids: Iterable[in
     entries = [{"question_id": number, "answer": answer} for number, answer in answers]
     check_vqa(entries, expected_ids)
     return sorted(entries, key=lambda entry: entry["question_id"])
+
+
+def gqa_submission(answers: Iterable[tuple[str, str]], expected_ids: Iterable[str]) -> list[dict[str, str]]:
+    """[{"questionId": str, "prediction": str}, ...] in order of ids, which are texts in GQA, each of the split once."""
+    entries = [{"questionId": number, "prediction": answer} for number, answer in answers]
+    _check(entries, "questionId", "prediction", expected_ids, str)
+    return sorted(entries, key=lambda entry: entry["questionId"])
 
 
 def caption_submission(captions: Iterable[tuple[int, str]], expected_ids: Iterable[int]) -> list[dict[str, Any]]:
@@ -43,7 +50,7 @@ def check_captions(content: Any, expected_ids: Iterable[int]) -> None:
             raise SubmissionError(f"image_id {entry['image_id']}: the caption is empty; expected at least one word")
 
 
-def _check(content: Any, id_name: str, text_name: str, expected_ids: Iterable[int]) -> None:
+def _check(content: Any, id_name: str, text_name: str, expected_ids: Iterable[Any], id_type: type = int) -> None:
     if not isinstance(content, list):
         raise SubmissionError(f"{type(content).__name__} found, expected a list of one object for each {id_name}")
     for place, entry in enumerate(content):
@@ -51,8 +58,9 @@ def _check(content: Any, id_name: str, text_name: str, expected_ids: Iterable[in
             found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
             raise SubmissionError(f"entry {place}: {found} found, expected exactly {id_name} and {text_name}")
         number, text = entry[id_name], entry[text_name]
-        if type(number) is not int:  # True is an int, and numpy's integers cannot be written
-            raise SubmissionError(f"entry {place}: {id_name} {number!r} is {type(number).__name__}, expected int")
+        if type(number) is not id_type:  # True is an int, and numpy's integers cannot be written
+            wanted = id_type.__name__
+            raise SubmissionError(f"entry {place}: {id_name} {number!r} is {type(number).__name__}, expected {wanted}")
         if type(text) is not str:
             raise SubmissionError(f"{id_name} {number}: {text_name} is {type(text).__name__}, expected str")
     counts = Counter(entry[id_name] for entry in content)
@@ -62,7 +70,7 @@ def _check(content: Any, id_name: str, text_name: str, expected_ids: Iterable[in
     _refuse(expected - counts.keys(), id_name, f"has no {text_name}: the file has a hole")
 
 
-def _refuse(numbers: Iterable[int], id_name: str, why: str) -> None:
+def _refuse(numbers: Iterable[Any], id_name: str, why: str) -> None:
     if wrong := sorted(numbers):
         others = f" (and {len(wrong) - 1:,} more)" if len(wrong) > 1 else ""
         raise SubmissionError(f"{id_name} {wrong[0]}{others} {why}; expected each id of the split exactly once")

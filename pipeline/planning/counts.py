@@ -18,12 +18,14 @@ from torch import nn
 from model.batch import Batch, Row
 from model.config import Vocabulary
 from model.objectives.captioning import Captioning
+from model.objectives.evlgen import ImageToText
 from pipeline.config.task_options import TaskOptions
 from pipeline.planning.activations import Activations, DeviceKind, measure
 
 LENGTH_DEVIATION = 0.38  # of the logarithm of a caption's tokens: Conceptual Captions by byte-level BPE
 TEXT_TOKENS = 12.0  # of a caption with both ends, of the same captions
-TASKS_OF_CLASSES = {"vqa": [(0, 1.0)], "nlvr2": 0, "snli_ve": 0}  # a target of each
+A_VOTE = [(0, 1.0)]
+TASKS_OF_CLASSES = {"vqa": A_VOTE, "gqa": A_VOTE, "okvqa": A_VOTE, "nlvr2": 0, "snli_ve": 0}  # a target of each
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def example_batch(
     def text() -> list[int]:
         return [vocabulary.bos_id, *[word] * (next(remaining) - 2), vocabulary.eos_id]
 
-    rows = _rows(task, num_samples, text, texts_per_image, image_shape[0])
+    chooses = task.name in TASKS_OF_CLASSES and not isinstance(objective, Captioning | ImageToText)
+    rows = _rows(task, num_samples, text, texts_per_image, image_shape[0], chooses)
     share = getattr(objective.planner, "negative_share", 0.0) if task.name == "pretraining" else 0.0
     negatives = range(min(num_samples, math.ceil(num_samples * share)))
     rows += [Row(text(), number, number, "negative", "other") for number in negatives]
@@ -146,13 +149,18 @@ def texts_of(objective: nn.Module, task: TaskOptions, num_samples: int, texts_pe
 
 
 def _rows(
-    task: TaskOptions, num_samples: int, text: Callable[[], list[int]], texts_per_image: int, num_images: int
+    task: TaskOptions,
+    num_samples: int,
+    text: Callable[[], list[int]],
+    texts_per_image: int,
+    num_images: int,
+    chooses: bool,
 ) -> list[Row]:
     rows: list[Row] = []
     for sample in range(num_samples):
         name = str(sample)
         for _ in range(texts_per_image):
-            if task.name in TASKS_OF_CLASSES and not getattr(task, "generative", False):
+            if chooses:
                 ids, target = text(), TASKS_OF_CLASSES[task.name]
                 images = range(sample * num_images, (sample + 1) * num_images)
                 rows += [Row(ids, image, sample, "read", name, target) for image in images]
@@ -160,7 +168,7 @@ def _rows(
                 count = 1 if task.negatives == "in_batch" else 1 + task.num_negatives
                 rows += [Row(text(), sample, sample, "read", name) for _ in range(count)]
             else:  # captions; an answer that is written follows a question of one word here
-                target = 2 if getattr(task, "generative", False) else None
+                target = 2 if task.name in TASKS_OF_CLASSES else None
                 rows.append(Row(text(), sample, sample, "pair", name, target))
     return rows
 

@@ -205,7 +205,7 @@ def _examples(
     predictions: Sequence[Prediction],
 ) -> tuple[list[Example], dict[str, Any]] | None:
     """Every prediction as an example, and what is counted over all; None for a task that is not known here."""
-    if task == "vqa":
+    if task in ("vqa", "gqa", "okvqa"):
         return [_answer(one) for one in predictions], of_answers(predictions)
     if task in ("nlvr2", "snli_ve"):
         return [_label(one) for one in predictions], of_labels(predictions)

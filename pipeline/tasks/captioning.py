@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from data_prep.manifest import write_atomically
 from model.build import build_captioning, build_objective
 from model.decode.mask_predict import ITERATIONS, mask_predict
-from model.decode.search import beam, greedy, nucleus
+from model.decode.search import greedy, nucleus
 from model.decode.stream import decoder_of
 from model.plans.builder import row_generator
 from pipeline.checkpoint.files import run_of
@@ -34,6 +35,7 @@ from pipeline.data.tokenizer import TextTokenizer, clean_caption, tokenizer_of
 from pipeline.data.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
 from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import summarise
+from pipeline.tasks.searching import BEAMS
 from pipeline.weights.starting import load_trained
 
 SAMPLES_NAME = "samples.json"
@@ -79,6 +81,9 @@ class Captioner:
     num_hidden: int = 0
     lengths: Sequence[int] = ()
     nucleus: Nucleus | None = None
+    beam_rules: str = "beam"  # a search of BEAMS
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
 
     @torch.inference_mode()
     def caption(self, pixels: Sequence[Tensor], first: int = 0) -> list[str]:
@@ -96,10 +101,13 @@ class Captioner:
             seeds = [mix_words(self.nucleus.seed, "caption", first + number) for number in range(count)]
             draws = torch.from_numpy(np.stack([row_generator(seed).random(self.max_tokens) for seed in seeds]))
             draws = draws.to(self.device)
-            return nucleus(decoder, self.max_tokens, draws, self.nucleus.top_p, self.nucleus.temperature)
+            top_p, temperature, _ = self.nucleus
+            return nucleus(decoder, self.max_tokens, draws, top_p, temperature, min_tokens=self.min_tokens)
         if self.beams > 1:
-            return beam(decoder, self.max_tokens, self.beams, self.length_penalty)
-        return greedy(decoder, self.max_tokens)
+            own = {} if self.beam_rules == "beam" else {"repetition_penalty": self.repetition_penalty}
+            search = partial(BEAMS[self.beam_rules], min_tokens=self.min_tokens, **own)
+            return search(decoder, self.max_tokens, self.beams, self.length_penalty)
+        return greedy(decoder, self.max_tokens, min_tokens=self.min_tokens)
 
     @property
     def search(self) -> str:
@@ -150,11 +158,12 @@ def load_captioner(
         raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
     load_trained(objective, config.model, checkpoint)
     own, options = "", config.task
-    penalty = 1.0
+    penalty, rules, least = 1.0, "beam", 0
     if isinstance(options, CaptioningOptions):
-        own = options.prompt
+        own, least = options.prompt, min(options.min_tokens, most)
         if beams is None and nucleus is None:
-            beams, penalty = options.beams if options.decoding == "beam" else 1, options.length_penalty
+            beams, penalty = options.beams if options.decoding in BEAMS else 1, options.length_penalty
+            rules = options.decoding if options.decoding in BEAMS else rules
             if options.decoding == "nucleus":
                 nucleus = Nucleus(options.top_p, options.temperature, config.train.seed)
     words = " ".join(part for part in (own, prompt) if part)
@@ -172,6 +181,9 @@ def load_captioner(
         num_hidden=len(tokenizer.encode(own, longest)) - 2 if own else 0,
         lengths=lengths or (),
         nucleus=nucleus,
+        beam_rules=rules,
+        min_tokens=least,
+        repetition_penalty=getattr(options, "repetition_penalty", 1.0),
     )
 
 

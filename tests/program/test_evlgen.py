@@ -221,7 +221,7 @@ def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
     ("more", "error"),
     [
         (["--model.text.width", "64"], "model.text.width has no effect: objective.name evlgen has no such part"),
-        (["--task.name", "retrieval"], "objective.name evlgen is for the tasks pretraining and captioning"),
+        (["--task.name", "retrieval"], "objective.name evlgen is for the tasks pretraining, captioning, vqa"),
         (
             ["--model.language.name", "null"],
             "evlgen needs a language model, found model.language.name null",

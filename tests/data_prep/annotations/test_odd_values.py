@@ -8,14 +8,17 @@ import pytest
 
 from data_prep.annotations.annotated import Annotated
 from data_prep.annotations.easy_vqa import read_easy_vqa
+from data_prep.annotations.gqa import read_gqa
 from data_prep.annotations.karpathy import read_karpathy
 from data_prep.annotations.nlvr2 import read_nlvr2
+from data_prep.annotations.nocaps import read_nocaps
+from data_prep.annotations.okvqa import read_okvqa
 from data_prep.annotations.snli_ve import read_snli_ve
 from data_prep.annotations.visual_genome import read_visual_genome
 from data_prep.annotations.vqav2 import read_vqav2
 from data_prep.filters import REASONS
 from data_prep.record import PrepError
-from tests.data_prep.annotations import test_karpathy, test_nlvr2, test_snli_ve
+from tests.data_prep.annotations import test_gqa, test_karpathy, test_nlvr2, test_nocaps, test_okvqa, test_snli_ve
 from tests.data_prep.annotations.prepared import put, write_json
 from tests.data_prep.annotations.test_vqav2 import annotation, annotations_file, question, questions_file
 
@@ -60,6 +63,11 @@ def vqav2_annotations(folder, content):
     return read_vqav2([questions], [write_json(folder / "a.json", content)])
 
 
+def okvqa_annotations(folder, content):
+    questions = test_okvqa.questions_file(folder, "train2014", [question(9, 0)])
+    return read_okvqa([questions], [write_json(folder / "a.json", content)])
+
+
 def loaded(path):
     return json.loads(path.read_text())
 
@@ -84,6 +92,12 @@ def cases(folder):
             loaded(annotations_file(folder, "train2014", [annotation(9, 0), annotation(9, 1)])),
             vqav2_annotations,
         ),
+        "okvqa annotations": (
+            loaded(test_okvqa.annotations_file(folder, "train2014", [test_okvqa.annotation(9, 0)])),
+            okvqa_annotations,
+        ),
+        "gqa": (test_gqa.QUESTIONS, lambda f, c: [read_gqa(write_json(f / "train_balanced_questions.json", c))]),
+        "nocaps": (test_nocaps.content(2), lambda f, c: [read_nocaps(write_json(f / "n.json", c))]),
         "coco": ({"images": coco, "dataset": "coco"}, lambda f, c: read_karpathy(write_json(f / "k.json", c), "coco")),
         "flickr30k": (
             {"images": flickr, "dataset": "flickr30k"},
@@ -102,6 +116,7 @@ def cases(folder):
 
 
 NAMES = ("vqav2 questions", "vqav2 annotations", "coco", "flickr30k", "vg questions", "vg images")
+NAMES += ("okvqa annotations", "gqa", "nocaps")
 NAMES += ("easy_vqa", "nlvr2", "nlvr2 lists", "snli_ve")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from model.config import ConnectorConfig, ModelConfig, VisionConfig, Vocabulary
 from model.decode.language import LanguageDecoder
 from model.decode.likelihood import log_probabilities
+from model.decode.ranked_beam import ranked_beam
 from model.decode.search import beam, greedy
 from model.decode.stream import decoder_of
 from model.evlgen import EVLGen
@@ -54,7 +57,7 @@ def test_greedy_texts_are_those_of_the_release() -> None:
     start_from(language.llm, state)
     net = net_of(language, TextForm(end=(NEWLINE,)))
     run = dump["runs"]["caption_greedy"]
-    found = greedy(LanguageDecoder(net, dump["prefix_embeds"], fewest_words=run["kwargs"]["min_length"] - 1), 29)
+    found = greedy(LanguageDecoder(net, dump["prefix_embeds"]), 29, min_tokens=run["kwargs"]["min_length"] - 1)
     expected = [row[1 : row.index(NEWLINE)] for row in run["ids_with_placeholder_bos"].tolist()]
     assert found == expected
 
@@ -128,3 +131,50 @@ def test_how_probable_a_text_is(form: TextForm) -> None:
                 expected += float(scores.log_softmax(-1)[0, word])
                 scores = decoder.step(torch.tensor([word]))
             assert float(found[number]) == pytest.approx(expected, abs=1e-4)  # sums of up to 7 fp32 numbers of size 3
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("search", [greedy, beam, ranked_beam])
+def test_an_answer_hangs_on_its_own_question_and_image_only(kind: str, search: Callable[..., Any]) -> None:
+    """Questions of 0 to 9 tokens in one batch, against each by itself as a prompt that all have."""
+    language, form = small_language(kind).double(), TextForm(begin=(BEGIN,), end=(NEWLINE,))
+    tokens = torch.randn(5, 4, 32, dtype=torch.float64)
+    questions = [torch.randint(3, 13, (length,)).tolist() for length in (2, 9, 0, 9, 5)]
+    net = net_of(language, form)
+    found = search(LanguageDecoder(net, tokens, questions=questions), 6)
+    for number, question in enumerate(questions):
+        alone = LanguageDecoder(net, tokens[number : number + 1], prompt=question)
+        alone.prompt = []  # it is no part of the text
+        assert search(alone, 6) == found[number : number + 1]
+    assert len({tuple(words) for words in found}) > 1
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_scores_behind_questions_of_other_lengths(kind: str) -> None:
+    """Of each question by itself, in a whole pass, through a selection as beam search makes it."""
+    language, form = small_language(kind).double(), TextForm(begin=(BEGIN,), end=(NEWLINE,))
+    tokens, questions = torch.randn(2, 4, 32, dtype=torch.float64), [[5, 6, 7, 8, 9], [4]]
+    decoder = LanguageDecoder(net_of(language, form), tokens, questions=questions)
+
+    def anew(image: int, words: list[int]) -> Tensor:
+        ids = torch.tensor([[BEGIN, *questions[image], *words]])
+        states = language.states(torch.cat([tokens[image : image + 1], language.embed(ids)], dim=1))
+        return language.logits(states[:, -1])[0].float()
+
+    with torch.no_grad():
+        texts: list[tuple[int, list[int]]] = [(0, []), (1, [])]
+        found = decoder.start()
+        for order, ids in (([0, 0, 1, 1], [3, 4, 5, 6]), ([1, 0, 3, 3], [7, 8, 9, 10]), ([0, 1, 3, 2], [3, 3, 4, 4])):
+            expected = torch.stack([anew(*text) for text in texts])
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # fp32 of size 1
+            decoder.select(torch.tensor(order))
+            texts = [(texts[place][0], [*texts[place][1], word]) for place, word in zip(order, ids, strict=True)]
+            found = decoder.step(torch.tensor(ids))
+
+
+def test_a_question_that_leaves_no_position_is_refused() -> None:
+    decoder = LanguageDecoder(
+        net_of(small_language("opt"), TextForm(end=(NEWLINE,))), torch.randn(1, 4, 32), (), [[5] * 50]
+    )
+    with pytest.raises(ValueError, match="max_tokens is 10, expected more than the prompt's 0, at most 9"):
+        greedy(decoder, 10)

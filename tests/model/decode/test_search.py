@@ -177,6 +177,42 @@ def test_any_of_several_end_tokens_ends_a_caption() -> None:
         assert all(word not in (EOS, 5) for captions in found for caption in captions for word in caption)
 
 
+@pytest.mark.parametrize("prompt", [(), (4,)])
+def test_no_sequence_ends_before_its_least_number_of_words(prompt: tuple[int, ...]) -> None:
+    """Against the same searches of scores whose end can't come earlier; a beam keeps the probabilities of its words."""
+    for seed in range(6):
+        scores = random_scores(seed, 6, 3.0, 0.0)
+
+        def late(image: int, words: Sequence[int], scores=scores) -> list[float]:
+            row = log_softmax(scores(image, words))
+            return [NEVER if token == EOS and len(words) < 4 else value for token, value in enumerate(row)]
+
+        table = lambda: TableDecoder(scores, 3, prompt)  # noqa: E731, B023
+        draws = torch.rand(3, 6, dtype=torch.float64)
+        assert greedy(table(), 6, min_tokens=4) == greedy(TableDecoder(late, 3, prompt), 6)
+        assert nucleus(table(), 6, draws, min_tokens=4) == nucleus(TableDecoder(late, 3, prompt), 6, draws)
+        found = beam(table(), 6, 4, 1.0, min_tokens=4)
+        for image, words in enumerate(found):
+            assert words == late_beam_by_definition(lambda one, i=image: scores(i, one), 6, 4, 4, prompt)  # noqa: B023
+        assert all(4 <= len(words) <= 6 for words in found)
+
+
+def late_beam_by_definition(
+    scores: Callable[[Sequence[int]], list[float]], max_tokens: int, beams: int, least: int, prompt: Sequence[int]
+) -> list[int]:
+    best, found, alive = -math.inf, list(prompt), [(0.0, list(prompt))]
+    for length in range(len(prompt) + 1, max_tokens + 1):
+        following = []
+        for value, words in alive:
+            for token, log_probability in enumerate(log_softmax(scores(words))):
+                if token != EOS:
+                    following.append((value + log_probability, [*words, token]))
+                elif len(words) >= least and (value + log_probability) / length > best:
+                    best, found = (value + log_probability) / length, words
+        alive = sorted(following, key=lambda one: -one[0])[:beams]
+    return max([(best, found), *((value / max_tokens, words) for value, words in alive)], key=lambda one: one[0])[1]
+
+
 def merged(row: list[float]) -> list[float]:
     """Scores in which the last token, an end, has given its place to the other end where it is the more probable."""
     return [*row[:EOS], max(row[EOS], row[5]), *row[EOS + 1 : 5], NEVER]

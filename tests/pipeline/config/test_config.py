@@ -355,5 +355,7 @@ def test_an_option_that_several_tasks_have_is_of_each(task: str) -> None:
 
 
 def test_an_option_of_several_tasks_is_refused_for_another() -> None:
-    with pytest.raises(ConfigError, match=r"task captioning has no images \(an option of vqa, nlvr2, snli_ve\)"):
+    with pytest.raises(
+        ConfigError, match=r"task captioning has no images \(an option of vqa, gqa, okvqa, nlvr2, snli_ve\)"
+    ):
         parse_command_line(["--task.name", "captioning", "--task.images", "hidden"])

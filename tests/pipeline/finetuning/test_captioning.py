@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.record import Record
+from data_prep.shard_writer import SplitWriter
 from data_prep.tokenizer import train_tokenizer
+from model.decode.stream import decoder_of
 from model.objectives.table import OBJECTIVES
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError
@@ -21,7 +24,7 @@ from pipeline.metrics.captions import IN_LOOP, caption_scores
 from pipeline.metrics.cider import DocumentFrequencies, cider_scores, plain_words
 from pipeline.metrics.submissions import SubmissionError
 from pipeline.tasks.task import EvaluationRanks
-from tests.gallery import captions, write_gallery
+from tests.gallery import captions, png, write_gallery
 
 IMAGES = 9
 
@@ -112,6 +115,47 @@ def test_scores_are_those_of_the_metrics_and_of_other_images_references(data: Pa
     assert values["cider_d_wrong_image"] < values["cider_d"] / 2
     one.write(tmp_path, predictions)
     assert "not the official PTB tokenization" in (tmp_path / METRICS_NAME).read_text()
+
+
+def test_scores_of_the_domains_that_images_name(tmp_path: Path, data: Path) -> None:
+    """As in nocaps: means of the images' scores, so that of all images is that of the domains by their sizes."""
+    domains = ["in-domain", "out-domain", "near-domain"]
+    with SplitWriter(tmp_path / "dev", "nocaps", "dev", 1, 5) as writer:
+        for number in range(IMAGES):
+            meta = {"image_id": number, "domain": domains[number % 2]}
+            writer.add(Record(f"k{number}", (png(number),), captions(number), meta, ("png",)))
+    config, tokenizer = configured(data), load_tokenizer(data / "tokenizer")
+    predictions, _, one = sweep(config, built(config, tokenizer), tokenizer, Corpus(tmp_path / "dev"), in_training=True)
+    for number, prediction in enumerate(predictions):
+        prediction["caption"] = captions(number)[0] if number % 3 else "a box"
+    values = one.summarise({}, predictions)
+    for name in domains[:2]:
+        scores = [prediction["cider_d"] for prediction in predictions if prediction["domain"] == name]
+        assert values[f"cider_d/{name}"] == pytest.approx(sum(scores) / len(scores))
+    assert 5 * values["cider_d/in-domain"] + 4 * values["cider_d/out-domain"] == pytest.approx(
+        9 * values["cider_d"], abs=1e-5
+    )  # predictions are rounded to 6 digits
+    assert "cider_d/near-domain" not in values
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam", "released_beam", "nucleus"])
+def test_no_caption_has_fewer_tokens_than_it_must(data: Path, search: str) -> None:
+    options = ["--task.decoding", search, "--task.max_tokens", "9", "--task.min_tokens", "6"]
+    config, corpus, tokenizer = (
+        configured(data, *options),
+        Corpus(data / "toy" / "dev"),
+        load_tokenizer(data / "tokenizer"),
+    )
+    objective, found = built(config, tokenizer), []
+    with torch.no_grad():
+        objective.lm_head.weight[tokenizer.vocabulary.eos_id] *= 3  # an end that comes too soon
+        task = CaptioningTask()
+        preparation = task.preparation(config, objective, tokenizer)
+        one, _ = task.passes(config, objective, preparation, [corpus], EvaluationRanks(Place(0, 1, 0, "single")))
+        writer = one.measure.__self__
+        for batch in one.batches:
+            found += writer._search(decoder_of(objective, batch.images), 9, batch)
+    assert len(found) == IMAGES and all(6 <= len(words) <= 9 for words in found)
 
 
 def test_the_losses_of_all_captions_and_the_protocol(data: Path) -> None:
@@ -227,3 +271,13 @@ def test_frequencies_without_the_end_of_captions_are_refused(data: Path, tmp_pat
     config = configured(data, "--task.document_frequencies", str(tmp_path / "df.json"))
     with pytest.raises(ValueError, match="counts captions without their end"):
         document_frequencies(config)
+
+
+def test_more_tokens_than_a_caption_may_have_are_refused(data: Path) -> None:
+    with pytest.raises(ConfigError, match="task.min_tokens is 10, expected at most task.max_tokens"):
+        configured(data, "--task.min_tokens", "10", "--task.max_tokens", "9")
+    config, tokenizer = configured(data, "--task.min_tokens", "29"), load_tokenizer(data / "tokenizer")
+    config.data.max_text_length = 20
+    objective = built(config, tokenizer)
+    with pytest.raises(ConfigError, match="task.min_tokens 29 is more than the 18 tokens that a caption may have"):
+        sweep(config, objective, tokenizer, Corpus(data / "toy" / "dev"))

@@ -1,0 +1,43 @@
+"""How the texts of a task are searched for, as its options say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from model.decode.ranked_beam import ranked_beam
+from model.decode.search import Decoder, beam, greedy
+
+BEAMS = {"beam": beam, "released_beam": ranked_beam}
+OPTIONS_OF = {
+    "greedy": (),
+    "beam": ("beams", "length_penalty"),
+    "released_beam": ("beams", "length_penalty", "repetition_penalty"),
+    "nucleus": ("top_p", "temperature"),
+}
+
+
+class SearchOptions(Protocol):
+    """The options of a task that writes texts."""
+
+    decoding: str
+    beams: int
+    length_penalty: float
+    repetition_penalty: float
+
+
+def most_probable(
+    options: SearchOptions, decoder: Decoder, max_tokens: int, all_agree: Callable[[bool], bool], min_tokens: int = 0
+) -> list[list[int]]:
+    """Texts by the greedy or beam search of a task's options; arguments and result as :mod:`model.decode.search`."""
+    if options.decoding == "greedy":
+        return greedy(decoder, max_tokens, all_agree, min_tokens=min_tokens)
+    own = {} if options.decoding == "beam" else {"repetition_penalty": options.repetition_penalty}
+    search = BEAMS[options.decoding]
+    return search(decoder, max_tokens, options.beams, options.length_penalty, all_agree, min_tokens, **own)
+
+
+def decoding(options: SearchOptions) -> dict[str, Any]:
+    """The search of a run, with the options that it has."""
+    own = OPTIONS_OF[options.decoding]
+    return {"name": options.decoding, **{name: getattr(options, name) for name in own}}

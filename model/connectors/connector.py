@@ -25,7 +25,7 @@ class Connector(nn.Module):
     """
 
     def __init__(
-        self, config: ConnectorConfig, num_tokens: int, width: int, grid: Grid | None, language_width: int
+        self, config: ConnectorConfig, num_tokens: int, width: int, grid: Grid | None, language_width: int | None
     ) -> None:
         """
         Args:
@@ -33,7 +33,7 @@ class Connector(nn.Module):
             num_tokens: P.
             width: W.
             grid: where the tower's tokens stand, None where it is not known.
-            language_width: L.
+            language_width: L; None without a last linear layer, as no language model reads what is left (``trace``).
 
         Raises:
             ValueError: options that do not fit each other or the tower.
@@ -48,7 +48,7 @@ class Connector(nn.Module):
         self.input = nn.Linear(width if self.regroup is None else self.regroup.width(width), config.width)
         bodies = {"tomeformer": TomeFormer, "qformer": QFormer, "perceiver": Perceiver}
         self.body = bodies[config.name](config) if config.name in bodies else nn.GELU()
-        self.output = nn.Linear(config.width, language_width)
+        self.output = None if language_width is None else nn.Linear(config.width, language_width)
         self.merges = self._merges_to(None) if config.name == "tomeformer" else ()
         self.num_tokens = tokens_after(num_tokens, self.merges)[-1] if self.merges else config.num_tokens
         if config.fewest_tokens is not None:

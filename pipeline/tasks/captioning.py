@@ -182,6 +182,8 @@ def _built(config: Config, tokenizer: TextTokenizer) -> nn.Module:
         return build_captioning(*sizes, config.task.self_critical)
     if config.task.name not in ("captioning", "pretraining"):
         raise ValueError(f"a run of task {config.task.name} writes no captions; use one of captioning or pretraining")
+    if config.objective.name == "qformer_stage1":
+        raise ValueError("a run of objective qformer_stage1 writes no captions; use one of evlgen that starts from it")
     return build_objective(*sizes)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from model.config import AUTO, ModelConfig, ObjectiveOptions, QFormerStage1Options, Vocabulary
 from model.evlgen import EVLGen
-from model.frozen import freeze
+from model.frozen import follow_mode, freeze
 from model.language.causal_lm import LanguageModel, language_settings
 from model.language.lora import add_adapters, check_lora, train_adapters
 from model.language.text_form import text_form
@@ -62,6 +63,8 @@ def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: in
     _check_frozen_tower(model)
     check_lora(model.language)
     settings = language_settings(name)
+    if model.language.own_dropout:
+        _check_own_dropout(model, settings)
     language = LanguageModel(settings)
     if model.language.lora_rank:
         language.adapted = add_adapters(language.llm.base_model, model.language)
@@ -79,6 +82,8 @@ def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: in
             f" than the {language.max_length} positions of model.language.name {name}; lower it"
         )
     freeze(net.language, source=name)
+    if model.language.own_dropout:
+        follow_mode(net.language)
     train_adapters(net.language)
     if model.vision.frozen:
         freeze(net.vision, source=model.weights or model.vision.pretrained)
@@ -244,6 +249,19 @@ def _refuse_idle(model: ModelConfig, objective: str, *parts: str) -> None:
                 f"model.{part}.{changed[0]} has no effect: objective.name {objective} has no such part; leave it out,"
                 " or train another objective"
             )
+
+
+def _check_own_dropout(model: ModelConfig, settings: Any) -> None:
+    """Raises ValueError where the default behaviour is asked for what only the release does, or there is no dropout."""
+    if model.behaviour != "released":
+        raise ValueError(
+            "model.language.own_dropout is of model.behaviour released only; else a frozen language model has none"
+        )
+    if not any(getattr(settings, name, 0) for name in ("dropout", "attention_dropout", "resid_pdrop", "embd_pdrop")):
+        raise ValueError(
+            f"model.language.own_dropout has no effect: model.language.name {model.language.name} has no dropout; use"
+            " false"
+        )
 
 
 def _check_frozen_tower(model: ModelConfig) -> None:

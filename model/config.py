@@ -140,6 +140,7 @@ class LanguageConfig:
     Args:
         name: folder, or Hugging Face name, of a causal LM with its weights (safetensors) and tokenizer: OPT, Llama,
             Qwen, SmolLM2 and the like.
+        own_dropout: leave the model's own dropout on in training, as the release does with OPT; of released behaviour.
         lora_rank: rank of what is trained beside its linear layers (LoRA); 0 trains nothing there.
         lora_alpha: what is added counts lora_alpha / lora_rank times.
         lora_dropout: dropout probability on what an adapter reads.
@@ -147,6 +148,7 @@ class LanguageConfig:
     """
 
     name: str | None = None
+    own_dropout: bool = False
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0

@@ -31,6 +31,7 @@ class LanguageDecoder:
         """
         self._language, self._tokens = net.language, net.prefix(tokens)
         self.end_ids, self.prompt = net.form.end[:1], list(prompt)
+        self.repetition_penalty = net.form.repetition_penalty
         self._first = [*net.form.begin, *prompt]
         self._fewest, self._num_words, longest = fewest_words, len(prompt), net.language.max_length
         self.limit = ANY_LENGTH if longest is None else longest - self._tokens.shape[1] - len(net.form.begin) - 1

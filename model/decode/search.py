@@ -18,7 +18,9 @@ class Decoder(Protocol):
     """A network that says how probable each token is to come next in G sequences; it remembers what it was fed.
 
     Each of ``end_ids`` ends a sequence, ``prompt`` holds the words that every sequence starts with, ``limit`` is the
-    largest number of words a sequence can have, prompt included.
+    largest number of words a sequence can have, prompt included. A decoder may also have a ``repetition_penalty``: the
+    scores of words that a sequence has after its prompt are divided by it where above 0, else multiplied (Keskar et al.
+    2019, "CTRL", section 4.1, as transformers does it: of logits in greedy search, of log probabilities in beams).
     """
 
     end_ids: Sequence[int]
@@ -133,7 +135,8 @@ def _one_by_one(
     words = [choose(decoder.start(), 0)]
     finished = _ends(decoder, words[0])
     while len(words) < num_words and not all_agree(bool(finished.all())):
-        words.append(choose(decoder.step(words[-1]), len(words)))
+        scores = _penalised(decoder, decoder.step(words[-1]), torch.stack(words, 1))
+        words.append(choose(scores, len(words)))
         finished = finished | _ends(decoder, words[-1])
     return _sequences(decoder, torch.stack(words, 1))
 
@@ -172,7 +175,8 @@ def beam(
     best_words = words[:, 0]
     for number in range(num_words):
         length = len(decoder.prompt) + number + 1
-        total = scores.log_softmax(-1).view(num_images, -1, vocabulary).add_(sums[:, :, None])
+        of_word = scores.log_softmax(-1).view(num_images, -1, vocabulary)
+        total = _penalised(decoder, of_word, words[:, :, :number]).add_(sums[:, :, None])
         best, best_words = _better(best, best_words, total[:, :, ends].amax(-1), length**length_penalty, words)
         total[:, :, ends] = float("-inf")
         sums, flat = total.flatten(1).topk(min(beams, total.shape[1] * vocabulary))
@@ -186,6 +190,15 @@ def beam(
         scores = decoder.step(ids.flatten())
     _, best_words = _better(best, best_words, sums, max_tokens**length_penalty, words)
     return _sequences(decoder, best_words)
+
+
+def _penalised(decoder: Decoder, scores: Tensor, words: Tensor) -> Tensor:
+    """``scores`` [..., V] after the ``words`` int64 [..., N] of each sequence, by the decoder's repetition penalty."""
+    penalty = getattr(decoder, "repetition_penalty", 1.0)
+    if penalty == 1:
+        return scores
+    found = scores.gather(-1, words)
+    return scores.scatter(-1, words, torch.where(found > 0, found / penalty, found * penalty))
 
 
 def _better(best: Tensor, best_words: Tensor, sums: Tensor, divisor: float, words: Tensor) -> tuple[Tensor, Tensor]:

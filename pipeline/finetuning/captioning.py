@@ -152,7 +152,8 @@ class CaptioningTask:
 
 def _text_form(config: Config) -> str:
     if reads_by_language_model(config):
-        return "that of the language model (model/language/text_form.py)"
+        penalty = "; repetition penalty 1.5 with Llama" if config.model.behaviour == "released" else ""
+        return f"that of the language model (model/language/text_form.py){penalty}"
     return "<s> <bos> words . <eos> </s>" if config.model.behaviour == "released" else "<s> words </s>"
 
 

@@ -217,6 +217,31 @@ def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
         file.write_bytes(kept)
 
 
+def test_the_releases_dropout_is_an_option(work: Path, tmp_path: Path) -> None:
+    """Of OPT, in training: other losses, which a resume repeats bit for bit; nothing more in the checkpoint."""
+    folder = write_language_model(tmp_path / "opt", "opt")
+    words = ["--model.language.name", folder, "--model.behaviour", "released"]
+    words += ["--model.connector.num_tokens", 6, "--train.steps", 3]
+    dropout = ["--model.language.own_dropout", "true"]
+    runs = [options(work, tmp_path / "without", *words), options(work, tmp_path / "with", *words, *dropout)]
+    assert [run_ranks(1, train, one) for one in runs] == [[0], [0]]
+    found = losses(tmp_path / "with")
+    assert found[0] != losses(tmp_path / "without")[0]
+    assert all(
+        name.startswith("net.connector.") for name in Reader(checkpoint_path(tmp_path / "with", 3)).shapes("weight")
+    )
+    again = options(work, tmp_path / "again", *words, *dropout)
+    assert run_ranks(1, train, [*again, "--train.steps", "2"]) == [0]
+    assert run_ranks(1, train, again) == [0]
+    assert losses(tmp_path / "again") == found
+    assert evaluate(["--run", str(tmp_path / "with"), "--split", "dev"]) == 0
+    llama = options(work, tmp_path / "llama", *words[2:], *dropout)
+    with pytest.raises(RuntimeError, match="own_dropout has no effect: model.language.name .*llm has no dropout"):
+        run_ranks(1, train, llama)
+    with pytest.raises(RuntimeError, match="own_dropout is of model.behaviour released only"):
+        run_ranks(1, train, options(work, tmp_path / "default", "--model.language.own_dropout", "true"))
+
+
 @pytest.mark.parametrize(
     ("more", "error"),
     [

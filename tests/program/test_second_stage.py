@@ -108,12 +108,15 @@ def one_rank(work: Path) -> list[float]:
     return losses(work / "reference")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_stages_and_ranks_give_the_same_losses(work: Path, tmp_path: Path, one_rank: list[float], stage: int) -> None:
-    """Two ranks, stopped and resumed in the middle, at every stage of ZeRO."""
+@pytest.mark.parametrize(("stage", "recompute"), [(0, False), (1, False), (2, True), (3, False), (3, True)])
+def test_stages_and_ranks_give_the_same_losses(
+    work: Path, tmp_path: Path, one_rank: list[float], stage: int, recompute: bool
+) -> None:
+    """Two ranks, stopped and resumed in the middle, at every stage of ZeRO, layers computed again or not."""
     run = tmp_path / "run"
-    assert run_ranks(2, train, second(work, run, *LORA[:2], *zero(stage), "--train.steps", "3")) == [0, 0]
-    assert run_ranks(2, train, second(work, run, *LORA[:2], *zero(stage))) == [0, 0]
+    words = [*LORA[:2], *zero(stage), "--model.activation_checkpointing", str(recompute).lower()]
+    assert run_ranks(2, train, second(work, run, *words, "--train.steps", "3")) == [0, 0]
+    assert run_ranks(2, train, second(work, run, *words)) == [0, 0]
     assert losses(run) == pytest.approx(one_rank, abs=1e-4)
 
 

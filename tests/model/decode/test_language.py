@@ -80,6 +80,7 @@ def test_released_texts_of_llama_avoid_repetition(task: str) -> None:
     assert found[0] == [row[: row.index(2)] if 2 in row else row for row in ids] != found[1]
 
 
+@pytest.mark.slow
 def test_beams_are_penalised_by_what_each_has_said() -> None:
     """Against a search that keeps every text of three words, scored by whole passes, with the penalty in a loop."""
     language, penalty = small_language("llama"), 1.7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.build import build_objective
@@ -18,6 +19,7 @@ from tests.rounding import rounding
 ensure_torchvision()
 
 
+@pytest.mark.slow
 def test_a_text_alone_has_the_states_of_bert(tmp_path: Path) -> None:
     """Of its layers, on the embeddings that are ours; a fourth layer is left out."""
     import transformers

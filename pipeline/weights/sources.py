@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from model.config import ModelConfig, TextConfig, VisionConfig
+from model.config import LanguageConfig, ModelConfig, TextConfig, VisionConfig
 from model.evlgen import EVLGen
 from model.language.causal_lm import LanguageModel, language_settings
 from model.language.lora import ADAPTER
@@ -74,27 +75,46 @@ def import_config(folder: Path) -> Config:
     return config
 
 
-def load_evlgen(objective: ImageToText, weights: str, name: str) -> Loaded:
+def load_evlgen(objective: ImageToText, weights: str, config: LanguageConfig) -> Loaded:
     """Starts EVLGen from a run or import as :func:`load_model`, with the language model that is named: read once.
 
     Adapters that the source lacks begin anew; so does the connector's last layer where the source has none (a Q-Former
     after its first stage). Raises as :func:`load_model`.
     """
     language = objective.net.language
-    loaded = load_language(language, name)
+    loaded = load_language(language, config.name)
     if is_import(Path(weights)):
         return _start(objective, weights, [HEAD])
-    state = read_model(weights, {name: language})
-    base = [one for one in state if one.startswith(LANGUAGE) and not re.fullmatch(ADAPTER, one)]
-    state = {one: value for one, value in state.items() if one not in set(base)}
+    whole = read_model(weights, {config.name: language})
+    base = {one for one in whole if one.startswith(LANGUAGE) and not re.fullmatch(ADAPTER, one)}
+    state = {one: value for one, value in whole.items() if one not in base}
     try:
         fresh = objective.fresh_from(state)
+        if any(re.fullmatch(ADAPTER, one) for one in state):
+            _refuse_adapters_of_another(objective, weights, config, {one: whole[one] for one in base})
     except ValueError as error:
         raise ValueError(f"model.weights {weights} {error}") from None
     found = _start_from_state(objective, weights, state, [HEAD, *fresh])
     ours = {f"{LANGUAGE}llm.{one}" for one in loaded.loaded}
     fresh = [one for one in found.fresh if one not in ours]
     return Loaded([*found.loaded, *sorted(ours)], found.resized, fresh, found.dropped)
+
+
+def _refuse_adapters_of_another(
+    objective: ImageToText, weights: str, config: LanguageConfig, base: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError where a run's adapters, trained beside ``base``, would be others here."""
+    before, own = load_config(run_of(restore.resolve(Path(weights)))).model.language, dict(named_tensors(objective))
+    if any(own[name].shape != value.shape or not torch.equal(own[name], value) for name, value in base.items()):
+        raise ValueError(
+            f"has adapters of the language model {before.name}, found model.language.name {config.name} with other"
+            " weights; name that one"
+        )
+    if before.lora_alpha != config.lora_alpha:
+        raise ValueError(
+            f"has adapters with model.language.lora_alpha {before.lora_alpha:g}, found {config.lora_alpha:g}, by which"
+            " they would count otherwise; use the run's"
+        )
 
 
 def _start(objective: nn.Module, weights: str, fresh: Iterable[str] = (), resizes: Resizes = ()) -> Loaded:

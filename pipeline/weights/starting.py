@@ -166,7 +166,7 @@ def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer,
 
 def _load_evlgen(objective: ImageToText, config: ModelConfig) -> Start:
     """From a run, whose words only adapters were trained with, or an import."""
-    names = load_evlgen(objective, config.weights, config.language.name)
+    names = load_evlgen(objective, config.weights, config.language)
     if is_import(Path(config.weights)) and config.vision.frozen:
         load_vision_tower(objective.net.vision, config)
     if OUTPUT in names.fresh and config.behaviour == "default":

@@ -82,6 +82,15 @@ def test_adapters_begin_as_the_first_stage_and_are_trained(
     for other in ([], ["--model.language.lora_rank", "4", "--model.language.lora_modules", "[q_proj]"]):
         with pytest.raises(RuntimeError, match="has adapters of its language model .*; set model.language.lora_rank"):
             run_ranks(1, train, options(work, tmp_path / "fourth", "--model.weights", run, *other))
+    alpha = options(work, tmp_path / "fourth", "--model.weights", run, *LORA, "--model.language.lora_alpha", "8")
+    with pytest.raises(RuntimeError, match="has adapters with model.language.lora_alpha 16, found 8, .* use the run's"):
+        run_ranks(1, train, alpha)
+    other = write_language_model(tmp_path / "other", seed=1)
+    words = ["--model.weights", run, *LORA, "--model.language.name", other]
+    with pytest.raises(
+        RuntimeError, match="has adapters of the language model .*llm, found .*other with other weights"
+    ):
+        run_ranks(1, train, options(work, tmp_path / "fourth", *words))
     with pytest.raises(RuntimeError, match="adapter.down.weight has shape .4, 32., the model's .*8, 32"):
         words = ["--model.weights", run, "--model.language.lora_rank", "8"]
         run_ranks(1, train, options(work, tmp_path / "fourth", *words))

@@ -11,8 +11,11 @@ import torch
 from model.batch import Row
 from model.language.text_form import TextForm, text_form
 from model.torchvision_shim import ensure_torchvision
+from pipeline.config.command_line import parse_command_line
+from pipeline.config.options import ConfigError
 from pipeline.data.shard_reader import RawSample
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.finetuning.captioning import prompt_words
 from pipeline.tasks.language_rows import LanguageRows
 from tests.model.test_evlgen import small_model
 
@@ -139,6 +142,17 @@ def test_a_released_text_needs_what_the_release_had(tmp_path: Path) -> None:
         text_form(tokenizers["qwen2"].vocabulary, "qwen2", released=True)
     with pytest.raises(ValueError, match="no token for a line break, by which released texts of OPT end"):
         text_form(tokenizers["llama"].vocabulary, "opt", released=True)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, kind: str) -> None:
+    """Its tokens are counted by the language model's own tokenizer; one that fits is read as it stands."""
+    tokenizer = load_tokenizer(write(tmp_path / kind, FAMILIES[kind]), of_language_model=True)
+    words = ["--recipe", "evlgen_tiny", "--task.name", "captioning", "--data.max_text_length", "20", "--task.prompt"]
+    with pytest.raises(ConfigError, match="task.prompt 'a photo .*leave it no room in data.max_text_length 20"):
+        prompt_words(parse_command_line([*words, "a photo of " * 4 + "things"]).config, tokenizer)
+    found = prompt_words(parse_command_line([*words, "a photo of"]).config, tokenizer)
+    assert tokenizer.decode(found) == "a photo of"
 
 
 def test_what_stands_for_padding_changes_nothing() -> None:

@@ -42,6 +42,7 @@ def second(work: Path, output: Path, *more: str) -> list[str]:
     return options(work, output, "--model.weights", work / "first", *more)
 
 
+@pytest.mark.slow(25)
 def test_adapters_begin_as_the_first_stage_and_are_trained(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +118,10 @@ def one_rank(work: Path) -> list[float]:
     return losses(work / "reference")
 
 
-@pytest.mark.parametrize(("stage", "recompute"), [(0, False), (1, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "recompute"),
+    [(0, False), (1, False), (2, True), (3, False), pytest.param(3, True, marks=pytest.mark.slow(25))],
+)
 def test_stages_and_ranks_give_the_same_losses(
     work: Path, tmp_path: Path, one_rank: list[float], stage: int, recompute: bool
 ) -> None:

@@ -89,6 +89,17 @@ class LanguagePlan:
 
 
 @dataclass
+class PairPlan:
+    """Texts that are contrasted with each other's images (a Q-Former's first stage). Legend: P texts, T longest one."""
+
+    text: Tensor  # int64 [P, T], pad_id beyond the length
+    lengths: Tensor  # int64 [P], real tokens including <s> and </s>
+    image: Tensor  # int64 [P], 0..B-1
+    apart: Tensor  # bool [P, P], True where text and image are a wrong pair: of two samples, of which none is unusable
+    draws: Tensor  # fp32 [2, P, P], in (0, 1), by which wrong texts of images, and wrong images of texts, are chosen
+
+
+@dataclass
 class Batch:
     """A micro-batch. All sizes are known on the host, without asking the device."""
 
@@ -96,7 +107,7 @@ class Batch:
     terms: dict[str, Term]
     keys: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
-    plan: TextPlan | LanguagePlan | None = None
+    plan: TextPlan | LanguagePlan | PairPlan | None = None
     notes: list[Any] = field(default_factory=list)  # of each sample's first row
     positions: list[int] = field(default_factory=list)  # of the samples in the order of training or evaluation
     stored: torch.dtype | None = None  # images are bytes of features [B, I, P, W] of this dtype, until ``to``

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
-from model.config import AUTO, ModelConfig, ObjectiveOptions, Vocabulary
+from model.config import AUTO, ModelConfig, ObjectiveOptions, QFormerStage1Options, Vocabulary
 from model.evlgen import EVLGen
-from model.frozen import freeze
+from model.frozen import follow_mode, freeze
 from model.language.causal_lm import LanguageModel, language_settings
+from model.language.lora import add_adapters, check_lora, train_adapters
 from model.language.text_form import text_form
 from model.objectives.captioning import Captioning
 from model.objectives.classification import Classification
 from model.objectives.evlgen import ImageToText
 from model.objectives.parts import Parts
 from model.objectives.pretraining import Pretraining
+from model.objectives.qformer_stage1 import QFormerStage1
 from model.objectives.ranking import Ranking
 from model.objectives.table import OBJECTIVES
 from model.plans.hard_negatives import HardNegatives
 from model.plans.tasks import ClassKind
+from model.qformer import QFormerPairs
 
 
 def build_objective(
@@ -25,7 +29,7 @@ def build_objective(
     objective: ObjectiveOptions,
     vocabulary: Vocabulary,
     max_text_length: int = 50,
-) -> Pretraining | ImageToText:
+) -> Pretraining | ImageToText | QFormerStage1:
     """The objective with random weights; those that the options name come later (pipeline/weights/starting.py).
 
     Raises:
@@ -33,6 +37,8 @@ def build_objective(
     """
     if objective.name == "evlgen":
         return build_evlgen(model, vocabulary, max_text_length)
+    if objective.name == "qformer_stage1":
+        return build_qformer(model, objective, vocabulary, max_text_length)
     matching = objective.itm_weight and model.behaviour == "default"  # the release has none
     share = objective.negative_share if matching else 0.0
     in_batch = objective.negatives == "in_batch_hard"
@@ -55,8 +61,13 @@ def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: in
     name = model.language.name
     _refuse_idle(model, "evlgen", "text", "reconstructor")
     _check_frozen_tower(model)
+    check_lora(model.language)
     settings = language_settings(name)
+    if model.language.own_dropout:
+        _check_own_dropout(model, settings)
     language = LanguageModel(settings)
+    if model.language.lora_rank:
+        language.adapted = add_adapters(language.llm.base_model, model.language)
     if vocabulary.size > language.num_tokens:
         raise ValueError(
             f"the tokenizer has {vocabulary.size} tokens, model.language.name {name} {language.num_tokens}; use its own"
@@ -71,11 +82,44 @@ def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: in
             f" than the {language.max_length} positions of model.language.name {name}; lower it"
         )
     freeze(net.language, source=name)
+    if model.language.own_dropout:
+        follow_mode(net.language)
+    train_adapters(net.language)
     if model.vision.frozen:
         freeze(net.vision, source=model.weights or model.vision.pretrained)
         for block in net.vision.blocks if net.has_temporal else ():
             block.temporal.requires_grad_(True)  # the frames' part is new, whatever the tower
     return ImageToText(net)
+
+
+def build_qformer(
+    model: ModelConfig, objective: QFormerStage1Options, vocabulary: Vocabulary, max_text_length: int
+) -> QFormerStage1:
+    """The first stage of a Q-Former with random weights; raises as :func:`build_objective`."""
+    objective.check()
+    _refuse_idle(model, objective.name, "text", "reconstructor", "language")
+    _check_frozen_tower(model)
+    _check_tokens(vocabulary, max_text_length)
+    refusals = [
+        ("model.connector.name", model.connector.name, "qformer"),
+        ("model.behaviour", model.behaviour, "default"),
+        ("model.vision.temporal", model.vision.temporal, None),
+    ]
+    for option, found, expected in refusals:
+        if found != expected:
+            raise ValueError(
+                f"objective.name qformer_stage1 wants {option} {expected or 'null'}, found {found}; use that, or train"
+                " another objective"
+            )
+    if max_text_length + 2 > model.connector.max_positions:
+        raise ValueError(
+            f"data.max_text_length {max_text_length} needs {max_text_length + 2} positions,"
+            f" model.connector.max_positions is {model.connector.max_positions}; raise it"
+        )
+    net = QFormerPairs(model, vocabulary)
+    if model.vision.frozen:
+        freeze(net.vision, source=model.weights or model.vision.pretrained)
+    return QFormerStage1(net, objective)
 
 
 def build_classification(
@@ -128,9 +172,11 @@ def build_parts(
     ``share`` of the samples get a negative caption from the corpus; raises as :func:`build_objective`.
     """
     if objective.name not in OBJECTIVES:
+        answers = "tasks pretraining, captioning, vqa, gqa and okvqa"
+        tasks = answers if objective.name == "evlgen" else "task pretraining"
         raise ValueError(
-            f"objective.name {objective.name} is for the tasks pretraining, captioning, vqa, gqa and okvqa; use one of"
-            f" {', '.join(OBJECTIVES)}, or another task.name"
+            f"objective.name {objective.name} is for the {tasks}; use one of {', '.join(OBJECTIVES)}, or another"
+            " task.name"
         )
     _check(model, objective, vocabulary, max_text_length)
     parts = OBJECTIVES[objective.name](model, objective, vocabulary, max_text_length, share, num_images)
@@ -147,6 +193,10 @@ def build_captioning(
     self_critical: bool = False,
 ) -> Captioning:
     """The objective captioning with random weights, for a network pretrained by ``objective``; raises as the above."""
+    if objective.name not in OBJECTIVES:
+        raise ValueError(
+            f"objective.name {objective.name} writes no captions: use task.name pretraining; evlgen starts from it"
+        )
     _check(model, objective, vocabulary, max_text_length)
     built = Captioning(model, objective, vocabulary, max_text_length, self_critical)
     if model.vision.frozen:
@@ -169,13 +219,17 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
         )
     if not 0 <= model.text.dropout < 1:
         raise ValueError(f"model.text.dropout is {model.text.dropout}, expected 0 to below 1")
-    if max_text_length < 3:
-        raise ValueError(f"data.max_text_length is {max_text_length}, expected at least 3: <s>, one word, </s>")
+    _check_tokens(vocabulary, max_text_length)
     if max_text_length + 2 > model.text.max_positions:
         raise ValueError(
             f"data.max_text_length {max_text_length} needs {max_text_length + 2} positions,"
             f" model.text.max_positions is {model.text.max_positions}; raise it"
         )
+
+
+def _check_tokens(vocabulary: Vocabulary, max_text_length: int) -> None:
+    if max_text_length < 3:
+        raise ValueError(f"data.max_text_length is {max_text_length}, expected at least 3: <s>, one word, </s>")
     special = {name: getattr(vocabulary, name) for name in ("bos_id", "pad_id", "eos_id", "mask_id")}
     for name, value in special.items():
         if not 0 <= value < vocabulary.size:
@@ -196,6 +250,19 @@ def _refuse_idle(model: ModelConfig, objective: str, *parts: str) -> None:
                 f"model.{part}.{changed[0]} has no effect: objective.name {objective} has no such part; leave it out,"
                 " or train another objective"
             )
+
+
+def _check_own_dropout(model: ModelConfig, settings: Any) -> None:
+    """Raises ValueError where the default behaviour is asked for what only the release does, or there is no dropout."""
+    if model.behaviour != "released":
+        raise ValueError(
+            "model.language.own_dropout is of model.behaviour released only; else a frozen language model has none"
+        )
+    if not any(getattr(settings, name, 0) for name in ("dropout", "attention_dropout", "resid_pdrop", "embd_pdrop")):
+        raise ValueError(
+            f"model.language.own_dropout has no effect: model.language.name {model.language.name} has no dropout; use"
+            " false"
+        )
 
 
 def _check_frozen_tower(model: ModelConfig) -> None:

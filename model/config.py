@@ -135,14 +135,24 @@ class ConnectorConfig:
 
 @dataclass
 class LanguageConfig:
-    """The language model that reads an image's tokens before a text (evlgen); it is not trained.
+    """The language model that reads an image's tokens before a text (evlgen); it is not trained itself.
 
     Args:
         name: folder, or Hugging Face name, of a causal LM with its weights (safetensors) and tokenizer: OPT, Llama,
             Qwen, SmolLM2 and the like.
+        own_dropout: leave the model's own dropout on in training, as the release does with OPT; of released behaviour.
+        lora_rank: rank of what is trained beside its linear layers (LoRA); 0 trains nothing there.
+        lora_alpha: what is added counts lora_alpha / lora_rank times.
+        lora_dropout: dropout probability on what an adapter reads.
+        lora_modules: linear layers that get an adapter, by name or the end of it; each must be there.
     """
 
     name: str | None = None
+    own_dropout: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
 
 @dataclass
@@ -175,13 +185,14 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveOptions:
-    """What is trained: flm, or one of the baselines mlm, ar, prefixlm on the same towers; or evlgen.
+    """What is trained: flm, or one of the baselines mlm, ar, prefixlm on the same towers; evlgen; or qformer_stage1,
+    which evlgen with a Q-Former may start from.
 
     Args:
         name: objective; it decides which of the options below there are.
     """
 
-    name: Literal["flm", "mlm", "ar", "prefixlm", "evlgen"] = "flm"
+    name: Literal["flm", "mlm", "ar", "prefixlm", "evlgen", "qformer_stage1"] = "flm"
 
     def check(self) -> None:
         """Raises ValueError for a number out of its range."""
@@ -196,6 +207,29 @@ class EVLGenOptions(ObjectiveOptions):
     """Options of evlgen: none of its own."""
 
     name: Literal["evlgen"] = "evlgen"
+
+
+@dataclass
+class QFormerStage1Options(ObjectiveOptions):
+    """Options of qformer_stage1, whose loss is itc_weight*itc + itm_weight*itm + itg_weight*itg.
+
+    Args:
+        itc_weight: weight of the image-text contrastive loss.
+        itm_weight: weight of image-text matching, against the hardest wrong pairs of the micro-batch.
+        itg_weight: weight of image-grounded text generation.
+        embedding_width: width of the space in which images and texts are compared.
+    """
+
+    name: Literal["qformer_stage1"] = "qformer_stage1"
+    itc_weight: float = 1.0
+    itm_weight: float = 1.0
+    itg_weight: float = 1.0
+    embedding_width: int = 256
+
+    def check(self) -> None:
+        for name in ("itc_weight", "itm_weight", "itg_weight"):
+            self._expect(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
+        self._expect("embedding_width", self.embedding_width >= 1, "1 or more")
 
 
 @dataclass
@@ -295,6 +329,7 @@ OPTIONS_OF: dict[str, type[ObjectiveOptions]] = {
     "ar": AROptions,
     "prefixlm": PrefixLMOptions,
     "evlgen": EVLGenOptions,
+    "qformer_stage1": QFormerStage1Options,
 }
 
 

@@ -22,8 +22,24 @@ def freeze(module: nn.Module, source: str) -> None:
     module.eval()
 
 
+def unfreeze(part: nn.Module) -> None:
+    """Takes a part of a frozen module back into training: it gets a gradient and follows the mode of what is around."""
+    part.requires_grad_(True)
+    follow_mode(part)
+
+
+def follow_mode(part: nn.Module) -> None:
+    """Lets a frozen module, whose weights stay as they are, follow the mode of what is around: its dropout comes on."""
+    for module in part.modules():
+        vars(module).pop("train", None)
+
+
 def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
-    return nn.Module.train(module, False)
+    """``mode`` reaches what is trained inside (``unfreeze``)."""
+    module.training = False
+    for child in module.children():
+        child.train(mode)
+    return module
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -94,3 +94,45 @@ def reconstructor(lengths: Tensor, spans: Tensor, bos_visible: bool) -> Tensor:
     left = real & (cls | ((j < lo) & ((j >= 1) | bos_visible)))
     right = real & (cls | (j > hi))
     return torch.cat([left, right], dim=-1)
+
+
+def queries_and_two_texts(lengths: Tensor, num_queries: int, num_positions: int) -> Tensor:
+    """What queries, a text that is read, and the same text as it is written may see (BLIP-2, figure 2).
+
+    Queries see queries, the text that is read sees itself, and neither sees the other (contrastive); the written text
+    sees the queries and itself up to each token (generation). Example with 2 queries, n = 2, T = 3:
+
+        q q   r r .   w w .
+        1 1   . . .   . . .   queries
+        1 1   . . .   . . .
+        . .   1 1 .   . . .   read
+        . .   1 1 .   . . .
+        . .   1 1 .   . . .   pad
+        1 1   . . .   1 . .   written
+        1 1   . . .   1 1 .
+        1 1   . . .   1 1 .   pad
+
+    Args:
+        lengths: int64 [R].
+        num_queries: Q.
+        num_positions: T.
+
+    Returns:
+        bool [R, Q + 2T, Q + 2T].
+    """
+    i, j, n = _grid(lengths, num_positions)
+    real = (j < n).expand(-1, num_positions, -1)
+    first = num_queries + num_positions
+    mask = lengths.new_zeros((len(lengths), first + num_positions, first + num_positions), dtype=torch.bool)
+    mask[:, :num_queries, :num_queries] = True
+    mask[:, first:, :num_queries] = True
+    mask[:, num_queries:first, num_queries:first] = real
+    mask[:, first:, first:] = real & (j <= i)
+    return mask
+
+
+def queries_and_text(lengths: Tensor, num_queries: int, num_positions: int) -> Tensor:
+    """Queries and a text that all see each other (matching); args as above, bool [R, Q + T, Q + T]."""
+    real = torch.arange(num_positions, device=lengths.device) < lengths[:, None]
+    keys = torch.cat([real.new_ones((len(lengths), num_queries)), real], dim=1)
+    return keys[:, None].expand(-1, keys.shape[1], -1)

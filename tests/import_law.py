@@ -36,7 +36,8 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "engine": ("config", "distributed", "checkpoint", "incidents"),
         "recording": (),
         "reporting": ("config", "incidents", "recording"),
-        "weights": ("config", "distributed", "data", "checkpoint"),
+        "language_weights": (),
+        "weights": ("config", "distributed", "data", "checkpoint", "language_weights"),
         "stored_features": ("config", "distributed", "data", "checkpoint.files", "weights.sources"),
         "loading": ("config", "distributed", "data", "recording", "stored_features"),
         "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading"),
@@ -62,7 +63,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads"),
             *("torchvision_shim", "census", "frozen", "learning_rate_groups", "recomputing"),
         ),
-        "networks": ("towers", "flm", "one_stream", "evlgen", "flops", "attention_maps"),
+        "networks": ("towers", "flm", "one_stream", "evlgen", "qformer", "flops", "attention_maps"),
         "programs": ("build",),
     },
     "data_prep": {

@@ -25,7 +25,7 @@ class Connector(nn.Module):
     """
 
     def __init__(
-        self, config: ConnectorConfig, num_tokens: int, width: int, grid: Grid | None, language_width: int
+        self, config: ConnectorConfig, num_tokens: int, width: int, grid: Grid | None, language_width: int | None
     ) -> None:
         """
         Args:
@@ -33,7 +33,7 @@ class Connector(nn.Module):
             num_tokens: P.
             width: W.
             grid: where the tower's tokens stand, None where it is not known.
-            language_width: L.
+            language_width: L; None without a last linear layer, as no language model reads what is left (``trace``).
 
         Raises:
             ValueError: options that do not fit each other or the tower.
@@ -48,9 +48,14 @@ class Connector(nn.Module):
         self.input = nn.Linear(width if self.regroup is None else self.regroup.width(width), config.width)
         bodies = {"tomeformer": TomeFormer, "qformer": QFormer, "perceiver": Perceiver}
         self.body = bodies[config.name](config) if config.name in bodies else nn.GELU()
-        self.output = nn.Linear(config.width, language_width)
+        self.output = None if language_width is None else nn.Linear(config.width, language_width)
         self.merges = self._merges_to(None) if config.name == "tomeformer" else ()
         self.num_tokens = tokens_after(num_tokens, self.merges)[-1] if self.merges else config.num_tokens
+        if config.merges_per_layer and self.num_tokens <= 1 + self.has_class_token:
+            raise ValueError(
+                f"model.connector.merges_per_layer {config.merges_per_layer} merges all {num_tokens} tokens of an image"
+                f" into one; expected at most {_most_merges_per_layer(config, num_tokens, self.has_class_token)}"
+            )
         if config.fewest_tokens is not None:
             self._merges_to(config.fewest_tokens)
         self.reset_parameters()
@@ -100,6 +105,12 @@ class Connector(nn.Module):
             return merges_to_budget(*around, num_tokens or config.num_tokens, self.has_class_token)
         except ValueError as error:
             raise ValueError(f"model.connector.num_tokens: {error}") from None
+
+
+def _most_merges_per_layer(config: ConnectorConfig, num_tokens: int, protect_first: bool) -> int:
+    """The largest number of merges that leaves more than one token, and the class token."""
+    left = lambda number: tokens_after(num_tokens, constant_merges(num_tokens, config.layers, number, protect_first))  # noqa: E731
+    return max((n for n in range(num_tokens) if left(n)[-1] > 1 + protect_first), default=0)
 
 
 def _check(config: ConnectorConfig, num_tokens: int, grid: Grid | None) -> None:

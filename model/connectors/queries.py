@@ -5,6 +5,9 @@ Legend: B images, T image tokens, Q queries, D width.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +21,18 @@ from model.recomputing import run
 READS_EVERY = 2  # layers; the cross_attention_freq of BLIP-2
 
 
+class TextBeside(NamedTuple):
+    """Text that goes through a Q-Former beside its queries, in the same self-attention, in its first stage."""
+
+    states: Tensor  # [B, T, D]
+    mask: Tensor  # bool [B, Q + T, Q + T], True = may attend
+    layers: nn.ModuleList  # the feed-forward of text, one a layer
+
+
 class QFormer(nn.Module):
     """BERT layers on learned queries; every second one, from the first on, also attends to the image.
 
-    Li et al. 2023, "BLIP-2", section 3.1; without its layers for text, which training in one stage has no use for.
+    Li et al. 2023, "BLIP-2", section 3.1. Its layers for text belong to the first stage (:mod:`model.qformer`).
     """
 
     recompute = False
@@ -33,18 +44,21 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=TOP_EPS)
         self.layers = nn.ModuleList(QueryLayer(config, number % READS_EVERY == 0) for number in range(config.layers))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, Q, D]."""
+    def forward(self, tokens: Tensor, text: TextBeside | None = None) -> Tensor:
+        """[B, T, D] -> [B, Q, D]; with ``text`` its states behind them."""
         states = self.norm(self.queries).expand(len(tokens), -1, -1)
+        if text is not None:
+            states = torch.cat([states, text.states], dim=1)
         if self.training:
             states = dropout(states, self.dropout)
-        for layer in self.layers:
-            states = run(layer, states, tokens, recompute=self.recompute and self.training)
+        for number, layer in enumerate(self.layers):
+            beside = () if text is None else (text.mask[:, None], text.layers[number], len(self.queries))
+            states = run(layer, states, tokens, *beside, recompute=self.recompute and self.training)
         return states
 
-    def macs(self, num_tokens: int) -> int:
-        """Multiply-accumulates for an image of so many tokens."""
-        return sum(layer.macs(len(self.queries), num_tokens) for layer in self.layers)
+    def macs(self, num_tokens: int, num_words: int = 0) -> int:
+        """Multiply-accumulates for an image of so many tokens, with so many of text beside the queries."""
+        return sum(layer.macs(len(self.queries), num_tokens, num_words) for layer in self.layers)
 
 
 class QueryLayer(nn.Module):
@@ -58,16 +72,28 @@ class QueryLayer(nn.Module):
         self.cross_residual = ResidualNorm(config.width, TOP_EPS, config.dropout) if reads else None
         self.ffn = FeedForward(config.width, config.ffn_width, TOP_EPS, config.dropout)
 
-    def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """[B, Q, D], [B, T, D] -> [B, Q, D]."""
-        states = self.residual(self.attention(states, _attend), states)
+    def forward(
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        text_ffn: nn.Module | None = None,
+        num_queries: int | None = None,
+    ) -> Tensor:
+        """[B, Q, D], [B, T, D] -> [B, Q, D]; states behind the queries are of text, which ``text_ffn`` is for."""
+        states = self.residual(self.attention(states, partial(_attend, mask=mask)), states)
+        words = None
+        if text_ffn is not None:
+            states, words = states[:, :num_queries], text_ffn(states[:, num_queries:])
         if self.cross_attention is not None:
             states = self.cross_residual(self.cross_attention(states, tokens, _attend), states)
-        return self.ffn(states)
+        states = self.ffn(states)
+        return states if words is None else torch.cat([states, words], dim=1)
 
-    def macs(self, num_queries: int, num_tokens: int) -> int:
+    def macs(self, num_queries: int, num_tokens: int, num_words: int = 0) -> int:
         width, hidden = self.ffn.up.in_features, self.ffn.up.out_features
-        own = num_queries * (4 * width**2 + 2 * num_queries * width + 2 * width * hidden)
+        both = num_queries + num_words
+        own = both * (4 * width**2 + 2 * both * width + 2 * width * hidden)
         if self.cross_attention is None:
             return own
         return own + 2 * width**2 * (num_queries + num_tokens) + 2 * num_queries * num_tokens * width
@@ -127,10 +153,13 @@ class PerceiverLayer(nn.Module):
         return attention + 2 * num_queries * width * self.up.out_features
 
 
-def _attend(query: Tensor, key_value: Tensor | None, num_heads: int, rate: float) -> Tensor:
-    """All queries of an image attend to all keys: [B, Q, D], [B, K, 2D], or [B, Q, 3D] with its own -> [B, Q, D]."""
+def _attend(query: Tensor, key_value: Tensor | None, num_heads: int, rate: float, mask: Tensor | None = None) -> Tensor:
+    """All queries of an image attend to all keys: [B, Q, D], [B, K, 2D], or [B, Q, 3D] with its own -> [B, Q, D].
+
+    ``mask`` bool [B, 1, Q, K]: to those that it lets them.
+    """
     if key_value is None:
         query, key, value = split_heads(query, num_heads, 3)
     else:
         (query,), (key, value) = split_heads(query, num_heads), split_heads(key_value, num_heads, 2)
-    return merge_heads(F.scaled_dot_product_attention(query, key, value, dropout_p=rate))
+    return merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate))

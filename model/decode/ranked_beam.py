@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.decode.search import Decoder, alone, room, sequences
+from model.decode.search import Decoder, alone, penalised, room, sequences
 
 NEVER = float("-inf")
 
@@ -54,8 +54,7 @@ def ranked_beam(
     candidates of all beams, so a better sequence may be lost; and an image is done once K sequences are kept and its
     best beam, at the length that it has, is not above the worst of them, though more words could make it so.
 
-    Args and returns as of :func:`model.decode.search.beam`, and ``rules``; ``repetition_penalty`` multiplies the log
-    probability of every word that its sequence has already (Keskar et al., arXiv 1909.05858, as transformers does it).
+    Args and returns as of :func:`model.decode.search.beam`, and ``rules``.
 
     Raises:
         ValueError: as there.
@@ -72,10 +71,8 @@ def ranked_beam(
     kept = _Kept(num_images, beams, words)
     for number in range(num_words):
         length = len(decoder.prompt) + number + 1
-        total = scores.log_softmax(-1).view(num_images, -1, vocabulary)
-        if repetition_penalty != 1:
-            seen = words[:, :, :number]
-            total.scatter_(2, seen, total.gather(2, seen) * repetition_penalty)
+        of_word = scores.log_softmax(-1).view(num_images, -1, vocabulary)
+        total = penalised(of_word, words[:, :, :number], repetition_penalty)
         if length <= min_tokens:
             total[:, :, ends] = NEVER
         flat = (total + sums[:, :, None]).flatten(1)

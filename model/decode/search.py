@@ -54,6 +54,7 @@ def greedy(
     all_agree: Callable[[bool], bool] = alone,
     read: Tensor | None = None,
     min_tokens: int = 0,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
     """The most probable next token, again and again, until an end token or ``max_tokens``.
 
@@ -65,6 +66,7 @@ def greedy(
         read: int64 [B, F], words that each image's own sequence goes on with after the prompt, -1 from where it has no
             more: questions of different lengths. None of them is an end token.
         min_tokens: no sequence ends before it has so many words, prompt and ``read`` included.
+        repetition_penalty: as of :func:`penalised`, on the decoder's scores.
 
     Returns:
         Word ids of each image's sequence, prompt and ``read`` included, the end token left out. One of ``max_tokens``
@@ -80,7 +82,7 @@ def greedy(
         best = scores.argmax(-1)
         return torch.where(read[:, number] >= 0, read[:, number], best) if number < num_read else best
 
-    return _one_by_one(decoder, max_tokens, min_tokens, choose, all_agree)
+    return _one_by_one(decoder, max_tokens, min_tokens, choose, all_agree, repetition_penalty)
 
 
 @torch.no_grad()
@@ -136,6 +138,7 @@ def _one_by_one(
     min_tokens: int,
     choose: Callable[[Tensor, int], Tensor],
     all_agree: Callable[[bool], bool],
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
     """One sequence an image: ``choose`` takes scores [B, V] and the number of the word, and gives the word [B]."""
     num_words = room(decoder, max_tokens, min_tokens)
@@ -143,7 +146,8 @@ def _one_by_one(
     words = [choose(_endless(decoder, decoder.start(), held_back > 0), 0)]
     finished = _ends(decoder, words[0])
     while len(words) < num_words and not all_agree(bool(finished.all())):
-        scores = _endless(decoder, decoder.step(words[-1]), held_back > len(words))
+        scores = penalised(decoder.step(words[-1]), torch.stack(words, 1), repetition_penalty)
+        scores = _endless(decoder, scores, held_back > len(words))
         words.append(choose(scores, len(words)))
         finished = finished | _ends(decoder, words[-1])
     return sequences(decoder, torch.stack(words, 1))
@@ -157,6 +161,7 @@ def beam(
     length_penalty: float = 1.0,
     all_agree: Callable[[bool], bool] = alone,
     min_tokens: int = 0,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
     """Beam search: the best of all sequences that ended, or were cut at ``max_tokens``.
 
@@ -166,7 +171,7 @@ def beam(
     when none of its beams can become better than its best, even if all that it still adds were certain; so stopping
     early changes nothing.
 
-    Args and returns as :func:`greedy`.
+    Args and returns as :func:`greedy`; ``repetition_penalty`` is on log probabilities.
 
     Raises:
         ValueError: as :func:`greedy`, and for less than one beam.
@@ -184,7 +189,8 @@ def beam(
     best_words = words[:, 0]
     for number in range(num_words):
         length = len(decoder.prompt) + number + 1
-        total = scores.log_softmax(-1).view(num_images, -1, vocabulary).add_(sums[:, :, None])
+        of_word = scores.log_softmax(-1).view(num_images, -1, vocabulary)
+        total = penalised(of_word, words[:, :, :number], repetition_penalty).add_(sums[:, :, None])
         if length > min_tokens:
             best, best_words = _better(best, best_words, total[:, :, ends].amax(-1), length**length_penalty, words)
         total[:, :, ends] = float("-inf")
@@ -199,6 +205,18 @@ def beam(
         scores = decoder.step(ids.flatten())
     _, best_words = _better(best, best_words, sums, max_tokens**length_penalty, words)
     return sequences(decoder, best_words)
+
+
+def penalised(scores: Tensor, words: Tensor, penalty: float) -> Tensor:
+    """``scores`` [..., V], divided by ``penalty`` where above 0 and else multiplied, of the ``words`` int64 [..., N].
+
+    Those are what a sequence has after its prompt (Keskar et al. 2019, "CTRL", section 4.1, as transformers does it: on
+    logits in greedy search, on log probabilities in beams).
+    """
+    if penalty == 1:
+        return scores
+    found = scores.gather(-1, words)
+    return scores.scatter(-1, words, torch.where(found > 0, found / penalty, found * penalty))
 
 
 def _better(best: Tensor, best_words: Tensor, sums: Tensor, divisor: float, words: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.language.lora import adapter_macs
 from model.recomputing import run
 from model.torchvision_shim import ensure_torchvision
 
@@ -67,6 +68,7 @@ class LanguageModel(nn.Module):
         self.width = self.llm.get_input_embeddings().embedding_dim
         self.num_tokens = self.llm.get_input_embeddings().num_embeddings
         self.max_length = getattr(settings, "max_position_embeddings", None)  # None: as long as you like
+        self.adapted: list[str] = []  # linear layers of the body that have an adapter (model/language/lora.py)
 
     def macs(self, num_rows: int, length: int) -> int:
         """Multiply-accumulates of the states of so many sequences of this length: of its matrix products."""
@@ -75,6 +77,10 @@ class LanguageModel(nn.Module):
         linear = sum(one.weight.numel() for one in inside if isinstance(one, nn.Linear))
         attention = 2 * length * settings.num_hidden_layers * settings.hidden_size
         return num_rows * length * (linear + attention)
+
+    def adapter_macs(self, num_rows: int, length: int) -> int:
+        """Of these, those of adapters, whose weights are trained."""
+        return num_rows * length * adapter_macs(self.llm)
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., D]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,12 +13,16 @@ from model.evlgen import EVLGen
 from model.learning_rate_groups import declared_group
 from model.plans.language import LanguagePlanner
 
+OUTPUT = "net.connector.output.weight"
+
 
 class ImageToText(nn.Module):
     """Next-token loss (term ``caption``) of a language model that reads image tokens first."""
 
     name = "evlgen"
     elsewhere = (r"net\.vision\.(?!blocks\.\d+\.temporal\.).+", r"net\.language\..+")  # weights that no import has
+
+    not_read = (r"net\.text\..+",)  # how a Q-Former reads texts in its first stage
 
     def __init__(self, net: EVLGen) -> None:
         super().__init__()
@@ -42,6 +48,24 @@ class ImageToText(nn.Module):
         found = self.net(batch) if tokens is None else self.net.fuse(batch.plan, tokens)
         return self.lm_head(getattr(found, term.source).index_select(0, term.position), term.target)
 
+    def fresh_from(self, names: Collection[str]) -> list[str]:
+        """Patterns of what may begin anew in a model that starts from a run with weights of these ``names``.
+
+        Raises:
+            ValueError: the run has adapters and this model none, or others.
+        """
+        own, theirs = (
+            {name for name in some if ".adapter." in name} for some in (dict(self.named_parameters()), names)
+        )
+        if theirs and own != theirs:
+            raise ValueError(
+                f"has adapters of its language model ({sorted(theirs ^ own)[0]} differs), which only a model with the"
+                " same ones continues; set model.language.lora_rank and lora_modules to the run's"
+            )
+        fresh = [r"net\.language\.llm\.(?!.+\.adapter\.).+"]  # loaded by its own name
+        fresh += [] if theirs else [r"net\.language\..+\.adapter\..+"]
+        return fresh + ([] if OUTPUT in names else [r"net\.connector\.output\.(weight|bias)"])
+
     def lm_head(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """[M, D] states, int64 [M] -> fp32 [M] losses with gradient, bool [M] whether no token is more probable."""
         logits = self.net.language.logits(states).float()
@@ -51,7 +75,7 @@ class ImageToText(nn.Module):
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`).
 
         Of a frozen tower forward alone; of the language model forward and the gradients of its inputs, as its weights
-        have none.
+        have none but those of adapters.
         """
         net, num_images = self.net, batch.images.shape[0] * batch.images.shape[1]
         num_sequences, length = batch.plan.text.shape
@@ -64,6 +88,7 @@ class ImageToText(nn.Module):
             tower * num_images * net.vision.macs
             + 6 * batch.images.shape[0] * net.connector.macs(num_tokens)
             + 4 * (net.language.macs(num_sequences, length) + head)
+            + 2 * net.language.adapter_macs(num_sequences, length)
         )
 
     def parameter_group(self, name: str) -> str:

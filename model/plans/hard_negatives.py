@@ -98,6 +98,12 @@ def resemblance(captions: list[list[int]], wanted: list[int]) -> np.ndarray:
     return np.divide(shared, either, out=np.zeros_like(shared), where=either > 0).round(DIGITS)
 
 
+def apart(pairs: list[Row]) -> np.ndarray:
+    """bool [P, P]: of two samples, with captions that have words and are not the same."""
+    wordless = np.array([len(row.token_ids) <= 2 for row in pairs])
+    return ~_not_allowed(pairs, list(range(len(pairs)))) & ~wordless[:, None]
+
+
 def _draws(row: Row) -> tuple[float, float, int]:
     """Whether the row has a negative and which of equal ones (both in [0, 1)), and the seed of that negative."""
     generator = row_generator(row.seed, DRAWS)

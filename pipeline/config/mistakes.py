@@ -75,8 +75,10 @@ def refuse_unknown(settings: Mapping[str, Any], where: str) -> None:
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
     """The known name that a typo means, as a question."""
-    last = name.rsplit(".", 1)[-1]
-    match = [option for option in known if len(last) > 1 and _initials(option) == last][:1]  # lr: learning_rate
+    section, _, last = name.rpartition(".")
+    match = [option for option in known if len(last) > 1 and _initials(option) == last]  # lr: learning_rate
+    near = lambda option: (bool(section) and option.rpartition(".")[0] != section, option.count(".") != 1)  # noqa: E731
+    match = sorted(match, key=near)[:1]
     match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not match and "." not in name:
         match = [option for option in known if option.rsplit(".", 1)[-1] == name][:1]

@@ -249,9 +249,9 @@ def validate(config: Config) -> None:
     chosen = in_batch_negatives(config)
     if chosen is not None and config.optim.micro_batch_size < 2:
         option, _, value = chosen.partition(" ")
+        other = "another --objective.name" if option == "objective.name" else f"--{option} corpus"
         raise ConfigError(
-            f"{option} {value} finds no other caption in an optim.micro_batch_size of 1; use 2 or more, or --{option}"
-            " corpus"
+            f"{option} {value} finds no other caption in an optim.micro_batch_size of 1; use 2 or more, or {other}"
         )
     limit = config.model.text.max_positions - 2
     if config.data.max_text_length > limit and not reads_by_language_model(config):
@@ -282,6 +282,8 @@ def _check_length(train: TrainConfig) -> None:
 
 def in_batch_negatives(config: Config) -> str | None:
     """The option by which wrong captions come out of the micro-batch, so that its size is part of the run."""
+    if config.objective.name == "qformer_stage1":
+        return "objective.name qformer_stage1"
     if config.task.name == "pretraining" and getattr(config.objective, "negatives", None) == "in_batch_hard":
         return "objective.negatives in_batch_hard"
     return "task.negatives in_batch" if getattr(config.task, "negatives", None) == "in_batch" else None

@@ -66,8 +66,8 @@ class VQAOptions(TextsOfImagesOptions):
             search, by which EVLGen's release decoded. Answers: greedy, and with evlgen one of the beams.
         beams: width of the beam search.
         length_penalty: a beam is worth its log probability over its length to this power.
-        repetition_penalty: released_beam multiplies by it the log probability of a word that is there already; the
-            release has 1.5 with Vicuna.
+        repetition_penalty: above 1 makes a word that is there already less probable; EVLGen's release has 1.5 with
+            Vicuna. Not of nucleus.
     """
 
     name: Literal["vqa"] = "vqa"
@@ -130,8 +130,8 @@ class CaptioningOptions(TaskOptions):
             beam search, by which EVLGen's release decoded.
         beams: width of the beam search.
         length_penalty: a beam is worth its log probability over its length to this power.
-        repetition_penalty: released_beam multiplies by it the log probability of a word that is there already; the
-            release has 1.5 with Vicuna.
+        repetition_penalty: above 1 makes a word that is there already less probable; EVLGen's release has 1.5 with
+            Vicuna. Not of nucleus.
         top_p: nucleus samples from the fewest most probable tokens that hold this much probability.
         temperature: divides the scores that nucleus samples from.
         max_tokens: longest caption in tokens.
@@ -182,8 +182,8 @@ class RetrievalOptions(TaskOptions):
 
 def _check_search(options: VQAOptions | CaptioningOptions) -> None:
     """Raises ValueError for a penalty that the search does not have."""
-    has_it = options.decoding == "released_beam" or options.repetition_penalty == 1
-    options._expect("repetition_penalty", has_it, f"1 with task.decoding {options.decoding}, which has none")
+    has_it = options.decoding != "nucleus" or options.repetition_penalty == 1
+    options._expect("repetition_penalty", has_it, "1 with task.decoding nucleus, which has none")
 
 
 TASK_OPTIONS_OF: dict[str, type[TaskOptions]] = {

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,11 +102,10 @@ class Captioner:
             draws = draws.to(self.device)
             top_p, temperature, _ = self.nucleus
             return nucleus(decoder, self.max_tokens, draws, top_p, temperature, min_tokens=self.min_tokens)
+        both = {"min_tokens": self.min_tokens, "repetition_penalty": self.repetition_penalty}
         if self.beams > 1:
-            own = {} if self.beam_rules == "beam" else {"repetition_penalty": self.repetition_penalty}
-            search = partial(BEAMS[self.beam_rules], min_tokens=self.min_tokens, **own)
-            return search(decoder, self.max_tokens, self.beams, self.length_penalty)
-        return greedy(decoder, self.max_tokens, min_tokens=self.min_tokens)
+            return BEAMS[self.beam_rules](decoder, self.max_tokens, self.beams, self.length_penalty, **both)
+        return greedy(decoder, self.max_tokens, **both)
 
     @property
     def search(self) -> str:
@@ -183,7 +181,7 @@ def load_captioner(
         nucleus=nucleus,
         beam_rules=rules,
         min_tokens=least,
-        repetition_penalty=getattr(options, "repetition_penalty", 1.0),
+        repetition_penalty=options.repetition_penalty if isinstance(options, CaptioningOptions) else 1.0,
     )
 
 
@@ -194,6 +192,8 @@ def _built(config: Config, tokenizer: TextTokenizer) -> nn.Module:
         return build_captioning(*sizes, config.task.self_critical)
     if config.task.name not in ("captioning", "pretraining"):
         raise ValueError(f"a run of task {config.task.name} writes no captions; use one of captioning or pretraining")
+    if config.objective.name == "qformer_stage1":
+        raise ValueError("a run of objective qformer_stage1 writes no captions; use one of evlgen that starts from it")
     return build_objective(*sizes)
 
 

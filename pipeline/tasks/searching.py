@@ -12,7 +12,7 @@ BEAMS = {"beam": beam, "released_beam": ranked_beam}
 OPTIONS_OF = {
     "greedy": (),
     "beam": ("beams", "length_penalty"),
-    "released_beam": ("beams", "length_penalty", "repetition_penalty"),
+    "released_beam": ("beams", "length_penalty"),
     "nucleus": ("top_p", "temperature"),
 }
 
@@ -30,14 +30,14 @@ def most_probable(
     options: SearchOptions, decoder: Decoder, max_tokens: int, all_agree: Callable[[bool], bool], min_tokens: int = 0
 ) -> list[list[int]]:
     """Texts by the greedy or beam search of a task's options; arguments and result as :mod:`model.decode.search`."""
+    both = {"min_tokens": min_tokens, "repetition_penalty": options.repetition_penalty}
     if options.decoding == "greedy":
-        return greedy(decoder, max_tokens, all_agree, min_tokens=min_tokens)
-    own = {} if options.decoding == "beam" else {"repetition_penalty": options.repetition_penalty}
+        return greedy(decoder, max_tokens, all_agree, **both)
     search = BEAMS[options.decoding]
-    return search(decoder, max_tokens, options.beams, options.length_penalty, all_agree, min_tokens, **own)
+    return search(decoder, max_tokens, options.beams, options.length_penalty, all_agree, **both)
 
 
 def decoding(options: SearchOptions) -> dict[str, Any]:
     """The search of a run, with the options that it has."""
-    own = OPTIONS_OF[options.decoding]
+    own = OPTIONS_OF[options.decoding] + (("repetition_penalty",) if options.repetition_penalty != 1 else ())
     return {"name": options.decoding, **{name: getattr(options, name) for name in own}}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from model.config import ModelConfig, TextConfig, VisionConfig
+from model.config import LanguageConfig, ModelConfig, TextConfig, VisionConfig
 from model.evlgen import EVLGen
 from model.language.causal_lm import LanguageModel, language_settings
+from model.language.lora import ADAPTER
+from model.objectives.evlgen import ImageToText
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
 from model.vision.tower import build_tower
@@ -21,13 +26,13 @@ from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import CheckpointError, run_of
 from pipeline.config.command_line import load_config
 from pipeline.config.options import Config
+from pipeline.language_weights.loading import load_language
 from pipeline.weights.external import load_external
 from pipeline.weights.files import read_state_dict
-from pipeline.weights.language import load_language
 
 IMPORTED, IMPORT_RECIPE = "weights.safetensors", "recipe.yaml"  # in the folder of an imported model
 HEAD = r"(?!net\.).+"  # whatever is not of the network: what a task or objective puts on top
-TOWER = "net.vision."
+TOWER, LANGUAGE = "net.vision.", "net.language."
 OF_VIDEO = (r"blocks\.\d+\.temporal\..+",)  # begins anew in a tower of images
 
 
@@ -70,10 +75,58 @@ def import_config(folder: Path) -> Config:
     return config
 
 
+def load_evlgen(objective: ImageToText, weights: str, config: LanguageConfig) -> Loaded:
+    """Starts EVLGen from a run or import as :func:`load_model`, with the language model that is named: read once.
+
+    Adapters that the source lacks begin anew; so does the connector's last layer where the source has none (a Q-Former
+    after its first stage). Raises as :func:`load_model`.
+    """
+    language = objective.net.language
+    loaded = load_language(language, config.name)
+    if is_import(Path(weights)):
+        return _start(objective, weights, [HEAD])
+    whole = read_model(weights, {config.name: language})
+    base = {one for one in whole if one.startswith(LANGUAGE) and not re.fullmatch(ADAPTER, one)}
+    state = {one: value for one, value in whole.items() if one not in base}
+    try:
+        fresh = objective.fresh_from(state)
+        if any(re.fullmatch(ADAPTER, one) for one in state):
+            _refuse_adapters_of_another(objective, weights, config, {one: whole[one] for one in base})
+    except ValueError as error:
+        raise ValueError(f"model.weights {weights} {error}") from None
+    found = _start_from_state(objective, weights, state, [HEAD, *fresh])
+    ours = {f"{LANGUAGE}llm.{one}" for one in loaded.loaded}
+    fresh = [one for one in found.fresh if one not in ours]
+    return Loaded([*found.loaded, *sorted(ours)], found.resized, fresh, found.dropped)
+
+
+def _refuse_adapters_of_another(
+    objective: ImageToText, weights: str, config: LanguageConfig, base: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError where a run's adapters, trained beside ``base``, would be others here."""
+    before, own = load_config(run_of(restore.resolve(Path(weights)))).model.language, dict(named_tensors(objective))
+    if any(own[name].shape != value.shape or not torch.equal(own[name], value) for name, value in base.items()):
+        raise ValueError(
+            f"has adapters of the language model {before.name}, found model.language.name {config.name} with other"
+            " weights; name that one"
+        )
+    if before.lora_alpha != config.lora_alpha:
+        raise ValueError(
+            f"has adapters with model.language.lora_alpha {before.lora_alpha:g}, found {config.lora_alpha:g}, by which"
+            " they would count otherwise; use the run's"
+        )
+
+
 def _start(objective: nn.Module, weights: str, fresh: Iterable[str] = (), resizes: Resizes = ()) -> Loaded:
-    state, source = read_model(weights), f"model.weights {weights}"
     if is_import(Path(weights)):
         fresh = [*fresh, *getattr(objective, "elsewhere", ())]
+    return _start_from_state(objective, weights, read_model(weights), fresh, resizes)
+
+
+def _start_from_state(
+    objective: nn.Module, weights: str, state: dict[str, Tensor], fresh: Iterable[str], resizes: Resizes = ()
+) -> Loaded:
+    source = f"model.weights {weights}"
     dropped = [HEAD, *getattr(objective, "not_read", ())]
     released = getattr(getattr(objective, "net", None), "released", False)
     return start_from(objective, state, head_rules(state), source, fresh, dropped, (*head_resizes(released), *resizes))
@@ -94,8 +147,10 @@ def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:
     return start_from(tower, found, source=f"model.weights {config.weights}")
 
 
-def read_model(weights: str) -> dict[str, Tensor]:
+def read_model(weights: str, languages: Mapping[str, LanguageModel] = MappingProxyType({})) -> dict[str, Tensor]:
     """All weights of a run, a checkpoint or an imported model by our names, its frozen parts included.
+
+    ``languages`` are at hand already, by name.
 
     Raises:
         ValueError: there is no such thing, or its frozen parts are no longer those it was trained with.
@@ -107,7 +162,7 @@ def read_model(weights: str) -> dict[str, Tensor]:
         checkpoint = restore.resolve(folder)
         frozen = {}
         if restore.read_state(checkpoint).frozen:
-            frozen = _frozen_of(load_config(run_of(checkpoint)).model)
+            frozen = _frozen_of(load_config(run_of(checkpoint)).model, languages)
         return restore.weights_in(checkpoint, frozen)
     except CheckpointError as error:
         raise ValueError(
@@ -127,17 +182,20 @@ def load_frozen_parts(objective: nn.Module, config: ModelConfig) -> None:
         load_language(objective.net.language, config.language.name)
 
 
-def _frozen_of(config: ModelConfig) -> dict[str, Tensor]:
+def _frozen_of(config: ModelConfig, languages: Mapping[str, LanguageModel]) -> dict[str, Tensor]:
     """The same, by our names, for a model that is not built."""
     found = {}
     if config.vision.frozen:
         tower = build_tower(config.vision)
         load_vision_tower(tower, config)
         found |= {f"{TOWER}{name}": value.detach() for name, value in named_tensors(tower)}
-    if config.language.name is not None:
-        language = LanguageModel(language_settings(config.language.name))
-        load_language(language, config.language.name)
-        found |= {f"net.language.{name}": value.detach() for name, value in named_tensors(language)}
+    if (name := config.language.name) is not None:
+        language = languages.get(name)
+        if language is None:
+            language = LanguageModel(language_settings(name))
+            load_language(language, name)
+        of_base = [pair for pair in named_tensors(language) if not re.fullmatch(ADAPTER, pair[0])]
+        found |= {f"{LANGUAGE}{one}": value.detach() for one, value in of_base}
     return found
 
 

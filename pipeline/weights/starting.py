@@ -14,7 +14,9 @@ from torch import nn
 
 from model.config import AUTO, ModelConfig, TextConfig, VisionConfig
 from model.evlgen import EVLGen
+from model.objectives.evlgen import OUTPUT, ImageToText
 from model.objectives.pretraining import Pretraining
+from model.qformer import QFormerPairs
 from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
 from model.weights.start import Loaded
@@ -25,10 +27,19 @@ from pipeline.config.options import ConfigError
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
+from pipeline.language_weights.loading import load_connector, load_language
 from pipeline.weights.external import published_files
 from pipeline.weights.hub import Hub, HubError
-from pipeline.weights.language import load_connector, load_language
-from pipeline.weights.sources import is_import, load_frozen_parts, load_model, load_text, load_vision, load_whole
+from pipeline.weights.sources import (
+    is_import,
+    load_evlgen,
+    load_frozen_parts,
+    load_model,
+    load_text,
+    load_vision,
+    load_vision_tower,
+    load_whole,
+)
 
 CLIP_TAG, CLIP_FILE = "openai", "open_clip_model.safetensors"
 ROBERTA, ROBERTA_LAYERS, ROBERTA_TOKENS = "roberta-base", 12, 50265
@@ -125,15 +136,15 @@ def describe_start(starting: dict[str, dict[str, Any]]) -> tuple[str, list[str]]
 
 
 def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer, hub: Hub) -> dict[str, Start]:
+    net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
+    if config.weights and isinstance(net, EVLGen):
+        return {"model": _load_evlgen(objective, config)}
     if config.weights:
         _refuse_other_tokens_of_run(config.weights, tokenizer)
         names = load_model(objective, config.weights)
         if is_import(Path(config.weights)):
             load_frozen_parts(objective, config)
-        elif isinstance(getattr(objective, "net", None), EVLGen):  # the one named, which may be another than the run's
-            load_language(objective.net.language, config.language.name)
         return {"model": Start(config.weights, config.weights, names=names)}
-    net = getattr(objective, "net", None)  # a task may have no towers, then none can be asked for
     if isinstance(net, EVLGen):
         language, bert = config.language.name, config.connector.pretrained
         starts = {
@@ -144,7 +155,23 @@ def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer,
         if config.behaviour == "default":
             net.scale_prefix()
         return starts
+    if isinstance(net, QFormerPairs):
+        bert = config.connector.pretrained
+        names = None if bert is None else load_connector(net.connector, bert)
+        if bert is not None:
+            net.begin_text_as_queries()
+        return {"vision": _load_vision(net, config, hub), "connector": Start(bert, bert, names=names)}
     return {"vision": _load_vision(net, config, hub), "text": _load_text(net, config, tokenizer, hub)}
+
+
+def _load_evlgen(objective: ImageToText, config: ModelConfig) -> Start:
+    """From a run, whose words only adapters were trained with, or an import."""
+    names = load_evlgen(objective, config.weights, config.language)
+    if is_import(Path(config.weights)) and config.vision.frozen:
+        load_vision_tower(objective.net.vision, config)
+    if OUTPUT in names.fresh and config.behaviour == "default":
+        objective.net.scale_prefix()
+    return Start(config.weights, config.weights, names=names)
 
 
 def _load_vision(net: Any, config: ModelConfig, hub: Hub) -> Start:

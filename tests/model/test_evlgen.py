@@ -13,7 +13,7 @@ from model.batch import Batch, Row
 from model.build import build_objective
 from model.config import ConnectorConfig, FLMOptions, ModelConfig, VisionConfig, Vocabulary
 from model.evlgen import EVLGen
-from model.frozen import freeze
+from model.frozen import follow_mode, freeze
 from model.language.causal_lm import LanguageModel
 from model.language.text_form import TextForm
 from model.merge.plan import MergePlan
@@ -247,6 +247,29 @@ def small_model(kind: str, recompute: bool = False, temporal: Any = None, **opti
     net = EVLGen(config, language, Vocabulary(23, 2, 1, 3, -1), form)
     freeze(net.language, "random")
     return ImageToText(net).eval()
+
+
+def test_released_dropout_is_the_language_models_own() -> None:
+    """In training the states are those of transformers' model in training; weights are frozen, evaluations as ever."""
+    model = small_model("opt")
+    language, inputs = model.net.language, torch.randn(2, 7, 32)
+    theirs = type(language.llm)(language.llm.config)
+    theirs.load_state_dict(language.llm.state_dict())
+    theirs.train()
+    assert theirs.config.dropout == 0.1
+    still = language.states(inputs)
+    model.train()
+    assert torch.equal(language.states(inputs), still)  # by default
+    follow_mode(language)
+    model.train()
+    torch.manual_seed(3)
+    found = language.states(inputs)
+    torch.manual_seed(3)
+    expected = theirs.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    assert torch.equal(found, expected) and not torch.equal(found, still)
+    assert not any(parameter.requires_grad for parameter in language.parameters())
+    model.eval()
+    assert torch.equal(language.states(inputs), still)
 
 
 @pytest.mark.parametrize(

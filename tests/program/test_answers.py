@@ -30,7 +30,7 @@ from tests.program.test_incidents import train
 
 pytestmark = pytest.mark.slow
 KILLED = -9
-SEARCH = {"name": "released_beam", "beams": 3, "length_penalty": 0.0, "repetition_penalty": 1.0}
+SEARCH = {"name": "released_beam", "beams": 3, "length_penalty": 0.0}
 BEAMS = ["--task.decoding", "released_beam", "--task.beams", "3", "--task.length_penalty", "0"]
 
 

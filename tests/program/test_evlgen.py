@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -217,6 +218,51 @@ def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
         file.write_bytes(kept)
 
 
+def test_folders_that_do_not_fit_are_one_line(work: Path, tmp_path: Path) -> None:
+    """Weights that are no safetensors, a tokenizer of more tokens than the table has rows, another width of tower."""
+    folder = write_language_model(tmp_path / "llm")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["surplus"] = len(tokenizer["model"]["vocab"])
+    words = options(work, tmp_path / "run", "--model.language.name", folder)
+    (folder / "model.safetensors").rename(folder / "model.bin")
+    with pytest.raises(RuntimeError, match="llm: has neither model.safetensors nor .*; give a folder or hub name with"):
+        run_ranks(1, train, words)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(RuntimeError, match="the tokenizer has 258 tokens, model.language.name .*llm 257; use its own"):
+        run_ranks(1, train, words)
+    assert run_ranks(1, train, options(work, tmp_path / "first", "--train.steps", 2)) == [0]
+    clip = write_clip(tmp_path / "wide.safetensors", width=64)
+    wide = ["--model.weights", tmp_path / "first", "--model.vision.width", 64, "--model.vision.pretrained", clip]
+    with pytest.raises(RuntimeError, match="model.weights .*first: net.* has shape .*, the model's net.*64"):
+        run_ranks(1, train, options(work, tmp_path / "run", *wide))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_releases_dropout_is_an_option(work: Path, tmp_path: Path) -> None:
+    """Of OPT, in training: other losses, which a resume repeats bit for bit; nothing more in the checkpoint."""
+    folder = write_language_model(tmp_path / "opt", "opt")
+    words = ["--model.language.name", folder, "--model.behaviour", "released"]
+    words += ["--model.connector.num_tokens", 6, "--train.steps", 3]
+    dropout = ["--model.language.own_dropout", "true"]
+    runs = [options(work, tmp_path / "without", *words), options(work, tmp_path / "with", *words, *dropout)]
+    assert [run_ranks(1, train, one) for one in runs] == [[0], [0]]
+    found = losses(tmp_path / "with")
+    assert found[0] != losses(tmp_path / "without")[0]
+    assert all(
+        name.startswith("net.connector.") for name in Reader(checkpoint_path(tmp_path / "with", 3)).shapes("weight")
+    )
+    again = options(work, tmp_path / "again", *words, *dropout)
+    assert run_ranks(1, train, [*again, "--train.steps", "2"]) == [0]
+    assert run_ranks(1, train, again) == [0]
+    assert losses(tmp_path / "again") == found
+    assert evaluate(["--run", str(tmp_path / "with"), "--split", "dev"]) == 0
+    llama = options(work, tmp_path / "llama", *words[2:], *dropout)
+    with pytest.raises(RuntimeError, match="own_dropout has no effect: model.language.name .*llm has no dropout"):
+        run_ranks(1, train, llama)
+    with pytest.raises(RuntimeError, match="own_dropout is of model.behaviour released only"):
+        run_ranks(1, train, options(work, tmp_path / "default", "--model.language.own_dropout", "true"))
+
+
 @pytest.mark.parametrize(
     ("more", "error"),
     [
@@ -231,6 +277,14 @@ def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
             "/nowhere/llm: no such folder; model.language.name is the folder of",
         ),
         (["--model.connector.num_tokens", "2"], "2 tokens can't remain of 17 after 2 layers; 5 can at least"),
+        (
+            ["--model.connector.merges_per_layer", "12", "--model.connector.layers", "5"],
+            "merges_per_layer 12 merges all 17 tokens of an image into one; expected at most 3",
+        ),
+        (
+            ["--model.language.name", "somebody/no-such-model"],
+            "somebody/no-such-model: neither a folder nor to be had from the Hugging Face hub",
+        ),
         (["--model.connector.name", "pooling", "--model.connector.num_tokens", "7"], "pooling can't make 7 tokens"),
         (["--model.connector.name", "pooling", "--model.connector.pretrained", "x"], "a pooling has no layers of BERT"),
         (["--model.connector.pretrained", "/nowhere"], "model.connector.pretrained /nowhere can't be loaded"),
@@ -241,7 +295,10 @@ def test_other_frozen_weights_are_refused(work: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_one_line(work: Path, tmp_path: Path, more: list[str], error: str) -> None:
+def test_what_does_not_fit_is_one_line(
+    work: Path, tmp_path: Path, more: list[str], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match=re.escape(error)):
         run_ranks(1, train, options(work, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()

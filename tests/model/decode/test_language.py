@@ -22,6 +22,7 @@ from model.language.text_form import TextForm
 from model.objectives.evlgen import ImageToText
 from model.torchvision_shim import ensure_torchvision
 from model.weights.start import start_from
+from tests.model.test_evlgen import load, model_of
 from tests.oracle import load_oracle
 
 ensure_torchvision()
@@ -60,6 +61,54 @@ def test_greedy_texts_are_those_of_the_release() -> None:
     found = greedy(LanguageDecoder(net, dump["prefix_embeds"]), 29, min_tokens=run["kwargs"]["min_length"] - 1)
     expected = [row[1 : row.index(NEWLINE)] for row in run["ids_with_placeholder_bos"].tolist()]
     assert found == expected
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_released_texts_of_llama_avoid_repetition(task: str) -> None:
+    """Greedy, with its penalty of 1.5 on words that a text has already; without it they are others."""
+    dump = load_oracle("14_evlgen_vicuna_image.pt", "evlgen")
+    model = model_of("llama", dump["config"])
+    load(model, dump, "llm")
+    run, found = dump["generation"][f"{task}_beams1"], []
+    mask, kwargs = run["prefix_mask"].bool(), run["kwargs"]
+    net = net_of(model.net.language, TextForm(end=(2,)))
+    for penalty in (1.5, 1.0):
+        texts = []
+        for row in range(len(mask)):  # what is masked was padding
+            prefix = run["prefix_embeds"][row, mask[row]][None]
+            limits = {"max_tokens": kwargs["max_length"] - 1, "min_tokens": kwargs["min_length"] - 1}
+            texts += greedy(LanguageDecoder(net, prefix), **limits, repetition_penalty=penalty)
+        found.append(texts)
+    ids = [row[1:] for row in run["ids"].tolist()]
+    assert found[0] == [row[: row.index(2)] if 2 in row else row for row in ids] != found[1]
+
+
+@pytest.mark.slow
+def test_beams_are_penalised_by_what_each_has_said() -> None:
+    """Against a search that keeps every text of three words, scored by whole passes, with the penalty in a loop."""
+    language, penalty = small_language("llama"), 1.7
+    form = TextForm(begin=(BEGIN,), end=(NEWLINE,))
+    tokens = torch.randn(1, 5, 32)
+    decoder = LanguageDecoder(net_of(language, form), tokens)
+    found = beam(decoder, 3, beams=23**2, length_penalty=0.0, repetition_penalty=penalty)
+    values: dict[tuple[int, ...], float] = {}
+
+    def go_on(words: tuple[int, ...], value: float) -> None:
+        if len(words) == 3:
+            values[words] = value
+            return
+        inputs = torch.cat([tokens, language.embed(torch.tensor([[BEGIN, *words]]))], dim=1)
+        scores = language.logits(language.states(inputs)[0, -1]).log_softmax(-1).tolist()
+        for word, score in enumerate(scores):
+            score = score * penalty if word in words else score
+            if word == NEWLINE:
+                values[words] = value + score
+            else:
+                go_on((*words, word), value + score)
+
+    with torch.no_grad():
+        go_on((), 0.0)
+    assert tuple(found[0]) == max(values, key=values.get)
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])

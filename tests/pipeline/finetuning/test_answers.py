@@ -14,7 +14,7 @@ from torch import nn
 from data_prep.record import Record
 from data_prep.vqa_answers import normalise, vocabulary_file
 from model.batch import Row
-from model.language.text_form import QUESTIONS
+from model.language.text_form import QUESTION
 from model.plans.language import LanguagePlanner
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError
@@ -108,7 +108,7 @@ def test_a_question_is_asked_as_its_language_model_is_asked(data: Path, cleaned:
     config = configured(data, "vqa", "--model.behaviour", behaviour)
     (row,), maker, objective = rows_of(config, 'How  MANY "dogs"?', META)
     asked = "how many dogs?" if cleaned else 'How MANY "dogs"?'
-    assert QUESTIONS["opt"] == "Question: {} Short answer:"
+    assert QUESTION == "Question: {} Short answer:"
     decode, form = maker.tokenizer._engine.decode, objective.form
     assert decode(row.token_ids[len(form.begin) : row.target]) == f"Question: {asked} Short answer:"
     assert decode(row.token_ids[row.target : -1]) == " 2 dogs" and row.token_ids[-1:] == list(form.end)
@@ -137,7 +137,7 @@ def test_what_is_read_of_a_question_is_what_the_release_reads() -> None:
     """With the toy tokenizer of its dumps: the embeddings that stand before the answer, 32 tokens at most."""
     dump = load_oracle("11_evlgen_opt_image.pt", "evlgen")
     tokenizer = load_tokenizer(oracle_file("tokenizer_opt_tiny/vocab.json", "evlgen").parent, of_language_model=True)
-    settings = {"prompt": QUESTIONS["opt"], "cuts_prompt": True, "clean": released_question}
+    settings = {"prompt": QUESTION, "cuts_prompt": True, "clean": released_question}
     maker = AnswerRows(tokenizer, (2,), (14,), 32, 10, lambda sample: {}, **settings)
     table = dump["state_dict"]["opt_model.model.decoder.embed_tokens.weight"]
     embeddings = dump["generation"]["vqa_beams1"]["prefix_embeds"]
@@ -254,7 +254,7 @@ def test_options_that_would_be_idle_are_refused(tmp_path: Path) -> None:
     for words, error in (
         ({"question_prompt": "Q"}, "a text that holds {} once"),
         ({"decoding": "nucleus"}, "greedy"),
-        ({"repetition_penalty": 1.5}, "1 with task.decoding greedy"),
+        ({"repetition_penalty": 1.5, "decoding": "nucleus"}, "greedy, beam or released_beam"),
     ):
         with pytest.raises(ValueError, match=error):
             task_options("gqa", **words).check()

@@ -13,8 +13,8 @@ from tokenizers import pre_tokenizers
 from model.language.causal_lm import LanguageModel, language_settings
 from pipeline.convert import main as convert
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.language_weights.loading import load_language
 from pipeline.weights import gguf as reading
-from pipeline.weights.language import load_language
 
 WIDTH, LAYERS = 32, 2
 

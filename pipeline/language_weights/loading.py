@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from model.connectors.connector import Connector
 from model.language.causal_lm import LanguageModel
+from model.language.lora import ADAPTER
 from model.torchvision_shim import ensure_torchvision
 from model.weights.connectors import QFORMER_FRESH, bert_of_connector
 from model.weights.start import Loaded, named_tensors, start_from
+from pipeline.language_weights.files import copy_weights, weight_files
 
 
 def load_language(language: LanguageModel, name: str) -> Loaded:
@@ -17,11 +21,21 @@ def load_language(language: LanguageModel, name: str) -> Loaded:
     Raises:
         ValueError: they can't be had, or are of another model.
     """
+    source = f"model.language.name {name}"
+    fresh = frozenset(one for one, _ in named_tensors(language.llm) if re.fullmatch(ADAPTER, one))
+    try:
+        loaded = copy_weights(language.llm, weight_files(name), fresh)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+    return _by_transformers(language, name, source) if loaded is None else loaded
+
+
+def _by_transformers(language: LanguageModel, name: str, source: str) -> Loaded:
+    """From files whose names transformers knows to change; it holds a second model meanwhile."""
     ensure_torchvision()
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    source = f"model.language.name {name}"
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -31,7 +45,7 @@ def load_language(language: LanguageModel, name: str) -> Loaded:
         raise ValueError(f"{source}: transformers can't read its weights ({reason}); give safetensors") from error
     if info["missing_keys"]:
         raise ValueError(f"{source}: its weights lack {sorted(info['missing_keys'])[0]}; fetch the folder again")
-    return start_from(language.llm, dict(named_tensors(model)), source=source)
+    return start_from(language.llm, dict(named_tensors(model)), source=source, fresh=(ADAPTER,))
 
 
 def load_connector(connector: Connector, name: str) -> Loaded:

@@ -1,0 +1,142 @@
+"""The objective of a Q-Former's first stage: contrast, matching and writing of texts, all through its queries.
+
+Li et al. 2023, "BLIP-2" (arXiv 2301.12597), section 3.2. Legend: P pairs, Q queries, D width, C contrasted pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.batch import Batch
+from model.config import QFormerStage1Options
+from model.heads import LanguageModelHead, MatchingHead
+from model.layers import initial_std
+from model.learning_rate_groups import declared_group
+from model.plans.image_text import ImageTextPlanner
+from model.qformer import Pairs, QFormerPairs
+
+FIRST_TEMPERATURE, MAX_SCALE = 0.07, 100.0  # as CLIP's
+
+
+class QFormerStage1(nn.Module):
+    """Image-text contrast (``itc``), matching (``itm``) and image-grounded text generation (``itg``).
+
+    Wrong pairs are those of the micro-batch, of this rank: the loss depends on its size and not on the number of ranks.
+    # NOTE BLIP-2's release: wrong pairs of all ranks, and smoothed labels; here: of the micro-batch, and as they are.
+    """
+
+    name = "qformer_stage1"
+
+    def __init__(self, net: QFormerPairs, options: QFormerStage1Options) -> None:
+        super().__init__()
+        width = net.connector.config.width
+        self.net, self.planner = net, ImageTextPlanner(net.vocabulary)
+        self.similarity = Similarity(width, options.embedding_width)
+        self.itm_head = MatchingHead(width)
+        self.lm_head = LanguageModelHead(width, net.vocabulary.size)
+        self.term_weights = {"itc": options.itc_weight, "itm": options.itm_weight, "itg": options.itg_weight}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sum of losses of each term, fp32 scalars with gradient."""
+        return {name: losses.sum() for name, (losses, _) in self._losses(batch).items()}
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """(sum of losses, number of correct predictions) of each term, fp32 scalars; of ``itc`` the mean both ways."""
+        return {name: (losses.sum(), correct.float().sum()) for name, (losses, correct) in self._losses(batch).items()}
+
+    def _losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        pairs, words = self.net(batch), batch.terms["itg"]
+        scores = self.similarity(pairs.queries, pairs.first)
+        return {
+            "itc": _contrast(scores, batch.plan.apart, batch.terms["itc"].position),
+            "itm": self._match(pairs, batch, scores.detach()),
+            "itg": self.lm_head(pairs.words.index_select(0, words.position), words.target),
+        }
+
+    def _match(self, pairs: Pairs, batch: Batch, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Two logits of each query, their mean over queries, for right pairs and two wrong ones of each."""
+        contrasted, target = batch.terms["itc"].position, batch.terms["itm"].target
+        texts, images = wrong_pairs(scores, batch.plan.apart, batch.plan.draws)
+        of_images = torch.cat([contrasted, contrasted, images.index_select(0, contrasted)])
+        of_texts = torch.cat([contrasted, texts.index_select(0, contrasted), contrasted])
+        logits = self.itm_head(self.net.match(pairs, batch, of_images, of_texts)).float().mean(1)
+        return F.cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target
+
+    def flops(self, batch: Batch) -> int:
+        """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
+        net, plan, num_images = self.net, batch.plan, len(batch.images)
+        connector, (num_texts, length) = net.connector, plan.text.shape
+        tokens, body = connector.num_image_tokens, connector.body
+        trained = any(parameter.requires_grad for parameter in net.vision.parameters())
+        tower = 0 if batch.images.ndim == 4 else num_images * net.vision.macs
+        width, num_words = connector.config.width, len(batch.terms["itg"].target)
+        macs = num_images * tokens * connector.input.weight.numel()
+        macs += num_texts * body.macs(tokens, 2 * length)
+        macs += len(batch.terms["itm"].target) * body.macs(tokens, length)
+        macs += num_texts * (len(body.queries) + 1) * self.similarity.image_projection.weight.numel()
+        macs += num_texts**2 * len(body.queries) * self.similarity.image_projection.out_features
+        macs += num_words * (width**2 + self.lm_head.weight.numel())
+        return 6 * macs + (6 if trained else 2) * tower
+
+    def parameter_group(self, name: str) -> str:
+        """Learning-rate group of a parameter, as its module declares it."""
+        return declared_group(self, name)
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies: matrices and tables."""
+        return parameter.ndim > 1
+
+
+class Similarity(nn.Module):
+    """Scores of all images and texts: cosine of a text and of the query that is nearest to it, over a temperature."""
+
+    learning_rate_group = "head"
+
+    def __init__(self, width: int, embedding_width: int) -> None:
+        super().__init__()
+        self.image_projection = nn.Linear(width, embedding_width)
+        self.text_projection = nn.Linear(width, embedding_width)
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / FIRST_TEMPERATURE)]))
+        for linear in (self.image_projection, self.text_projection):
+            nn.init.normal_(linear.weight, std=initial_std(width))
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, queries: Tensor, first: Tensor) -> Tensor:
+        """[P, Q, D], [P, D] -> fp32 [P, P], rows are images."""
+        images = F.normalize(self.image_projection(queries).float(), dim=-1)
+        texts = F.normalize(self.text_projection(first).float(), dim=-1)
+        nearest = (images.flatten(0, 1) @ texts.T).unflatten(0, images.shape[:2]).amax(1)
+        return nearest * self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
+
+
+def _contrast(scores: Tensor, apart: Tensor, contrasted: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [C] losses, the mean of finding the text of an image and the image of a text among those apart from it; fp32
+    [C] the share of the two that is right."""
+    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    scores = scores.masked_fill(~(apart | own), float("-inf"))
+    losses, correct = [], []
+    for table in (scores, scores.T):
+        rows = table.index_select(0, contrasted)
+        losses.append(F.cross_entropy(rows, contrasted, reduction="none"))
+        correct.append((rows.argmax(1) == contrasted).float())
+    return (losses[0] + losses[1]) / 2, (correct[0] + correct[1]) / 2
+
+
+def wrong_pairs(scores: Tensor, apart: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """A wrong text of each image and a wrong image of each text, int64 [P] both.
+
+    Drawn from the softmax of the scores over wrong pairs, by the largest score with a Gumbel variable added (Li et al.
+    2021, "ALBEF", section 3.2, for the distribution). ``draws`` fp32 [2, P, P] are uniform. Where no pair is wrong it
+    is any.
+    """
+    noise = -torch.log(-torch.log(draws.float()))
+    found = [
+        (table + one).masked_fill(~apart, float("-inf")).argmax(1)
+        for table, one in zip((scores, scores.T), noise, strict=True)
+    ]
+    return found[0], found[1]

@@ -184,10 +184,10 @@ class _ShardWriter:
         content = {**record.meta, **record.per_caption, "captions": captions}
         meta = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         members = {"text": ("txt", captions[0].encode()), "meta": ("json", meta)}
-        contents = record.images
         if record.video is not None:
-            members["video"], contents = (record.extensions[0], record.video), ()
-        for number, (content, extension) in enumerate(zip(contents, record.extensions, strict=not record.video)):
+            members["video"] = record.extensions[0], record.video
+        extensions = record.extensions if record.video is None else ()
+        for number, (content, extension) in enumerate(zip(record.images, extensions, strict=True)):
             members[self._fields[number]] = (f"{number}.{extension}" if len(record.images) > 1 else extension, content)
         row = [-1] * self._columns.width
         for field in self._fields:

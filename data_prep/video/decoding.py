@@ -110,7 +110,7 @@ def read_frames(
     does, but for the limits of preparing.
     """
     max_pixels = min(max_pixels, MAX_FRAME_PIXELS)
-    if num_frames is not None:
+    if num_frames is not None and num_frames <= MAX_FRAMES:
         found = _taken(data, choose(num_frames), max_pixels)
         if found is not None:
             return found
@@ -191,8 +191,8 @@ class _Decoder:
         covers = self._av.stream.Disposition.attached_pic
         stream = next((one for one in clip.streams.video if not one.disposition & covers), None)
         if stream is None:
-            kinds = ", ".join(sorted({one.type for one in clip.streams})) or "nothing"
-            raise ImageProblem("no_video_stream", f"holds {kinds}")
+            # what kinds they are is not asked: for one that FFmpeg does not know PyAV ends the process
+            raise ImageProblem("no_video_stream", f"holds {len(clip.streams)} other streams")
         context = stream.codec_context
         if context is None or context.codec.name not in DECODERS:
             raise ImageProblem("undecodable_video", f"coded as {'?' if context is None else context.codec.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,13 +37,14 @@ def load_model(objective: nn.Module, weights: str) -> Loaded:
 
     A head starts from the source's head for the same purpose (``model/weights/heads.py``). Heads that the source lacks,
     and layers of another number of classes, stay as they are; heads that only the source has are left out; the vision
-    tower's position table is resized. An objective may leave more of a source unread (``not_read``, patterns of names),
-    or give further ``resizes``.
+    tower's position table is resized; what frames tell each other begins anew where the source is of images. An
+    objective may leave more of a source unread (``not_read``, patterns of names), or give further ``resizes``.
 
     Raises:
         ValueError: nothing of the kind is there, or the networks differ.
     """
-    return _start(objective, weights, [HEAD], getattr(objective, "resizes", ()))
+    fresh = [HEAD, *(re.escape(TOWER) + pattern for pattern in OF_VIDEO)]
+    return _start(objective, weights, fresh, getattr(objective, "resizes", ()))
 
 
 def load_whole(objective: nn.Module, weights: str) -> Loaded:
@@ -91,7 +93,7 @@ def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:
         found = {name.removeprefix(TOWER): value for name, value in named if name.startswith(TOWER)}
     if not found or all(".temporal." in name for name in found):  # an imported EVLGen is what was trained only
         return load_vision(tower, config.vision)
-    return start_from(tower, found, source=f"model.weights {config.weights}")
+    return start_from(tower, found, source=f"model.weights {config.weights}", fresh=OF_VIDEO)
 
 
 def read_model(weights: str) -> dict[str, Tensor]:
@@ -133,7 +135,8 @@ def _frozen_of(config: ModelConfig) -> dict[str, Tensor]:
     if config.vision.frozen:
         tower = build_tower(config.vision)
         load_vision_tower(tower, config)
-        found |= {f"{TOWER}{name}": value.detach() for name, value in named_tensors(tower)}
+        kept = ((name, value) for name, value in named_tensors(tower) if ".temporal." not in name)  # that is trained
+        found |= {f"{TOWER}{name}": value.detach() for name, value in kept}
     if config.language.name is not None:
         language = LanguageModel(language_settings(config.language.name))
         load_language(language, config.language.name)

@@ -91,6 +91,7 @@ def check_clip(data: bytes, limits: ClipLimits) -> ClipFacts:
     width = height = 0
     for frame in decoder.frames():
         if not width:
+            decoder.upright(frame)  # which a pixel format of its own may not let be
             turned = frame.rotation % 180 == 90
             width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
             if min(width, height) < limits.min_side:
@@ -126,19 +127,13 @@ def read_frames(
 
 def _taken(data: bytes, numbers: Sequence[int], max_pixels: int) -> list[Image.Image] | None:
     """The frames ``numbers`` of a clip; None where it has no such frame."""
-    wanted, images = set(numbers), {}
-    for number, frame in enumerate(_Decoder(data, max_pixels).frames()):
+    wanted, images, decoder = set(numbers), {}, _Decoder(data, max_pixels)
+    for number, frame in enumerate(decoder.frames()):
         if number in wanted:
-            images[number] = _upright(frame)
+            images[number] = decoder.upright(frame)
             if len(images) == len(wanted):
                 return [images[number] for number in numbers]
     return None
-
-
-def _upright(frame: av.VideoFrame) -> Image.Image:
-    """A frame in mode RGB, turned as its container says; turns by other angles than right ones are left out."""
-    image, turn = frame.to_image(), _UPRIGHT.get(frame.rotation % 360)
-    return image if turn is None else image.transpose(turn)
 
 
 class _Decoder:
@@ -181,6 +176,15 @@ class _Decoder:
             raise ImageProblem("undecodable_video", " ".join(str(error).split())) from error
         if not self.num_frames:
             raise ImageProblem("undecodable_video", "no frame decodes")
+
+    def upright(self, frame: av.VideoFrame) -> Image.Image:
+        """A frame in mode RGB, turned as its container says; turns by other angles than right ones are left out."""
+        try:
+            image = frame.to_image()
+        except (self._av.error.FFmpegError, ValueError, MemoryError) as error:
+            raise ImageProblem("undecodable_video", f"pixels of format {frame.format.name}: {error}") from error
+        turn = _UPRIGHT.get(frame.rotation % 360)
+        return image if turn is None else image.transpose(turn)
 
     def check_length(self) -> None:
         """Refuse a clip that decodes to less than half of what its video stream, or else its container, announces."""

@@ -101,6 +101,7 @@ def test_clips_are_captioned_scored_and_shown(
     assert evaluate(["--run", "captions", "--split", "dev", "--task.decoding", "beam"]) == 0
     [card] = (tmp_path / "captions" / "evaluations").glob("captioning-*/scorecard.json")
     assert json.loads(card.read_text())["metrics"]["caption_loss"] == pytest.approx(last["caption_loss"], abs=1e-5)
+    assert json.loads(card.read_text())["protocol"]["frames"] == "4 of each clip, at equal distances"
     lines = [json.loads(line) for line in (card.parent / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and all(re.search("moves", line["references"][0]) for line in lines)
     shown = json.loads((card.parent / "examples.json").read_text())["examples"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -148,6 +150,46 @@ def test_tables_that_announce_too_much_are_refused_unread() -> None:
 
 def _box(kind: bytes, content: bytes) -> bytes:
     return (8 + len(content)).to_bytes(4, "big") + kind + content
+
+
+def test_pixels_that_become_no_image_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FFmpeg can't convert a frame, preparing and training say so alike."""
+    import av
+
+    data = clip(4)
+    monkeypatch.setattr(decoding, "require_decoder", lambda: _Refusing(av))
+    assert reason(data) == "undecodable_video"
+    with pytest.raises(ImageProblem, match="pixels of format yuv420p"):
+        read_frames(data, lambda n: [0], 4)
+
+
+class _Refusing:
+    """PyAV, whose frames refuse to become images."""
+
+    def __init__(self, av: object) -> None:
+        self.error, self.stream, self._av = av.error, av.stream, av
+
+    @contextmanager
+    def open(self, *arguments: object, **options: object):
+        with self._av.open(*arguments, **options) as container:
+            yield _Container(container)
+
+
+class _Container:
+    def __init__(self, container: object) -> None:
+        self.streams, self.duration, self._container = container.streams, container.duration, container
+
+    def demux(self, stream: object):
+        for packet in self._container.demux(stream):
+            yield SimpleNamespace(decode=lambda packet=packet: [_frame(one) for one in packet.decode()])
+
+
+def _frame(frame: object) -> SimpleNamespace:
+    def refuse() -> None:
+        raise ValueError("no conversion")
+
+    names = ("width", "height", "pts", "time_base", "duration", "rotation", "format")
+    return SimpleNamespace(**{name: getattr(frame, name) for name in names}, to_image=refuse)
 
 
 def test_containers_are_told_by_their_first_bytes() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.filters import DuplicateFilter, check_record
+from data_prep.info import describe_split
 from data_prep.manifest import Manifest, ManifestError, find_splits, read_manifest, write_manifest
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError, Record
@@ -51,6 +52,7 @@ def test_a_clip_is_one_sample_with_its_bytes_as_they_came(split: Path) -> None:
     assert samples[0].meta["frame_size"] == [WIDTH, HEIGHT] and samples[0].meta["seconds"] == 0.4
     assert corpus.read_without_images(0).video is None
     assert verify_split(split, Limits(), 1).problems == []
+    assert describe_split(split)["image_pixels"] == {f"{WIDTH}x{HEIGHT}": 2}, "those of the first shard"
 
 
 def test_verifying_decodes_clips(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from data_prep.manifest import ManifestError
 from data_prep.program import run_program
 from data_prep.record import PrepError
 from data_prep.verbs import VERBS
+from data_prep.video.decoding import DecoderMissing
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return VERBS[args.verb][2](args)
-    except (PrepError, ManifestError) as error:
+    except (PrepError, ManifestError, DecoderMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except BrokenPipeError:  # of stdout, mostly: for run_program

@@ -23,6 +23,7 @@ from data_prep.annotations.published import compare
 from data_prep.annotations.snli_ve import label_revision, read_snli_ve
 from data_prep.annotations.visual_genome import coco_ids_of, read_visual_genome
 from data_prep.annotations.vqav2 import held_out_images, read_vqav2, vocabulary_answers
+from data_prep.filters import Limits
 from data_prep.manifest import CAPTIONS, file_sha256, write_atomically
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError, Rejection
@@ -41,6 +42,7 @@ from data_prep.verb_options import (
     split_writer,
     whole_number,
 )
+from data_prep.video.decoding import ClipLimits
 from data_prep.vqa_answers import MIN_COUNT, build_vocabulary, vocabulary_file
 
 VOCABULARY_NAME = "answers.json"
@@ -74,7 +76,7 @@ def run_vqav2(args: argparse.Namespace) -> int:
         annotated = read_visual_genome(args.vg_qa, args.vg_image_data, held_out)
         parts.append(Part(args.vg_output, annotated, args.vg_images or args.images, "vg_qa", texts="questions"))
         files += [args.vg_qa, args.vg_image_data, *args.held_out]
-    return _prepare(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
+    return prepare_parts(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
 
 
 def _held_out(path: Path) -> set[int]:
@@ -115,7 +117,7 @@ def run_okvqa(args: argparse.Namespace) -> int:
     splits = read_okvqa(args.questions, args.annotations, args.split)
     parts = [Part(args.output, split, args.images, "okvqa", texts="questions") for split in splits]
     vocabulary = (splits, args.answer_splits, args.min_answer_count)
-    return _prepare(args, parts, [*args.questions, *args.annotations], vocabulary=vocabulary)
+    return prepare_parts(args, parts, [*args.questions, *args.annotations], vocabulary=vocabulary)
 
 
 def add_okvqa(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +133,7 @@ def run_gqa(args: argparse.Namespace) -> int:
     _refuse_twice(splits)
     parts = [Part(args.output, split, args.images, "gqa", texts="questions") for split in splits]
     files = [*args.input, *([] if args.vg_image_data is None else [args.vg_image_data])]
-    return _prepare(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
+    return prepare_parts(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
 
 
 def add_gqa(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +147,7 @@ def add_gqa(parser: argparse.ArgumentParser) -> None:
 
 def run_nocaps(args: argparse.Namespace) -> int:
     annotated = read_nocaps(args.input, args.split)
-    return _prepare(args, [Part(args.output, annotated, args.images, "nocaps")], [args.input])
+    return prepare_parts(args, [Part(args.output, annotated, args.images, "nocaps")], [args.input])
 
 
 def add_nocaps(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +159,7 @@ def add_nocaps(parser: argparse.ArgumentParser) -> None:
 def run_nlvr2(args: argparse.Namespace) -> int:
     annotated = read_nlvr2(args.input, args.split, args.balanced, args.unbalanced)
     files = [path for path in (args.input, args.balanced, args.unbalanced) if path is not None]
-    return _prepare(args, [Part(args.output, annotated, args.images, "nlvr2")], files, num_images=2)
+    return prepare_parts(args, [Part(args.output, annotated, args.images, "nlvr2")], files, num_images=2)
 
 
 def add_nlvr2(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +174,7 @@ def run_coco(args: argparse.Namespace) -> int:
     splits = read_karpathy(args.karpathy, "coco", restval=not args.without_restval)
     published = {"train": "train, without restval"} if args.without_restval else {}
     parts = [Part(args.output, split, args.images, "coco", published.get(split.split, "")) for split in splits]
-    return _prepare(args, parts, [args.karpathy])
+    return prepare_parts(args, parts, [args.karpathy])
 
 
 def add_coco(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +185,9 @@ def add_coco(parser: argparse.ArgumentParser) -> None:
 
 def run_flickr30k(args: argparse.Namespace) -> int:
     splits = read_karpathy(args.karpathy, "flickr30k")
-    return _prepare(args, [Part(args.output, split, args.images, "flickr30k") for split in splits], [args.karpathy])
+    return prepare_parts(
+        args, [Part(args.output, split, args.images, "flickr30k") for split in splits], [args.karpathy]
+    )
 
 
 def add_flickr30k(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +201,7 @@ def run_snli_ve(args: argparse.Namespace) -> int:
     revisions = {split.split: label_revision(split) for split in splits}
     parts = [Part(args.output, split, args.images, "snli_ve", texts="hypotheses") for split in splits]
     print("labels:", ", ".join(f"{split} {revision}" for split, revision in revisions.items()))
-    return _prepare(args, parts, args.input, label_revision=revisions)
+    return prepare_parts(args, parts, args.input, label_revision=revisions)
 
 
 def _split_names(args: argparse.Namespace) -> list[str | None]:
@@ -223,7 +227,7 @@ def run_easy_vqa(args: argparse.Namespace) -> int:
     print(f"easy_vqa train and dev: {compare('easy_vqa', 'train and dev', whole)}")
     parts = [Part(args.output, split, args.images or [args.input], "easy_vqa", texts="questions") for split in splits]
     files = sorted(args.input.glob("*/questions.json"))
-    return _prepare(args, parts, files, vocabulary=(splits, ["train"], args.min_answer_count))
+    return prepare_parts(args, parts, files, vocabulary=(splits, ["train"], args.min_answer_count))
 
 
 def add_easy_vqa(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +246,7 @@ def run_easy_pairs(args: argparse.Namespace) -> int:
         if wanted.get(split.split)
     ]
     parts = [Part(args.output, split, args.images or [args.input], "easy_pairs") for split in pairs]
-    return _prepare(args, parts, [args.input / "train" / "questions.json"], num_images=2)
+    return prepare_parts(args, parts, [args.input / "train" / "questions.json"], num_images=2)
 
 
 def add_easy_pairs(parser: argparse.ArgumentParser) -> None:
@@ -269,12 +273,13 @@ def _add_options(parser: argparse.ArgumentParser, output: str, images: str) -> N
     add_writing(parser)
 
 
-def _prepare(
+def prepare_parts(
     args: argparse.Namespace,
     parts: Sequence[Part],
     files: Sequence[Path],
     num_images: int = 1,
     vocabulary: tuple[Sequence[AnnotatedSplit], list[str], int] | None = None,
+    limits: Limits | ClipLimits | None = None,
     **arguments: Any,
 ) -> int:
     """Print the counts of the parts and, unless only to be checked, write them and the vocabulary of answers."""
@@ -288,24 +293,30 @@ def _prepare(
             _name_problems(f"{part.set_name} {part.annotated.split}", examples, counted)
         return 0
     if any(not part.images for part in parts):
-        raise PrepError("--images: none given; name the folders of the images, or --check the annotation files alone")
+        kind = "videos" if parts[0].annotated.videos else "images"
+        raise PrepError(f"--{kind}: none given; name the folders of the {kind}, or --check the annotation files alone")
+    limits = limits or limits_of(args)
     for part in parts:
         refuse_existing(part.corpus / part.annotated.split, args.overwrite)
-    arguments |= {"files": {path.name: file_sha256(path) for path in files}, **limits_of(args).__dict__}
+    arguments |= {"files": {path.name: file_sha256(path) for path in files}, **limits.__dict__}
     for part in parts:
-        _write(args, part, num_images, {**arguments, "counts": part.annotated.counts})
+        _write(args, part, num_images, limits, {**arguments, "counts": part.annotated.counts})
     if answers is not None:
         write_atomically(args.output / VOCABULARY_NAME, answers)
         print(f"{args.output / VOCABULARY_NAME}: written")
     return 0
 
 
-def _write(args: argparse.Namespace, part: Part, num_images: int, arguments: dict[str, Any]) -> None:
+def _write(
+    args: argparse.Namespace, part: Part, num_images: int, limits: Limits | ClipLimits, arguments: dict[str, Any]
+) -> None:
     annotated = part.annotated
-    writer = split_writer(args, part.corpus, annotated.split, arguments, ("pillow",), num_images, part.texts)
+    packages = ("av",) if annotated.videos else ("pillow",)
+    kind = (num_images, part.texts, annotated.videos)
+    writer = split_writer(args, part.corpus, annotated.split, arguments, packages, *kind)
     source = records(annotated, part.images)
     total = len(annotated.problems) + len(annotated.images)
-    manifest = fill_split(writer, source, limits_of(args), args.workers, total=total, label=annotated.split)
+    manifest = fill_split(writer, source, limits, args.workers, total=total, label=annotated.split)
     report_split(part.corpus / annotated.split, manifest)
     _name_problems(str(part.corpus / annotated.split), writer.examples, writer.rejected)
 

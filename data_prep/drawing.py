@@ -1,9 +1,10 @@
-"""Draws a synthetic scene as a JPEG."""
+"""Draws synthetic scenes: as JPEGs, and things alone."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -39,6 +40,16 @@ def draw_jpeg(scene: Scene, image_size: int) -> bytes:
     # 4:4:4: at half the colour resolution a small object would mix its colour with the background.
     image.save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return stream.getvalue()
+
+
+def draw_things(things: Sequence[Thing], grey: int, image_size: int) -> Image.Image:
+    """Things on a plain background of ``grey``, as a square image of ``image_size`` pixels a side."""
+    side = image_size * _SUPERSAMPLING
+    image = Image.new("RGB", (side, side), (grey,) * 3)
+    canvas = ImageDraw.Draw(image)
+    for thing in things:
+        _draw_thing(canvas, thing, side)
+    return image.resize((image_size, image_size), Image.Resampling.BOX)
 
 
 def _noisy(scene: Scene, size: int) -> Image.Image:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep.images import ImageProblem, image_problems, open_image, upright_rgb
 from data_prep.record import Record, Rejection
+from data_prep.video.decoding import ClipLimits, check_clip
 
 REASONS = {
     "empty_image": "the image file or response has zero bytes",
@@ -23,6 +24,14 @@ REASONS = {
     "too_many_scans": "a JPEG with so many scans that decoding it would take minutes",
     "too_many_parts": "a file of many tiny parts or tables, which no encoder writes; it was refused before decoding",
     "unsupported_pixel_format": "floating-point pixels, or a run-length coded BMP",
+    "missing_video": "no file of the clip in the folders of videos",
+    "empty_video": "the file of the clip has zero bytes",
+    "video_bytes_too_large": "the encoded clip is larger than --max-video-bytes",
+    "not_a_video": "the bytes are no MP4, QuickTime, WebM, Matroska or AVI (an HTML error page, for example)",
+    "no_video_stream": "the clip holds sound, or other data, but no moving picture",
+    "undecodable_video": "no frame of the clip can be decoded, or its codec is none of those that are read",
+    "truncated_video": "decoding ends before half of the length that the clip announces",
+    "too_many_frames": "more frames than --max-frames, or more pixels in all of them than four minutes of 1080p have",
     "image_too_small": "a side is shorter than --min-side pixels",
     "aspect_ratio": "the longer side is more than --max-aspect times the shorter, or more than 100 times",
     "empty_caption": "the caption is missing or holds only white space",
@@ -38,6 +47,7 @@ REASONS = {
     "duplicate_id": "an id that must be unique comes again; the earlier entry counts",
     "unknown_label": "a label other than those of the set",
     "unknown_split": "an entry of a split that the set does not have, or of another than the file's first entry",
+    "unknown_video": "a caption of a video that the annotation files do not list",
     "held_out_image": "a further training row whose image is in a held-out split",
     "bad_url": "the address is missing or not http(s)",
     "private_address": "the address leads to a private, local or reserved network (--allow-private-addresses takes it)",
@@ -66,23 +76,30 @@ class Limits:
     image_size: int | None = None
 
 
-def check_record(record: Record, limits: Limits) -> tuple[Record | None, list[Rejection]]:
+def check_record(record: Record, limits: Limits | ClipLimits) -> tuple[Record | None, list[Rejection]]:
     """The record as it will be written, or None, and the rejections of it or of its captions (counted in rows)."""
     name = safe_key(record.key)
     captions, rejections = _check_captions(name, record.captions)
     if not captions:
         return None, rejections
-    images, extensions = [], []
-    for image in record.images:
-        try:
-            content, extension = check_image(image, limits)
-        except ImageProblem as error:
-            rejections.append(Rejection(error.reason, name, error.detail, rows=len(captions)))
-            return None, rejections
-        images.append(content)
-        extensions.append(extension)
-    kept = replace(record.with_captions(captions), key=name, images=tuple(images), extensions=tuple(extensions))
-    return kept, rejections
+    kept = replace(record.with_captions(captions), key=name)
+    try:
+        return _check_content(kept, limits), rejections
+    except ImageProblem as error:
+        rejections.append(Rejection(error.reason, name, error.detail, rows=len(captions)))
+        return None, rejections
+
+
+def _check_content(record: Record, limits: Limits | ClipLimits) -> Record:
+    """The record with its images as they are stored, or its clip, whose bytes stay, and what decoding it found."""
+    if record.video is not None:
+        assert isinstance(limits, ClipLimits)
+        found = check_clip(record.video, limits)
+        facts = {"num_frames": found.num_frames, "seconds": found.seconds, "frame_size": [found.width, found.height]}
+        return replace(record, extensions=(found.extension,), meta=record.meta | facts)
+    checked = [check_image(image, limits) for image in record.images]
+    images, extensions = zip(*checked) if checked else ((), ())
+    return replace(record, images=images, extensions=extensions)
 
 
 def _check_captions(name: str, captions: tuple[str, ...]) -> tuple[dict[int, str], list[Rejection]]:
@@ -161,7 +178,8 @@ class DuplicateFilter:
         self._keys.add(key)
         if not self._drop_pairs:
             return record, []
-        image = b"".join(_digest(content) for content in record.images)
+        contents = record.images if record.video is None else (record.video,)
+        image = b"".join(_digest(content) for content in contents)
         kept, rejections = {}, []
         for number, caption in enumerate(record.captions):
             pair = _digest(image + caption.encode())

@@ -46,7 +46,7 @@ _PNG_KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"}
 
 
 class ImageProblem(ValueError):
-    """Bytes that cannot be used as an image; ``reason`` is a word of data_prep/filters.py's REASONS."""
+    """Bytes that cannot be used as an image or clip; ``reason`` is a word of data_prep/filters.py's REASONS."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -96,7 +96,7 @@ def open_image(data: bytes, max_pixels: int, formats: tuple[str, ...] = FORMATS)
     except UnidentifiedImageError as error:
         raise ImageProblem("not_an_image", f"starts with {data[:12]!r}") from error
     width, height = image.size
-    _check_size(width, height, max_pixels)
+    check_size(width, height, max_pixels)
     if image.format in ("JPEG", "MPO"):
         _check_scans(essential, width * height, max_pixels)
     return image
@@ -143,7 +143,8 @@ def _orientation(image: Image.Image) -> int:
         return 1  # damaged metadata, sound pixels
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises ImageProblem for no pixels, more than ``max_pixels``, a side of more than MAX_ASPECT times the other."""
     if min(width, height) < 1:
         raise ImageProblem("undecodable_image", f"{width}x{height}")
     if width * height > max_pixels:
@@ -245,7 +246,7 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
     """Count the chunks of a WebP, and check its canvas, which Pillow's decoder makes as it opens. RFC 9649."""
     if data[12:16] == b"VP8X" and len(data) >= 30:
         width, height = (1 + int.from_bytes(data[begin : begin + 3], "little") for begin in (24, 27))
-        _check_size(width, height, max_pixels)
+        check_size(width, height, max_pixels)
     parts, position = _Parts(data), 12
     while position + 8 <= len(data):
         parts.count()

@@ -84,7 +84,7 @@ def _read(
 
 
 def describe_split(split_dir: Path) -> dict[str, Any]:
-    """Numbers about one split; ``image_pixels`` (width x height: count) is a sample of the first images."""
+    """Numbers about one split; ``image_pixels`` (width x height: count) is a sample of the first images or clips."""
     manifest = read_manifest(split_dir)
     lengths = sorted(len(text.split()) for text in row_texts(split_dir, manifest))
     return {
@@ -123,19 +123,33 @@ def _image_sizes(split_dir: Path, manifest: Manifest) -> dict[str, int]:
     shard = manifest.shards[0]
     columns = index_columns(manifest.fields)
     index = open_index(split_dir, manifest, shard)
-    if "image" not in columns.offset:
+    name = "meta" if manifest.is_video else "image"  # of a clip preparing wrote its size down
+    if name not in columns.offset:
         return {}
-    place = [columns.offset["image"], columns.size["image"]]
+    place = [columns.offset[name], columns.size[name]]
     with open(split_dir / shard.file, "rb") as stream:
         for row in itertools.islice(dict.fromkeys(tuple(row) for row in index[:, place].tolist()), _IMAGE_SAMPLE):
             try:
-                content = _read(stream, dict(zip(place, row)), columns, "image")
-                with image_problems(), open_image(content or b"", sys.maxsize) as image:
-                    name = f"{image.width}x{image.height}"
-            except (OSError, ValueError):  # ImageProblem is one
-                name = "unreadable"
-            sizes[name] = sizes.get(name, 0) + 1
+                content = _read(stream, dict(zip(place, row)), columns, name) or b""
+                size = _frame_size(content) if manifest.is_video else _image_size(content)
+            except (OSError, ValueError, RecursionError):  # ImageProblem is one
+                size = "unreadable"
+            sizes[size] = sizes.get(size, 0) + 1
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _image_size(content: bytes) -> str:
+    with image_problems(), open_image(content, sys.maxsize) as image:
+        return f"{image.width}x{image.height}"
+
+
+def _frame_size(meta: bytes) -> str:
+    """Of the JSON of a clip; raises ValueError."""
+    content = json.loads(meta)
+    found = content.get("frame_size") if isinstance(content, dict) else None
+    if not isinstance(found, list) or [type(side) for side in found] != [int, int]:
+        raise ValueError("no size of its frames")
+    return f"{found[0]}x{found[1]}"
 
 
 def format_table(descriptions: list[dict[str, Any]]) -> str:

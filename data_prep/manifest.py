@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.sample_fields import CLIP_FIELDS, advice, contents, fields_of
 from data_prep.shard_table import Shard, ShardTable
 
 FORMAT_VERSION = 1
@@ -24,11 +25,6 @@ INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, TokenError, Arithm
 INDEX_DAMAGE += (MemoryError, RecursionError)
 CAPTIONS = "captions"
 _CHECKED_AT_A_TIME, _CHECKING_THREADS = 1000, 16
-
-
-def fields_of(num_images: int) -> tuple[str, ...]:
-    """Fields of a sample of ``num_images`` images: image, image1, image2, ..., text, meta."""
-    return ("image", *(f"image{number}" for number in range(1, num_images)), "text", "meta")
 
 
 class ManifestError(ValueError):
@@ -62,6 +58,11 @@ class Manifest:
     @property
     def samples(self) -> int:
         return sum(self.shards.samples.tolist())
+
+    @property
+    def is_video(self) -> bool:
+        """Whether its samples are clips."""
+        return "video" in self.fields
 
     @property
     def num_images(self) -> int:
@@ -233,7 +234,7 @@ def _parse(path: Path, content: Any) -> Manifest:
 def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> None:
     if not all(isinstance(value, str) for value in (manifest.corpus, manifest.split, manifest.texts)):
         raise ManifestError(f"{path}: corpus, split and texts must be strings; prepare the split again")
-    known = fields_of(manifest.num_images)
+    known = CLIP_FIELDS if manifest.is_video else fields_of(manifest.num_images)
     if not set(manifest.fields) <= set(known) or len(set(manifest.fields)) != len(manifest.fields):
         raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(known)}")
     if totals != (manifest.rows, manifest.samples):
@@ -293,29 +294,36 @@ def _leads_out(link: Path) -> bool:
     return not any(allowed in target.parents for allowed in (folder, *blobs))
 
 
-def find_splits(path: Path, split: str, num_images: int | None = 1, texts: str | None = CAPTIONS) -> list[Path]:
+def find_splits(
+    path: Path, split: str, num_images: int | None = 1, texts: str | None = CAPTIONS, videos: bool = False
+) -> list[Path]:
     """The folders that ``find_manifests`` finds."""
-    return [folder for folder, _ in find_manifests(path, split, num_images, texts)]
+    return [folder for folder, _ in find_manifests(path, split, num_images, texts, videos)]
 
 
 def find_manifests(
-    path: Path, split: str, num_images: int | None = 1, texts: str | None = CAPTIONS
+    path: Path, split: str, num_images: int | None = 1, texts: str | None = CAPTIONS, videos: bool = False
 ) -> list[tuple[Path, Manifest]]:
     """Folders and manifests of ``split`` at ``path``: a split folder, a corpus (SPLIT/) or a root of corpora
     (CORPUS/SPLIT/). A manifest is read once; the other files of a finished split are not looked at.
 
-    Corpora with another number of images per sample (None: any) are skipped in a root and refused when named. Those of
-    other ``texts`` (None: any) are skipped in a root and taken when named. Raises ManifestError, naming the command to
-    run, when there is no split or a half-written one.
+    Corpora with another number of images per sample (None: any, clips too), and those of images where ``videos`` are
+    wanted or of clips where they are not, are skipped in a root and refused when named. Those of other ``texts`` (None:
+    any) are skipped in a root and taken when named. Raises ManifestError, naming the command to run, when there is no
+    split or a half-written one.
     """
     path = Path(path)
     if not path.is_dir():
         raise ManifestError(f"{path}: no such folder; run `python -m data_prep synth` or name one by --data DIR")
     if is_split(path):
         manifest = load_manifest(path)
-        if (manifest.split, num_images or manifest.num_images) != (split, manifest.num_images):
-            found = f"holds split {manifest.split!r} with {manifest.num_images} image(s) per sample"
-            raise ManifestError(f"{path}: {found}, expected split {split!r} with {num_images} image(s)")
+        if manifest.split != split or not _fits(manifest, num_images, videos):
+            found = f"holds split {manifest.split!r} with {contents(manifest.num_images, manifest.is_video)} per sample"
+            expected, hint = f"split {split!r}", ""
+            if num_images:
+                expected += f" with {contents(num_images, videos)}"
+                hint = advice(manifest.is_video, videos)
+            raise ManifestError(f"{path}: {found}, expected {expected}{hint}")
         return [(path, manifest)]
     candidates = _split_folders(path, split)
     for candidate in (path, *candidates):
@@ -326,19 +334,25 @@ def find_manifests(
                 "from its table by `python -m data_prep urls`, or name another folder by --data DIR"
             )
     found = [(candidate, load_manifest(candidate)) for candidate in candidates if is_split(candidate)]
-    matching = [(folder, manifest) for folder, manifest in found if num_images in (None, manifest.num_images)]
+    matching = [(folder, manifest) for folder, manifest in found if _fits(manifest, num_images, videos)]
     others = [] if candidates == [path / split] or texts is None else [one for one in matching if one[1].texts != texts]
     if others and len(others) == len(matching):
         folder, manifest = others[0]
         raise ManifestError(f"{path}: no {texts} here: {folder} holds {manifest.texts}; name its corpus if you want it")
     matching = [one for one in matching if one not in others]
     if not matching:
-        counts = ", ".join(map(str, sorted({manifest.num_images for _, manifest in found})))
-        reason = f"{counts} image(s) per sample, expected {num_images}" if found else _what_is_there(path)
+        kinds = sorted({contents(manifest.num_images, manifest.is_video) for _, manifest in found})
+        reason = f"{', '.join(kinds)} per sample, expected {contents(num_images, videos)}" if found else ""
+        hint = advice(found[0][1].is_video, videos) if found else ""
         raise ManifestError(
-            f"{path}: no split {split!r} here ({reason}); run `python -m data_prep synth` or name another by --data DIR"
+            f"{path}: no split {split!r} here ({reason or _what_is_there(path)}); run `python -m data_prep synth` or"
+            f" name another by --data DIR{hint}"
         )
     return matching
+
+
+def _fits(manifest: Manifest, num_images: int | None, videos: bool) -> bool:
+    return num_images is None or (manifest.num_images, manifest.is_video) == (num_images, videos)
 
 
 def is_prepared(path: Path, split: str) -> bool:

@@ -16,12 +16,13 @@ from data_prep.manifest import Manifest
 from data_prep.parallel import ordered_map
 from data_prep.record import LowYieldError, Record, Rejection
 from data_prep.shard_writer import SplitWriter, describe_counts
+from data_prep.video.decoding import ClipLimits
 
 
 def fill_split(
     writer: SplitWriter,
     source: Iterable[Record | Rejection],
-    limits: Limits,
+    limits: Limits | ClipLimits,
     workers: int,
     drop_duplicates: bool = False,
     min_yield: float = 0.0,
@@ -60,7 +61,7 @@ def _check_yield(writer: SplitWriter, min_yield: float) -> None:
         )
 
 
-def _check(item: Record | Rejection, limits: Limits) -> tuple[Record | None, list[Rejection]]:
+def _check(item: Record | Rejection, limits: Limits | ClipLimits) -> tuple[Record | None, list[Rejection]]:
     return (None, [item]) if isinstance(item, Rejection) else check_record(item, limits)
 
 

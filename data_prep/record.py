@@ -20,11 +20,12 @@ class LowYieldError(PrepError):
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: one image or an image pair, its captions (a row each), and its metadata.
+    """One sample: one image, an image pair or a clip, its captions (a row each), and its metadata.
 
     ``meta`` is of the sample. ``per_caption`` holds what is of a row (a label, an id): lists as long as ``captions``,
     which lose an entry with its caption and stand in KEY.json beside ``captions``. ``extensions`` names the image
-    formats as tar members (jpg, png, webp); the filters fill it in.
+    formats as tar members (jpg, png, webp; mp4, webm, mkv, avi, mov); the filters fill it in. A clip has its bytes in
+    ``video`` and no images.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
     extensions: tuple[str, ...] = ()
     per_caption: dict[str, list[Any]] = field(default_factory=dict)
+    video: bytes | None = None
 
     def __post_init__(self) -> None:
         assert all(len(values) == len(self.captions) for values in self.per_caption.values()), self.key

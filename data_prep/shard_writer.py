@@ -19,13 +19,13 @@ from data_prep.manifest import (
     CAPTIONS,
     Manifest,
     Shard,
-    fields_of,
     index_columns,
     is_split,
     sync_directory,
     write_manifest,
 )
 from data_prep.record import PrepError, Record, Rejection
+from data_prep.sample_fields import CLIP_FIELDS, fields_of
 
 REJECTED_NAME = "rejected.jsonl"
 _BLOCK = tarfile.BLOCKSIZE
@@ -48,11 +48,13 @@ class SplitWriter:
         overwrite: bool = False,
         provenance: dict[str, Any] | None = None,
         texts: str = CAPTIONS,
+        videos: bool = False,
     ) -> None:
+        """``num_images`` of a sample, or with ``videos`` a clip in each."""
         self._split_dir = Path(split_dir)
         self._corpus, self._split = corpus, split
-        self._num_images = num_images
-        self._fields = fields_of(num_images)
+        self._num_images, self._videos = num_images, videos
+        self._fields = CLIP_FIELDS if videos else fields_of(num_images)
         self._samples_per_shard = samples_per_shard
         self._provenance, self._texts = provenance or {}, texts
         self._shards: list[Shard] = []
@@ -74,9 +76,13 @@ class SplitWriter:
         return self
 
     def add(self, record: Record) -> None:
-        """Write a checked record (safe key, known extensions); raises PrepError for another number of images."""
-        if len(record.images) != self._num_images:
-            found = f"{len(record.images)} image(s), expected {self._num_images} as in the rest of the split"
+        """Write a checked record (safe key, known extensions); raises PrepError for another number of images, and for
+        a clip among images or images among clips."""
+        is_video = record.video is not None
+        if is_video != self._videos or len(record.images) != (0 if is_video else self._num_images):
+            expected = "a clip" if self._videos else self._num_images
+            found = "a clip" if is_video else f"{len(record.images)} image(s)"
+            found += f", expected {expected} as in the rest of the split"
             raise PrepError(f"{self._split_dir}: record {record.key} has {found}; prepare it as a corpus of its own")
         if self._shard is None:
             self._shard = _ShardWriter(self._folder, len(self._shards), self._fields)
@@ -178,7 +184,10 @@ class _ShardWriter:
         content = {**record.meta, **record.per_caption, "captions": captions}
         meta = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         members = {"text": ("txt", captions[0].encode()), "meta": ("json", meta)}
-        for number, (content, extension) in enumerate(zip(record.images, record.extensions, strict=True)):
+        if record.video is not None:
+            members["video"] = record.extensions[0], record.video
+        extensions = record.extensions if record.video is None else ()
+        for number, (content, extension) in enumerate(zip(record.images, extensions, strict=True)):
             members[self._fields[number]] = (f"{number}.{extension}" if len(record.images) > 1 else extension, content)
         row = [-1] * self._columns.width
         for field in self._fields:

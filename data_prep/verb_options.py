@@ -13,6 +13,7 @@ from data_prep.manifest import CAPTIONS, Manifest
 from data_prep.parallel import default_workers
 from data_prep.prepare import provenance
 from data_prep.shard_writer import SplitWriter, describe_counts
+from data_prep.video.decoding import ClipLimits
 
 Options = TypeVar("Options")
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
@@ -41,6 +42,14 @@ def add_filters(parser: argparse.ArgumentParser, duplicates: bool = True) -> Non
         group.add_argument("--drop-duplicates", action="store_true", help="drop a caption an equal image had before")
 
 
+def add_clip_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is kept (docs/data.md explains each reason)")
+    group.add_argument("--max-pixels", type=positive_number, default=ClipLimits.max_pixels, help="of a frame")
+    group.add_argument("--max-video-bytes", type=positive_number, default=ClipLimits.max_video_bytes)
+    group.add_argument("--max-frames", type=positive_number, default=ClipLimits.max_frames, help="20000 is the limit")
+    group.add_argument("--min-side", type=positive_number, default=ClipLimits.min_side, help="pixels")
+
+
 def add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=positive_number, default=2000)
     parser.add_argument("--workers", type=positive_number, default=default_workers(), help="processes")
@@ -65,6 +74,7 @@ def split_writer(
     packages: tuple[str, ...],
     num_images: int = 1,
     texts: str = CAPTIONS,
+    videos: bool = False,
 ) -> SplitWriter:
     """The writer of one split, that names the verb and its ``arguments`` as where the split comes from."""
     return SplitWriter(
@@ -76,6 +86,7 @@ def split_writer(
         overwrite=args.overwrite,
         provenance=provenance(f"data_prep {args.verb}", arguments, packages),
         texts=texts,
+        videos=videos,
     )
 
 

@@ -34,6 +34,7 @@ from data_prep.verb_options import (
     whole_number,
 )
 from data_prep.verify import verify_split
+from data_prep.video_verbs import VIDEO_VERBS
 
 
 def run_synth(args: argparse.Namespace) -> int:
@@ -239,6 +240,7 @@ VERBS: dict[str, Verb] = {
     "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
     "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
     **ANNOTATION_VERBS,
+    **VIDEO_VERBS,
     "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),

@@ -27,6 +27,9 @@ from data_prep.manifest import (
 )
 from data_prep.parallel import ordered_map
 from data_prep.prepare import progress
+from data_prep.video.decoding import ClipLimits, check_clip
+
+_DECODED = ("image", "video")  # beginnings of the fields that are
 
 
 @dataclass
@@ -132,11 +135,11 @@ def _check_rows(
                 continue
             keys.add(member[0])
             used.add(offset)
-            if name.startswith("image") and offset in decoded:
+            if name.startswith(_DECODED) and offset in decoded:
                 continue
             stream.seek(offset)
             contents[name] = stream.read(size)
-            if name.startswith("image"):
+            if name.startswith(_DECODED):
                 decoded.add(offset)
         if len(keys) > 1:
             found.problems.append(f"{where}: mixes the samples {sorted(keys)}")
@@ -148,11 +151,14 @@ def _check_rows(
 
 def _check_contents(where: str, contents: dict[str, bytes], caption: int, limits: Limits, found: Findings) -> None:
     for name, content in contents.items():
-        if not name.startswith("image"):
+        if not name.startswith(_DECODED):
             continue
         found.images += 1
         try:
-            check_image(content, limits)
+            if name == "video":
+                check_clip(content, ClipLimits())
+            else:
+                check_image(content, limits)
         except ImageProblem as error:
             found.problems.append(f"{where}: {name}: {error}")
     try:

@@ -1,6 +1,6 @@
 """Captions images with the model of a run.
 
-    python -m pipeline.generate --run RUN IMAGE...                           one caption per image file
+    python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file
     python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
 
 Models that predict from left to right (flm, ar, prefixlm, and all that were fine-tuned on captioning) write word by
@@ -129,13 +129,14 @@ def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: St
     """How many samples were captioned; where it was told to stop, nothing is written of them."""
     for path in arguments.data:
         refuse_address(path, "--data")
-    corpora = open_corpora(arguments.data, arguments.split)
+    corpora = open_corpora(arguments.data, arguments.split, videos=captioner.pictures.num_frames is not None)
     items = _until_stopped(items_of_corpora(corpora, arguments.samples, captioner), stop)
     captioned = list(caption_items(captioner, items, arguments.batch_size))
     if stop.requested or not captioned:
         return 0
+    kind = "images" if captioner.pictures.num_frames is None else "clips"
     names = ", ".join(f"{corpus.name}/{corpus.manifest.split}" for corpus in corpora)
-    protocol = f"{captioner.search}, {len(captioned)} images of {names}, checkpoint {captioner.checkpoint.name}."
+    protocol = f"{captioner.search}, {len(captioned)} {kind} of {names}, checkpoint {captioner.checkpoint.name}."
     path = arguments.output or run_of(captioner.checkpoint) / SAMPLES_NAME
     summary = write_samples(path, captioned, arguments.shown, protocol)
     if arguments.json:
@@ -152,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.generate", description="Caption images with the model of a run.", allow_abbrev=False
     )
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files to caption")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files to caption, or video files")
     parser.add_argument("--run", type=Path, required=True, help="run folder, or one of its checkpoint folders")
     parser.add_argument("--data", nargs="+", metavar="DIR", help="caption prepared samples instead of image files")
     parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")

@@ -163,7 +163,7 @@ def counted(
     data, size = config.data, config.model.vision.image_size
     count = texts_of(objective, config.task, samples, data.texts_per_image)
     lengths = text_lengths(count, text_tokens, data.max_text_length)
-    shape = task_of(config).num_images, 3, size, size
+    shape = data.frames or task_of(config).num_images, 3, size, size
     batch = example_batch(objective, config.task, shape, samples, lengths, data.texts_per_image)
     return count_work(objective, batch, kind, objective.net.recompute, large_bytes)
 

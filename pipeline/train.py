@@ -22,7 +22,8 @@ from typing import Any  # noqa: E402
 from data_prep.manifest import ManifestError, find_splits, is_prepared  # noqa: E402
 from data_prep.program import outlive_readers  # noqa: E402
 from pipeline.config.command_line import Launch, describe, parse_command_line  # noqa: E402
-from pipeline.config.options import ConfigError, tokenizer_source, weighted_paths  # noqa: E402
+from pipeline.config.options import ConfigError, weighted_paths  # noqa: E402
+from pipeline.data.tokenizer_source import tokenizer_source  # noqa: E402
 from pipeline.distributed.endings import say  # noqa: E402
 from pipeline.distributed.host_memory import keep_freed_memory  # noqa: E402
 from pipeline.distributed.places import Place, discover  # noqa: E402

@@ -22,7 +22,14 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
             *("core", "vision", "language", "plans", "networks", "objectives", "decode", "scoring", "weights"),
         ),
     },
-    "data_prep": {"splits": (), "annotations": ("splits",), "all": ("splits", "annotations")},
+    "data_prep": {
+        "images": (),
+        "video": ("images",),
+        "splits": ("images", "video"),
+        "annotations": ("splits",),
+        "video_sets": ("splits", "annotations"),
+        "all": ("images", "video", "splits", "annotations", "video_sets"),
+    },
     "pipeline": {
         "config": (),
         "metrics": (),
@@ -39,12 +46,13 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "language_weights": (),
         "weights": ("config", "distributed", "data", "checkpoint", "language_weights"),
         "stored_features": ("config", "distributed", "data", "checkpoint.files", "weights.sources"),
-        "loading": ("config", "distributed", "data", "recording", "stored_features"),
-        "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading"),
+        "pictures": ("config", "data"),
+        "loading": ("config", "distributed", "data", "recording", "stored_features", "pictures"),
+        "tasks": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "pictures"),
         "finetuning": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "tasks"),
         "scoring": (
             *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "recording", "tasks"),
-            *("finetuning", "stored_features"),
+            *("finetuning", "stored_features", "pictures"),
         ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
@@ -67,14 +75,15 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("build",),
     },
     "data_prep": {
+        "images": ("images",),
         "splits": (
-            *("filters", "held_signals", "images", "manifest", "parallel"),
-            *("prepare", "record", "shard_table", "shard_writer"),
+            *("filters", "held_signals", "manifest", "parallel"),
+            *("prepare", "record", "sample_fields", "shard_table", "shard_writer"),
         ),
         "all": (
             *("__main__", "annotation_verbs", "bounded_download", "bounded_http", "drawing", "fetch", "info"),
-            *("lean_imports", "overlap", "program", "scenes", "sources", "synth", "tables", "tokenizer"),
-            *("verb_options", "verbs", "verify", "vqa_answers"),
+            *("lean_imports", "moving_scenes", "overlap", "program", "scenes", "sources", "synth", "tables"),
+            *("tokenizer", "verb_options", "verbs", "verify", "video_verbs", "vqa_answers"),
         ),
     },
     "pipeline": {
@@ -89,7 +98,7 @@ LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
 MAY_IMPORT = {
     "model": set(),
     "data_prep": set(),
-    "pipeline": {"model", *(f"data_prep.{name}" for name in ("manifest", "images", "program", "vqa_answers"))},
+    "pipeline": {"model", *(f"data_prep.{name}" for name in ("manifest", "images", "video", "program", "vqa_answers"))},
 }
 OURS = {"model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}
 FOREIGN_TO = {
@@ -118,5 +127,6 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "torch.utils.tensorboard": {"pipeline/recording/trackers.py"},
     "tensorboard": {"pipeline/recording/trackers.py"},
     "wandb": {"pipeline/recording/trackers.py"},
+    "av": {"data_prep/video/decoding.py", "data_prep/video/encoding.py"},
 }
 NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

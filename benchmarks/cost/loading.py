@@ -34,6 +34,7 @@ from pipeline.distributed.host_cores import usable_cores
 from pipeline.loading.collate import collate
 from pipeline.loading.datasets import Preparation, SampleReader, TrainDataset
 from pipeline.loading.loader import LoaderOptions, build_train_loader
+from pipeline.pictures.pictures import Pictures
 from pipeline.tasks.caption_rows import CaptionRows
 
 SEED = 0
@@ -180,7 +181,7 @@ def stages(
     """Milliseconds per sample of each stage in this process, median over parts of one micro-batch."""
     draft, transform = draft_size(arguments.image_size, fast), clip_transform(arguments.image_size, fast)
     maker = CaptionRows(tokenizer, MAX_TEXT_LENGTH, OBJECTIVE.negative_share)
-    reader = SampleReader(corpora, maker, transform, DEFAULT_MAX_PIXELS, draft)
+    reader = SampleReader(corpora, maker, Pictures(transform, DEFAULT_MAX_PIXELS, draft))
     dataset, batch = TrainDataset(reader, order, SEED), arguments.micro_batch
     out = torch.zeros((batch, *reader.image_shape), dtype=torch.uint8)
     times: dict[str, list[float]] = {}

@@ -134,7 +134,7 @@ def features_of(captioner: Captioner, split: Split) -> tuple[Tensor, Tensor]:
         part = range(first, min(first + IMAGES_AT_A_TIME, len(split.items)))
         numbers = [number for image in part for number in by_image[image]]
         rows = [_row(captioner, readers[number], first) for number in numbers]
-        images = torch.stack([split.items[image].pixels for image in part]).unsqueeze(1)
+        images = torch.stack([split.items[image].pixels for image in part])
         batch = captioner.objective.planner(images, rows)
         features = captioner.objective.features(batch.to(captioner.device)).cpu()
         for number, feature in zip(numbers, features, strict=True):

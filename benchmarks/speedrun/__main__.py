@@ -40,10 +40,11 @@ from benchmarks.speedrun.plan import (
 from benchmarks.speedrun.report import Findings, write_report
 from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows
 from pipeline.checkpoint.files import published, remove
-from pipeline.config.options import Config, fail, tokenizer_source, weighted_paths
+from pipeline.config.options import Config, fail, weighted_paths
 from pipeline.config.recipes import find_recipe
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer_source import tokenizer_source
 from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.run_lock import lock_run

@@ -1,4 +1,4 @@
-"""Images as annotation files describe them, and the records they become with their image files."""
+"""Images and clips as annotation files describe them, and the records they become with their files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from data_prep.record import Record, Rejection
 
 @dataclass
 class Annotated:
-    """An image, or a pair, with all its texts; like a Record, with names of files in place of images.
+    """An image, a pair or a clip, with all its texts; like a Record, with names of files in place of images.
 
-    ``images`` holds for each image the paths that it may have below a folder of images, the likeliest first.
+    ``images`` holds for each image, or for the clip, the paths that it may have below a folder, the likeliest first.
     ``identities`` say which picture each is, in whatever corpus it stands: "coco/9", "flickr/1000092795".
     """
 
@@ -37,13 +37,15 @@ class Annotated:
 class AnnotatedSplit:
     """A split as its annotation files describe it.
 
-    ``counts`` are of the files, what can't be used included: those that the set's authors published.
+    ``counts`` are of the files, what can't be used included: those that the set's authors published. With ``videos``
+    each of its ``images`` is a clip.
     """
 
     split: str
     images: list[Annotated]
     problems: list[Rejection]
     counts: dict[str, int]
+    videos: bool = False
 
     @property
     def rows(self) -> int:
@@ -51,27 +53,30 @@ class AnnotatedSplit:
 
 
 def records(annotated: AnnotatedSplit, folders: Sequence[Path]) -> Iterator[Record | Rejection]:
-    """The records of a split with the images in ``folders``; what was wrong in the annotation files comes first."""
+    """The records of a split with the files in ``folders``; what was wrong in the annotation files comes first."""
     yield from annotated.problems
     for image in annotated.images:
-        yield _with_images(image, folders)
+        yield _with_files(image, folders, annotated.videos)
 
 
-def _with_images(image: Annotated, folders: Sequence[Path]) -> Record | Rejection:
+def _with_files(image: Annotated, folders: Sequence[Path], is_video: bool) -> Record | Rejection:
     paths = []
     for names in image.images:
         path = next((path for folder in folders for name in names if is_plain_file(path := folder / name)), None)
         if path is None:
             where = ", ".join(map(str, folders))
-            return Rejection("missing_image", image.key, f"no {names[0]} in {where}", rows=len(image.captions))
+            reason = "missing_video" if is_video else "missing_image"
+            return Rejection(reason, image.key, f"no {names[0]} in {where}", rows=len(image.captions))
         paths.append(path)
     files = {"file": paths[0].name} if len(paths) == 1 else {"files": [path.name for path in paths]}
+    contents = tuple(path.read_bytes() for path in paths)
     return Record(
         image.key,
-        tuple(path.read_bytes() for path in paths),
+        () if is_video else contents,
         tuple(image.captions),
         {**image.meta, **files, "image_identities": list(image.identities)},
         per_caption=image.per_caption,
+        video=contents[0] if is_video else None,
     )
 
 

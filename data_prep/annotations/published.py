@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 # Counts of the files as their authors publish them: visualqa.org/download.html, lil-lab/nlvr, Karpathy's splits
-# (github.com/karpathy/neuraltalk2), necla-ml/SNLI-VE, vzhou842/easy-VQA, nocaps.org/download, okvqa.allenai.org. GQA's
-# are those of the balanced questions as a public copy of the set counts them (lmms-lab/GQA on the Hugging Face hub).
+# (github.com/karpathy/neuraltalk2), necla-ml/SNLI-VE, vzhou842/easy-VQA, nocaps.org/download, okvqa.allenai.org;
+# MSR-VTT (Xu et al., CVPR 2016), MSVD in the splits of Venugopalan et al. (2015). GQA's are those of the balanced
+# questions as a public copy of the set counts them (lmms-lab/GQA on the Hugging Face hub).
 PUBLISHED: dict[str, dict[str, dict[str, int]]] = {
     "vqav2": {
         "train": {"questions": 443_757, "images": 82_783, "answers": 4_437_570},
@@ -53,6 +54,13 @@ PUBLISHED: dict[str, dict[str, dict[str, int]]] = {
         "dev": {"hypotheses": 17_858, "images": 1_000, "entailment": 5_959, "neutral": 5_960, "contradiction": 5_939},
         "test": {"hypotheses": 17_901, "images": 1_000, "entailment": 5_973, "neutral": 5_964, "contradiction": 5_964},
     },
+    "msrvtt": {
+        "train": {"videos": 6_513, "captions": 130_260},
+        "train, with validation": {"videos": 7_010, "captions": 140_200},
+        "dev": {"videos": 497, "captions": 9_940},
+        "test": {"videos": 2_990, "captions": 59_800},
+    },
+    "msvd": {"train": {"videos": 1_200}, "dev": {"videos": 100}, "test": {"videos": 670}},
     "easy_vqa": {
         "train and dev": {"questions": 38_575, "images": 4_000},
         "test": {"questions": 9_673, "images": 1_000},

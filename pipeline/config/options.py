@@ -41,7 +41,9 @@ class DataConfig:
         prefetch: micro-batches each worker keeps ready.
         max_pixels: images with more pixels than this are unusable (decompression bombs).
         fast_decode: vectorised resize, and large JPEGs shrunk while decoding; pixels differ by a grey level or two.
-        augmentation: random changes of training images before the resize; randaugment is that of the FLM release.
+        augmentation: random changes of training images before the resize, alike in all frames of a clip: randaugment is
+            that of the FLM release, crop_flip of EVLGen's, a random part, mirrored or not.
+        frames: frames of each clip that are seen, drawn in training and evenly spaced else; null is for data of images.
         features: read the tokens of the frozen vision tower that `python -m pipeline.features` has written beside the
             shards, in this dtype, instead of images; null reads images.
         bad_sample_budget: unusable samples that are always tolerated.
@@ -66,7 +68,8 @@ class DataConfig:
     prefetch: PositiveInt = 4
     max_pixels: PositiveInt = 100_000_000
     fast_decode: bool = True
-    augmentation: Literal["none", "randaugment"] = "none"
+    augmentation: Literal["none", "randaugment", "crop_flip"] = "none"
+    frames: PositiveInt | None = None
     features: Literal["float16", "bfloat16"] | None = None
     bad_sample_budget: NonNegativeInt = 100
     bad_sample_share: ClosedUnitInterval = 0.01
@@ -369,28 +372,6 @@ def refuse_address(path: str, option: str) -> None:
             f"{option} {path}: found an address, expected a folder; only mounted file systems are read and written: "
             "mount it or copy it, and give the folder"
         )
-
-
-def tokenizer_source(config: Config) -> str | Path:
-    """``data.tokenizer``, or the language model's own (evlgen), or the folder ``tokenizer`` at the first data path."""
-    if config.data.tokenizer:
-        return config.data.tokenizer
-    if reads_by_language_model(config):
-        if config.model.language.name is None:
-            raise ConfigError(
-                "objective.name evlgen needs a language model, found model.language.name null; name its folder:"
-                " --model.language.name FOLDER"
-            )
-        return config.model.language.name
-    first = weighted_paths(config.data)[0][0]
-    for folder in (first, first.resolve().parent, first.resolve().parent.parent):
-        if (folder / "tokenizer").is_dir():
-            return folder / "tokenizer"
-    raise ConfigError(
-        f"{first / 'tokenizer'}: no such folder; run `python -m data_prep tokenizer --data {first} "
-        f"--output {first}/tokenizer`, or name a Hugging Face "
-        "tokenizer by --data.tokenizer roberta-base"
-    )
 
 
 def reads_by_language_model(config: Config) -> bool:

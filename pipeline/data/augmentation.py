@@ -1,28 +1,35 @@
-"""RandAugment: random changes of a training image, drawn from the seed of its sample.
+"""Random changes of a training image, drawn from the seed of its sample: RandAugment, or a crop and a flip.
 
-The method is that of Cubuk et al. (2020, arXiv:1909.13719); operations and values are those of ``clip_randaug`` in the
-fine-tuning of the FLM release: 2 of 14 operations, drawn with replacement, each at magnitude 9 of 30.
+RandAugment is that of Cubuk et al. (2020, arXiv:1909.13719); operations and values are those of ``clip_randaug`` in the
+fine-tuning of the FLM release: 2 of 14 operations, drawn with replacement, each at magnitude 9 of 30. Crop and flip are
+those of EVLGen's release.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from pipeline.data.order import mix_words
 
 AUGMENTATION_VERSION = 1  # part of a run's fingerprint: raise it with any change that moves a pixel
 NUM_OPERATIONS = 2
+CROP_AREA, CROP_RATIO, CROP_TRIES = (0.5, 1.0), (3 / 4, 4 / 3), 10
 MAGNITUDE = 9 / 30  # as a share of the range of an operation's value
 
 Augment = Callable[[Image.Image, int], Image.Image]
 
 
-def augment_named(name: str) -> Augment | None:
-    """What ``data.augmentation`` names: a function of an image in mode RGB and a seed, or None for "none"."""
-    return {"none": None, "randaugment": randaugment}[name]
+def augment_named(name: str, image_size: int) -> Augment | None:
+    """What ``data.augmentation`` names: a function of an image in mode RGB and a seed, or None for "none".
+
+    ``image_size`` is that of the model, to which crop_flip stretches what it cuts out.
+    """
+    return {"none": None, "randaugment": randaugment, "crop_flip": partial(crop_flip, image_size=image_size)}[name]
 
 
 def describe(name: str) -> str | None:
@@ -40,6 +47,35 @@ def randaugment(image: Image.Image, seed: int) -> Image.Image:
         operation, sign = OPERATIONS[draw % len(OPERATIONS)], 1 if draw >> 63 else -1
         image = operation(image, sign)
     return image
+
+
+def crop_flip(image: Image.Image, seed: int, image_size: int) -> Image.Image:
+    """A part of an image in mode RGB, stretched to ``image_size`` squared, every second one mirrored; equal for equal
+    seeds on images of equal size, so that all frames of a clip are cut alike.
+
+    The part has half of the area at least, and sides as 3:4 to 4:3, both drawn; where it does not fit in ten tries it
+    is the largest in the middle. Szegedy et al. (2015), with a scale of 0.5 to 1.
+    """
+    generator = np.random.Generator(np.random.Philox(key=mix_words(seed, "crop_flip")))
+    mirrored = bool(generator.integers(2))
+    part = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=_part(image.size, generator))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
+
+
+def _part(size: tuple[int, int], generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part that ``crop_flip`` cuts out."""
+    width, height = size
+    for _ in range(CROP_TRIES):
+        area = width * height * generator.uniform(*CROP_AREA)
+        ratio = math.exp(generator.uniform(*map(math.log, CROP_RATIO)))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = (int(generator.integers(room + 1)) for room in (width - across, height - down))
+            return left, top, left + across, top + down
+    low, high = CROP_RATIO
+    across, down = min(width, max(1, round(height * high))), min(height, max(1, round(width / low)))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
 
 
 def _value(low: float, high: float) -> float:

@@ -27,17 +27,26 @@ from pipeline.data.transforms import UnusableSample
 
 MAX_MEMBER_BYTES = 256 * 2**20
 _HEADER_BYTES = tarfile.BLOCKSIZE
-_FIELD_OF = {"txt": "text", "json": "meta"}  # by extension; all others are images
+_FIELD_OF = {"txt": "text", "json": "meta"}  # by extension; all others but these are images
+_FIELD_OF |= dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov"), "video")
 
 
 class RawSample(NamedTuple):
-    """One row as stored: encoded images and one text, the ``number``-th of those that the images share."""
+    """One row as stored: encoded images, or an encoded clip in ``video``, and one text, the ``number``-th of those that
+    they share."""
 
     key: str
     images: list[bytes]
     text: str
     meta: dict[str, Any]
     number: int = 0
+    video: bytes | None = None
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of the clip as preparing counted them; None where its metadata do not say so."""
+        found = self.meta.get("num_frames")
+        return found if type(found) is int and found > 0 else None
 
     @property
     def num_texts(self) -> int:
@@ -56,16 +65,18 @@ class Corpus:
 
     Raises ManifestError when the split is missing, incomplete or altered. A single bad row raises
     UnusableSample with one of these reasons: "index does not fit shard", "wrong member", "not a regular file",
-    "bad key", "member too large", "missing image", "missing caption", "empty caption", "invalid UTF-8",
-    "invalid metadata"; or one of ``open_shards.SHARD_REASONS`` with the key "CORPUS/SPLIT/SHARD#ROW". A split of which
-    nothing can be read any more raises LostCorpus, a machine that cannot open another file OutOfDescriptors.
+    "bad key", "member too large", "missing image", "missing video", "missing caption", "empty caption",
+    "invalid UTF-8", "invalid metadata"; or one of ``open_shards.SHARD_REASONS`` with the key "CORPUS/SPLIT/SHARD#ROW".
+    A split of which nothing can be read any more raises LostCorpus, a machine that cannot open another file
+    OutOfDescriptors.
     """
 
     def __init__(self, split_dir: Path, manifest: Manifest | None = None, kept: OpenShards = OF_THIS_PROCESS) -> None:
         self.split_dir = Path(split_dir)
         self.manifest = read_manifest(self.split_dir) if manifest is None else manifest
         self.name, self.num_images = self.manifest.corpus, self.manifest.num_images
-        self._image_fields = tuple(f for f in self.manifest.fields if f.startswith("image"))
+        self.is_video = self.manifest.is_video
+        self._image_fields = tuple(f for f in self.manifest.fields if f.startswith(("image", "video")))
         self._columns = index_columns(self.manifest.fields)
         self._ends = np.cumsum(self.manifest.shards.rows)  # int64 [shards], the row after the last of each
         self._files = ShardFiles(self.split_dir, self.manifest, kept)
@@ -82,7 +93,7 @@ class Corpus:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, index: int) -> RawSample:
-        """Row ``index`` with its images; raises UnusableSample, LostCorpus, and IndexError outside the split."""
+        """Row ``index`` with images or clip; raises UnusableSample, LostCorpus, and IndexError outside the split."""
         return self._read(index, self._image_fields)
 
     def read_text(self, index: int) -> str:
@@ -90,7 +101,7 @@ class Corpus:
         return self.read_without_images(index).text
 
     def read_without_images(self, index: int) -> RawSample:
-        """Row ``index``, its ``images`` empty; raises as ``read`` does."""
+        """Row ``index`` without its images or clip; raises as ``read`` does."""
         return self._read(index, ())
 
     def first_rows(self) -> np.ndarray:
@@ -176,7 +187,7 @@ class Corpus:
         for field in image_fields:
             data, key = self._member(shard, row, field, name, key, shard_bytes)
             if data is None:
-                raise UnusableSample(key, "missing image")
+                raise UnusableSample(key, "missing video" if field == "video" else "missing image")
             images.append(data)
         data, key = self._member(shard, row, "meta", name, key, shard_bytes)
         meta = _as_object(data, key)
@@ -185,7 +196,8 @@ class Corpus:
             data, key = self._member(shard, row, "text", name, key, shard_bytes)
             text = None if data is None else _as_text(data, key)
         number = int(row[self._columns.caption])
-        return RawSample(key, images, _caption(text, meta, number, key), meta, number)
+        found = RawSample(key, images, _caption(text, meta, number, key), meta, number)
+        return found._replace(images=[], video=images[0]) if images and self.is_video else found
 
     def _member(
         self, shard: OpenShard, row: np.ndarray, field: str, name: str, key: str, shard_bytes: int
@@ -210,12 +222,12 @@ class Corpus:
         return data[_HEADER_BYTES:], found
 
 
-def open_corpora(paths: Sequence[str | Path], split: str, num_images: int = 1) -> list[Corpus]:
+def open_corpora(paths: Sequence[str | Path], split: str, num_images: int = 1, videos: bool = False) -> list[Corpus]:
     """Every corpus of ``split`` under ``paths``, in the order given; raises ManifestError, also for one given twice.
 
     For a program of one process; ranks open by ``loading/shared_opening.py``.
     """
-    found = [one for path in paths for one in find_manifests(Path(path), split, num_images)]
+    found = [one for path in paths for one in find_manifests(Path(path), split, num_images, videos=videos)]
     refuse_twice([folder for folder, _ in found])
     for folder, manifest in found:
         bad = first_bad_file(folder, manifest.shards, range(len(manifest.shards)))

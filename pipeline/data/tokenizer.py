@@ -12,7 +12,8 @@ from typing import Any
 
 from model.config import Vocabulary
 from model.torchvision_shim import ensure_torchvision
-from pipeline.config.options import Config, reads_by_language_model, tokenizer_source
+from pipeline.config.options import Config, reads_by_language_model
+from pipeline.data.tokenizer_source import tokenizer_source
 
 _SPECIAL_NAMES = {  # role -> attributes of a Hugging Face tokenizer that may hold it
     "bos": ("bos_token", "cls_token"),

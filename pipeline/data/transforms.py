@@ -16,6 +16,7 @@ TRANSFORM_VERSION = 2  # part of a run's fingerprint: raise it with any change t
 # What version 2 changed, if a run of version 1 goes on: transparency was dropped, orientation in XMP was not applied.
 DEFAULT_MAX_PIXELS = 100_000_000
 _WORDS = {"undecodable_image": "broken image", "aspect_ratio": "extreme aspect ratio"}  # else those of data_prep
+_WORDS |= {"undecodable_video": "broken video"}
 
 
 class UnusableSample(ValueError):
@@ -47,7 +48,12 @@ def decode_image(
                 image.draft("RGB", (draft_size, draft_size))
             return upright_rgb(image)
     except ImageProblem as error:
-        raise UnusableSample(key, _WORDS.get(error.reason, error.reason.replace("_", " "))) from error
+        raise unusable(key, error) from error
+
+
+def unusable(key: str, error: ImageProblem) -> UnusableSample:
+    """What the problem of an image or a clip is called in training."""
+    return UnusableSample(key, _WORDS.get(error.reason, error.reason.replace("_", " ")))
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,8 @@ class CaptioningTask:
 
     def protocol(self, config: Config) -> dict[str, Any]:
         """How the scores come about, for the scorecard."""
-        return {
+        frames = config.data.frames
+        return ({} if frames is None else {"frames": f"{frames} of each clip, at equal distances"}) | {
             "decoding": decoding(config.task),
             "prompt": config.task.prompt,
             "max_tokens": longest(config),

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from model.batch import Planner, Row
-from pipeline.data.augmentation import Augment
 from pipeline.data.order import SampleOrder, mix_words, sample_seed
 from pipeline.data.shard_reader import Corpus, RawSample
-from pipeline.data.transforms import ClipTransform, UnusableSample, decode_image
+from pipeline.data.transforms import UnusableSample
 from pipeline.loading.collate import Item
+from pipeline.pictures.pictures import Pictures
 from pipeline.stored_features.files import StoredFeatures
 from pipeline.stored_features.opening import FeatureSource
 
@@ -66,26 +66,26 @@ class Preparation:
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads, decodes and resizes one sample and has its rows made; ``augment`` changes its images before the resize."""
+    """Reads one sample, has its rows made and its ``pictures`` decoded."""
 
     corpora: Sequence[Corpus]
     maker: RowMaker
-    transform: ClipTransform
-    max_pixels: int
-    draft_size: int | None
-    augment: Augment | None = None
+    pictures: Pictures
     features: Sequence[StoredFeatures] | None = None  # of each corpus, read instead of images
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """[I, 3, S, S] of one sample, or [I, P, 2W] of stored features; raises ValueError for corpora that do not agree
-        on I."""
+        """[I, 3, S, S] of one sample, I its images or the frames of its clip, or [I, P, 2W] of stored features; raises
+        ValueError for corpora that do not agree on I, or of which some hold clips."""
         num_images = sorted({corpus.num_images for corpus in self.corpora})
         if len(num_images) > 1:
             raise ValueError(f"corpora of {num_images} images per sample: expected the same number in all")
+        if {corpus.is_video for corpus in self.corpora} != {self.pictures.num_frames is not None}:
+            raise ValueError("corpora of clips and of images, or frames of images: expected clips in all, or in none")
         if self.features is not None:
             return self.features[0].identity.bytes_shape
-        return num_images[0], 3, self.transform.size, self.transform.size
+        size = self.pictures.transform.size
+        return self.pictures.num_frames or num_images[0], 3, size, size
 
     @property
     def stored(self) -> torch.dtype | None:
@@ -114,9 +114,9 @@ class SampleReader:
         try:
             if self.features is None:
                 sample = read.read(index)
-                encoded = sample.images if image_index is None else read.read(image_index).images
+                shown = sample if image_index is None else read.read(image_index)
             else:
-                sample, encoded = read.read_without_images(index), []
+                sample = shown = read.read_without_images(index)
             others = OtherRows(read, index, numbers)
             if num_texts == 1:
                 rows = self.maker.rows(sample, seed, others)
@@ -124,14 +124,10 @@ class SampleReader:
                 rows = self._rows_of_texts(sample, seed, others, num_texts)
             if hide_images:
                 out.zero_()
-                encoded = []
             elif self.features is not None:
                 self.features[corpus].read(index if image_index is None else image_index, out)
-            for slot, data in enumerate(encoded):
-                image = decode_image(data, self.max_pixels, sample.key, self.draft_size)
-                if self.augment is not None:
-                    image = self.augment(image, mix_words(seed, "image", slot))
-                self.transform(image, out[slot])
+            else:
+                self.pictures.write(shown, out, seed, sample.key)
         except UnusableSample as error:
             out.zero_()
             return Item(error.key, self.maker.placeholder(error.key), error.reason)

@@ -28,6 +28,8 @@ from pipeline.loading.collate import collate
 from pipeline.loading.datasets import EvalDataset, EvalImages, Preparation, SampleReader, TrainDataset
 from pipeline.loading.shared_batches import ImagePool, SharedBatch, SlotSampler
 from pipeline.loading.worker_positions import WorkerPositions
+from pipeline.pictures.frame_choice import FrameChoice, head_tail, uniform
+from pipeline.pictures.pictures import Pictures
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _KILL_SECONDS = 5.0
@@ -48,12 +50,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How loading runs; no choice here changes a batch, except ``fast_decode`` and ``augmentation``.
+    """How loading runs; no choice here changes a batch, except ``fast_decode``, ``augmentation`` and ``frames``.
 
     ``prefetch`` counts micro-batches per worker; ``num_workers`` 0 loads in this process; ``timeout_seconds`` is the
     longest wait for one batch. ``fast_decode`` lets the JPEG decoder shrink large images and resizes by vector
     instructions: pixels differ from the exact transform by rounding, and by little more where the decoder shrank.
-    ``augmentation`` acts on training samples alone.
+    ``augmentation`` acts on training samples alone. ``frames`` of each clip are seen, None where samples hold images.
     """
 
     num_workers: int = 4
@@ -63,6 +65,7 @@ class LoaderOptions:
     max_pixels: int = DEFAULT_MAX_PIXELS
     fast_decode: bool = False
     augmentation: str = "none"
+    frames: int | None = None
 
 
 class BatchLoader:
@@ -233,7 +236,7 @@ def build_train_loader(
     Whatever the topology, step s holds the samples at positions [s*G, (s+1)*G) of ``order``, G the global batch.
     With ``num_texts`` above 1 a sample is an image with up to so many of its texts, and ``order`` counts images.
     """
-    reader = _reader(corpora, preparation, options, options.augmentation)
+    reader = _reader(corpora, preparation, options, options.augmentation, head_tail)
     batches = TrainBatches(start_step, num_steps, rank, world, micro_batch, accumulation, frozenset(skipped))
     rows = None if num_texts == 1 else [corpus.first_rows() for corpus in corpora]
     dataset = TrainDataset(reader, order, seed, num_texts, rows)
@@ -265,16 +268,25 @@ def build_eval_loader(
 
 
 def _reader(
-    corpora: Sequence[Corpus], preparation: Preparation, options: LoaderOptions, augmentation: str = "none"
+    corpora: Sequence[Corpus],
+    preparation: Preparation,
+    options: LoaderOptions,
+    augmentation: str = "none",
+    choose: FrameChoice = uniform,
 ) -> SampleReader:
     shrinks = options.fast_decode and augmentation == "none"  # augmentations are defined on the full resolution
-    return SampleReader(
-        corpora=corpora,
-        maker=preparation.maker,
+    pictures = Pictures(
         transform=clip_transform(preparation.image_size, options.fast_decode),
         max_pixels=options.max_pixels,
         draft_size=draft_size(preparation.image_size, shrinks),
-        augment=augment_named(augmentation),
+        augment=augment_named(augmentation, preparation.image_size),
+        num_frames=options.frames,
+        choose=choose,
+    )
+    return SampleReader(
+        corpora=corpora,
+        maker=preparation.maker,
+        pictures=pictures,
         features=None if preparation.features is None else preparation.features.open(corpora),
     )
 

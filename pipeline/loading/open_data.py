@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from data_prep.manifest import CAPTIONS, ManifestError, find_manifests, is_split
+from data_prep.video.decoding import require_decoder
 from model.batch import Batch
-from pipeline.config.options import Config, ConfigError, weighted_paths
+from pipeline.config.options import Config, ConfigError, reads_by_language_model, weighted_paths
 from pipeline.data.augmentation import describe
 from pipeline.data.order import ORDER_VERSION, SampleOrder
 from pipeline.data.shard_reader import Corpus, refuse_twice
@@ -22,6 +23,7 @@ from pipeline.distributed.ranks import Agreement
 from pipeline.loading.datasets import EvalImages, Preparation
 from pipeline.loading.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
 from pipeline.loading.shared_opening import Split, check_in_shares, found_by_main
+from pipeline.pictures.frame_choice import FRAME_CHOICE_VERSION
 
 MAX_EVAL_WORKERS = 2
 
@@ -45,7 +47,8 @@ class TrainingData:
 def open_training_data(
     config: Config, num_images: int = 1, agreement: Agreement | None = None, texts: str = CAPTIONS
 ) -> TrainingData:
-    """Open everything once, corpora of ``num_images`` a sample, with all ranks of ``agreement`` (None: alone).
+    """Open everything once, corpora of ``num_images`` a sample, or with ``data.frames`` of clips, with all ranks of
+    ``agreement`` (None: alone).
 
     In a folder of corpora those are taken whose ``texts`` are these (``Manifest.texts``).
 
@@ -87,25 +90,39 @@ def open_held_out(
 
 
 def _find_splits(config: Config, num_images: int, texts: str) -> tuple[list[list[Split]], list[Split]]:
-    """The training splits of each path, and those held out; raises ValueError."""
+    """The training splits of each path, and those held out; raises ValueError, also where clips can't be decoded."""
     paths, split = weighted_paths(config.data), config.data.train_split
-    by_path = [find_manifests(path, split, num_images, texts) for path, _ in paths]
+    videos = config.data.frames is not None
+    by_path = [find_manifests(path, split, num_images, texts, videos) for path, _ in paths]
     refuse_twice([folder for found in by_path for folder, _ in found])
     return by_path, _find_held_out(config, num_images, texts)
 
 
 def _find_held_out(config: Config, num_images: int, texts: str) -> list[Split]:
     split = config.data.eval_split
+    _check_frames(config)
     if split is None:
         return []
     found: list[Split] = []
     for path, _ in weighted_paths(config.data):
         try:
-            found += find_manifests(path, split, num_images, texts)
+            found += find_manifests(path, split, num_images, texts, config.data.frames is not None)
         except ManifestError:
             if (path / split).exists() or not is_split(path) and any(path.glob(f"*/{split}")):
                 raise
     return found
+
+
+def _check_frames(config: Config) -> None:
+    """Raise ValueError where clips can't be decoded, or no network here reads them."""
+    if config.data.frames is None:
+        return
+    if not reads_by_language_model(config):
+        raise ConfigError(
+            f"data.frames {config.data.frames}: objective.name {config.objective.name} reads no clips; use"
+            " --objective.name evlgen, or --data.frames null for images"
+        )
+    require_decoder()
 
 
 def sample_order(config: Config, data: TrainingData) -> SampleOrder:
@@ -147,6 +164,8 @@ def data_fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
             "augmentation": describe(settings.augmentation),
         },
     }
+    if settings.frames is not None:
+        found["frames"] = {"version": FRAME_CHOICE_VERSION, "number": settings.frames}
     if settings.features is not None:
         found["features"] = settings.features
     return found if data.texts_per_image == 1 else found | {"texts_per_image": data.texts_per_image}
@@ -239,4 +258,5 @@ def loader_options(config: Config, pin: bool) -> LoaderOptions:
         max_pixels=data.max_pixels,
         fast_decode=data.fast_decode,
         augmentation=data.augmentation,
+        frames=data.frames,
     )

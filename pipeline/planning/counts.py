@@ -117,7 +117,7 @@ def example_batch(
     Args:
         objective: with its planner.
         task: options of the task.
-        image_shape: [I, 3, S, S] of a sample.
+        image_shape: [I, 3, S, S] of a sample, I its images or frames.
         num_samples: B.
         lengths: tokens of as many texts as :func:`texts_of` says.
         texts_per_image: of a sample.
@@ -133,7 +133,7 @@ def example_batch(
     rows = _rows(task, num_samples, text, texts_per_image, image_shape[0], chooses)
     share = getattr(objective.planner, "negative_share", 0.0) if task.name == "pretraining" else 0.0
     negatives = range(min(num_samples, math.ceil(num_samples * share)))
-    rows += [Row(text(), number, number, "negative", "other") for number in negatives]
+    rows += [Row(text(), number * image_shape[0], number, "negative", "other") for number in negatives]
     images = torch.empty((num_samples, *image_shape), dtype=torch.uint8, device="meta")
     planner = objective.planner() if isinstance(objective, Captioning) else objective.planner
     return planner(images, rows)
@@ -166,10 +166,10 @@ def _rows(
                 rows += [Row(ids, image, sample, "read", name, target) for image in images]
             elif task.name == "retrieval":
                 count = 1 if task.negatives == "in_batch" else 1 + task.num_negatives
-                rows += [Row(text(), sample, sample, "read", name) for _ in range(count)]
+                rows += [Row(text(), sample * num_images, sample, "read", name) for _ in range(count)]
             else:  # captions; an answer that is written follows a question of one word here
                 target = 2 if task.name in TASKS_OF_CLASSES else None
-                rows.append(Row(text(), sample, sample, "pair", name, target))
+                rows.append(Row(text(), sample * num_images, sample, "pair", name, target))
     return rows
 
 

@@ -21,10 +21,11 @@ from model.batch import Planner, Row
 from model.vision.tower import Grid, grid_of
 from pipeline.config.options import Config, reads_by_language_model
 from pipeline.data.shard_reader import Corpus, RawSample
-from pipeline.data.transforms import UnusableSample, clip_transform, decode_image, draft_size
+from pipeline.data.transforms import UnusableSample
 from pipeline.finetuning.retrieval import Gallery, matrix
 from pipeline.loading.datasets import Preparation
 from pipeline.metrics import recall
+from pipeline.pictures.pictures import pictures_of
 from pipeline.scoring.confusion import of_answers, of_labels, recall_curves
 from pipeline.scoring.merges import NOTE, merge_pictures
 from pipeline.tasks.captioning import thumbnail
@@ -117,18 +118,15 @@ class _Show:
     note: str = MAPS
 
     def images(self, sample: RawSample) -> Tensor:
-        """uint8 [I, 3, S, S]; raises UnusableSample."""
-        size, data = self.preparation.image_size, self.config.data
-        transform, draft = clip_transform(size, data.fast_decode), draft_size(size, data.fast_decode)
-        decoded = [decode_image(one, data.max_pixels, sample.key, draft) for one in sample.images]
-        return torch.stack([transform(image) for image in decoded])
+        """uint8 [I, 3, S, S], images or the frames of a clip; raises UnusableSample."""
+        return pictures_of(self.config).of(sample)
 
     def entry(self, example: Example, sample: RawSample, images: Tensor) -> dict[str, Any]:
         """What examples.json holds of an example."""
         pictures: list[dict[str, Any]] = [{"thumbnail": thumbnail(image)} for image in images]
         words: list[dict[str, Any]] = []
         planned = self._rows(example, sample)
-        merges = merge_pictures(self.objective.net, images[0], self.grid)
+        merges = [] if sample.video is not None else merge_pictures(self.objective.net, images[0], self.grid)
         if self.grid is None or planned is None:
             self.note = NO_GRID if self.grid is None else NO_TEXT
         else:

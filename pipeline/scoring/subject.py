@@ -13,10 +13,11 @@ from data_prep.manifest import file_sha256
 from pipeline.checkpoint.files import MANIFEST, run_of, step_of
 from pipeline.checkpoint.restore import read_state, resolve
 from pipeline.config.command_line import changed_options, load_config
-from pipeline.config.options import Config, ConfigError, flatten, tokenizer_source, validate
+from pipeline.config.options import Config, ConfigError, flatten, validate
 from pipeline.config.recipes import RUN_CONFIG
 from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.tokenizer_source import tokenizer_source
 from pipeline.tasks.task import Task
 from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_import, load_whole
 from pipeline.weights.starting import load_trained

@@ -94,6 +94,7 @@ def check_options(config: Config) -> None:
     reasons = {
         "model.vision.frozen false: the tower would change": not vision.frozen,
         f"model.vision.temporal {vision.temporal}, which is trained in the tower": vision.temporal is not None,
+        f"data.frames {config.data.frames}: a clip has other frames in every epoch": config.data.frames is not None,
         f"data.augmentation {config.data.augmentation}, which changes images in every epoch": config.data.augmentation
         != "none",
     }

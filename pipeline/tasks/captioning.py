@@ -1,4 +1,4 @@
-"""Captions of images by the model of a run: reading the images, captioning them in batches, writing samples.json."""
+"""Captions of images or clips by the model of a run: reading them, captioning them in batches, writing samples.json."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data_prep.manifest import write_atomically
+from data_prep.video.decoding import is_video
 from model.build import build_captioning, build_objective
 from model.decode.mask_predict import ITERATIONS, mask_predict
 from model.decode.search import greedy, nucleus
@@ -29,9 +30,10 @@ from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, reads_by_language_model
 from pipeline.config.task_options import CaptioningOptions
 from pipeline.data.order import mix_words
-from pipeline.data.shard_reader import Corpus
+from pipeline.data.shard_reader import Corpus, RawSample
 from pipeline.data.tokenizer import TextTokenizer, clean_caption, tokenizer_of
-from pipeline.data.transforms import ClipTransform, UnusableSample, clip_transform, decode_image
+from pipeline.data.transforms import UnusableSample
+from pipeline.pictures.pictures import Pictures, pictures_of
 from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import summarise
 from pipeline.tasks.searching import BEAMS
@@ -43,7 +45,8 @@ MAX_FILE_BYTES = 256 * 2**20
 
 
 class Item(NamedTuple):
-    """An image to caption: its name, pixels uint8 [3, H, W], and what is known about it."""
+    """An image or clip to caption: its name, pixels uint8 [I, 3, S, S], and what is known about it; I is 1, or the
+    number of frames."""
 
     name: str
     pixels: Tensor
@@ -69,8 +72,7 @@ class Captioner:
 
     objective: nn.Module
     tokenizer: TextTokenizer
-    transform: ClipTransform
-    max_pixels: int
+    pictures: Pictures
     device: torch.device
     checkpoint: Path
     beams: int = 1
@@ -86,9 +88,9 @@ class Captioner:
 
     @torch.inference_mode()
     def caption(self, pixels: Sequence[Tensor], first: int = 0) -> list[str]:
-        """One caption per image, uint8 [3, H, W] each; like the captions of training it is one line. ``first`` is the
-        number of the first image among all that are captioned."""
-        images = torch.stack(list(pixels)).unsqueeze(1).to(self.device)
+        """One caption per image or clip, uint8 [I, 3, S, S] each; like the captions of training it is one line.
+        ``first`` is the number of the first image among all that are captioned."""
+        images = torch.stack(list(pixels)).to(self.device)
         if self.objective.name == "mlm":
             ids = mask_predict(self.objective, images, self.lengths)
         else:
@@ -168,8 +170,7 @@ def load_captioner(
     return Captioner(
         objective=objective.eval().to(device),
         tokenizer=tokenizer,
-        transform=clip_transform(config.model.vision.image_size),
-        max_pixels=config.data.max_pixels,
+        pictures=pictures_of(config, exact=True),
         device=device,
         checkpoint=checkpoint,
         beams=beams or 1,
@@ -227,7 +228,8 @@ def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) 
 
 
 def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item]:
-    """The readable images among ``paths``; each of the others is one line on stderr.
+    """The readable images among ``paths``, or clips where the run is one of clips; each of the others is one line on
+    stderr.
 
     The name of a file is bytes; where they are no UTF-8 an item has escapes in its name.
     """
@@ -238,7 +240,7 @@ def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item
                 data = file.read(MAX_FILE_BYTES + 1)
             if len(data) > MAX_FILE_BYTES:
                 raise UnusableSample(name, f"file larger than {MAX_FILE_BYTES // 2**20} MiB")
-            image = decode_image(data, captioner.max_pixels, key=name)
+            pixels = _pixels_of_file(data, name, captioner.pictures)
         except IsADirectoryError:
             print(f"skipped {name}: a folder; name the image files in it, like {name}/*.jpg", file=sys.stderr)
             continue
@@ -248,11 +250,21 @@ def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item
         except UnusableSample as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
-        yield Item(name, captioner.transform(image), [], {})
+        yield Item(name, pixels, [], {})
+
+
+def _pixels_of_file(data: bytes, name: str, pictures: Pictures) -> Tensor:
+    """uint8 [I, 3, S, S]; raises UnusableSample, also for a clip where images are wanted and the other way round."""
+    clip = is_video(data)
+    if clip and pictures.num_frames is None:
+        raise UnusableSample(name, "a video, this run captions images; use a run with data.frames")
+    if not clip and pictures.num_frames is not None:
+        raise UnusableSample(name, "not a video (MP4, QuickTime, WebM, Matroska, AVI), this run captions clips")
+    return pictures.of(RawSample(name, [] if clip else [data], "", {}, video=data if clip else None))
 
 
 def items_of_corpora(corpora: Sequence[Corpus], num_samples: int, captioner: Captioner) -> Iterator[Item]:
-    """Up to ``num_samples`` images spread evenly over the corpora, each image once; unusable ones on stderr."""
+    """Up to ``num_samples`` images or clips spread evenly over the corpora, each once; unusable ones on stderr."""
     total = sum(len(corpus) for corpus in corpora)
     seen: set[tuple[int, str]] = set()
     for number in range(min(num_samples, total)):
@@ -265,12 +277,12 @@ def items_of_corpora(corpora: Sequence[Corpus], num_samples: int, captioner: Cap
             if (which, sample.key) in seen:
                 continue
             seen.add((which, sample.key))
-            image = decode_image(sample.images[0], captioner.max_pixels, key=sample.key)
+            pixels = captioner.pictures.of(sample)
         except UnusableSample as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
         references = sample.meta.get("captions") or [sample.text]
-        yield Item(sample.key, captioner.transform(image), list(references), sample.meta)
+        yield Item(sample.key, pixels, list(references), sample.meta)
 
 
 def thumbnail(pixels: Tensor) -> str:
@@ -290,7 +302,7 @@ def write_samples(path: Path, captioned: list[tuple[Item, str]], shown: int, pro
             "key": item.name,
             "references": item.references,
             "caption": caption,
-            "thumbnail": thumbnail(item.pixels),
+            "thumbnail": thumbnail(item.pixels[len(item.pixels) // 2]),
             "meta": {name: item.meta[name] for name in ("main_colour", "main_shape") if name in item.meta},
         }
         for item, caption in captioned[:shown]

@@ -11,7 +11,8 @@ from typing import Any
 
 from data_prep.manifest import write_atomically
 from pipeline.config.command_line import Launch
-from pipeline.config.options import Config, flatten, save_config, tokenizer_source
+from pipeline.config.options import Config, flatten, save_config
+from pipeline.data.tokenizer_source import tokenizer_source
 from pipeline.distributed.connecting import Ranks
 from pipeline.recording.environment import describe_environment
 from pipeline.tasks.task import Score

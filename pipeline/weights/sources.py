@@ -41,13 +41,14 @@ def load_model(objective: nn.Module, weights: str) -> Loaded:
 
     A head starts from the source's head for the same purpose (``model/weights/heads.py``). Heads that the source lacks,
     and layers of another number of classes, stay as they are; heads that only the source has are left out; the vision
-    tower's position table is resized. An objective may leave more of a source unread (``not_read``, patterns of names),
-    or give further ``resizes``.
+    tower's position table is resized; what frames tell each other begins anew where the source is of images. An
+    objective may leave more of a source unread (``not_read``, patterns of names), or give further ``resizes``.
 
     Raises:
         ValueError: nothing of the kind is there, or the networks differ.
     """
-    return _start(objective, weights, [HEAD], getattr(objective, "resizes", ()))
+    fresh = [HEAD, *(re.escape(TOWER) + pattern for pattern in OF_VIDEO)]
+    return _start(objective, weights, fresh, getattr(objective, "resizes", ()))
 
 
 def load_whole(objective: nn.Module, weights: str) -> Loaded:
@@ -144,7 +145,7 @@ def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:
         found = {name.removeprefix(TOWER): value for name, value in named if name.startswith(TOWER)}
     if not found or all(".temporal." in name for name in found):  # an imported EVLGen is what was trained only
         return load_vision(tower, config.vision)
-    return start_from(tower, found, source=f"model.weights {config.weights}")
+    return start_from(tower, found, source=f"model.weights {config.weights}", fresh=OF_VIDEO)
 
 
 def read_model(weights: str, languages: Mapping[str, LanguageModel] = MappingProxyType({})) -> dict[str, Tensor]:
@@ -188,7 +189,8 @@ def _frozen_of(config: ModelConfig, languages: Mapping[str, LanguageModel]) -> d
     if config.vision.frozen:
         tower = build_tower(config.vision)
         load_vision_tower(tower, config)
-        found |= {f"{TOWER}{name}": value.detach() for name, value in named_tensors(tower)}
+        kept = ((name, value) for name, value in named_tensors(tower) if ".temporal." not in name)  # that is trained
+        found |= {f"{TOWER}{name}": value.detach() for name, value in kept}
     if (name := config.language.name) is not None:
         language = languages.get(name)
         if language is None:

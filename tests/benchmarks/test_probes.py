@@ -17,6 +17,7 @@ from pipeline.config.command_line import parse_command_line
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.transforms import clip_transform
+from pipeline.pictures.pictures import Pictures
 from pipeline.tasks.captioning import Captioner, Item
 from tests.rounding import TINY
 from tests.tiny_corpus import make_corpus
@@ -91,7 +92,7 @@ def captioner(data: Path, name: str) -> Captioner:
         for parameter in objective.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     transform, device = clip_transform(32), torch.device("cpu")
-    return Captioner(objective, tokenizer, transform, 10**6, device, Path(), max_tokens=6, lengths=(5, 6))
+    return Captioner(objective, tokenizer, Pictures(transform), device, Path(), max_tokens=6, lengths=(5, 6))
 
 
 def chosen(data: Path, model: Captioner) -> ProbeData:
@@ -124,7 +125,7 @@ def test_features_stand_in_the_order_of_what_is_asked(data: Path, name: str) -> 
     assert pairs.shape == (40, 64) and questions.shape[0] == len(split.questions)
     for features, readers, number in ((pairs, split.pairs, 39), (questions, split.questions, 7)):
         ids = model.tokenizer.encode(readers[number].text, 50)
-        images = split.items[readers[number].image].pixels[None, None]
+        images = split.items[readers[number].image].pixels[None]
         alone = model.objective.features(model.objective.planner(images, [Row(ids, 0, 0, "read")]))[0]
         assert torch.allclose(features[number], alone, rtol=TINY, atol=TINY)
         assert not torch.allclose(features[number - 1], alone, atol=1e-3)

@@ -1,4 +1,4 @@
-"""RandAugment: each operation against its definition on pixels, and draws that depend on the seed alone."""
+"""RandAugment and crop_flip: operations against their definition on pixels, draws that depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import augmentation
-from pipeline.data.augmentation import OPERATIONS, randaugment
+from pipeline.data.augmentation import CROP_AREA, CROP_RATIO, OPERATIONS, _part, augment_named, crop_flip, randaugment
 
 HEIGHT, WIDTH = 61, 87
 
@@ -153,3 +153,32 @@ def test_tiny_and_flat_images() -> None:
     for size in ((1, 1), (1, 40), (300, 2)):
         for operation in OPERATIONS:
             assert operation(Image.new("RGB", size, (7, 7, 7)), 1).size == size
+
+
+def test_a_part_of_the_image_is_cut_out_and_mirrored_or_not(image: Image.Image) -> None:
+    """What comes out is a resize of a box of the image, for some box as large and as wide as allowed."""
+    mirrored = 0
+    for seed in range(40):
+        generator = np.random.Generator(np.random.Philox(key=augmentation.mix_words(seed, "crop_flip")))
+        flips = bool(generator.integers(2))
+        left, top, right, bottom = _part(image.size, generator)
+        assert 0 <= left < right <= WIDTH and 0 <= top < bottom <= HEIGHT
+        across, down = right - left, bottom - top
+        room = 1 / across + 1 / down  # sides are whole pixels
+        assert CROP_AREA[0] * (1 - room) <= across * down / (WIDTH * HEIGHT) <= CROP_AREA[1]
+        assert CROP_RATIO[0] * (1 - room) <= across / down <= CROP_RATIO[1] * (1 + room)
+        expected = image.crop((left, top, right, bottom)).resize((32, 32), Image.Resampling.BICUBIC)
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flips else expected
+        found = crop_flip(image, seed, 32)
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 24, "taps at the edge of the box"
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(expected))[4:-4, 4:-4].max() <= 1
+        assert augment_named("crop_flip", 32)(image, seed).tobytes() == found.tobytes()
+        mirrored += flips
+    assert 10 < mirrored < 30
+
+
+def test_a_long_image_is_cut_in_its_middle() -> None:
+    """Where no drawn part fits, the largest of 4:3 or 3:4."""
+    generator = np.random.Generator(np.random.Philox(key=1))
+    assert _part((900, 30), generator) == (430, 0, 470, 30)
+    assert _part((30, 900), generator) == (0, 430, 30, 470)

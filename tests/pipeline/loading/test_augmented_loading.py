@@ -15,6 +15,7 @@ from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import clip_transform, decode_image
 from pipeline.loading.datasets import SampleReader
 from pipeline.loading.loader import LoaderOptions
+from pipeline.pictures.pictures import Pictures
 from tests.pipeline.data.test_reader import jpeg, write_split
 from tests.pipeline.loading.loader_data import HERE, SIZE, rows_by_sample, same
 
@@ -54,8 +55,8 @@ def test_evaluation_is_never_augmented(data):
 def test_augmentations_see_the_full_resolution(data):
     """Shifts are in pixels: an image that the decoder had shrunk would move twice as far."""
     fast = replace(HERE, fast_decode=True)
-    assert data.train(options=fast)._dataset.reader.draft_size == 2 * SIZE
-    assert data.train(options=replace(fast, augmentation="randaugment"))._dataset.reader.draft_size is None
+    assert data.train(options=fast)._dataset.reader.pictures.draft_size == 2 * SIZE
+    assert data.train(options=replace(fast, augmentation="randaugment"))._dataset.reader.pictures.draft_size is None
 
 
 class OneRow:
@@ -68,7 +69,7 @@ class OneRow:
 def test_images_of_a_sample_are_augmented_apart(tmp_path):
     pair = Record("pair", (jpeg(1), jpeg(1)), ("same",), extensions=("jpg", "jpg"))
     corpus = Corpus(write_split(tmp_path / "a" / "train", [pair], corpus="a"))
-    reader = SampleReader([corpus], OneRow(), clip_transform(SIZE), 10**8, None, randaugment)
+    reader = SampleReader([corpus], OneRow(), Pictures(clip_transform(SIZE), augment=randaugment))
     out = torch.zeros(reader.image_shape, dtype=torch.uint8)
     apart = 0
     for seed in range(12):
@@ -77,7 +78,7 @@ def test_images_of_a_sample_are_augmented_apart(tmp_path):
     assert apart > 6
 
 
-@pytest.mark.parametrize("name", ["none", "randaugment"])
+@pytest.mark.parametrize("name", ["none", "randaugment", "crop_flip"])
 def test_options_name_it(name):
     from pipeline.config.options import Config
     from pipeline.loading.open_data import loader_options

@@ -70,7 +70,8 @@ class VisionTower(nn.Module):
         linear = num_tokens * (4 * width**2 + 2 * width * int(width * self.config.mlp_ratio))
         attention = 2 * num_tokens**2 * width
         embedding = (num_tokens - 1) * 3 * self.config.patch_size**2 * width
-        return embedding + len(self.blocks) * (linear + attention)
+        frames = sum(num_tokens * block.temporal.macs for block in self.blocks if block.temporal is not None)
+        return embedding + len(self.blocks) * (linear + attention) + frames
 
     def reset_parameters(self) -> None:
         """Random initialisation with the standard deviations of CLIP (Radford et al. 2021, released model code)."""

@@ -35,6 +35,11 @@ class ReleasedTemporalAttention(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(()))
         _initialise(self.query, self.key)
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one token; what it compares with other frames is left out, F * (256 + W)."""
+        return self.query.weight.numel() + self.key.weight.numel()
+
     def forward(self, tokens: Tensor, num_frames: int) -> Tensor:
         """[B*F, P, W] -> [B*F, P, W]; an order of the frames makes no difference."""
         places = _by_place(tokens, num_frames)
@@ -59,6 +64,11 @@ class OrderedTemporalAttention(nn.Module):
         _initialise(self.qkv)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one token; what it compares with other frames is left out, 2 * 256 * F."""
+        return self.qkv.weight.numel() + self.out.weight.numel()
 
     def forward(self, tokens: Tensor, num_frames: int) -> Tensor:
         """[B*F, P, W] -> [B*F, P, W]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import VisionConfig
 from model.vision.clip import VisionTower, resolve_sizes
@@ -45,6 +46,19 @@ def test_eva_is_equal_to_the_release() -> None:
     assert_near(tower(dump["image"]), dump["features"])
     for mine, theirs in zip(outputs, dump["block_outputs"], strict=True):
         assert_near(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["released", "ordered"])
+def test_its_linear_layers_are_counted(kind: str) -> None:
+    """As PyTorch counts them, twice a multiply-accumulate; the attention of four frames is what is left out."""
+    tower = VisionTower(VisionConfig(**SMALL, temporal=kind))
+    plain = VisionTower(VisionConfig(**SMALL))
+    with FlopCounterMode(display=False) as counter:
+        for block in tower.blocks:
+            block.temporal(torch.zeros(4, tower.num_tokens, tower.width), 4)
+    counts = counter.get_flop_counts()["Global"]
+    total = counts.get(torch.ops.aten.addmm, 0) + counts.get(torch.ops.aten.mm, 0)
+    assert total == 2 * 4 * (tower.macs - plain.macs)
 
 
 def test_the_released_tower_by_name() -> None:

@@ -1,12 +1,13 @@
 """Kills training by SIGKILL at random moments, resumes it, and compares the finished run with an uninterrupted one.
 
-    python -m benchmarks.proof.kill_test --kills 8 --cells all [--output FILE] [--folder DIR]
+    python -m benchmarks.proof.kill_test --kills 8 --cells all [--recipe evlgen_tiny] [--output FILE] [--folder DIR]
 
-Each cell (ZeRO stage, precision) trains a tiny FLM with 2 ranks under the real `deepspeed` launcher, with dropout,
-evaluations, loader processes and a checkpoint every other step. About half of the kills wait for a checkpoint being
-written. The comparison is bit for bit: sample keys of each step, every logged number that is no measure of time or
-memory (also of the steps that were done again), weights, both moments and the run's state. Cells that the results file
-already holds are not run again unless --again. Exit codes: 0 all equal, 1 a difference.
+Each cell (ZeRO stage, precision) trains a tiny FLM, or EVLGen on frozen parts, with 2 ranks under the real
+`deepspeed` launcher, with dropout, evaluations, loader processes and a checkpoint every other step. About half of the
+kills wait for a checkpoint being written. The comparison is bit for bit: sample keys of each step, every logged
+number that is no measure of time or memory (also of the steps that were done again), weights, both moments and the
+run's state. Cells that the results file already holds are not run again unless --again. Exit codes: 0 all equal, 1 a
+difference.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from benchmarks.proof.killed_launch import Kill, Launcher
 from benchmarks.proof.same_run import differences
 from pipeline.recording.environment import describe_environment
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CELLS = [
@@ -36,7 +38,6 @@ CELLS = [
 PLACES = ("set-up", "training", "saving", "evaluating", "finishing")
 WEIGHTS = (0.1, 0.2, 0.5, 0.1, 0.1)  # what a kill aims at; where it fell is found out afterwards
 SETTINGS = {
-    "--recipe": "flm_tiny",
     "--train.log_every": 1,
     "--train.eval_every": 8,
     "--train.save_every": 2,
@@ -44,21 +45,35 @@ SETTINGS = {
     "--tracking.sample_keys": "true",
 }
 
+RECIPES = {  # recipe -> what it needs besides
+    "flm_tiny": {},
+    "evlgen_tiny": {
+        "--model.language.name": "language",
+        "--model.vision.pretrained": "tower.safetensors",
+        "--model.vision.frozen": "true",
+        "--model.connector.dropout": 0.1,
+    },
+}
+RESULTS = {"flm_tiny": "kill_test.json", "evlgen_tiny": "kill_test_evlgen.json"}
+
 
 def main() -> int:
     arguments = parse_arguments()
     cells = CELLS if arguments.cells == ["all"] else arguments.cells
-    results = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    output = arguments.output or REPOSITORY / "benchmarks" / "results" / RESULTS[arguments.recipe]
+    results = json.loads(output.read_text()) if output.is_file() else {}
     found = results.setdefault("cells", {})
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         prepare_data(Path(folder))
+        prepare_frozen_parts(Path(folder))
         for number, cell in enumerate(cells):
             if cell in found and not arguments.again:
                 continue
-            found[cell] = run_cell(cell, arguments.kills, arguments.steps, Path(folder), arguments.seed + number)
+            seed = arguments.seed + number
+            found[cell] = run_cell(cell, arguments.kills, arguments.steps, Path(folder), seed, recipe=arguments.recipe)
             results["environment"] = describe_environment(torch.device("cpu"))
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(results, indent=1) + "\n")
     print(table({cell: found[cell] for cell in CELLS if cell in found}))
     return 1 if any(found[cell]["differences"] for cell in cells) else 0
 
@@ -69,7 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cells", nargs="+", default=["all"], choices=["all", *CELLS])
     parser.add_argument("--steps", type=int, default=48, help="optimizer steps of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "kill_test.json")
+    parser.add_argument("--recipe", default="flm_tiny", choices=RECIPES, help="what is trained (default: flm_tiny)")
+    parser.add_argument("--output", type=Path, help="results (default: one of benchmarks/results/, by the recipe)")
     parser.add_argument("--folder", type=Path, help="where the runs are written (a temporary folder inside it)")
     parser.add_argument("--again", action="store_true", help="run cells again that the results file holds")
     return parser.parse_args()
@@ -97,6 +113,12 @@ def prepare_data(folder: Path) -> None:
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=100)
 
 
+def prepare_frozen_parts(folder: Path) -> None:
+    """What EVLGen does not train, with random weights."""
+    write_clip(folder / "tower.safetensors")
+    write_language_model(folder / "language")
+
+
 def run_cell(
     cell: str,
     kills: int,
@@ -105,13 +127,15 @@ def run_cell(
     seed: int,
     aims: list[str] | None = None,
     launcher_class: type[Launcher] = Launcher,
+    recipe: str = "flm_tiny",
 ) -> dict[str, Any]:
     """The reference run, then runs that are killed and resumed until there were ``kills`` kills and each has finished.
 
     ``aims`` fixes what the kills aim at, in order; drawn by ``WEIGHTS`` otherwise.
     """
     precision, stage = cell.split("-zero")
-    settings = {**SETTINGS, "--train.steps": steps, "--train.precision": precision}
+    settings = {"--recipe": recipe, **RECIPES[recipe], **SETTINGS}
+    settings |= {"--train.steps": steps, "--train.precision": precision}
     script = [
         str(REPOSITORY / "pipeline" / "train.py"),
         "--deepspeed",

@@ -24,9 +24,10 @@ from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.finetuning.test_answers import gqa_record
 from tests.pipeline.finetuning.test_classification import vqa_record
 from tests.pipeline.scoring.program import die_after, results
-from tests.program.test_evlgen import losses, options, write_language_model
-from tests.program.test_frozen_tower import write_clip, zero
+from tests.program.test_evlgen import losses, options
+from tests.program.test_frozen_tower import zero
 from tests.program.test_incidents import train
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 pytestmark = pytest.mark.slow
 KILLED = -9

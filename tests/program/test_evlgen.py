@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.torchvision_shim import ensure_torchvision
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.restore import read_state
@@ -25,35 +24,12 @@ from pipeline.recording.run_log import LOG_NAME, read_log
 from pipeline.weights.sources import read_model
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
-from tests.program.test_frozen_tower import write_clip, zero
+from tests.program.test_frozen_tower import zero
 from tests.program.test_incidents import train
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 pytestmark = pytest.mark.slow
 STEPS = 6
-
-
-def write_language_model(folder: Path, kind: str = "llama", seed: int = 0, width: int = 32) -> Path:
-    """A random language model of some words with its own tokenizer, which has a line break and no mask, no pad."""
-    ensure_torchvision()
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<|endoftext|>", *alphabet]
-    engine = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="<|endoftext|>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=len(words), hidden_size=width, num_hidden_layers=2, num_attention_heads=4)
-    sizes |= dict(max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    if kind == "opt":
-        settings = transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=width, **sizes)
-    else:
-        settings = transformers.LlamaConfig(intermediate_size=64, tie_word_embeddings=True, **sizes)
-    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

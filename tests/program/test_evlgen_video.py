@@ -23,9 +23,9 @@ from pipeline.reporting.page import report_or_warn
 from tests.forked_ranks import run_ranks
 from tests.numbered_clips import clip
 from tests.pipeline.data.test_reader import jpeg, records, write_split
-from tests.program.test_evlgen import losses, write_language_model
-from tests.program.test_frozen_tower import write_clip
+from tests.program.test_evlgen import losses
 from tests.program.test_incidents import train
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 pytestmark = pytest.mark.slow
 STEPS = 6

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model.build import build_objective
 from model.config import FLMOptions
@@ -35,6 +35,7 @@ from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
 from tests.pipeline.weights.test_starting_weights import other_numbers
 from tests.program.test_incidents import train
+from tests.tiny_frozen_parts import write_clip
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, BLOCKS = 4, 2  # the last block is not part of the tower
@@ -68,27 +69,6 @@ def options(output: Path, clip: Path, *more: str) -> list[str]:
 
 def zero(stage: int) -> list[str]:
     return ["--deepspeed", str(REPOSITORY / "ds_configs" / f"zero{stage}.json")]
-
-
-def write_clip(path: Path, width: int = 32, seed: int = 0) -> Path:
-    """The image encoder of a random CLIP of flm_tiny's sizes, as open_clip names its tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"conv1.weight": (width, 3, 8, 8), "class_embedding": (width,), "positional_embedding": (17, width)}
-    shapes |= {f"{name}.{kind}": (width,) for name in ("ln_pre", "ln_post") for kind in ("weight", "bias")}
-    for block in range(BLOCKS):
-        for name, (rows, columns) in {
-            "attn.in_proj_": (3 * width, width),
-            "attn.out_proj.": (width, width),
-            "mlp.c_fc.": (4 * width, width),
-            "mlp.c_proj.": (width, 4 * width),
-        }.items():
-            shapes |= {f"transformer.resblocks.{block}.{name}weight": (rows, columns)}
-            shapes |= {f"transformer.resblocks.{block}.{name}bias": (rows,)}
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"transformer.resblocks.{block}.{name}.{kind}": (width,) for kind in ("weight", "bias")}
-    state = {f"visual.{name}": torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
-    save_file(state, path)
-    return path
 
 
 @pytest.fixture(scope="module")

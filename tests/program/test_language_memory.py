@@ -18,8 +18,9 @@ from pipeline.training.session import resolve_ds_config, set_up
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.language_weights.test_files import PEAK, resident
-from tests.program.test_evlgen import options, write_language_model
-from tests.program.test_frozen_tower import write_clip, zero
+from tests.program.test_evlgen import options
+from tests.program.test_frozen_tower import zero
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 pytestmark = [
     pytest.mark.slow,

@@ -20,9 +20,10 @@ from pipeline.weights.sources import read_model
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
 from tests.pipeline.data.test_tokenizer import write_tokenizer
-from tests.program.test_evlgen import STEPS, losses, options, write_language_model
-from tests.program.test_frozen_tower import write_clip, zero
+from tests.program.test_evlgen import STEPS, losses, options
+from tests.program.test_frozen_tower import zero
 from tests.program.test_incidents import train
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 pytestmark = pytest.mark.slow
 QFORMER = ["--model.connector.name", "qformer"]

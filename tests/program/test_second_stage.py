@@ -18,9 +18,10 @@ from pipeline.language_weights import loading
 from pipeline.plan import main as plan
 from tests.forked_ranks import run_ranks
 from tests.pipeline.data.test_reader import records, write_split
-from tests.program.test_evlgen import STEPS, losses, options, write_language_model
-from tests.program.test_frozen_tower import write_clip, zero
+from tests.program.test_evlgen import STEPS, losses, options
+from tests.program.test_frozen_tower import zero
 from tests.program.test_incidents import train
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 pytestmark = pytest.mark.slow
 LORA = ["--model.language.lora_rank", "4", "--model.language.lora_dropout", "0.1"]

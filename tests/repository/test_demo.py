@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recording.run_log import read_log
-from tests.program.test_evlgen import write_language_model
+from tests.tiny_frozen_parts import write_language_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -31,7 +31,7 @@ from pipeline.tasks.written_answers import AnswerRows, released_question
 from tests.oracle import load_oracle, oracle_file
 from tests.pipeline.data.test_reader import jpeg, write_split
 from tests.pipeline.finetuning.test_classification import ANSWERS, config_of, evaluated, vqa_record
-from tests.program.test_evlgen import write_language_model
+from tests.tiny_frozen_parts import write_language_model
 
 WORDS = ("is it red", "what is to be seen on the left", "why", "how many")
 TYPES = ("verify", "query", "choose")

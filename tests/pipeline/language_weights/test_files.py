@@ -16,7 +16,7 @@ from model.torchvision_shim import ensure_torchvision
 from pipeline.language_weights import loading
 from pipeline.language_weights.files import INDEX, WHOLE
 from pipeline.language_weights.loading import load_language
-from tests.program.test_evlgen import write_language_model
+from tests.tiny_frozen_parts import write_language_model
 
 ensure_torchvision()
 KILOBYTE, PEAK = 1024, Path("/proc/self/status")

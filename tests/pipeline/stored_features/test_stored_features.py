@@ -26,7 +26,7 @@ from pipeline.stored_features.files import LostFeatures, ShardWriter, StoredFeat
 from pipeline.stored_features.opening import FeatureSource, feature_source, identity_of, tower_hash
 from pipeline.weights.sources import load_vision_tower
 from tests.pipeline.data.test_reader import records, write_split
-from tests.program.test_frozen_tower import write_clip
+from tests.tiny_frozen_parts import write_clip
 
 SAMPLES = 23
 

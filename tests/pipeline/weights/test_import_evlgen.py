@@ -20,8 +20,7 @@ from pipeline.config.command_line import parse_command_line
 from pipeline.convert import main as convert
 from pipeline.data.tokenizer import tokenizer_of
 from pipeline.weights.starting import load_trained
-from tests.program.test_evlgen import write_language_model
-from tests.program.test_frozen_tower import write_clip
+from tests.tiny_frozen_parts import write_clip, write_language_model
 
 WIDTH, LAYERS, MERGES = 32, 2, 3
 

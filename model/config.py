@@ -117,6 +117,8 @@ class ConnectorConfig:
         layers: layers of tomeformer, qformer or perceiver.
         max_positions: rows of tomeformer's position table, so many tokens of an image at most.
         dropout: dropout probability on attention and hidden states of tomeformer, qformer and perceiver.
+        standardise: begin with channels that differ as much from image to image, and are 0 on average, as the first
+            training images have them; false begins as if all channels were alike. Not of released behaviour.
     """
 
     name: Literal["tomeformer", "qformer", "perceiver", "pooling", "pixel_shuffle"] = "tomeformer"
@@ -131,6 +133,7 @@ class ConnectorConfig:
     layers: int = 12
     max_positions: int = 512
     dropout: float = 0.1
+    standardise: bool = True
 
 
 @dataclass

@@ -53,19 +53,15 @@ class EVLGen(nn.Module):
         declare_group("cross", self.connector)
 
     @torch.no_grad()
-    def scale_prefix(self) -> None:
+    def scale_prefix(self, features: Tensor) -> None:
         """Scales the connector's last layer so that image tokens are as large as the language model's embeddings.
 
-        In rms, as far as features that are normal noise tell; from the connector's own initialisation they would be
-        smaller by an order of magnitude, and to grow takes most of a short training.
+        In rms, over images of ``features`` [B, P, W]; from the connector's own initialisation they would be smaller by
+        an order of magnitude, and to grow takes most of a short training.
         """
         table = self.language.llm.get_input_embeddings().weight
-        noise = torch.randn(2, self.vision.num_tokens, self.vision.width, generator=torch.Generator().manual_seed(0))
-        connector = self.connector
-        was_training = connector.training
-        tokens = connector.eval()(noise.to(connector.output.weight))
-        connector.train(was_training)
-        connector.output.weight.mul_(_rms(table) / _rms(tokens))
+        tokens = self.connector(features.to(self.connector.output.weight))
+        self.connector.output.weight.mul_(_rms(table) / _rms(tokens))
 
     def forward(self, batch: Batch) -> Predictions:
         """Runs a whole plan."""

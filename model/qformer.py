@@ -53,10 +53,16 @@ class QFormerPairs(nn.Module):
         for mine, theirs in zip(self.text.layers, self.connector.body.layers, strict=True):
             mine.load_state_dict(theirs.ffn.state_dict())
 
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 1, 3, S, S], or features [B, 1, P, W] -> [B, P, W]."""
+        trained = any(parameter.requires_grad for parameter in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return tokens_of(self.vision, images).to(self.connector.norm.weight.dtype)
+
     def forward(self, batch: Batch) -> Pairs:
         """Queries and texts apart, and texts written from queries: all in one pass."""
         plan, connector = batch.plan, self.connector
-        image = connector.input(connector.norm(self._tokens(batch.images)))
+        image = connector.input(connector.norm(self.features(batch.images)))
         read, written = self.text(plan.text)
         num_queries, num_positions = len(connector.body.queries), plan.text.shape[1]
         mask = queries_and_two_texts(plan.lengths, num_queries, num_positions)
@@ -73,12 +79,6 @@ class QFormerPairs(nn.Module):
         mask = queries_and_text(plan.lengths.index_select(0, texts), len(body.queries), plan.text.shape[1])
         tokens = pairs.image.index_select(0, plan.image.index_select(0, images))
         return body(tokens, TextBeside(read, mask, self.text.layers))[:, : len(body.queries)]
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        """uint8 [B, 1, 3, S, S], or features [B, 1, P, W] -> [B, P, W]."""
-        trained = any(parameter.requires_grad for parameter in self.vision.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return tokens_of(self.vision, images).to(self.connector.norm.weight.dtype)
 
 
 class TextSide(nn.Module):

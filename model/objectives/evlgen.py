@@ -48,6 +48,17 @@ class ImageToText(nn.Module):
         found = self.net(batch) if tokens is None else self.net.fuse(batch.plan, tokens)
         return self.lm_head(getattr(found, term.source).index_select(0, term.position), term.target)
 
+    @torch.no_grad()
+    def begin_with(self, images: Tensor, fresh: bool) -> None:
+        """Fits what is random to the first training ``images``, uint8 [B, I, 3, S, S] or features [B, I, P, W].
+
+        The connector's last layer; with ``fresh``, where all of it is, its norm too (``ConnectorConfig.standardise``).
+        """
+        features = self.net.features(images)
+        if fresh and self.net.connector.config.standardise:
+            self.net.connector.standardise(features)
+        self.net.scale_prefix(features)
+
     def fresh_from(self, names: Collection[str]) -> list[str]:
         """Patterns of what may begin anew in a model that starts from a run with weights of these ``names``.
 

@@ -40,6 +40,12 @@ class QFormerStage1(nn.Module):
         self.lm_head = LanguageModelHead(width, net.vocabulary.size)
         self.term_weights = {"itc": options.itc_weight, "itm": options.itm_weight, "itg": options.itg_weight}
 
+    @torch.no_grad()
+    def begin_with(self, images: Tensor, fresh: bool) -> None:
+        """As of :class:`model.objectives.evlgen.ImageToText`; there is no last layer here."""
+        if fresh and self.net.connector.config.standardise:
+            self.net.connector.standardise(self.net.features(images))
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sum of losses of each term, fp32 scalars with gradient."""
         return {name: losses.sum() for name, (losses, _) in self._losses(batch).items()}

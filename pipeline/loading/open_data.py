@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_prep.manifest import CAPTIONS, ManifestError, find_manifests, is_split
 from data_prep.video.decoding import require_decoder
@@ -26,6 +27,7 @@ from pipeline.loading.shared_opening import Split, check_in_shares, found_by_mai
 from pipeline.pictures.frame_choice import FRAME_CHOICE_VERSION
 
 MAX_EVAL_WORKERS = 2
+FIRST_IMAGES = 32
 
 
 @dataclass
@@ -211,6 +213,29 @@ class TrainingBatches:
     def failure(self, error: BaseException) -> Exception | None:
         """What went wrong in loading, if ``error`` comes from there."""
         return None if self._loader is None else self._loader.failure(error)
+
+
+def first_images(config: Config, data: TrainingData, preparation: Preparation, count: int = FIRST_IMAGES) -> Tensor:
+    """The images of the first usable samples of training, of ``count``: uint8 [B, I, 3, S, S], or their features."""
+    loader = build_train_loader(
+        data.corpora,
+        sample_order(config, data),
+        preparation,
+        micro_batch=min(count, sum(data.sizes)),
+        accumulation=1,
+        rank=0,
+        world=1,
+        start_step=0,
+        num_steps=1,
+        seed=config.train.seed,
+        options=replace(loader_options(config, False), num_workers=0),
+        num_texts=data.texts_per_image,
+    )
+    batch = next(iter(loader)).to("cpu")
+    loader.close()
+    unusable = {key for key, _ in batch.problems}
+    usable = [number for number, key in enumerate(batch.keys) if key not in unusable]
+    return batch.images[usable] if usable else batch.images
 
 
 def eval_loader(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +42,7 @@ from pipeline.loading.open_data import (
     TrainingBatches,
     TrainingData,
     data_fingerprint,
+    first_images,
     open_training_data,
     sample_order,
 )
@@ -53,7 +55,7 @@ from pipeline.staging.starting import start_staging
 from pipeline.stored_features.opening import feature_source
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of
 from pipeline.training.run_files import copy_files, write_run_files
-from pipeline.weights.starting import describe_start, load_frozen, load_starting_weights
+from pipeline.weights.starting import describe_start, fit_connector, load_frozen, load_starting_weights
 
 
 @dataclass
@@ -136,6 +138,10 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     else:
         load_frozen(objective, config.model, place, agreement)
     features = feature_source(config, objective, agreement, [*opened.data.corpora, *opened.data.held_out])
+    preparation = replace(task.preparation(config, objective, opened.data.tokenizer), features=features)
+    if starting is not None:
+        images = partial(first_images, config, opened.data, preparation)
+        fit_connector(objective, config.model, starting, images, place, agreement)
     lock = _lock(launch.output, ranks, opened.lock)  # of a new run only now: a mistake before this leaves no folder
     census = parameter_census(objective)
     prepare_deepspeed(ranks.device)
@@ -153,7 +159,6 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
         ranks.stop.time_is_up = Walltime(time_is_over, records.saver.expected_seconds).is_up
     order = sample_order(config, opened.data)
     stager = start_staging(config, opened.data.corpora, order, ranks, engine.accumulation, state.step)
-    preparation = replace(task.preparation(config, objective, opened.data.tokenizer), features=features)
     pin = ranks.device.type == "cuda"
     held_out = opened.data.held_out
     evaluating = EvaluationRanks(place, pin, lambda done: agreement.total([not done])[0] == 0, in_training=True)

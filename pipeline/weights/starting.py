@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from model.config import AUTO, ModelConfig, TextConfig, VisionConfig
 from model.evlgen import EVLGen
@@ -85,6 +85,26 @@ def load_starting_weights(
     return _on_rank_0(load, place, agreement)
 
 
+def fit_connector(
+    objective: nn.Module,
+    config: ModelConfig,
+    starting: dict[str, dict[str, Any]],
+    first_images: Callable[[], Tensor],
+    place: Place,
+    agreement: Agreement,
+) -> None:
+    """Fit what is random of rank 0's connector to the first images of training (``begin_with`` of its objective).
+
+    Nothing is done for other objectives, in released behaviour, and where a run's connector goes on as it is.
+    """
+    fresh = "connector" in starting
+    of_run = starting.get("model", {}).get("names") or {}
+    if config.behaviour == "default" and (fresh or OUTPUT in of_run.get("fresh", ())):
+        was_training = objective.training
+        _on_rank_0(lambda: objective.eval().begin_with(first_images(), fresh), place, agreement)
+        objective.train(was_training)
+
+
 def load_frozen(objective: nn.Module, config: ModelConfig, place: Place, agreement: Agreement) -> None:
     """Load the frozen parts of a model whose other weights come from a checkpoint; raises as the above."""
     _on_rank_0(lambda: load_frozen_parts(objective, config), place, agreement)
@@ -152,8 +172,6 @@ def _load(objective: Pretraining, config: ModelConfig, tokenizer: TextTokenizer,
             "language": Start(language, language, names=load_language(net.language, language)),
             "connector": Start(bert, bert, names=None if bert is None else load_connector(net.connector, bert)),
         }
-        if config.behaviour == "default":
-            net.scale_prefix()
         return starts
     if isinstance(net, QFormerPairs):
         bert = config.connector.pretrained
@@ -169,8 +187,6 @@ def _load_evlgen(objective: ImageToText, config: ModelConfig) -> Start:
     names = load_evlgen(objective, config.weights, config.language)
     if is_import(Path(config.weights)) and config.vision.frozen:
         load_vision_tower(objective.net.vision, config)
-    if OUTPUT in names.fresh and config.behaviour == "default":
-        objective.net.scale_prefix()
     return Start(config.weights, config.weights, names=names)
 
 

@@ -219,15 +219,25 @@ def test_numbers_of_tokens_are_drawn_in_training_only() -> None:
 
 @pytest.mark.parametrize("name", ["tomeformer", "qformer", "perceiver", "pooling"])
 def test_image_tokens_are_as_large_as_words(name: str) -> None:
-    """Once scaled, on other noise than it was scaled by: within a tenth."""
+    """Those of the images that the connector begins with; those of others within a tenth."""
     model = small_model("llama", name=name)
     net, rms = model.net, lambda values: float(values.square().mean().sqrt())
     words = rms(net.language.llm.get_input_embeddings().weight)
-    noise = torch.randn(64, net.vision.num_tokens, net.vision.width)
+    images, others = torch.randint(0, 256, (2, 64, 1, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        assert not 0.9 < rms(net.connector(noise)) / words < 1.1
-        net.scale_prefix()
-        assert 0.9 < rms(net.connector(noise)) / words < 1.1
+        assert not 0.9 < rms(net.encode(images)) / words < 1.1
+        model.begin_with(images, fresh=True)
+        assert rms(net.encode(images)) / words == pytest.approx(1, abs=1e-4)
+        assert 0.9 < rms(net.encode(others)) / words < 1.1
+
+
+@pytest.mark.parametrize(("standardise", "fresh"), [(True, True), (False, True), (True, False)])
+def test_what_all_images_have_in_common_is_taken_off(standardise: bool, fresh: bool) -> None:
+    """Where all of a connector is random; one that was trained is only scaled."""
+    model = small_model("llama", standardise=standardise)
+    model.begin_with(torch.randint(0, 256, (8, 1, 3, 16, 16), dtype=torch.uint8), fresh)
+    norm = model.net.connector.norm
+    assert bool((norm.weight != 1).all() and (norm.bias != 0).all()) == (standardise and fresh)
 
 
 def small_model(kind: str, recompute: bool = False, temporal: Any = None, **options: Any) -> ImageToText:

@@ -92,6 +92,24 @@ def test_it_trains_resumes_and_is_evaluated(work: Path, tmp_path: Path, capfd: p
     assert "caption_loss" in said
 
 
+def test_a_connector_begins_with_the_first_images(work: Path, tmp_path: Path) -> None:
+    """On any number of ranks, unless it is told not to; one that goes on from a run is left as it is."""
+    names = ("net.connector.norm.weight", "net.connector.norm.bias")
+
+    def begun(name: str, *more: Any, ranks: int = 1) -> torch.Tensor:
+        still = ("--train.steps", 1, "--optim.learning_rate", "1e-30", "--train.save_every", 1, *more)
+        assert run_ranks(ranks, train, options(work, tmp_path / name, *still)) == [0] * ranks
+        reader = Reader(checkpoint_path(tmp_path / name, 1))
+        return torch.stack([reader.read("weight", one) for one in names]).round(decimals=20)  # without its one step
+
+    alone, together = begun("alone"), begun("together", ranks=2)
+    assert torch.equal(alone, together)
+    plain = begun("plain", "--model.connector.standardise", "false")
+    assert torch.equal(plain, torch.tensor([1.0, 0.0])[:, None].expand(2, 32))
+    assert torch.equal(plain, begun("on", "--model.weights", tmp_path / "plain"))
+    assert not torch.equal(alone[0], plain[0]) and not torch.equal(alone[1], plain[1])
+
+
 @pytest.mark.slow(27)
 def test_captions_are_trained_scored_and_written(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

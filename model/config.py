@@ -34,6 +34,8 @@ class VisionConfig:
         mlp_ratio: MLP width over hidden width (when name is null).
         quick_gelu: x*sigmoid(1.702x) instead of GELU (when name is null).
         drop_last_block: leave out the last block, as FLM does (not of LIBRARY/NAME).
+        stage: tokens are those that this part of a timm model gives, from 0 (blocks of a ViT, feature maps of the
+            others), and what stands behind it is left out; null is the last one's, behind the model's last norm.
         layout: clip has a norm before the blocks and one behind them; eva has neither, and a bias in its patches (when
             name is null; name eva-vit-g is EVA-CLIP's ViT-g/14, as EVLGen and BLIP-2 use it).
         temporal: how the frames of a video tell each other what they show, in every block: released as EVLGen's
@@ -52,6 +54,7 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     quick_gelu: bool = True
     drop_last_block: bool = True
+    stage: int | None = None
     layout: Literal["clip", "eva"] = "clip"
     temporal: Literal["released", "ordered"] | None = None
 

@@ -37,7 +37,8 @@ def timm_backbone(name: str, config: VisionConfig) -> Backbone:
     sizes = {"img_size": config.image_size} if settings.fixed_input_size else {}
     module = timm.create_model(name, pretrained=False, num_classes=0, **sizes)
     heads = (settings.classifier,) if isinstance(settings.classifier, str) else tuple(settings.classifier or ())
-    return Backbone(module, timm_features, settings.mean, settings.std, heads)
+    function = timm_features if config.stage is None else _timm_stage(module, config.stage)
+    return Backbone(module, function, settings.mean, settings.std, heads)
 
 
 def timm_settings(name: str, config: VisionConfig) -> Any:
@@ -68,6 +69,20 @@ def timm_features(module: nn.Module, pixels: Tensor) -> Tensor:
     features = module.forward_features(pixels)
     is_channels_last = features.ndim == 4 and getattr(module, "output_fmt", "NCHW") == "NHWC"
     return features.permute(0, 3, 1, 2) if is_channels_last else features
+
+
+def _timm_stage(module: nn.Module, stage: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """What the model gives in its midst; raises ValueError for a stage that it does not have."""
+    if not hasattr(module, "forward_intermediates"):
+        raise ValueError("tells no features of its parts; use model.vision.stage null")
+    count = len(module.blocks) if hasattr(module, "patch_embed") else len(module.feature_info)
+    if not 0 <= stage < count:
+        raise ValueError(f"has parts 0 to {count - 1}, found model.vision.stage {stage}; use one of them, or null")
+
+    def features(module: nn.Module, pixels: Tensor) -> Tensor:
+        return module.forward_intermediates(pixels, indices=[stage], intermediates_only=True)[0]
+
+    return features
 
 
 def open_clip_backbone(name: str, config: VisionConfig) -> Backbone:

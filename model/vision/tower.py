@@ -34,6 +34,10 @@ def build_tower(config: VisionConfig) -> nn.Module:
     Raises:
         ValueError: no such name, or sizes that do not fit it.
     """
+    if config.stage is not None and not (config.name or "").startswith("timm/"):
+        raise ValueError(
+            f"model.vision.stage {config.stage} is of timm/NAME only, found model.vision.name {config.name}; use null"
+        )
     if config.name is not None and "/" in config.name:
         if config.temporal is not None:
             raise ValueError(

@@ -28,7 +28,7 @@ def fill_external(tower: ExternalTower, state: Mapping[str, Tensor], model: str,
         ValueError: they do not fit the tower; it is as it was before.
     """
     try:
-        own, beside = _own_names(state, list(tower.backbone.state_dict()), model)
+        own, beside = _own_names(state, list(tower.backbone.state_dict()), model, tower.cut)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     without = [rf"{re.escape(part)}(\..+)?" for part in (*tower.cut, *tower.heads)]
@@ -43,12 +43,14 @@ def fill_external(tower: ExternalTower, state: Mapping[str, Tensor], model: str,
     return Loaded(loaded.loaded, loaded.resized, loaded.fresh, loaded.dropped + beside)
 
 
-def _own_names(state: Mapping[str, Tensor], ours: list[str], model: str) -> tuple[dict[str, Tensor], list[str]]:
+def _own_names(
+    state: Mapping[str, Tensor], ours: list[str], model: str, cut: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of the tower's model by its library's names, and the file's names of all that is beside it."""
     if "_conv_stem.weight" in state:
         if not model.startswith("timm/tf_efficientnet"):
             raise ValueError("these are weights of efficientnet-pytorch, for model.vision.name timm/tf_efficientnet_..")
-        return from_efficientnet_pytorch(state, ours), []
+        return from_efficientnet_pytorch(state, ours, cut)
     prefix = _prefix(state, ours)
     beside = sorted(key for key in state if not key.startswith(prefix))
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, beside
@@ -76,10 +78,15 @@ SQUEEZE = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
 ENDS = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
 
 
-def from_efficientnet_pytorch(state: Mapping[str, Tensor], ours: Iterable[str]) -> dict[str, Tensor]:
+def from_efficientnet_pytorch(
+    state: Mapping[str, Tensor], ours: Iterable[str], cut: Iterable[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of lukemelas' efficientnet-pytorch (and -lite) by timm's names; ``ours`` are those of timm's model.
 
-    Blocks are counted through there, by stage here.
+    Blocks are counted through there, by stage here. The file may have more of them where the model was ``cut``.
+
+    Returns:
+        the weights, and the file's names of what is behind the cut.
 
     Raises:
         ValueError: another number of blocks, or a tensor that belongs to none of the known parts.
@@ -88,7 +95,8 @@ def from_efficientnet_pytorch(state: Mapping[str, Tensor], ours: Iterable[str]) 
         {(int(match[1]), int(match[2])) for name in ours if (match := re.match(r"blocks\.(\d+)\.(\d+)\.", name))}
     )
     count = 1 + max(int(match[1]) for key in state if (match := re.match(r"_blocks\.(\d+)\.", key)))
-    if count != len(places):
+    is_cut = any(part.startswith("blocks.") for part in cut)
+    if count < len(places) or count > len(places) and not is_cut:
         raise ValueError(
             f"has {count} blocks, the tower {len(places)}; set model.vision.name to the model of these weights"
         )
@@ -97,13 +105,17 @@ def from_efficientnet_pytorch(state: Mapping[str, Tensor], ours: Iterable[str]) 
         is_widening = f"_blocks.{number}._expand_conv.weight" in state
         parts = (WIDENING if is_widening else PLAIN) | SQUEEZE
         owner |= {f"_blocks.{number}.{theirs}": f"blocks.{stage}.{index}.{part}" for part, theirs in parts.items()}
-    found = {}
+    found, beside = {}, []
     for key, value in state.items():
         part, _, kind = key.rpartition(".")
+        number = re.match(r"_blocks\.(\d+)\.", key)
+        if number is not None and int(number[1]) >= len(places):
+            beside.append(key)
+            continue
         if part not in owner:
             raise ValueError(f"has {key}, which no EfficientNet of timm has")
         found[f"{owner[part]}.{kind}"] = value
-    return found
+    return found, beside
 
 
 def _positions(value: Tensor, shape: torch.Size) -> Tensor:

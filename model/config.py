@@ -104,27 +104,28 @@ class ConnectorConfig:
     """What turns the tokens of a frozen vision tower into tokens that a frozen language model reads (EVLGen).
 
     Args:
-        name: tomeformer merges tokens in a BERT encoder; qformer and perceiver read them by learned queries, in BERT
-            layers and in pre-LN layers; pooling takes means over the grid, pixel_shuffle stacks neighbours of it, both
-            before two linear layers.
+        name: tomeformer merges tokens in a BERT encoder, tome before two linear layers; qformer and perceiver read them
+            by learned queries, in BERT layers and in pre-LN layers; pooling takes means over the grid, pixel_shuffle
+            stacks neighbours of it, both before two linear layers.
         pretrained: Hugging Face name or folder of a BERT whose layers tomeformer and qformer begin with; null begins
             with random ones.
         num_tokens: tokens that the language model reads of an image.
-        merges_per_layer: tokens that each layer of tomeformer merges, instead of num_tokens (the release: 19).
+        merges_per_layer: tokens that each layer of tomeformer, or round of tome, merges, instead of num_tokens (the
+            release: 19).
         merging: weighted counts a merged token as many times as there are tokens in it, plain once, as the release.
         fewest_tokens: train with any number of tokens from this one to num_tokens, drawn for each micro-batch, so that
-            one model serves all of them; null trains with num_tokens. Of tomeformer only.
-        width: hidden width, a multiple of heads; of pooling and pixel_shuffle that between their linear layers.
+            one model serves all of them; null trains with num_tokens. Of tomeformer and tome.
+        width: hidden width, a multiple of heads; of pooling, pixel_shuffle and tome that between their linear layers.
         heads: attention heads.
         ffn_width: feed-forward width.
-        layers: layers of tomeformer, qformer or perceiver.
+        layers: layers of tomeformer, qformer or perceiver; rounds of tome.
         max_positions: rows of tomeformer's position table, so many tokens of an image at most.
         dropout: dropout probability on attention and hidden states of tomeformer, qformer and perceiver.
         standardise: begin with channels that differ as much from image to image, and are 0 on average, as the first
             training images have them; false begins as if all channels were alike. Not of released behaviour.
     """
 
-    name: Literal["tomeformer", "qformer", "perceiver", "pooling", "pixel_shuffle"] = "tomeformer"
+    name: Literal["tomeformer", "tome", "qformer", "perceiver", "pooling", "pixel_shuffle"] = "tomeformer"
     pretrained: str | None = None
     num_tokens: int = 29
     merges_per_layer: int | None = None

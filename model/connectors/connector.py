@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from model.config import ConnectorConfig
 from model.connectors.queries import Perceiver, QFormer
 from model.connectors.regroup import PixelShuffle, Pooling
-from model.connectors.tomeformer import Merged, TomeFormer
+from model.connectors.tome import Merged, TokenMerging
+from model.connectors.tomeformer import TomeFormer
 from model.layers import initial_std
 from model.merge.schedule import constant_merges, merges_to_budget, tokens_after
 from model.vision.tower import Grid
 
+MERGING = ("tomeformer", "tome")
 MOST_ENLARGED, TINY = 10.0, 1e-6  # of a norm's weight, over that of a channel of mean deviation; a deviation
 
 
 class Connector(nn.Module):
-    """Norm, regrouping on the grid (pooling, pixel_shuffle), linear layer, body, linear layer.
+    """Norm, regrouping of tokens (pooling, pixel_shuffle, tome), linear layer, body, linear layer.
 
     The body is an encoder that merges tokens, one of queries, or a GELU.
     """
@@ -46,13 +48,12 @@ class Connector(nn.Module):
         self.config, self.num_image_tokens = config, num_tokens
         self.has_class_token = grid is not None and grid.leading > 0
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        regroup = {"pooling": Pooling, "pixel_shuffle": PixelShuffle}.get(config.name)
-        self.regroup = None if regroup is None else regroup(grid, config.num_tokens)
+        self.regroup = _regroup(config, grid)
         self.input = nn.Linear(width if self.regroup is None else self.regroup.width(width), config.width)
         bodies = {"tomeformer": TomeFormer, "qformer": QFormer, "perceiver": Perceiver}
         self.body = bodies[config.name](config) if config.name in bodies else nn.GELU()
         self.output = None if language_width is None else nn.Linear(config.width, language_width)
-        self.merges = self._merges_to(None) if config.name == "tomeformer" else ()
+        self.merges = self._merges_to(None) if config.name in MERGING else ()
         self.num_tokens = tokens_after(num_tokens, self.merges)[-1] if self.merges else config.num_tokens
         if config.merges_per_layer and self.num_tokens <= 1 + self.has_class_token:
             raise ValueError(
@@ -90,17 +91,19 @@ class Connector(nn.Module):
         self.norm.bias.copy_(-channels.mean(0) * weight)
 
     def forward(self, tokens: Tensor, num_tokens: int | None = None) -> Tensor:
-        """[B, P, W] -> [B, Q, L]; a tomeformer leaves any number of tokens that ``num_tokens`` asks for."""
+        """[B, P, W] -> [B, Q, L]; where tokens are merged, any number of them is left that ``num_tokens`` asks for."""
         return self.output(self.trace(tokens, num_tokens).tokens)
 
     def trace(self, tokens: Tensor, num_tokens: int | None = None) -> Merged:
         """The same before the last linear layer, with what was merged."""
         tokens = self.norm(tokens)
-        tokens = self.input(tokens if self.regroup is None else self.regroup(tokens))
-        if not isinstance(self.body, TomeFormer):
-            return Merged(self.body(tokens), None, ())
         merges = self.merges if num_tokens is None else self._merges_to(num_tokens)
-        return self.body(tokens, merges, protect_first=self.has_class_token)
+        if isinstance(self.body, TomeFormer):
+            return self.body(self.input(tokens), merges, protect_first=self.has_class_token)
+        if isinstance(self.regroup, TokenMerging):
+            merged = self.regroup(tokens, merges, protect_first=self.has_class_token)
+            return merged._replace(tokens=self.body(self.input(merged.tokens)))
+        return Merged(self.body(self.input(tokens if self.regroup is None else self.regroup(tokens))), None, ())
 
     def macs(self, num_tokens: int | None = None) -> int:
         """Multiply-accumulates for one image (:mod:`model.flops`)."""
@@ -124,6 +127,13 @@ class Connector(nn.Module):
             raise ValueError(f"model.connector.num_tokens: {error}") from None
 
 
+def _regroup(config: ConnectorConfig, grid: Grid | None) -> Pooling | PixelShuffle | TokenMerging | None:
+    if config.name == "tome":
+        return TokenMerging(config.merging == "weighted")
+    on_grid = {"pooling": Pooling, "pixel_shuffle": PixelShuffle}.get(config.name)
+    return None if on_grid is None else on_grid(grid, config.num_tokens)
+
+
 def _most_merges_per_layer(config: ConnectorConfig, num_tokens: int, protect_first: bool) -> int:
     """The largest number of merges that leaves more than one token, and the class token."""
     left = lambda number: tokens_after(num_tokens, constant_merges(num_tokens, config.layers, number, protect_first))  # noqa: E731
@@ -132,18 +142,18 @@ def _most_merges_per_layer(config: ConnectorConfig, num_tokens: int, protect_fir
 
 def _check(config: ConnectorConfig, num_tokens: int, grid: Grid | None) -> None:
     """Raises ValueError for what does not fit, by the first reason."""
-    merges, on_grid = config.name == "tomeformer", config.name in ("pooling", "pixel_shuffle")
+    merges, on_grid = config.name in MERGING, config.name in ("pooling", "pixel_shuffle")
     own = [name for name in ("merges_per_layer", "fewest_tokens") if getattr(config, name) is not None]
     fewest, most = config.fewest_tokens or 1, config.max_positions
     refusals = [
         (config.width % config.heads, f"width {config.width} is not a multiple of heads {config.heads}; change either"),
         (config.num_tokens < 1, f"num_tokens is {config.num_tokens}, expected 1 or more"),
-        (own and not merges, f"{''.join(own[:1])} is of tomeformer only; leave it null with {config.name}"),
+        (own and not merges, f"{''.join(own[:1])} is of tomeformer and tome; leave it null with {config.name}"),
         ((config.merges_per_layer or 0) < 0, f"merges_per_layer is {config.merges_per_layer}, expected 0 or more"),
         (len(own) == 2, "fewest_tokens has no effect beside merges_per_layer; set num_tokens instead of that"),
         (not 1 <= fewest <= config.num_tokens, f"fewest_tokens is {fewest}, expected 1 to num_tokens"),
         (
-            merges and num_tokens > most,
+            config.name == "tomeformer" and num_tokens > most,
             f"max_positions {most} is less than the tower's {num_tokens} tokens; raise it",
         ),
         (on_grid and grid is None, f"name {config.name} needs a tower whose grid is known; use another one"),

@@ -6,7 +6,6 @@ Legend: B images, T tokens that come in, N tokens that are left, D width, H head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +13,12 @@ from torch import Tensor, nn
 
 from model.attention import merge_heads, split_heads
 from model.config import ConnectorConfig
+from model.connectors.tome import Merged
 from model.dropout import dropout
 from model.layers import TOP_EPS, FeedForward, ResidualNorm
 from model.merge.apply import merge_mean, merge_weighted
 from model.merge.plan import MergePlan, bipartite_plan
 from model.recomputing import run
-
-
-class Merged(NamedTuple):
-    """What is left of an image's tokens, and how it came about."""
-
-    tokens: Tensor  # [B, N, D]
-    sizes: Tensor | None  # fp32 [B, N], how many tokens that came in each stands for; None where that is not counted
-    plans: tuple[MergePlan | None, ...]  # of each layer
 
 
 class TomeFormer(nn.Module):

@@ -1,4 +1,4 @@
-"""Pictures of what a TomeFormer merges: the image after some of its layers, patches of one token in one colour."""
+"""Pictures of what a connector merges: the image after some of its layers, patches of one token in one colour."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.connectors.tomeformer import TomeFormer
 from model.evlgen import EVLGen
 from model.merge.apply import membership
 from model.merge.schedule import tokens_after
@@ -24,7 +23,7 @@ def merge_pictures(net: nn.Module, image: Tensor, grid: Grid | None) -> list[dic
 
     None for a network that merges no tokens, or whose tokens stand nowhere known.
     """
-    if grid is None or not isinstance(net, EVLGen) or not isinstance(net.connector.body, TomeFormer):
+    if grid is None or not isinstance(net, EVLGen) or not net.connector.merges:
         return []
     device = next(net.connector.parameters()).device
     plans = net.connector.trace(net.features(image[None, None].to(device))).plans

@@ -13,11 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import ConnectorConfig
 from model.connectors.connector import Connector
 from model.connectors.regroup import PixelShuffle, Pooling
+from model.connectors.tome import TokenMerging
+from model.merge.apply import membership, merge_mean
+from model.merge.schedule import merges_to_budget, tokens_after
 from model.vision.tower import Grid
 from tests.rounding import DOUBLE
 
 WIDTH, LANGUAGE_WIDTH, GRID = 24, 20, Grid(4, 6, 1)
-NAMES = ("tomeformer", "qformer", "perceiver", "pooling", "pixel_shuffle")
+NAMES = ("tomeformer", "tome", "qformer", "perceiver", "pooling", "pixel_shuffle")
 
 
 def connector(grid: Grid | None = GRID, num_image_tokens: int = 25, **options: Any) -> Connector:
@@ -50,6 +53,11 @@ def test_macs_are_those_that_are_run(name: str) -> None:
     counted = counter.get_total_flops() // 2
     if name == "tomeformer":  # and what merging costs: similarities, sums of what is merged
         assert 0 < counted - model.macs() < 0.1 * counted
+    elif name == "tome":  # similarities, at each round of all tokens at even places to those at odd ones
+        left = [25, *tokens_after(25, model.merges)]
+        similarities = sum((before + 1) // 2 * (before // 2) * WIDTH for before in left[:-1])
+        sums = sum(after * (before - after) * (WIDTH + 3) for before, after in itertools.pairwise(left))
+        assert counted == model.macs() + similarities + sums
     else:
         assert counted == model.macs()
 
@@ -63,6 +71,29 @@ def test_a_tomeformer_serves_any_number_of_tokens() -> None:
     assert (trace.sizes[:, 0] == 1).all(), "the class token stays alone"
     assert connector(merges_per_layer=4).num_tokens == 25 - 3 * 4
     assert connector(Grid(5, 5, 0)).eval().trace(images).sizes[:, 0].min() >= 1, "a tower without a class token"
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_merged_tokens_are_means_in_the_order_of_the_image(weighted: bool) -> None:
+    """Of each group of tokens, as the plans' membership tells them; the groups by the mean place of their members."""
+    tokens = torch.randn(2, 25, 5, dtype=torch.float64)
+    merges = merges_to_budget(25, 3, 6)
+    merged = TokenMerging(weighted)(tokens, merges, protect_first=True)
+    groups = membership(merged.plans, 2, 25)
+    for image in range(2):
+        members = [(groups[image] == number).nonzero()[:, 0] for number in range(6)]
+        members.sort(key=lambda group: float(group.double().mean()))
+        assert members[0].tolist() == [0], "the class token stays alone"
+        if weighted:
+            expected = torch.stack([tokens[image, group].mean(0) for group in members])
+            torch.testing.assert_close(merged.tokens[image], expected, rtol=0, atol=1e-6)  # means in fp32
+            assert merged.sizes[image].tolist() == [len(group) for group in members]
+    if not weighted:
+        steps = tokens
+        for plan in merged.plans:
+            steps = merge_mean(steps, plan)
+        assert merged.sizes is None
+        torch.testing.assert_close(merged.tokens.sum(1), steps.sum(1), rtol=0, atol=DOUBLE)
 
 
 def test_pooling_is_the_mean_of_areas() -> None:
@@ -99,7 +130,7 @@ def test_pixel_shuffle_keeps_every_number() -> None:
         ({"merges_per_layer": 2, "fewest_tokens": 5}, "fewest_tokens has no effect beside merges_per_layer"),
         (
             {"name": "qformer", "merges_per_layer": 2},
-            "merges_per_layer is of tomeformer only; leave it null",
+            "merges_per_layer is of tomeformer and tome; leave it null",
         ),
         ({"max_positions": 24}, "max_positions 24 is less than the tower's 25 tokens"),
         ({"name": "pooling", "num_tokens": 7}, r"pooling can't make 7 tokens of a grid of 4x6; set .* to 6 or 8 or 9"),

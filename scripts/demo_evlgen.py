@@ -102,7 +102,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="remove the results of earlier demos first")
     parser.add_argument("--flickr8k", type=Path, metavar="DIR", help="photographs instead of drawn scenes")
     parser.add_argument("--language", type=Path, metavar="DIR", help="another language model, a folder of transformers")
-    parser.add_argument("--train", type=int, default=6000, help="training scenes (default: 6000)")
+    parser.add_argument("--train", type=int, default=5200, help="training scenes (default: 5200)")
     parser.add_argument("--dev", type=int, default=200, help="held-out images (default: 200)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as the recipe says)")
     parser.add_argument("--work", type=Path, default=Path("demo_run/evlgen"), help="weights and shards")

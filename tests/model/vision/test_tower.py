@@ -105,6 +105,39 @@ def open_clip_models(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit"])
+def test_an_earlier_part_of_a_timm_model(name: str) -> None:
+    """The map of a part in the midst, with the same weights; what stands behind it is left out and costs nothing."""
+    import timm
+
+    size = 160 if name == "test_vit" else 64
+    whole = tower_of(f"timm/{name}", size)
+    tower = tower_of(f"timm/{name}", size, stage=1)
+    own = tower.backbone.state_dict()
+    tower.backbone.load_state_dict({key: value for key, value in whole.backbone.state_dict().items() if key in own})
+    images = pixels(size)
+    model = timm.create_model(name, num_classes=0, **({"img_size": size} if name == "test_vit" else {})).eval()
+    model.load_state_dict(whole.backbone.state_dict(), strict=False)
+    found = model.forward_intermediates(normalised(images, IMAGENET if name == "test_efficientnet" else HALF))[1][1]
+    torch.testing.assert_close(tower.features(images), found)
+    assert tower.num_tokens == found.shape[2] * found.shape[3] and tower.width == found.shape[1]
+    assert tower.macs < whole.macs and tower.cut
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "message"),
+    [
+        ("timm/test_resnet", 5, "has parts 0 to 4, found model.vision.stage 5"),
+        ("timm/test_vit", -1, "has parts 0 to 5, found model.vision.stage -1"),
+        ("open_clip/RN50", 1, "model.vision.stage 1 is of timm/NAME only, found model.vision.name open_clip/RN50"),
+        (None, 1, "model.vision.stage 1 is of timm/NAME only, found model.vision.name None"),
+    ],
+)
+def test_a_part_that_does_not_exist(name: str | None, stage: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_tower(VisionConfig(name=name, image_size=64, stage=stage))
+
+
 def test_image_towers_of_open_clip(open_clip_models: None) -> None:
     """Against the layers of the library's own modules, at another resolution than they were made for."""
     with torch.no_grad():

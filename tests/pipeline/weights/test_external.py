@@ -182,6 +182,14 @@ def test_weights_of_efficientnet_pytorch(tmp_path: Path) -> None:
     assert holds(tower, theirs) and len(loaded.loaded) == 294
     assert (loaded.resized, loaded.fresh, loaded.dropped) == ([], [], ["classifier.bias", "classifier.weight"])
 
+    config.stage = 2  # of a whole file the first part
+    tower = build_tower(config)
+    loaded = load_external(tower, config)
+    assert holds(tower, theirs) and (loaded.resized, loaded.fresh) == ([], [])
+    assert len(loaded.loaded) + len(loaded.dropped) == len(theirs)
+    config.stage = None
+    tower = build_tower(config)
+
     saved(tmp_path, {name: value for name, value in state.items() if "_blocks.15." not in name})
     with pytest.raises(ValueError, match="has 15 blocks, the tower 16"):
         load_external(tower, config)

@@ -89,7 +89,12 @@ def test_the_first_stage_is_evaluated_and_writes_no_captions(work: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("stage", "recompute"), [(0, False), (1, True), (2, False), pytest.param(3, True, marks=pytest.mark.slow(25))]
+    ("stage", "recompute"),
+    [
+        *(pytest.param(stage, False, marks=pytest.mark.extended) for stage in (0, 2)),
+        (1, True),
+        pytest.param(3, True, marks=pytest.mark.slow(25)),
+    ],
 )
 def test_ranks_with_equal_micro_batches_give_the_same_losses(
     work: Path, tmp_path: Path, stage: int, recompute: bool

@@ -121,7 +121,11 @@ def one_rank(work: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("stage", "recompute"),
-    [(0, False), (1, False), (2, True), (3, False), pytest.param(3, True, marks=pytest.mark.slow(25))],
+    [
+        *(pytest.param(stage, False, marks=pytest.mark.extended) for stage in (0, 1, 3)),
+        (2, True),
+        pytest.param(3, True, marks=pytest.mark.slow(25)),
+    ],
 )
 def test_stages_and_ranks_give_the_same_losses(
     work: Path, tmp_path: Path, one_rank: list[float], stage: int, recompute: bool

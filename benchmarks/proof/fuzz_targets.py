@@ -13,7 +13,6 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from benchmarks.proof.fuzz_clips import clips
+from benchmarks.proof.fuzz_target import Files, Target
 from data_prep import bounded_http, fetch, sources
 from data_prep.annotations import karpathy, nlvr2, snli_ve, vqav2
 from data_prep.annotations.annotated import records as local_records
@@ -46,23 +47,8 @@ from pipeline.weights.files import read_state_dict
 from pipeline.weights.importing import import_flm
 from pipeline.weights.inert_pickle import read_foreign
 
-Files = dict[str, bytes]  # content by path below the folder of an input
 MAX_PIXELS = 250_000
 _REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Target:
-    """``sample`` gives sound files of which one of ``mutable`` (default: any) is changed and then maybe its hashes
-    amended; ``use`` reads them, and returns a reason where the reader counts refusals instead of raising one of
-    ``refusals``."""
-
-    name: str
-    sample: Callable[[random.Random], Files]
-    use: Callable[[Path, Files], str | Exception | None]
-    refusals: tuple[type[BaseException], ...]
-    mutable: tuple[str, ...] = ()
-    amend: Callable[[Files, str], Files] | None = None
 
 
 def images() -> Target:
@@ -368,6 +354,7 @@ def annotations() -> Target:
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "images": images,
+    "clips": clips,
     "shards": functools.partial(splits, "shards", "train/00000.tar", "train/00001.tar"),
     "indexes": functools.partial(splits, "indexes", "train/00000.index.npy", "train/00001.index.npy"),
     "manifests": functools.partial(splits, "manifests", f"train/{MANIFEST_NAME}"),

@@ -34,6 +34,7 @@ IMPORTED, IMPORT_RECIPE = "weights.safetensors", "recipe.yaml"  # in the folder 
 HEAD = r"(?!net\.).+"  # whatever is not of the network: what a task or objective puts on top
 TOWER, LANGUAGE = "net.vision.", "net.language."
 OF_VIDEO = (r"blocks\.\d+\.temporal\..+",)  # begins anew in a tower of images
+MAY_BEGIN = (HEAD, *(re.escape(TOWER) + pattern for pattern in OF_VIDEO))
 
 
 def load_model(objective: nn.Module, weights: str) -> Loaded:
@@ -47,8 +48,7 @@ def load_model(objective: nn.Module, weights: str) -> Loaded:
     Raises:
         ValueError: nothing of the kind is there, or the networks differ.
     """
-    fresh = [HEAD, *(re.escape(TOWER) + pattern for pattern in OF_VIDEO)]
-    return _start(objective, weights, fresh, getattr(objective, "resizes", ()))
+    return _start(objective, weights, MAY_BEGIN, getattr(objective, "resizes", ()))
 
 
 def load_whole(objective: nn.Module, weights: str) -> Loaded:
@@ -85,7 +85,7 @@ def load_evlgen(objective: ImageToText, weights: str, config: LanguageConfig) ->
     language = objective.net.language
     loaded = load_language(language, config.name)
     if is_import(Path(weights)):
-        return _start(objective, weights, [HEAD])
+        return _start(objective, weights, MAY_BEGIN)
     whole = read_model(weights, {config.name: language})
     base = {one for one in whole if one.startswith(LANGUAGE) and not re.fullmatch(ADAPTER, one)}
     state = {one: value for one, value in whole.items() if one not in base}
@@ -95,7 +95,7 @@ def load_evlgen(objective: ImageToText, weights: str, config: LanguageConfig) ->
             _refuse_adapters_of_another(objective, weights, config, {one: whole[one] for one in base})
     except ValueError as error:
         raise ValueError(f"model.weights {weights} {error}") from None
-    found = _start_from_state(objective, weights, state, [HEAD, *fresh])
+    found = _start_from_state(objective, weights, state, [*MAY_BEGIN, *fresh])
     ours = {f"{LANGUAGE}llm.{one}" for one in loaded.loaded}
     fresh = [one for one in found.fresh if one not in ours]
     return Loaded([*found.loaded, *sorted(ours)], found.resized, fresh, found.dropped)

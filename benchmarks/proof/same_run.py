@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pipeline.checkpoint.files import newest_valid, weights_hash
-from pipeline.checkpoint.restore import load_weights
+from pipeline.checkpoint.reading import Reader
 from pipeline.recording.sample_keys import read_sample_keys
 
 MEASURED = re.compile(r"(^|_)(time|seconds|second|gib|mfu|bytes|rank)$|data_wait_share")  # time and memory, not the run
@@ -27,13 +27,18 @@ def differences(whole: Path, other: Path) -> list[str]:
         steps = [step for step in sorted({*keys, *other_keys}) if keys.get(step) != other_keys.get(step)]
         found.append(f"{other.name}: samples of step {steps[0]} and {len(steps) - 1} more")
     found += _log_differences(whole, other)
-    if weights_hash(load_weights(whole)) != weights_hash(load_weights(other)):
-        found.append(f"{other.name}: weights")
     (path, _), (other_path, _) = newest_valid(whole), newest_valid(other)
+    if _hash_of_trained(path) != _hash_of_trained(other_path):
+        found.append(f"{other.name}: weights")
     for what, read in (("step", lambda p: p.name), ("tensors", tensor_hashes), ("state", state_of)):
         if read(path) != read(other_path):
             found.append(f"{other.name}: {what} of the last checkpoint")
     return found
+
+
+def _hash_of_trained(path: Path) -> str:
+    """Of the weights in a checkpoint; those that were not trained are in its state, by their hash."""
+    return weights_hash(dict(Reader(path, kinds=("weight",)).read_all("weight")))
 
 
 def _log_differences(whole: Path, other: Path) -> list[str]:

@@ -21,10 +21,10 @@ from data_prep.prepare import progress, provenance
 from data_prep.record import PrepError, Record
 from data_prep.scenes import COLOURS, SHAPES, Thing
 from data_prep.shard_writer import SplitWriter, refuse_existing
+from data_prep.synth import SPLITS, check_split_sizes
 from data_prep.video.decoding import ClipLimits
 from data_prep.video.encoding import encode_clip
 
-SPLITS = ("test", "dev", "train")  # held-out splits first: they do not depend on how much training data there is
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 FRAMES_PER_SECOND = 8
 REACH = 0.28  # from the middle to where a way begins and ends, a share of the side
@@ -48,8 +48,7 @@ class MovingOptions:
             raise PrepError(f"--image-size {self.image_size}: expected an even number of 32 to 1024 pixels")
         if not 4 <= self.num_frames <= 1000:
             raise PrepError(f"--num-frames {self.num_frames}: expected 4 to 1000")
-        if any(count < 0 for count in self.counts.values()) or not any(self.counts.values()):
-            raise PrepError(f"split sizes {self.counts}: expected none negative and at least one above 0")
+        check_split_sizes(self.counts)
 
 
 @dataclass(frozen=True)

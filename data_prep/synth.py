@@ -41,8 +41,7 @@ class SynthOptions:
             raise PrepError(f"--captions-per-image {self.captions_per_image}: expected 1 to {MAX_CAPTIONS}")
         if not 32 <= self.image_size <= 4096:
             raise PrepError(f"--image-size {self.image_size}: expected 32 to 4096 pixels")
-        if any(count < 0 for count in self.counts.values()) or not any(self.counts.values()):
-            raise PrepError(f"split sizes {self.counts}: expected none negative and at least one above 0")
+        check_split_sizes(self.counts)
         if not 0 <= self.pair_share <= 1:
             raise PrepError(f"--pair-share {self.pair_share}: expected 0 to 1")
 
@@ -56,6 +55,12 @@ class SynthOptions:
             "captions_per_image": self.captions_per_image,
             "pair_share": self.pair_share,
         }
+
+
+def check_split_sizes(counts: dict[str, int]) -> None:
+    """Raises PrepError for sizes of splits that nothing can be made of."""
+    if any(count < 0 for count in counts.values()) or not any(counts.values()):
+        raise PrepError(f"split sizes {counts}: expected none negative and at least one above 0")
 
 
 def write_corpora(output: Path, options: SynthOptions) -> list[Manifest]:

@@ -158,12 +158,13 @@ def load_captioner(
         raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
     load_trained(objective, config.model, checkpoint)
     own, options = "", config.task
-    penalty, rules, least = 1.0, "beam", 0
+    penalty, repetition, rules, least = 1.0, 1.0, "beam", 0
     if isinstance(options, CaptioningOptions):
         own, least = options.prompt, min(options.min_tokens, most)
         if beams is None and nucleus is None:
             beams, penalty = options.beams if options.decoding in BEAMS else 1, options.length_penalty
             rules = options.decoding if options.decoding in BEAMS else rules
+            repetition = options.repetition_penalty
             if options.decoding == "nucleus":
                 nucleus = Nucleus(options.top_p, options.temperature, config.train.seed)
     words = " ".join(part for part in (own, prompt) if part)
@@ -182,7 +183,7 @@ def load_captioner(
         nucleus=nucleus,
         beam_rules=rules,
         min_tokens=least,
-        repetition_penalty=options.repetition_penalty if isinstance(options, CaptioningOptions) else 1.0,
+        repetition_penalty=repetition,
     )
 
 

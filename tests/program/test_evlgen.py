@@ -42,9 +42,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def options(work: Path, output: Path, *more: Any) -> list[str]:
+def options(work: Path, output: Path, *more: Any, recipe: str = "evlgen_tiny") -> list[str]:
     settings = {
-        "recipe": "evlgen_tiny",
+        "recipe": recipe,
         "data": work / "data",
         "output": output,
         "model.language.name": work / "llm",

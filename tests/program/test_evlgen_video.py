@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,12 +23,13 @@ from pipeline.reporting.page import report_or_warn
 from tests.forked_ranks import run_ranks
 from tests.numbered_clips import clip
 from tests.pipeline.data.test_reader import jpeg, records, write_split
-from tests.program.test_evlgen import losses
+from tests.program.test_evlgen import STEPS, losses
+from tests.program.test_evlgen import options as options_of_evlgen
 from tests.program.test_incidents import train
 from tests.tiny_frozen_parts import write_clip, write_language_model
 
 pytestmark = pytest.mark.slow
-STEPS = 6
+options = partial(options_of_evlgen, recipe="evlgen_video_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +40,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clip(work / "clip.safetensors")
     write_language_model(work / "llm")
     return work
-
-
-def options(work: Path, output: Path, *more: Any) -> list[str]:
-    settings = {
-        "recipe": "evlgen_video_tiny",
-        "data": work / "data",
-        "output": output,
-        "model.language.name": work / "llm",
-        "model.vision.pretrained": work / "clip.safetensors",
-        "model.vision.frozen": "true",
-        "optim.batch_size": 8,
-        "optim.micro_batch_size": 2,
-        "train.steps": STEPS,
-        "train.save_every": 2,
-        "train.keep_last": 9,
-        "train.eval_every": 0,
-        "train.log_every": 1,
-        "optim.schedule": "constant",  # the same steps whatever their number
-        "optim.warmup_fraction": 0,
-        "tracking.tensorboard": "false",
-        "tracking.report": "false",
-    }
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))] + [str(one) for one in more]
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,18 @@ def captioning_run(run: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_a_runs_own_search_is_taken_whole_or_not_at_all(run: Path) -> None:
+    """Beams that are asked for are not mixed with the penalties that belong to the run's own."""
+    task = (
+        "task: {{name: captioning, decoding: released_beam, beams: 2, length_penalty: 0.5, repetition_penalty: 1.5}}\n"
+    )
+    folder = write_run(run.parent / "penalised", run.parent / "data", TINY + task)
+    for beams, expected in ((None, (2, "released_beam", 0.5, 1.5)), (3, (3, "beam", 1.0, 1.0))):
+        found = load_captioner(folder, torch.device("cpu"), beams=beams)
+        assert (found.beams, found.beam_rules, found.length_penalty, found.repetition_penalty) == expected
+
+
+@pytest.mark.slow
 def test_a_captioning_run_captions_as_its_options_say(
     captioning_run: Path, image: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -312,9 +312,9 @@ def find_manifests(
     any) are skipped in a root and taken when named. Raises ManifestError, naming the command to run, when there is no
     split or a half-written one.
     """
-    path = Path(path)
+    path, maker = Path(path), f"python -m data_prep {'moving' if videos else 'synth'}"
     if not path.is_dir():
-        raise ManifestError(f"{path}: no such folder; run `python -m data_prep synth` or name one by --data DIR")
+        raise ManifestError(f"{path}: no such folder; run `{maker}` or name one by --data DIR")
     if is_split(path):
         manifest = load_manifest(path)
         if manifest.split != split or not _fits(manifest, num_images, videos):
@@ -345,7 +345,7 @@ def find_manifests(
         reason = f"{', '.join(kinds)} per sample, expected {contents(num_images, videos)}" if found else ""
         hint = advice(found[0][1].is_video, videos) if found else ""
         raise ManifestError(
-            f"{path}: no split {split!r} here ({reason or _what_is_there(path)}); run `python -m data_prep synth` or"
+            f"{path}: no split {split!r} here ({reason or _what_is_there(path)}); run `{maker}` or"
             f" name another by --data DIR{hint}"
         )
     return matching

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.filters import DuplicateFilter, check_record
 from data_prep.info import describe_split
-from data_prep.manifest import Manifest, ManifestError, find_splits, read_manifest, write_manifest
+from data_prep.manifest import Manifest, ManifestError, find_manifests, find_splits, read_manifest, write_manifest
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError, Record
 from data_prep.shard_writer import SplitWriter
@@ -122,3 +122,10 @@ def test_a_manifest_names_a_clip_or_images(split: Path, tmp_path: Path) -> None:
     write_manifest(split, mixed)
     with pytest.raises(ManifestError, match="expected distinct names of"):
         read_manifest(split)
+
+
+@pytest.mark.parametrize(("videos", "verb"), [(True, "moving"), (False, "synth")])
+def test_data_that_is_not_there_names_what_makes_it(tmp_path: Path, videos: bool, verb: str) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ManifestError, match=f"run `python -m data_prep {verb}` or name"):
+            find_manifests(folder, "train", videos=videos)

@@ -173,5 +173,6 @@ def test_what_does_not_fit_is_one_line(work: Path, tmp_path: Path, more: list[st
 
 def test_images_are_refused_where_clips_are_wanted(work: Path, tmp_path: Path) -> None:
     write_split(tmp_path / "images" / "toy" / "train", records(20))
-    with pytest.raises(RuntimeError, match=re.escape("(1 image(s) per sample, expected a clip)")):
+    message = "(1 image(s) per sample, expected a clip); run `python -m data_prep moving`"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         run_ranks(1, train, options(work, tmp_path / "run", "--data", tmp_path / "images"))

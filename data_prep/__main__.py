@@ -11,7 +11,7 @@ from typing import NoReturn
 from data_prep.manifest import ManifestError
 from data_prep.program import run_program
 from data_prep.record import PrepError
-from data_prep.verbs import VERBS
+from data_prep.verbs.table import VERBS
 from data_prep.video.decoding import DecoderMissing
 
 

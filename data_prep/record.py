@@ -53,3 +53,13 @@ class Rejection:
     name: str
     detail: str = ""
     rows: int = 1
+
+
+@dataclass(frozen=True)
+class UrlRow:
+    """A row to download, an image with its captions; ``number`` counts the rows of the input from 0."""
+
+    number: int
+    url: str
+    captions: tuple[str, ...]
+    extra: dict[str, Any]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data_prep.info import row_texts
+from data_prep.checks.info import row_texts
 from data_prep.manifest import Manifest, read_manifest, sync_directory
 from data_prep.record import PrepError
 

@@ -23,12 +23,22 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "data_prep": {
+        "border": (),
         "images": (),
         "video": ("images",),
-        "splits": ("images", "video"),
-        "annotations": ("splits",),
-        "video_sets": ("splits", "annotations"),
-        "all": ("images", "video", "splits", "annotations", "video_sets"),
+        "splits": ("border", "images", "video"),
+        "annotations": ("border", "splits"),
+        "video_sets": ("border", "splits", "annotations"),
+        "sources": ("border", "splits", "annotations"),
+        "downloading": ("border", "splits"),
+        "drawn": ("border", "splits", "video"),
+        "checks": ("border", "images", "splits", "video"),
+        "tokenizer": ("border", "splits", "checks"),
+        "verbs": (
+            *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
+            "tokenizer",
+        ),
+        "programs": ("border", "splits", "video", "verbs.table"),
     },
     "pipeline": {
         "config": (),
@@ -75,16 +85,11 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("build",),
     },
     "data_prep": {
+        "border": ("manifest", "sample_fields", "shard_table", "program", "vqa_answers"),
         "images": ("images",),
-        "splits": (
-            *("filters", "held_signals", "manifest", "parallel"),
-            *("prepare", "record", "sample_fields", "shard_table", "shard_writer"),
-        ),
-        "all": (
-            *("__main__", "annotation_verbs", "bounded_download", "bounded_http", "drawing", "fetch", "info"),
-            *("lean_imports", "moving_scenes", "overlap", "program", "scenes", "sources", "synth", "tables"),
-            *("tokenizer", "verb_options", "verbs", "verify", "video_verbs", "vqa_answers"),
-        ),
+        "splits": ("filters", "held_signals", "parallel", "prepare", "record", "shard_writer"),
+        "tokenizer": ("tokenizer",),
+        "programs": ("__main__",),
     },
     "pipeline": {
         "programs": tuple(
@@ -92,9 +97,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         )
     },
 }
-LARGE_WINGS = {  # wing of more than MAX_WING_LINES lines -> why
-    "data_prep/all": "its wings come with the corpora (docs/architecture.md)",
-}
+LARGE_WINGS: dict[str, str] = {}  # wing of more than MAX_WING_LINES lines -> why
 MAY_IMPORT = {
     "model": set(),
     "data_prep": set(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.synth import SynthOptions, write_corpora
+from data_prep.drawn.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.synth import SynthOptions, write_corpora
+from data_prep.drawn.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from pipeline.distributed.launching import reserve_port
 from pipeline.recording.run_log import LOG_NAME, read_log

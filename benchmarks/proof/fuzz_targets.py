@@ -22,16 +22,17 @@ from safetensors.torch import save
 
 from benchmarks.proof.fuzz_clips import clips
 from benchmarks.proof.fuzz_target import Files, Target
-from data_prep import bounded_http, fetch, sources
 from data_prep.annotations import karpathy, nlvr2, snli_ve, vqav2
 from data_prep.annotations.annotated import records as local_records
+from data_prep.checks.info import describe_split, format_table
+from data_prep.checks.verify import verify_split
+from data_prep.downloading import bounded_http, fetch
 from data_prep.filters import Limits, check_image
 from data_prep.images import ImageProblem
-from data_prep.info import describe_split, format_table
 from data_prep.manifest import MANIFEST_NAME, ManifestError
 from data_prep.record import PrepError, Record, Rejection
 from data_prep.shard_writer import SplitWriter
-from data_prep.verify import verify_split
+from data_prep.sources import url_table
 from pipeline.checkpoint import files as checkpoint_files
 from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import CheckpointError
@@ -264,7 +265,7 @@ def downloads() -> Target:
 
 
 def tokenizers() -> Target:
-    from data_prep.synth import SynthOptions, write_corpora
+    from data_prep.drawn.synth import SynthOptions, write_corpora
     from data_prep.tokenizer import train_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -302,7 +303,7 @@ def tables() -> Target:
 
     def use(folder: Path, files: Files) -> str | None:
         (name,) = files
-        found = list(sources.url_rows(folder / name, "url", "caption", ["number"], []))
+        found = list(url_table.url_rows(folder / name, "url", "caption", ["number"], []))
         rejected = Counter(one.reason for one in found if isinstance(one, Rejection))
         return f"Rejection: {rejected.most_common(1)[0][0]}" if rejected else None
 

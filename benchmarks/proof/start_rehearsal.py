@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cost.loading import machine
+from data_prep.drawn.synth import SynthOptions, write_corpora
 from data_prep.manifest import Manifest, Shard, index_columns, write_manifest
-from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from pipeline.config.options import Config
 from pipeline.data.order import micro_batch_positions

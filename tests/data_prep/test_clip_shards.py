@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.checks.info import describe_split
+from data_prep.checks.verify import Limits, verify_split
 from data_prep.filters import DuplicateFilter, check_record
-from data_prep.info import describe_split
 from data_prep.manifest import Manifest, ManifestError, find_manifests, find_splits, read_manifest, write_manifest
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError, Record
 from data_prep.shard_writer import SplitWriter
-from data_prep.verify import Limits, verify_split
 from data_prep.video.decoding import ClipLimits
 from pipeline.data.shard_reader import Corpus
 from tests.numbered_clips import HEIGHT, WIDTH, clip

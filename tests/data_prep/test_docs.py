@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.__main__ import build_parser
 from data_prep.filters import REASONS
-from data_prep.verbs import VERBS
+from data_prep.verbs.table import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

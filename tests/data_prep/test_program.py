@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.info import all_splits
+from data_prep.checks.info import all_splits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRINTS = "def main():\n    for n in range(9999): print('line', n)\n    return 3\n"

@@ -11,14 +11,14 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_prep.checks.info import all_splits, describe_split, format_table, row_texts
+from data_prep.checks.verify import verify_split
 from data_prep.filters import Limits
-from data_prep.info import all_splits, describe_split, format_table, row_texts
 from data_prep.manifest import ManifestError, index_columns, open_index, read_manifest, row_text
 from data_prep.parallel import ordered_map
 from data_prep.prepare import fill_split
 from data_prep.record import LowYieldError, PrepError, Record, Rejection
 from data_prep.shard_writer import SplitWriter
-from data_prep.verify import verify_split
 
 
 def jpeg(grey=0, size=(24, 24)):

@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.__main__ import main
+from data_prep.drawn.synth import SynthOptions, write_corpora
 from data_prep.record import PrepError, Record
 from data_prep.shard_writer import SplitWriter
-from data_prep.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.moving_scenes import MovingOptions, write_moving
+from data_prep.drawn.moving_scenes import MovingOptions, write_moving
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
 from pipeline.census import known_vocabulary

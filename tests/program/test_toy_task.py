@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.synth import SynthOptions, write_corpora
+from data_prep.drawn.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from pipeline.config.command_line import parse_command_line
 from pipeline.distributed.connecting import Ranks

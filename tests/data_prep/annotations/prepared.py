@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from data_prep.__main__ import main
+from data_prep.checks.verify import Limits, verify_split
 from data_prep.manifest import read_manifest
-from data_prep.verify import Limits, verify_split
 
 
 def picture(number: int, image_format: str = "JPEG") -> bytes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.moving_scenes import clip_of, draw_moving_scene
+from data_prep.drawn.moving_scenes import clip_of, draw_moving_scene
 from model.config import VisionConfig
 from model.vision.tower import build_tower, tokens_of
 from pipeline.data.shard_reader import RawSample

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from data_prep.checks.verify import verify_split
 from data_prep.filters import Limits
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
 from data_prep.tokenizer import train_tokenizer
-from data_prep.verify import verify_split
 from data_prep.vqa_answers import vocabulary_file
 from pipeline.config.options import Config, ConfigError
 from pipeline.config.task_options import task_options

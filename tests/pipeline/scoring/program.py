@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth import SynthOptions, write_corpora
+from data_prep.drawn.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from pipeline import evaluate
 from pipeline.distributed.places import discover

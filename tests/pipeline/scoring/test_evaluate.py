@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth import SynthOptions, write_corpora
+from data_prep.drawn.synth import SynthOptions, write_corpora
 from data_prep.tokenizer import train_tokenizer
 from data_prep.vqa_answers import vocabulary_file
 from pipeline import evaluate

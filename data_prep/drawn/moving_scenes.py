@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.drawing import draw_things
+from data_prep.drawn.drawing import draw_things
+from data_prep.drawn.scenes import COLOURS, SHAPES, Thing
+from data_prep.drawn.synth import SPLITS, check_split_sizes
 from data_prep.filters import check_record
 from data_prep.manifest import Manifest
 from data_prep.parallel import ordered_map
 from data_prep.prepare import progress, provenance
 from data_prep.record import PrepError, Record
-from data_prep.scenes import COLOURS, SHAPES, Thing
 from data_prep.shard_writer import SplitWriter, refuse_existing
-from data_prep.synth import SPLITS, check_split_sizes
 from data_prep.video.decoding import ClipLimits
 from data_prep.video.encoding import encode_clip
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.bounded_download import download_bounded
+from data_prep.checks.info import row_texts
+from data_prep.checks.verify import verify_split
+from data_prep.downloading.bounded_download import download_bounded
+from data_prep.drawn.synth import SynthOptions, write_url_tables
 from data_prep.filters import Limits
-from data_prep.info import row_texts
 from data_prep.manifest import read_manifest
-from data_prep.synth import SynthOptions, write_url_tables
-from data_prep.verify import verify_split
 from tests.data_prep.test_filters import encode, png_bomb
 
 JPEG = encode(size=(64, 48))
@@ -181,8 +181,10 @@ def test_failure_of_everything_is_an_error_and_a_later_run_succeeds(server, tmp_
 def test_private_addresses_are_downloaded_when_allowed_only(server, monkeypatch):
     """Invariant 7: a table of URLs from outside does not reach into one's own network."""
     given = []
-    monkeypatch.setattr("data_prep.fetch.download", lambda plan, options: given.append(options) or sys.exit(9))
-    monkeypatch.setattr("data_prep.fetch.plan_download", lambda *arguments: None)
+    monkeypatch.setattr(
+        "data_prep.downloading.fetch.download", lambda plan, options: given.append(options) or sys.exit(9)
+    )
+    monkeypatch.setattr("data_prep.downloading.fetch.plan_download", lambda *arguments: None)
     arguments = ["urls", "--input", __file__, "--format", "tsv", "--output", "nowhere"]
     for more, expected in (([], False), (["--allow-private-addresses"], True)):
         with pytest.raises(SystemExit):
@@ -227,7 +229,7 @@ def test_the_synthetic_corpus_goes_through_the_network_unchanged(tmp_path):
 
 
 def start(*arguments):
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     return subprocess.Popen(
         [sys.executable, "-m", "data_prep", *arguments],
         cwd=root,

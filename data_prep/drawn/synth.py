@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.drawing import draw_jpeg
+from data_prep.drawn.drawing import draw_jpeg
+from data_prep.drawn.scenes import MAX_CAPTIONS, Scene, captions, draw_pair, draw_scene, scene_meta
 from data_prep.manifest import Manifest
 from data_prep.parallel import ordered_map
 from data_prep.prepare import progress, provenance
 from data_prep.record import PrepError, Record
-from data_prep.scenes import MAX_CAPTIONS, Scene, captions, draw_pair, draw_scene, scene_meta
 from data_prep.shard_writer import SplitWriter, refuse_existing
 
 # Held-out splits come first: what they hold does not depend on how much training data is asked for.

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.drawing import draw_things
-from data_prep.moving_scenes import WAYS, MovingOptions, draw_moving_scene, share_of_way, write_moving
+from data_prep.checks.verify import Limits, verify_split
+from data_prep.drawn.drawing import draw_things
+from data_prep.drawn.moving_scenes import WAYS, MovingOptions, draw_moving_scene, share_of_way, write_moving
 from data_prep.record import PrepError
-from data_prep.verify import Limits, verify_split
 from data_prep.video.decoding import read_frames
 from pipeline.data.shard_reader import Corpus
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep.scenes import Scene, Thing
+from data_prep.drawn.scenes import Scene, Thing
 
 _RGB = {
     "red": (220, 30, 35),

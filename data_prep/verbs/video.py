@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from data_prep.annotation_verbs import Part, prepare_parts
+from data_prep.drawn.moving_scenes import MovingOptions, write_moving
 from data_prep.manifest import file_sha256
-from data_prep.moving_scenes import MovingOptions, write_moving
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError
 from data_prep.shard_writer import describe_counts
-from data_prep.verb_options import (
+from data_prep.verbs.annotation import Part, prepare_parts
+from data_prep.verbs.options import (
     Verb,
     add_clip_limits,
     add_writing,

@@ -28,7 +28,7 @@ from data_prep.manifest import CAPTIONS, file_sha256, write_atomically
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError, Rejection
 from data_prep.shard_writer import refuse_existing
-from data_prep.verb_options import (
+from data_prep.verbs.options import (
     Verb,
     add_filters,
     add_writing,

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from data_prep import bounded_http
-from data_prep.bounded_http import MAX_REDIRECTS, Bounds, fetch, is_public, split_url
+from data_prep.downloading import bounded_http
+from data_prep.downloading.bounded_http import MAX_REDIRECTS, Bounds, fetch, is_public, split_url
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 PAUSE = 0.05

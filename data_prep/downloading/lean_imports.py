@@ -15,6 +15,6 @@ def leave_out_unused() -> None:
     A use of an unused module after all raises AttributeError naming it.
     """
     for name in UNUSED:
-        sys.modules.setdefault(name, ModuleType(name, "left out by data_prep.lean_imports"))
+        sys.modules.setdefault(name, ModuleType(name, "left out by data_prep.downloading.lean_imports"))
     for name in OPTIONAL:
         sys.modules.setdefault(name, None)  # `import torch` raises ImportError

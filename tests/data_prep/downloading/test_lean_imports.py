@@ -10,7 +10,8 @@ import pytest
 
 PROGRAM = """
 import runpy, sys
-runpy.run_module("data_prep.bounded_download", run_name="__mp_main__")  # as a process that the downloader spawned
+# as a process that the downloader spawned:
+runpy.run_module("data_prep.downloading.bounded_download", run_name="__mp_main__")
 print(*sorted({"torch", "scipy", "pydantic", "pandas"} & {name for name, module in sys.modules.items() if module}))
 """
 
@@ -18,7 +19,7 @@ print(*sorted({"torch", "scipy", "pydantic", "pandas"} & {name for name, module 
 @pytest.mark.slow
 def test_the_downloader_does_not_load_what_it_does_not_use() -> None:
     """torch alone takes 3 s of CPU and 300 MB in each process; albumentations loads scipy, wandb loads pydantic."""
-    repository = Path(__file__).resolve().parents[2]
+    repository = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=repository, capture_output=True, text=True, check=True, timeout=60
     )

@@ -9,14 +9,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from data_prep.lean_imports import leave_out_unused
+from data_prep.downloading.lean_imports import leave_out_unused
 
 if __name__ in ("__main__", "__mp_main__"):  # the downloader and the processes that it spawns
     leave_out_unused()
 
 import img2dataset.downloader  # noqa: E402
 
-from data_prep.bounded_http import Bounds, fetch
+from data_prep.downloading.bounded_http import Bounds, fetch
 
 _USER_AGENT = "Mozilla/5.0 (compatible; img2dataset)"
 _TOTAL_TIMEOUTS = 3  # a whole download may take so many times the timeout of a single read

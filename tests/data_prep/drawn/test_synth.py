@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.drawing import _RGB, draw_jpeg
+from data_prep.checks.info import row_texts
+from data_prep.checks.verify import verify_split
+from data_prep.drawn.drawing import _RGB, draw_jpeg
+from data_prep.drawn.scenes import COLOURS, NUMBERS, OPPOSITE, SHAPES, captions, draw_pair, draw_scene, questions
+from data_prep.drawn.synth import SynthOptions, distinct_scenes, write_corpora, write_url_tables
 from data_prep.filters import Limits
-from data_prep.info import row_texts
 from data_prep.manifest import open_index, read_manifest
 from data_prep.record import PrepError
-from data_prep.scenes import COLOURS, NUMBERS, OPPOSITE, SHAPES, captions, draw_pair, draw_scene, questions
-from data_prep.synth import SynthOptions, distinct_scenes, write_corpora, write_url_tables
-from data_prep.verify import verify_split
 
 
 def digests(folder):

@@ -23,10 +23,12 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from data_prep.manifest import write_atomically
-from data_prep.record import LowYieldError, PrepError, Record, Rejection
+from data_prep.record import LowYieldError, PrepError, Record, Rejection, UrlRow
 from data_prep.shard_writer import describe_counts
 
-_SCHEMA = pyarrow.schema([("url", "string"), ("row", "int64"), ("caption", "string"), ("extra", "string")])
+_SCHEMA = pyarrow.schema(
+    [("url", "string"), ("row", "int64"), ("captions", pyarrow.list_(pyarrow.string())), ("extra", "string")]
+)
 _POLL_SECONDS = 0.5
 _EARLY_CHECK_URLS = 2000
 _MAX_ROWS_PER_PART = 5000
@@ -48,16 +50,6 @@ class FetchOptions:
     allow_private_addresses: bool = False
     stall_seconds: float = 300.0
     deadline_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class UrlRow:
-    """A row to download; ``number`` counts the rows of the input from 0."""
-
-    number: int
-    url: str
-    caption: str
-    extra: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def _write_plan(work: Path, rows: Iterable[UrlRow | Rejection]) -> int:
             if isinstance(row, Rejection):
                 rejected.write(json.dumps(asdict(row)) + "\n")
                 continue
-            cells = {"url": row.url, "row": row.number, "caption": row.caption, "extra": json.dumps(row.extra)}
+            cells = {"url": row.url, "row": row.number, "captions": row.captions, "extra": json.dumps(row.extra)}
             part.append(cells)
             count += 1
             if len(part) == _MAX_ROWS_PER_PART:
@@ -155,10 +147,10 @@ def _run_downloader(plan: Plan, parts: Path, options: FetchOptions) -> None:
         "bounds": {"max_bytes": options.max_image_bytes, "allow_private": options.allow_private_addresses},
     }
     (work / "options.json").write_text(json.dumps(arguments))
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     search_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": search_path}
-    command = [sys.executable, "-m", "data_prep.bounded_download", str((work / "options.json").absolute())]
+    command = [sys.executable, "-m", "data_prep.downloading.bounded_download", str((work / "options.json").absolute())]
     with open(work / "lock", "w") as lock, open(work / "img2dataset.log", "ab") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -302,11 +294,12 @@ def _part_results(parts: Path, part: int, rows: list[dict[str, Any]]) -> Iterato
             entry = outcome.get(row["row"])
             member = None if entry is None else members.get(f"{entry['key']}.jpg")
             if entry is not None and entry["error_message"] is not None:
-                yield Rejection(failure_reason(entry["error_message"]), name, entry["error_message"][:200])
+                message, lost = entry["error_message"], len(row["captions"])
+                yield Rejection(failure_reason(message), name, message[:200], rows=lost)
             elif member is None:
-                yield Rejection("lost_by_downloader", name)
+                yield Rejection("lost_by_downloader", name, rows=len(row["captions"]))
             else:
                 stream = tar.extractfile(member)
                 assert stream is not None
                 meta = {"url": row["url"], **json.loads(row["extra"])}
-                yield Record(f"{row['row']:09d}", (stream.read(),), (row["caption"],), meta)
+                yield Record(f"{row['row']:09d}", (stream.read(),), tuple(row["captions"]), meta)

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.__main__ import main
-from data_prep.fetch import UrlRow, failure_reason
-from data_prep.info import row_texts
+from data_prep.checks.info import row_texts
+from data_prep.downloading.fetch import failure_reason
 from data_prep.manifest import read_manifest
-from data_prep.record import PrepError, Rejection
-from data_prep.sources import distinct_keys, read_flickr8k_captions, read_names, url_rows
-from data_prep.tables import read_table
+from data_prep.record import PrepError, Rejection, UrlRow
+from data_prep.sources.flickr8k import distinct_keys, read_flickr8k_captions, read_names
+from data_prep.sources.tables import read_table
+from data_prep.sources.url_table import url_rows
 
 ROWS = [("http://h/1.jpg", 'a "quoted" dog', 3), ("http://h/2.jpg", "two, with comma", 4)]
 
@@ -48,7 +49,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     for name in ("a.tsv", "bom.tsv", "a.tsv.gz", "a.csv", "a.jsonl", "a.parquet"):
         rows = rows_of(tmp_path / name)
-        assert [(r.number, r.url, r.caption, str(r.extra["n"])) for r in rows] == [
+        assert [(r.number, r.url, r.captions[0], str(r.extra["n"])) for r in rows] == [
             (i, u, c, str(n)) for i, (u, c, n) in enumerate(ROWS)
         ], name
 
@@ -57,7 +58,7 @@ def test_a_file_without_header_and_columns_named(tmp_path):
     path = tmp_path / "cc3m.tsv"
     path.write_text("a dog\thttp://h/1.jpg\na cat\thttp://h/2.jpg\n")
     rows = rows_of(path, (), columns=["caption", "url"])
-    assert [(row.caption, row.url) for row in rows] == [("a dog", "http://h/1.jpg"), ("a cat", "http://h/2.jpg")]
+    assert [(row.captions[0], row.url) for row in rows] == [("a dog", "http://h/1.jpg"), ("a cat", "http://h/2.jpg")]
     with pytest.raises(PrepError, match=r"no column url, caption; found: a dog, http://h/1.jpg.*--columns"):
         rows_of(path, ())
 
@@ -75,7 +76,7 @@ def test_unusable_rows_are_named_by_reason(tmp_path):
         b"http://h/7.jpg\tnot JSON\t{\n"
     )
     rows = rows_of(path, (), ["more"])
-    assert rows[0] == UrlRow(0, "http://h/1.jpg", "fine", {"more": [1]})
+    assert rows[0] == UrlRow(0, "http://h/1.jpg", ("fine",), {"more": [1]})
     expected = ["invalid_utf8", "empty_caption", "bad_url", "bad_url", "malformed_row", "malformed_row"]
     assert [row.reason for row in rows[1:]] == expected
 
@@ -188,7 +189,7 @@ def test_flickr8k_says_what_is_missing(tmp_path, capsys):
 
 
 def reasons(rows):
-    return [row.reason if isinstance(row, Rejection) else row.caption for row in rows]
+    return [row.reason if isinstance(row, Rejection) else row.captions[0] for row in rows]
 
 
 def test_binary_columns_of_parquet_are_text(tmp_path):
@@ -222,7 +223,7 @@ def test_a_byte_order_mark_is_no_part_of_the_content(tmp_path):
         for start, encoding in (("", "utf-8"), ("\ufeff", "utf-8"), ("", "utf-16"), ("\ufeff", "utf-16-be")):
             (tmp_path / name).write_text(start + text, encoding=encoding)
             rows = rows_of(tmp_path / name, (), columns=columns)
-            assert [(row.url, row.caption) for row in rows] == [("http://h/1", "a cat")], (name, start, encoding)
+            assert [(row.url, row.captions[0]) for row in rows] == [("http://h/1", "a cat")], (name, start, encoding)
     make_flickr8k(tmp_path / "in")
     for name in ("Flickr8k.token.txt", "Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt"):
         path = tmp_path / "in" / name
@@ -254,7 +255,7 @@ def test_a_stray_quotation_mark_swallows_no_row(tmp_path, lines):
     rejected = [row for row in rows if isinstance(row, Rejection)]
     assert len(urls) + sum(row.rows for row in rejected) == path.read_text().count("http://") and not rejected
     assert urls == [line.split(",")[0] for line in lines]
-    captions = {row.url: row.caption for row in rows}
+    captions = {row.url: row.captions[0] for row in rows}
     if lines is STRAY:
         assert captions["http://h/5"] == "a sheep, and\na goat" and captions["http://h/7"] == "a mouse"
 
@@ -276,9 +277,9 @@ def test_a_tsv_as_pandas_writes_it(tmp_path):
     table = pandas.DataFrame({"url": [f"http://h/{n}" for n in range(3)], "caption": captions})
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
         table.to_csv(tmp_path / "a.tsv", sep="\t", index=False, quoting=quoting)
-        assert [row.caption for row in rows_of(tmp_path / "a.tsv", ())] == captions
+        assert [row.captions[0] for row in rows_of(tmp_path / "a.tsv", ())] == captions
     (tmp_path / "raw.tsv").write_text('url\tcaption\nhttp://h/1\t"stop" said "he"\nhttp://h/2\t"a dog"\n')
-    assert [row.caption for row in rows_of(tmp_path / "raw.tsv", ())] == ['"stop" said "he"', '"a dog"']
+    assert [row.captions[0] for row in rows_of(tmp_path / "raw.tsv", ())] == ['"stop" said "he"', '"a dog"']
 
 
 def test_further_columns_become_json(tmp_path):

@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = [*words_of(name), "--data", str(data), "--train.steps", str(arguments.steps)]
             tried[name].append(train(words, CONFIGURATIONS[name][0], folder / f"{name.replace(' ', '_')}-{repeat}"))
             print(f"{name}: {shown(tried[name][-1])}", file=sys.stderr, flush=True)
-        counts = {name: count(name, data, base) for name in names}
+        given_data = ["--data", str(data)]
+        counts = {name: count([*words_of(name), *given_data], CONFIGURATIONS[name][0], data, base) for name in names}
     given = list(sys.argv[1:] if argv is None else argv)
     result = {"command": " ".join(["python -m benchmarks.cost.planner", *given]), "machine": machine_in_words()}
     result |= {"load_average_at_the_end": round(os.getloadavg()[0], 1), "base_bytes": base}
@@ -137,10 +138,9 @@ def seconds_of(runs: Sequence[Trained]) -> float:
     return min(statistics.median(run.step_seconds[NOT_COUNTED:]) for run in runs)
 
 
-def count(name: str, data: Path, base: int) -> Counted:
-    """The configuration by the planner, its texts as long as the corpus's are on average."""
-    ranks = CONFIGURATIONS[name][0]
-    launch = parse_command_line([*words_of(name), "--data", str(data)])
+def count(words: Sequence[str], ranks: int, data: Path, base: int) -> Counted:
+    """Options of training by the planner, texts as long as those of the corpus ``data`` are on average."""
+    launch = parse_command_line(list(words))
     config = launch.config
     tokenizer = tokenizer_of(config)
     resolved = resolve(read_ds_config(launch.deepspeed), config, ranks, Device("cpu", has_bf16=True))

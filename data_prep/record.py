@@ -12,6 +12,10 @@ class PrepError(ValueError):
     exit_code = 2
 
 
+class MissingInput(PrepError):
+    """A published file that its user must download first is not there."""
+
+
 class LowYieldError(PrepError):
     """Fewer images could be downloaded than asked for."""
 

@@ -11,6 +11,7 @@ from data_prep.prepare import fill_split
 from data_prep.record import PrepError
 from data_prep.shard_writer import describe_counts
 from data_prep.verbs.annotation import Part, prepare_parts
+from data_prep.verbs.dry_run import add_dry_run
 from data_prep.verbs.options import (
     Verb,
     add_clip_limits,
@@ -114,12 +115,13 @@ def _add_options(parser: argparse.ArgumentParser, output: str, videos: str) -> N
     parser.add_argument("--videos", type=local_path, nargs="+", default=[], help=videos)
     parser.add_argument("--output", type=local_path, default=Path(output), help="corpus folder")
     parser.add_argument("--check", action="store_true", help="read the annotation files alone, print what they hold")
+    add_dry_run(parser)
     add_clip_limits(parser)
     add_writing(parser)
 
 
 def _prepare(args: argparse.Namespace, parts: list[Part], files: list[Path]) -> int:
-    if not args.check:
+    if not (args.check or args.dry_run):
         require_decoder()
     return prepare_parts(args, parts, files, limits=from_arguments(ClipLimits, args))
 

@@ -35,9 +35,13 @@ def expected_bytes(samples: float, image_size: int) -> float:
     return samples * (BYTES_PER_PIXEL * _ASPECT * image_size**2 + _TAR_BYTES)
 
 
-def expected_hours(urls: int, per_second: float) -> float:
-    """Hours that so many downloads take, failed ones among them."""
-    return urls / per_second / 3600
+def expected_time(images: int, per_second: float) -> str:
+    """How long so many images take at a rate, as one reads it: 2.4 h, 36 min, 5 s."""
+    seconds = images / per_second
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def in_words(count: float) -> str:

@@ -38,7 +38,7 @@ def table_files(path: Path, table_format: str | None = None) -> list[Path]:
     parts = [part for part in sorted(path.iterdir()) if part.is_file() and part.name[0] not in "._"]
     files = [part for part in parts if _suffix(part) in _SUFFIXES] or (parts if table_format else [])
     if not files:
-        raise PrepError(f"{path}: a folder without a table; {expected}")
+        raise MissingInput(f"{path}: a folder without a table; {expected}")
     return files
 
 

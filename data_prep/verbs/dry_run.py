@@ -13,7 +13,7 @@ from data_prep.annotations.published import compare
 from data_prep.image_places import open_places
 from data_prep.record import Rejection, UrlRow
 from data_prep.shard_writer import describe_counts
-from data_prep.sources.expectations import REPORTED_YIELDS, expected_bytes, expected_hours, in_words
+from data_prep.sources.expectations import REPORTED_YIELDS, expected_bytes, expected_time, in_words
 from data_prep.verbs.options import positive_rate
 
 _MAX_HOSTS = 200_000  # kept at a time; beyond, the rarer half is forgotten, so that shown counts may be too low
@@ -22,7 +22,9 @@ _MAX_HOSTS = 200_000  # kept at a time; beyond, the rarer half is forgotten, so 
 def add_dry_run(parser: argparse.ArgumentParser, rate: float = 100) -> None:
     """``rate``: images a second that the hours are counted with."""
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    parser.add_argument("--images-per-second", type=positive_rate, default=rate, help="for the hours of --dry-run")
+    parser.add_argument(
+        "--images-per-second", type=positive_rate, default=rate, help="for the time that --dry-run says"
+    )
 
 
 class Counted:
@@ -71,8 +73,8 @@ def plan_download(args: argparse.Namespace, corpus: str, published: str, rows: I
     note = "the latest of these; an expectation, links rot" if reported else "no yield is known of this corpus: at most"
     print(f"images expected: {expected:,.0f} ({note})")
     _print_disk(args.image_size, expected, "the originals need room besides while they are downloaded")
-    hours = expected_hours(counted.images, args.images_per_second)
-    print(f"time: {hours:,.1f} h at {args.images_per_second:g} downloads/s (--images-per-second)")
+    time = expected_time(counted.images, args.images_per_second)
+    print(f"time: {time} at {args.images_per_second:g} downloads/s (--images-per-second)")
     common = ", ".join(f"{host} {count:,}" for host, count in counted.hosts.most_common(5))
     print(f"hosts: {len(counted.hosts):,}; most often {common or 'none'}")
     return _end(args.output / args.split)
@@ -102,7 +104,8 @@ def plan_images(args: argparse.Namespace, parts: Iterable[tuple[Path, AnnotatedS
             print(f"disk: {in_words(size)}, their bytes as they are")
         else:
             _print_disk(args.image_size, found, f"at most their {in_words(size)} now")
-        print(f"time: {expected_hours(found, args.images_per_second):,.2f} h at {args.images_per_second:g} samples/s")
+        time = expected_time(found, args.images_per_second)
+        print(f"time: {time} at {args.images_per_second:g} samples/s (--images-per-second)")
     assert split_dir is not None
     return _end(split_dir)
 

@@ -84,9 +84,10 @@ def _splits(
         names = {split: flickr8k.read_names(path) for split, path in found.items()}
         return names, {split: {"list": path.name} for split, path in found.items()}
     if args.dev_share is None:
+        expected = ", ".join(path.name for path in lists.values())
         raise MissingInput(
-            f"{args.input}: none of the split lists {', '.join(path.name for path in lists.values())}; Kaggle's form has "
-            "none: say which share of the images is for dev, --dev-share 0.1, or 0 to train on all"
+            f"{args.input}: none of the split lists {expected}; Kaggle's form has none: say which "
+            "share of the images is for dev, --dev-share 0.1, or 0 to train on all"
         )
     names = flickr8k.drawn_splits(captions, args.dev_share, args.seed)
     drawn: dict[str, object] = {"dev_share": args.dev_share, "seed": args.seed}

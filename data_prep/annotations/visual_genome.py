@@ -32,11 +32,12 @@ def read_visual_genome(question_answers: Path, image_data: Path, held_out: Colle
             continue
         for question in questions:
             rows += 1
+            of_question = name
             try:
-                name = f"Visual Genome question {whole_number(question, 'qa_id')}"
+                of_question = f"Visual Genome question {whole_number(question, 'qa_id')}"
                 _add(question, images, coco_ids, held_out, seen)
             except BadEntry as error:
-                problems.append(Rejection(error.reason, name, error.detail))
+                problems.append(Rejection(error.reason, of_question, error.detail))
     return AnnotatedSplit("train", list(images.values()), problems, {"questions": rows, "images": len(images)})
 
 
@@ -68,13 +69,14 @@ def read_regions(descriptions: Path, image_data: Path, held_out: Collection[int]
             continue
         for region in regions:
             rows += 1
+            of_region = name
             try:
-                name = f"Visual Genome region {whole_number(region, 'region_id')}"
+                of_region = f"Visual Genome region {whole_number(region, 'region_id')}"
                 _add_region(region, image, image_id, seen)
             except BadEntry as error:
-                problems.append(Rejection(error.reason, name, error.detail))
+                problems.append(Rejection(error.reason, of_region, error.detail))
         if not regions:
-            problems.append(Rejection("empty_caption", f"{descriptions.name} entry {number}", "no region", rows=1))
+            problems.append(Rejection("empty_caption", name, "no region"))
     kept = [image for image in images.values() if image.captions]
     return AnnotatedSplit("train", kept, problems, {"images": len(entries), "captions": rows})
 

@@ -124,7 +124,11 @@ def caption_problem(caption: str | None) -> str | None:
         return "empty_caption"
     if "\0" in caption:
         return "nul_in_caption"
-    return "invalid_utf8" if any("\ud800" <= character <= "\udfff" for character in caption) else None
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return "invalid_utf8"
+    return None
 
 
 def check_image(content: bytes, limits: Limits) -> tuple[bytes, str]:

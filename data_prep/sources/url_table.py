@@ -89,6 +89,8 @@ def _text_problem(caption: Any) -> tuple[str | None, str]:
 
 def _extra_cells(row: dict[str, Any], extra_columns: list[str], json_columns: list[str]) -> dict[str, Any]:
     """Further cells as KEY.json will hold them; raises ValueError for what JSON or UTF-8 can't hold."""
+    if not extra_columns and not json_columns:
+        return {}
     extra = {column: row.get(column) for column in extra_columns}
     for column in json_columns:
         value = row.get(column)

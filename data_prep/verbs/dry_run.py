@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -125,7 +126,8 @@ def _end(split_dir: Path) -> int:
 
 
 def _host(url: str) -> str:
+    place = re.split("[/?#]", url.partition("//")[2], maxsplit=1)[0].rpartition("@")[2]
     try:
-        return urlsplit(url).hostname or "none"
+        return (urlsplit(url).hostname if "[" in place else place.partition(":")[0].lower()) or "none"
     except ValueError:
         return "unreadable"

@@ -56,6 +56,13 @@ def test_bytes_that_are_no_text_are_counted(tmp_path):
     assert captions(rows_of(tmp_path / "b.tsv")) == ["invalid_utf8", ("un caf\u00e9",)]
 
 
+def test_a_nul_is_called_a_nul(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(TSV.replace("dog", "d\0g").encode())
+    (tmp_path / "a.csv").write_bytes(b"url,caption\nhttp://h/0,d\0g\nhttp://h/1,\0\n")
+    assert captions(rows_of(tmp_path / "a.tsv")) == ["nul_in_caption", ("un caf\u00e9",)]
+    assert captions(rows_of(tmp_path / "a.csv")) == ["nul_in_caption"] * 2
+
+
 def test_a_list_of_captions_is_several_captions_of_one_image(tmp_path):
     cells = [["a", "b"], [], ["c", "", None, 3], "d", None, [["e"]]]
     (tmp_path / "a.jsonl").write_text(

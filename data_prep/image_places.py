@@ -7,6 +7,7 @@ import gzip
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -16,11 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_prep.record import MissingInput, PrepError
+from data_prep.record import MissingInput, PrepError, in_one_line
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_MEMBERS = 20_000_000
 _CHUNK = 1 << 20
+# What the standard library raises on damaged archives (RuntimeError: an encrypted member).
+_ARCHIVE_ERRORS = (OSError, EOFError, ValueError, RuntimeError, ArithmeticError, struct.error)
+_ARCHIVE_ERRORS += (zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
 class Found(NamedTuple):
@@ -97,8 +101,10 @@ def _open(path: Path, streams: list[BinaryIO]) -> _Folder | _Archive:
         raise PrepError(f"{path}: a file, expected a folder or an archive ({', '.join(ARCHIVES)})")
     try:
         return _zip(path, streams) if path.name.lower().endswith(".zip") else _tar(path, streams)
-    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
-        found = f"{path}: cannot be read as an archive ({error})"
+    except PrepError:
+        raise
+    except _ARCHIVE_ERRORS as error:
+        found = f"{path}: cannot be read as an archive ({in_one_line(error)})"
         raise PrepError(f"{found}; download it again, or set TMPDIR to a disk with room") from error
 
 
@@ -175,8 +181,8 @@ def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[in
         try:
             with archive.open(info) as stream:
                 return stream.read(limit + 1)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-            raise OSError(f"{archive.filename}: {info.filename}: {error}") from error
+        except _ARCHIVE_ERRORS as error:
+            raise OSError(in_one_line(f"{archive.filename}: {info.filename}: {error}")) from error
 
     return read
 

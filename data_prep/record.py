@@ -22,6 +22,11 @@ class LowYieldError(PrepError):
     exit_code = 3
 
 
+def in_one_line(content: object) -> str:
+    """A text from outside (a library's error, a name in a file) as part of a message: printable, one line, short."""
+    return ascii(" ".join(str(content).split())[:300])[1:-1]
+
+
 @dataclass(frozen=True)
 class Record:
     """One sample: one image, an image pair or a clip, its captions (a row each), and its metadata.

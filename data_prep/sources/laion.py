@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.record import PrepError, Rejection, UrlRow
+from data_prep.record import PrepError, Rejection, UrlRow, in_one_line
 from data_prep.sources.parquet_cells import column_names
 from data_prep.sources.url_table import url_rows
 
@@ -45,7 +45,7 @@ def laion_columns(path: Path, wanted: Scores, caption: str | None = None) -> dic
     try:
         found = column_names(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise PrepError(f"{path}: cannot be read as parquet ({error}); download it again") from error
+        raise PrepError(f"{path}: cannot be read as parquet ({in_one_line(error)}); download it again") from error
     by_lower: dict[str, str] = {}
     for name in found:
         by_lower.setdefault(name.lower(), name)
@@ -63,9 +63,10 @@ def laion_columns(path: Path, wanted: Scores, caption: str | None = None) -> dic
         "nsfw": wanted.nsfw is not None,
     }
     if missing := [what for what, is_needed in needed.items() if is_needed and columns[what] is None]:
+        shown = in_one_line(", ".join(found[:20]))
         raise PrepError(
-            f"{path}: no column of {', '.join(missing)} (found: {', '.join(found[:20])}); name the caption's by "
-            "--caption-column, leave out an option on scores that this file lacks"
+            f"{path}: no column of {', '.join(missing)} (found: {shown}); name the caption's by --caption-column, "
+            "leave out an option on scores that this file lacks"
         )
     return {what: name for what, name in columns.items() if name is not None}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.filters import caption_problem
-from data_prep.record import MissingInput, PrepError, Rejection, UrlRow
+from data_prep.record import MissingInput, PrepError, Rejection, UrlRow, in_one_line
 from data_prep.sources.tables import open_bytes
 
 URLS = "SBU_captioned_photo_dataset_urls.txt"
@@ -62,7 +62,7 @@ def _lists(files: list[Path]) -> tuple[list, list]:
         with open_bytes(files[0]) as stream:
             return _of_json(files[0], stream.read())
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise PrepError(f"{files[0]}: cannot be read ({error}); download it again") from error
+        raise PrepError(f"{files[0]}: cannot be read ({in_one_line(error)}); download it again") from error
 
 
 def _of_tar(path: Path) -> tuple[list, list]:
@@ -88,7 +88,7 @@ def _of_json(path: Path, content: bytes) -> tuple[list, list]:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise PrepError(f"{path}: not readable as JSON ({error}); expected {_EXPECTED}") from error
+        raise PrepError(f"{path}: not readable as JSON ({in_one_line(error)}); expected {_EXPECTED}") from error
     lists = [document.get(name) for name in ("image_urls", "captions")] if isinstance(document, dict) else []
     if len(lists) != 2 or not all(isinstance(one, list) for one in lists):
         raise PrepError(f'{path}: expected the lists "image_urls" and "captions" as in sbu-captions-all.json')

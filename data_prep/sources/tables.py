@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TextIO
 
 import pyarrow
 
-from data_prep.record import MissingInput, PrepError, Rejection
+from data_prep.record import MissingInput, PrepError, Rejection, in_one_line
 from data_prep.sources.parquet_cells import column_names, pick, read_cells
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
@@ -69,7 +69,7 @@ def _read_file(path: Path, required: list[str], columns: list[str] | None, kind:
             rows = _read_cells(path, required, columns, kind)
         yield from rows
     except (OSError, EOFError, csv.Error, pyarrow.ArrowException) as error:
-        raise PrepError(f"{path}: cannot be read as {kind} ({error}); give the right --format") from error
+        raise PrepError(f"{path}: cannot be read as {kind} ({in_one_line(error)}); give the right --format") from error
 
 
 def first_rows(path: Path, count: int) -> list[list[str]]:
@@ -80,7 +80,7 @@ def first_rows(path: Path, count: int) -> list[list[str]]:
         with _open_text(path, "\n") as stream:
             return [cells for _, cells in itertools.islice(_tsv_lines(stream), count)]
     except (OSError, EOFError) as error:
-        raise PrepError(f"{path}: cannot be read ({error}); download it again") from error
+        raise PrepError(f"{path}: cannot be read ({in_one_line(error)}); download it again") from error
 
 
 def _suffix(path: Path) -> str:

@@ -38,7 +38,7 @@ def url_rows(
         url, cell = row.get(url_column), row.get(caption_column)
         shown = ascii(url).strip("'")[:200]
         name = f"row {number}: {shown}"
-        captions, problems = _captions(cell, name)
+        captions, problems = captions_of(cell, name)
         if not isinstance(url, str) or not url.strip().lower().startswith(("http://", "https://")):
             yield Rejection("bad_url", name, rows=len(captions) + len(problems))
         elif caption_problem(url):
@@ -59,14 +59,14 @@ def _row(
     name: str,
 ) -> UrlRow | Rejection:
     try:
-        return UrlRow(number, url, captions, _extra_cells(row, extra_columns, json_columns))
+        return UrlRow(number, url, captions, extra_cells(row, extra_columns, json_columns))
     except UnicodeEncodeError as error:
         return Rejection("invalid_utf8", name, ascii(error.object)[:200], rows=len(captions))
     except (ValueError, RecursionError) as error:
         return Rejection("malformed_row", name, str(error)[:200], rows=len(captions))
 
 
-def _captions(cell: Any, name: str) -> tuple[tuple[str, ...], list[Rejection]]:
+def captions_of(cell: Any, name: str) -> tuple[tuple[str, ...], list[Rejection]]:
     """The captions in a cell, a text or a list of texts, and those that can't be used; at least one in all."""
     captions, problems = [], []
     for caption in cell if isinstance(cell, list) and cell else [None if cell == [] else cell]:
@@ -87,7 +87,7 @@ def _text_problem(caption: Any) -> tuple[str | None, str]:
     return caption_problem(caption), ascii(caption)[:80]
 
 
-def _extra_cells(row: dict[str, Any], extra_columns: list[str], json_columns: list[str]) -> dict[str, Any]:
+def extra_cells(row: dict[str, Any], extra_columns: list[str], json_columns: list[str]) -> dict[str, Any]:
     """Further cells as KEY.json will hold them; raises ValueError for what JSON or UTF-8 can't hold."""
     if not extra_columns and not json_columns:
         return {}

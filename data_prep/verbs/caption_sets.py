@@ -12,12 +12,12 @@ from data_prep.annotations.karpathy import read_karpathy
 from data_prep.annotations.nocaps import read_nocaps
 from data_prep.annotations.published import compare
 from data_prep.annotations.visual_genome import read_regions
-from data_prep.filters import caption_problem
+from data_prep.filters import Limits, check_record
 from data_prep.manifest import file_sha256
-from data_prep.record import PrepError, Rejection, UrlRow
+from data_prep.record import PrepError, Record, Rejection, UrlRow
 from data_prep.verbs.annotation import Part, add_options, coco_held_out, prepare_parts
 from data_prep.verbs.dry_run import plan_download
-from data_prep.verbs.options import Verb, local_path, plain_name
+from data_prep.verbs.options import Verb, limits_of, local_path, plain_name
 from data_prep.verbs.urls import begin, download_rows
 
 
@@ -94,7 +94,7 @@ def _prepare(args: argparse.Namespace, parts: list[Part], files: list[Path]) -> 
         split, published = part.annotated, part.published or part.annotated.split
         print(f"{part.set_name} {split.split}: {compare(part.set_name, published, split.counts)}")
         of_part = argparse.Namespace(**{**vars(args), "split": split.split})
-        rows = _rows_to_download(split)
+        rows = _rows_to_download(split, limits_of(args))
         if args.check:
             continue
         if args.dry_run:
@@ -105,22 +105,21 @@ def _prepare(args: argparse.Namespace, parts: list[Part], files: list[Path]) -> 
     return 0
 
 
-def _rows_to_download(annotated: AnnotatedSplit) -> Iterator[UrlRow | Rejection]:
+def _rows_to_download(annotated: AnnotatedSplit, limits: Limits) -> Iterator[UrlRow | Rejection]:
     """A row for each image that has an address; captions that the filters would drop are left out here, with what
     stands beside them."""
     yield from annotated.problems
     for number, image in enumerate(annotated.images):
-        reasons = [caption_problem(caption) for caption in image.captions]
-        yield from (Rejection(reason, image.key) for reason in reasons if reason is not None)
-        kept = [position for position, reason in enumerate(reasons) if reason is None]
-        if not kept:
+        texts = Record(image.key, (), tuple(image.captions), per_caption=image.per_caption)
+        kept, rejections = check_record(texts, limits)
+        yield from rejections
+        if kept is None:
             continue
         if not image.url.lower().startswith(("http://", "https://")):
-            yield Rejection("bad_url", image.key, "no address in the annotation files", rows=len(kept))
+            yield Rejection("bad_url", image.key, "no address in the annotation files", rows=len(kept.captions))
             continue
-        beside = {name: [values[position] for position in kept] for name, values in image.per_caption.items()}
-        extra = {**image.meta, "image_identities": list(image.identities), **beside}
-        yield UrlRow(number, image.url, tuple(image.captions[position] for position in kept), extra)
+        extra = {**image.meta, "image_identities": list(image.identities), **kept.per_caption}
+        yield UrlRow(number, image.url, kept.captions, extra)
 
 
 def run_flickr30k(args: argparse.Namespace) -> int:

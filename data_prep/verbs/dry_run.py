@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from data_prep.annotations.annotated import AnnotatedSplit
 from data_prep.annotations.published import compare
 from data_prep.image_places import open_places
-from data_prep.record import Rejection, UrlRow
+from data_prep.record import Record, Rejection, UrlRow
 from data_prep.shard_writer import describe_counts
 from data_prep.sources.expectations import REPORTED_YIELDS, expected_bytes, expected_time, in_words
 from data_prep.verbs.options import positive_rate
@@ -98,17 +98,38 @@ def plan_images(args: argparse.Namespace, parts: Iterable[tuple[Path, AnnotatedS
                     continue
                 found, captions = found + 1, captions + len(image.captions)
                 size += sum(file.size for file in files if file is not None)
-        print(f"{split_dir}: {found:,} samples with {captions:,} texts; unusable rows: {describe_counts(rejected)}")
-        if not places:
-            print("disk: not known, as no folder or archive of them is named; none was looked for")
-        elif getattr(args, "image_size", None) is None:
-            print(f"disk: {in_words(size)}, their bytes as they are")
-        else:
-            _print_disk(args.image_size, found, f"at most their {in_words(size)} now")
-        time = expected_time(found, args.images_per_second)
-        print(f"time: {time} at {args.images_per_second:g} samples/s (--images-per-second)")
+        _print_found(args, split_dir, found, captions, size if places else None, rejected)
     assert split_dir is not None
     return _end(split_dir)
+
+
+def plan_records(args: argparse.Namespace, split_dir: Path, source: Iterable[Record | Rejection]) -> int:
+    """Print what writing the records of a source would be; each is read, none is decoded."""
+    rejected: Counter[str] = Counter()
+    found = captions = size = 0
+    for item in source:
+        if isinstance(item, Rejection):
+            rejected[item.reason] += item.rows
+        else:
+            found, captions = found + 1, captions + len(item.captions)
+            size += sum(map(len, item.images)) + len(item.video or b"")
+    _print_found(args, split_dir, found, captions, size, rejected)
+    return _end(split_dir)
+
+
+def _print_found(
+    args: argparse.Namespace, split_dir: Path, found: int, captions: int, size: int | None, rejected: Counter[str]
+) -> None:
+    """``size``: bytes of the images or clips; None where they were not looked for."""
+    print(f"{split_dir}: {found:,} samples with {captions:,} texts; unusable rows: {describe_counts(rejected)}")
+    if size is None:
+        print("disk: not known, as no folder or archive of them is named; none was looked for")
+    elif getattr(args, "image_size", None) is None:
+        print(f"disk: {in_words(size)}, their bytes as they are")
+    else:
+        _print_disk(args.image_size, found, f"at most their {in_words(size)} now")
+    time = expected_time(found, args.images_per_second)
+    print(f"time: {time} at {args.images_per_second:g} samples/s (--images-per-second)")
 
 
 def _print_disk(image_size: int | None, samples: float, further: str) -> None:

@@ -10,22 +10,23 @@ from data_prep.verbs.drawn import add_synth, run_synth
 from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
 from data_prep.verbs.options import Verb
 from data_prep.verbs.origin_hints import with_origins
+from data_prep.verbs.parquet import add_parquet, run_parquet
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
 
-VERBS: dict[str, Verb] = with_origins(
-    {
-        "synth": ("make the synthetic corpora (no network, no files needed)", add_synth, run_synth),
-        "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
-        "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
-        **CORPUS_VERBS,
-        **CAPTION_VERBS,
-        **ANNOTATION_VERBS,
-        **VIDEO_VERBS,
-        "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
-        "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
-        "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
-        "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
-    }
-)
+_VERBS: dict[str, Verb] = {
+    "synth": ("make the synthetic corpora (no network, no files needed)", add_synth, run_synth),
+    "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
+    "parquet": ("prepare parquet files that hold the images themselves", add_parquet, run_parquet),
+    "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
+    **CORPUS_VERBS,
+    **CAPTION_VERBS,
+    **ANNOTATION_VERBS,
+    **VIDEO_VERBS,
+    "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
+    "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
+    "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
+    "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
+}
+VERBS = with_origins(_VERBS)

@@ -2,11 +2,14 @@
 
 import io
 import os
+import random
 import tarfile
 import zipfile
+from collections import Counter
 
 import pytest
 
+from data_prep import image_places
 from data_prep.image_places import open_places
 from data_prep.record import PrepError
 from tests.data_prep.annotations.prepared import metas, picture, prepare, put, rejected, write_lines
@@ -112,6 +115,41 @@ def test_reading_is_bounded_and_damage_is_an_error_of_one_member(tmp_path):
         with pytest.raises(OSError, match="Bad CRC-32"):
             read(places, "x.jpg")
         assert read(places, "y.jpg") == b"fine"
+
+
+def test_a_damaged_archive_is_refused_or_loses_members(tmp_path):
+    """Whatever bytes change: one line, or an OSError that a record is rejected for."""
+    chance = random.Random(2)
+    whole = {
+        "a.zip": write_zip(tmp_path / "a.zip", CONTENT).read_bytes(),
+        "a.tar": write_tar(tmp_path / "a.tar", CONTENT, pax=True).read_bytes(),
+        "a.tar.gz": write_tar(tmp_path / "a.tar.gz", CONTENT, "w:gz").read_bytes(),
+    }
+    outcomes = Counter()
+    for name, content in whole.items():
+        for _ in range(100):
+            damaged = bytearray(content)
+            for _ in range(chance.choice((1, 2, 8))):
+                damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+            (tmp_path / name).write_bytes(damaged[: chance.choice((len(damaged), chance.randrange(len(damaged))))])
+            try:
+                with open_places([tmp_path / name]) as places:
+                    read(places, "1.jpg")
+                outcomes["read"] += 1
+            except PrepError as error:
+                assert "\n" not in str(error)
+                outcomes["refused"] += 1
+            except OSError as error:
+                assert "\n" not in str(error)
+                outcomes["member"] += 1
+    assert min(outcomes[kind] for kind in ("read", "refused", "member")) > 0
+
+
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_places, "MAX_MEMBERS", 2)
+    for path in (write_zip(tmp_path / "a.zip", CONTENT), write_tar(tmp_path / "a.tar", CONTENT)):
+        with pytest.raises(PrepError, match=r"a\.\w+: more than 2 members, expected"), open_places([path]):
+            pass
 
 
 def test_what_is_no_archive_is_one_line(tmp_path):

@@ -228,4 +228,4 @@ def test_images_come_by_the_addresses_in_the_files(tmp_path, monkeypatch, coco):
     assert prepare("coco", "--captions", *files, "--download", "--output", folder / "out") == 0
     rows, _ = given["dev"]
     assert [row.url for row in rows] == [coco_image(n, "val2014")["coco_url"] for n in (3, 4)]
-    assert rows[0].captions == ("Caption 0 of 3.\n", "Caption 1 of 3.\n") and rows[0].extra["sentence_id"] == [300, 301]
+    assert rows[0].captions == ("Caption 0 of 3.", "Caption 1 of 3.") and rows[0].extra["sentence_id"] == [300, 301]

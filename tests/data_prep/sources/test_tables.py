@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_prep.filters import REASONS
+from data_prep.manifest import read_manifest
 from data_prep.record import PrepError, Rejection, UrlRow
 from data_prep.sources.tables import read_table
 from data_prep.sources.url_table import url_rows
+from tests.data_prep.annotations.prepared import images as stored
+from tests.data_prep.annotations.prepared import metas, picture, prepare
 
 TSV = "url\tcaption\nhttp://h/0\ta dog\nhttp://h/1\tun caf\u00e9\n"
 
@@ -213,3 +217,94 @@ def test_a_folder_counts_the_rows_of_all_its_parts(tmp_path):
     rows = rows_of(tmp_path)
     assert captions(rows) == [("x, y",), "malformed_row", ("a dog",), ("un caf\u00e9",), ("z",)]
     assert [row["url"] for row in read_table(tmp_path / "c.jsonl", ["url"])] == ["http://h/3"]
+
+
+TYPES = [
+    pyarrow.array([1, None]),
+    pyarrow.array([float("nan"), 0.5]),
+    pyarrow.array([True, None]),
+    pyarrow.array([None, None]),
+    pyarrow.array([{"a": 1}, None]),
+    pyarrow.array([[[b"\xff"]], None]),
+    pyarrow.array([[("k", "v")], None], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+    pyarrow.array([2**62, 0], pyarrow.timestamp("ns")),
+    pyarrow.array([2**62, 0], pyarrow.timestamp("ms")),
+    pyarrow.array([2**31 - 1, -(2**31)], pyarrow.date32()),
+    pyarrow.array([2**62, -1], pyarrow.duration("s")),
+    pyarrow.array([b"ab", b"\xff\xff"], pyarrow.binary(2)),
+    pyarrow.array(["x", "x"]).dictionary_encode(),
+    pyarrow.array([["a"], ["b"]], pyarrow.list_(pyarrow.string(), 1)),
+    pyarrow.array([2**64 - 1, 0], pyarrow.uint64()),
+]
+
+
+@pytest.mark.parametrize("column", TYPES, ids=lambda column: str(column.type))
+def test_a_cell_of_any_type_is_read_or_counted(tmp_path, column):
+    """As address, as caption and as further column: two rows come in, two are accounted for, and JSON can hold them."""
+    good = pyarrow.array(["http://h/1", "http://h/2"])
+    for url, caption in ((column, good), (good, column), (good, good)):
+        table = pyarrow.table({"url": url, "caption": caption, "more": column})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        rows = rows_of(tmp_path / "a.parquet", extra=["more"])
+        numbers = {row.number if isinstance(row, UrlRow) else int(row.name.split(":")[0][4:]) for row in rows}
+        assert numbers == {0, 1}
+        json.dumps([row.extra for row in rows if isinstance(row, UrlRow)], allow_nan=False, ensure_ascii=False).encode()
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    table = pyarrow.table({"url": ["http://h/1"] * 50, "caption": [f"a dog {n}" for n in range(50)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    content, chance, refused = (tmp_path / "a.parquet").read_bytes(), random.Random(1), 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        for _ in range(chance.choice((1, 2, 8))):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        try:
+            rows_of(tmp_path / "a.parquet")
+        except PrepError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(error).isprintable()
+    assert refused
+
+
+def hub_file(path, numbers, **more):
+    """A file as `datasets` writes it: images as structs of bytes and path, captions as lists or structs."""
+    images = [{"bytes": picture(n), "path": f"{n}.jpg"} for n in numbers]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    content = {"image": pyarrow.array(images, kind), "caption": [[f"a {n}", f"the {n}"] for n in numbers], **more}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(content), path)
+    return path
+
+
+def test_parquet_that_holds_the_images(tmp_path, capsys):
+    hub_file(tmp_path / "in" / "train-00000-of-00002.parquet", range(3), id=[7, 8, 9])
+    images = [{"bytes": None, "path": "x"}, {"bytes": b"<html>", "path": ""}, {"bytes": picture(9), "path": ""}]
+    captions = [["x", "y"], ["z"], ["ok", " ", None]]
+    table = pyarrow.table({"image": images, "caption": captions, "id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "in" / "train-00001-of-00002.parquet")
+    command = ["parquet", "--input", tmp_path / "in", "--output", tmp_path / "out", "--extra-columns", "id"]
+    assert prepare(*command, "--dry-run") == 0 and not (tmp_path / "out").exists()
+    assert "5 samples with 8 texts; unusable rows: 2 empty_caption, 2 missing_image" in capsys.readouterr().out
+    assert prepare(*command) == 0
+    split = tmp_path / "out" / "train"
+    assert [(meta["captions"], meta["id"]) for meta in metas(split)] == [
+        (["a 0", "the 0"], 7),
+        (["a 1", "the 1"], 8),
+        (["a 2", "the 2"], 9),
+        (["ok"], 3),
+    ]
+    assert stored(split)["train_000000001.jpg"] == picture(1)
+    assert read_manifest(split).rejected == {"empty_caption": 2, "missing_image": 2, "not_an_image": 1}
+
+
+def test_images_in_a_column_of_bytes_and_captions_in_structs(tmp_path, capsys):
+    content = {"jpg": [picture(1)], "sentences": [[{"raw": "one"}, {"raw": "two"}]]}
+    pyarrow.parquet.write_table(pyarrow.table(content), tmp_path / "a.parquet")
+    command = ["parquet", "--input", tmp_path / "a.parquet", "--output", tmp_path / "out", "--split", "dev"]
+    assert prepare(*command) == 2
+    assert "no column image, caption; found: jpg, sentences, sentences.raw" in capsys.readouterr().err
+    assert prepare(*command, "--image-column", "jpg", "--caption-column", "sentences.raw") == 0
+    assert [meta["captions"] for meta in metas(tmp_path / "out" / "dev")] == [["one", "two"]]
+    assert list(stored(tmp_path / "out" / "dev")) == ["dev_000000000.jpg"]

@@ -49,6 +49,9 @@ REASONS = {
     "unknown_split": "an entry of a split that the set does not have, or of another than the file's first entry",
     "unknown_video": "a caption of a video that the annotation files do not list",
     "held_out_image": "a further training row whose image is in a held-out split",
+    "unsafe_image": "the table's score or label of unsafe content is beyond --max-punsafe or --nsfw, or is missing",
+    "low_similarity": "the table's similarity of image and text is below --min-similarity, or is missing",
+    "watermark": "the table's probability of a watermark is above --max-watermark, or is missing",
     "bad_url": "the address is missing or not http(s)",
     "private_address": "the address leads to a private, local or reserved network (--allow-private-addresses takes it)",
     "http_NNN": "the server answered with status NNN",
@@ -121,7 +124,11 @@ def caption_problem(caption: str | None) -> str | None:
         return "empty_caption"
     if "\0" in caption:
         return "nul_in_caption"
-    return "invalid_utf8" if any("\ud800" <= character <= "\udfff" for character in caption) else None
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return "invalid_utf8"
+    return None
 
 
 def check_image(content: bytes, limits: Limits) -> tuple[bytes, str]:

@@ -12,10 +12,19 @@ class PrepError(ValueError):
     exit_code = 2
 
 
+class MissingInput(PrepError):
+    """A published file that its user must download first is not there."""
+
+
 class LowYieldError(PrepError):
     """Fewer images could be downloaded than asked for."""
 
     exit_code = 3
+
+
+def in_one_line(content: object) -> str:
+    """A text from outside (a library's error, a name in a file) as part of a message: printable, one line, short."""
+    return ascii(" ".join(str(content).split())[:300])[1:-1]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.image_places import Places, open_places
 from data_prep.record import Record, Rejection
+
+MAX_FILE_BYTES = 1 << 30  # of an image or clip; the filters' own limits are lower
 
 
 @dataclass
@@ -16,7 +18,8 @@ class Annotated:
     """An image, a pair or a clip, with all its texts; like a Record, with names of files in place of images.
 
     ``images`` holds for each image, or for the clip, the paths that it may have below a folder, the likeliest first.
-    ``identities`` say which picture each is, in whatever corpus it stands: "coco/9", "flickr/1000092795".
+    ``identities`` say which picture each is, in whatever corpus it stands: "coco/9", "flickr/1000092795". ``url`` is
+    where the annotation file says that the one image can be downloaded.
     """
 
     key: str
@@ -25,6 +28,7 @@ class Annotated:
     meta: dict[str, Any] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
     per_caption: dict[str, list[Any]] = field(default_factory=dict)
+    url: str = ""
 
     def add(self, caption: str, **of_caption: Any) -> None:
         """Add a text and what is of it alone; each text of an image must bring the same names."""
@@ -53,39 +57,38 @@ class AnnotatedSplit:
 
 
 def records(annotated: AnnotatedSplit, folders: Sequence[Path]) -> Iterator[Record | Rejection]:
-    """The records of a split with the files in ``folders``; what was wrong in the annotation files comes first."""
+    """The records of a split with the files in ``folders``, folders or archives; what was wrong in the annotation
+    files comes first."""
     yield from annotated.problems
-    for image in annotated.images:
-        yield _with_files(image, folders, annotated.videos)
+    with open_places(folders) as places:
+        where = ", ".join(map(str, folders))
+        for image in annotated.images:
+            yield _with_files(image, places, where, annotated.videos)
 
 
-def _with_files(image: Annotated, folders: Sequence[Path], is_video: bool) -> Record | Rejection:
-    paths = []
+def _with_files(image: Annotated, places: Places, where: str, is_video: bool) -> Record | Rejection:
+    kind, rows = "video" if is_video else "image", len(image.captions)
+    found, contents = [], []
     for names in image.images:
-        path = next((path for folder in folders for name in names if is_plain_file(path := folder / name)), None)
-        if path is None:
-            where = ", ".join(map(str, folders))
-            reason = "missing_video" if is_video else "missing_image"
-            return Rejection(reason, image.key, f"no {names[0]} in {where}", rows=len(image.captions))
-        paths.append(path)
-    files = {"file": paths[0].name} if len(paths) == 1 else {"files": [path.name for path in paths]}
-    contents = tuple(path.read_bytes() for path in paths)
+        file = places.find(names)
+        if file is None:
+            return Rejection(f"missing_{kind}", image.key, f"no {names[0]} in {where}", rows=rows)
+        if file.size > MAX_FILE_BYTES:
+            return Rejection(f"{kind}_bytes_too_large", image.key, f"{file.name}: {file.size} bytes", rows=rows)
+        try:
+            contents.append(file.read(MAX_FILE_BYTES))
+        except OSError as error:
+            return Rejection(f"undecodable_{kind}", image.key, str(error)[:200], rows=rows)
+        found.append(file.name)
+    files = {"file": found[0]} if len(found) == 1 else {"files": found}
     return Record(
         image.key,
-        () if is_video else contents,
+        () if is_video else tuple(contents),
         tuple(image.captions),
         {**image.meta, **files, "image_identities": list(image.identities)},
         per_caption=image.per_caption,
         video=contents[0] if is_video else None,
     )
-
-
-def is_plain_file(path: Path) -> bool:
-    """Whether ``path`` is a file, or a link to one: no folder, pipe or device."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
 
 
 def coco_images(image_id: int, split: str) -> tuple[str, ...]:

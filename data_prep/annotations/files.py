@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.record import PrepError, Rejection
+from data_prep.record import MissingInput, PrepError, Rejection
 
 
 class BadEntry(ValueError):
@@ -23,7 +23,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise PrepError(f"{path}: no such file") from None
+        raise MissingInput(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise PrepError(f"{path}: not readable as JSON ({error}); download it again") from error
 
@@ -72,7 +72,7 @@ def read_json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict[str, 
                 else:
                     yield Rejection("malformed_row", name, f"holds {_kind(row)}, expected an object")
     except FileNotFoundError:
-        raise PrepError(f"{path}: no such file") from None
+        raise MissingInput(f"{path}: no such file") from None
     if not objects:
         raise PrepError(f"{path}: no line holds a JSON object, expected {expected}")
 

@@ -41,6 +41,23 @@ PUBLISHED: dict[str, dict[str, dict[str, int]]] = {
         "dev": {"images": 5_000, "captions": 25_010},
         "test": {"images": 5_000, "captions": 25_010},
     },
+    # COCO's own files (cocodataset.org); val2014 and val2017 are dev here
+    "coco captions": {
+        "train2014": {"images": 82_783, "captions": 414_113},
+        "val2014": {"images": 40_504, "captions": 202_654},
+        "train2017": {"images": 118_287, "captions": 591_753},
+        "val2017": {"images": 5_000, "captions": 25_014},
+    },
+    "vg": {"train": {"images": 108_077}},  # homes.cs.washington.edu/~ranjay/visualgenome
+    # Rows of the tables, from their pages: ai.google.com/research/ConceptualCaptions (the copies of the validation
+    # file in circulation have 15,833 lines), github.com/google-research-datasets/conceptual-12m, cs.rice.edu/~vo9
+    "cc3m": {
+        "train": {"rows": 3_318_333},
+        "train, with image labels": {"rows": 2_007_090},
+        "dev": {"rows": 15_840},
+    },
+    "cc12m": {"train": {"rows": 12_423_374}},
+    "sbu": {"train": {"rows": 1_000_000}},
     "flickr30k": {
         "train": {"images": 29_000, "captions": 145_000},
         "dev": {"images": 1_014, "captions": 5_070},

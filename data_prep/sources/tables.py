@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow
-import pyarrow.parquet
 
-from data_prep.record import PrepError, Rejection
+from data_prep.record import MissingInput, PrepError, Rejection, in_one_line
+from data_prep.sources.parquet_cells import column_names, pick, read_cells
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
 _SUFFIXES = {"tsv": "tsv", "tab": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet"}
 _MAX_CELL_BYTES = 10_000_000
 
@@ -31,11 +34,11 @@ def table_files(path: Path, table_format: str | None = None) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise PrepError(f"{path}: no such file; {expected}")
+        raise MissingInput(f"{path}: no such file; {expected}")
     parts = [part for part in sorted(path.iterdir()) if part.is_file() and part.name[0] not in "._"]
     files = [part for part in parts if _suffix(part) in _SUFFIXES] or (parts if table_format else [])
     if not files:
-        raise PrepError(f"{path}: a folder without a table; {expected}")
+        raise MissingInput(f"{path}: a folder without a table; {expected}")
     return files
 
 
@@ -45,8 +48,10 @@ def read_table(
     """Rows of a file, or of all files of a folder, as dictionaries; unreadable ones as Rejection without a name.
 
     Bytes that are no UTF-8 become lone surrogates. ``columns`` names the cells of a TSV or CSV without a header line.
-    TSV cells are taken as they stand, or unquoted where pandas quoted them; CSV follows the usual quoting. Raises
-    PrepError when a required column is not there: before the first row, of JSONL after the last.
+    TSV cells are taken as they stand, or unquoted where pandas quoted them; CSV follows the usual quoting. A required
+    column of parquet or JSONL may be a path into nested objects, like ``image.url``. Files may be compressed by gzip,
+    bzip2 or Zstandard. Raises PrepError when a required column is not there, or is there twice: before the first row,
+    of JSONL after the last.
     """
     for file in table_files(Path(path), table_format):
         yield from _read_file(file, required, columns, table_format or _format_of(file))
@@ -64,11 +69,23 @@ def _read_file(path: Path, required: list[str], columns: list[str] | None, kind:
             rows = _read_cells(path, required, columns, kind)
         yield from rows
     except (OSError, EOFError, csv.Error, pyarrow.ArrowException) as error:
-        raise PrepError(f"{path}: cannot be read as {kind} ({error}); give the right --format") from error
+        raise PrepError(f"{path}: cannot be read as {kind} ({in_one_line(error)}); give the right --format") from error
+
+
+def first_rows(path: Path, count: int) -> list[list[str]]:
+    """The cells of the first lines of a TSV, at most ``count``; raises PrepError."""
+    if not path.is_file():
+        raise MissingInput(f"{path}: no such file; expected a TSV")
+    try:
+        with _open_text(path, "\n") as stream:
+            return [cells for _, cells in itertools.islice(_tsv_lines(stream), count)]
+    except (OSError, EOFError) as error:
+        raise PrepError(f"{path}: cannot be read ({in_one_line(error)}); download it again") from error
 
 
 def _suffix(path: Path) -> str:
-    return path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    name = path.name.lower()
+    return next((name.removesuffix(end) for end in _COMPRESSIONS if name.endswith(end)), name).rsplit(".", 1)[-1]
 
 
 def _format_of(path: Path) -> str:
@@ -78,10 +95,19 @@ def _format_of(path: Path) -> str:
     return _SUFFIXES[suffix]
 
 
+def open_bytes(path: Path) -> BinaryIO:
+    """The content of a file, decompressed where the end of its name says so."""
+    kind = next((kind for end, kind in _COMPRESSIONS.items() if path.name.lower().endswith(end)), None)
+    if kind == "zstd":
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return {"gzip": gzip.open, "bz2": bz2.open, None: open}[kind](path, "rb")
+
+
 def _open_text(path: Path, newline: str) -> TextIO:
-    stream = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+    stream = open_bytes(path)
     if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # Excel's "Unicode text"
-        return io.TextIOWrapper(stream, encoding="utf-16", errors="replace", newline=newline)
+        codecs.register_error("lone surrogate", lambda error: ("\udcff", error.end))
+        return io.TextIOWrapper(stream, encoding="utf-16", errors="lone surrogate", newline=newline)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -90,6 +116,8 @@ def _require(path: Path, required: list[str], found: list[str], hint: str = "") 
     if missing:
         shown = ", ".join(ascii(column[:40])[1:-1] for column in found[:20])
         raise PrepError(f"{path}: no column {', '.join(missing)}; found: {shown or 'none'}{hint}")
+    if twice := next((column for column in required if found.count(column) > 1), None):
+        raise PrepError(f"{path}: two columns are called {twice}; rename one of them")
 
 
 def _read_cells(path: Path, required: list[str], columns: list[str] | None, kind: str) -> Iterator[Row]:
@@ -189,7 +217,9 @@ def _read_jsonl(path: Path, required: list[str]) -> Iterator[Row]:
                 problem = str(error)
             if problem is None:
                 found.update(dict.fromkeys(row))
-                yield row
+                nested = {column: pick(row, column) for column in required if column not in row and "." in column}
+                found.update(dict.fromkeys(column for column, value in nested.items() if value is not None))
+                yield row | nested
             else:
                 yield Rejection("malformed_row", "", f"line {number} of {path.name}: {problem}")
     if found:  # a file of unreadable lines is no file without columns
@@ -197,22 +227,5 @@ def _read_jsonl(path: Path, required: list[str]) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, required: list[str]) -> Iterator[Row]:
-    with pyarrow.parquet.ParquetFile(path) as table:
-        _require(path, required, table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=1000, columns=required):
-            columns = {name: _to_python(batch.column(name)) for name in required}
-            for values in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, values, strict=True))
-
-
-def _to_python(column: pyarrow.Array) -> list[Any]:
-    """Values of a column; texts through bytes, since parquet files may hold strings that are no UTF-8, and texts in
-    columns of type binary."""
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    types = pyarrow.types
-    if types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return [
-        value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in column.to_pylist()
-    ]
+    _require(path, required, column_names(path))
+    yield from read_cells(path, required)

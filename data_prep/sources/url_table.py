@@ -26,31 +26,60 @@ def url_rows(
     columns: list[str] | None = None,
     table_format: str | None = None,
 ) -> Iterator[UrlRow | Rejection]:
-    """The rows of a URL table to download; unusable rows as Rejection, named by the number that would be their key."""
+    """The rows of a URL table to download; unusable rows as Rejection, named by the number that would be their key.
+
+    A list in the caption's cell holds several captions of the image, each of which is judged and counted.
+    """
     wanted = list(dict.fromkeys([url_column, caption_column, *extra_columns, *json_columns]))
     for number, row in enumerate(read_table(path, wanted, columns, table_format)):
         if isinstance(row, Rejection):
             yield replace(row, name=f"row {number}")
             continue
-        url, caption = row.get(url_column), row.get(caption_column)
+        url, cell = row.get(url_column), row.get(caption_column)
         shown = ascii(url).strip("'")[:200]
         name = f"row {number}: {shown}"
-        problem, detail = _text_problem(caption)
+        captions, problems = captions_of(cell, name)
         if not isinstance(url, str) or not url.strip().lower().startswith(("http://", "https://")):
-            yield Rejection("bad_url", name)
-        elif problem or caption_problem(url):
-            yield Rejection(problem or "invalid_utf8", name, detail)
+            yield Rejection("bad_url", name, rows=len(captions) + len(problems))
+        elif caption_problem(url):
+            yield Rejection("invalid_utf8", name, rows=len(captions) + len(problems))
         else:
-            try:
-                yield UrlRow(number, url.strip(), (caption,), _extra_cells(row, extra_columns, json_columns))
-            except UnicodeEncodeError as error:
-                yield Rejection("invalid_utf8", name, ascii(error.object)[:200])
-            except (ValueError, RecursionError) as error:
-                yield Rejection("malformed_row", name, str(error)[:200])
+            yield from problems
+            if captions:
+                yield _row(number, url.strip(), captions, row, extra_columns, json_columns, name)
+
+
+def _row(
+    number: int,
+    url: str,
+    captions: tuple[str, ...],
+    row: dict[str, Any],
+    extra_columns: list[str],
+    json_columns: list[str],
+    name: str,
+) -> UrlRow | Rejection:
+    try:
+        return UrlRow(number, url, captions, extra_cells(row, extra_columns, json_columns))
+    except UnicodeEncodeError as error:
+        return Rejection("invalid_utf8", name, ascii(error.object)[:200], rows=len(captions))
+    except (ValueError, RecursionError) as error:
+        return Rejection("malformed_row", name, str(error)[:200], rows=len(captions))
+
+
+def captions_of(cell: Any, name: str) -> tuple[tuple[str, ...], list[Rejection]]:
+    """The captions in a cell, a text or a list of texts, and those that can't be used; at least one in all."""
+    captions, problems = [], []
+    for caption in cell if isinstance(cell, list) and cell else [None if cell == [] else cell]:
+        problem, detail = _text_problem(caption)
+        if problem is None:
+            captions.append(caption)
+        else:
+            problems.append(Rejection(problem, name, detail))
+    return tuple(captions), problems
 
 
 def _text_problem(caption: Any) -> tuple[str | None, str]:
-    """(reason, detail) why a cell is no caption; numbers, flags and objects are none, NaN is pandas' missing text."""
+    """(reason, detail) why a value is no caption; numbers, flags and objects are none, NaN is pandas' missing text."""
     if caption is None or (isinstance(caption, float) and math.isnan(caption)):
         return "empty_caption", ""
     if not isinstance(caption, str):
@@ -58,8 +87,10 @@ def _text_problem(caption: Any) -> tuple[str | None, str]:
     return caption_problem(caption), ascii(caption)[:80]
 
 
-def _extra_cells(row: dict[str, Any], extra_columns: list[str], json_columns: list[str]) -> dict[str, Any]:
+def extra_cells(row: dict[str, Any], extra_columns: list[str], json_columns: list[str]) -> dict[str, Any]:
     """Further cells as KEY.json will hold them; raises ValueError for what JSON or UTF-8 can't hold."""
+    if not extra_columns and not json_columns:
+        return {}
     extra = {column: row.get(column) for column in extra_columns}
     for column in json_columns:
         value = row.get(column)

@@ -15,9 +15,7 @@ from data_prep.annotations.easy_pairs import make_pairs
 from data_prep.annotations.easy_vqa import read_easy_vqa
 from data_prep.annotations.gqa import read_gqa
 from data_prep.annotations.karpathy import held_out_images as held_out_by_karpathy
-from data_prep.annotations.karpathy import read_karpathy
 from data_prep.annotations.nlvr2 import read_nlvr2
-from data_prep.annotations.nocaps import read_nocaps
 from data_prep.annotations.okvqa import read_okvqa
 from data_prep.annotations.published import compare
 from data_prep.annotations.snli_ve import label_revision, read_snli_ve
@@ -26,8 +24,9 @@ from data_prep.annotations.vqav2 import held_out_images, read_vqav2, vocabulary_
 from data_prep.filters import Limits
 from data_prep.manifest import CAPTIONS, file_sha256, write_atomically
 from data_prep.prepare import fill_split
-from data_prep.record import PrepError, Rejection
+from data_prep.record import MissingInput, PrepError, Rejection
 from data_prep.shard_writer import refuse_existing
+from data_prep.verbs.dry_run import add_dry_run, plan_images
 from data_prep.verbs.options import (
     Verb,
     add_filters,
@@ -42,6 +41,7 @@ from data_prep.verbs.options import (
     split_writer,
     whole_number,
 )
+from data_prep.verbs.urls import add_download
 from data_prep.video.decoding import ClipLimits
 from data_prep.vqa_answers import MIN_COUNT, build_vocabulary, vocabulary_file
 
@@ -70,7 +70,7 @@ def run_vqav2(args: argparse.Namespace) -> int:
                 "--vg-qa: give Visual Genome's image_data.json by --vg-image-data: it says which are of COCO"
             )
         held_out = {image.meta["image_id"] for split in splits if split.split != "train" for image in split.images}
-        held_out = held_out.union(*map(_held_out, args.held_out))
+        held_out = held_out.union(*map(coco_held_out, args.held_out))
         if not held_out:
             raise PrepError("--vg-qa: no held-out images of COCO are known; give --questions of val too, or --held-out")
         annotated = read_visual_genome(args.vg_qa, args.vg_image_data, held_out)
@@ -79,7 +79,8 @@ def run_vqav2(args: argparse.Namespace) -> int:
     return prepare_parts(args, parts, files, vocabulary=(splits, args.answer_splits, args.min_answer_count))
 
 
-def _held_out(path: Path) -> set[int]:
+def coco_held_out(path: Path) -> set[int]:
+    """COCO ids of the held-out images in VQAv2's questions or Karpathy's file; raises PrepError."""
     try:
         return held_out_by_karpathy(path)
     except PrepError:
@@ -97,7 +98,7 @@ def add_vqav2(parser: argparse.ArgumentParser) -> None:
     add(
         "--held-out", type=local_path, nargs="+", default=[], help="further VQAv2 questions, or Karpathy's file of COCO"
     )
-    _add_options(parser, "data/vqav2", "COCO's images (train2014, val2014, test2015, or 2017's)")
+    add_options(parser, "data/vqav2", "COCO's images (train2014, val2014, test2015, or 2017's)")
 
 
 def _add_vqa_form(parser: argparse.ArgumentParser, questions: str, annotations: str) -> None:
@@ -123,7 +124,7 @@ def run_okvqa(args: argparse.Namespace) -> int:
 def add_okvqa(parser: argparse.ArgumentParser) -> None:
     _add_vqa_form(parser, "OpenEnded_mscoco_*_questions.json", "mscoco_*_annotations.json")
     _add_vocabulary(parser, ["train"], 3)  # of its 9,009 questions few have the same answer
-    _add_options(parser, "data/okvqa", "COCO's images (train2014, val2014)")
+    add_options(parser, "data/okvqa", "COCO's images (train2014, val2014)")
 
 
 def run_gqa(args: argparse.Namespace) -> int:
@@ -142,18 +143,7 @@ def add_gqa(parser: argparse.ArgumentParser) -> None:
     add("--split", type=plain_name, nargs="+", help="names of the splits in the order of --input, for own ones")
     add("--vg-image-data", type=local_path, help="Visual Genome's image_data.json, which names its images of COCO")
     _add_vocabulary(parser, ["train", "dev"], MIN_COUNT)
-    _add_options(parser, "data/gqa", "GQA's images (images), like 2370799.jpg")
-
-
-def run_nocaps(args: argparse.Namespace) -> int:
-    annotated = read_nocaps(args.input, args.split)
-    return prepare_parts(args, [Part(args.output, annotated, args.images, "nocaps")], [args.input])
-
-
-def add_nocaps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=local_path, required=True, help="nocaps_val_4500_captions.json")
-    parser.add_argument("--split", type=plain_name, default="dev", help="name of the split")
-    _add_options(parser, "data/nocaps", "images of Open Images' validation split, like 0013ea2087020901.jpg")
+    add_options(parser, "data/gqa", "GQA's images (images), like 2370799.jpg")
 
 
 def run_nlvr2(args: argparse.Namespace) -> int:
@@ -167,32 +157,7 @@ def add_nlvr2(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", type=plain_name, help="its name; default: that of the identifiers, test for test1")
     parser.add_argument("--balanced", type=local_path, help="the published list of balanced statements of this split")
     parser.add_argument("--unbalanced", type=local_path, help="the published list of unbalanced statements")
-    _add_options(parser, "data/nlvr2", "images like dev-850-0-img0.png")
-
-
-def run_coco(args: argparse.Namespace) -> int:
-    splits = read_karpathy(args.karpathy, "coco", restval=not args.without_restval)
-    published = {"train": "train, without restval"} if args.without_restval else {}
-    parts = [Part(args.output, split, args.images, "coco", published.get(split.split, "")) for split in splits]
-    return prepare_parts(args, parts, [args.karpathy])
-
-
-def add_coco(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--karpathy", type=local_path, required=True, help="dataset_coco.json")
-    parser.add_argument("--without-restval", action="store_true", help="train on train2014 alone, 82,783 images")
-    _add_options(parser, "data/coco", "COCO's images (train2014 and val2014, or the folder of both)")
-
-
-def run_flickr30k(args: argparse.Namespace) -> int:
-    splits = read_karpathy(args.karpathy, "flickr30k")
-    return prepare_parts(
-        args, [Part(args.output, split, args.images, "flickr30k") for split in splits], [args.karpathy]
-    )
-
-
-def add_flickr30k(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--karpathy", type=local_path, required=True, help="dataset_flickr30k.json")
-    _add_options(parser, "data/flickr30k", "Flickr30k's images (flickr30k_images)")
+    add_options(parser, "data/nlvr2", "images like dev-850-0-img0.png")
 
 
 def run_snli_ve(args: argparse.Namespace) -> int:
@@ -219,7 +184,7 @@ def _refuse_twice(splits: Sequence[AnnotatedSplit]) -> None:
 def add_snli_ve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=local_path, nargs="+", required=True, help="snli_ve_{train,dev,test}.jsonl")
     parser.add_argument("--split", choices=("train", "dev", "test"), nargs="+", help="where a file's name doesn't say")
-    _add_options(parser, "data/snli_ve", "Flickr30k's images (flickr30k_images)")
+    add_options(parser, "data/snli_ve", "Flickr30k's images (flickr30k_images)")
 
 
 def run_easy_vqa(args: argparse.Namespace) -> int:
@@ -262,15 +227,20 @@ def _add_easy(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--input", type=local_path, required=True, help="easy-VQA's data folder: train/, maybe test/")
     parser.add_argument("--dev-share", type=share, default=0.1, help="of the training images, for the dev split")
     parser.add_argument("--seed", type=int, default=0, help="which images are held out")
-    _add_options(parser, output, "a folder of train/images and test/images; default: --input")
+    add_options(parser, output, "a folder of train/images and test/images; default: --input")
 
 
-def _add_options(parser: argparse.ArgumentParser, output: str, images: str) -> None:
-    parser.add_argument("--images", type=local_path, nargs="+", default=[], help=images)
+def add_options(parser: argparse.ArgumentParser, output: str, images: str, downloads: bool = False) -> None:
+    """The options of every set; with ``downloads`` those of downloading too."""
+    parser.add_argument("--images", type=local_path, nargs="+", default=[], help=f"folders, zips or tars: {images}")
     parser.add_argument("--output", type=local_path, default=Path(output), help="corpus folder")
     parser.add_argument("--check", action="store_true", help="read the annotation files alone, print what they hold")
-    add_filters(parser, duplicates=False)
-    add_writing(parser)
+    add_dry_run(parser)
+    if downloads:
+        add_download(parser)
+    else:
+        add_filters(parser, duplicates=False)
+        add_writing(parser)
 
 
 def prepare_parts(
@@ -292,9 +262,13 @@ def prepare_parts(
             examples, counted = _by_reason(part.annotated.problems)
             _name_problems(f"{part.set_name} {part.annotated.split}", examples, counted)
         return 0
+    if args.dry_run:
+        return plan_images(args, [(part.corpus / part.annotated.split, part.annotated, part.images) for part in parts])
     if any(not part.images for part in parts):
         kind = "videos" if parts[0].annotated.videos else "images"
-        raise PrepError(f"--{kind}: none given; name the folders of the {kind}, or --check the annotation files alone")
+        raise MissingInput(
+            f"--{kind}: none given; name the folders of the {kind}, or --check the annotation files alone"
+        )
     limits = limits or limits_of(args)
     for part in parts:
         refuse_existing(part.corpus / part.annotated.split, args.overwrite)
@@ -366,10 +340,7 @@ ANNOTATION_VERBS: dict[str, Verb] = {
     "vqav2": ("prepare VQAv2 from its questions, annotations and COCO's images", add_vqav2, run_vqav2),
     "gqa": ("prepare GQA from its questions and images", add_gqa, run_gqa),
     "okvqa": ("prepare OK-VQA from its questions, annotations and COCO's images", add_okvqa, run_okvqa),
-    "nocaps": ("prepare nocaps' captions from its file and Open Images' images", add_nocaps, run_nocaps),
     "nlvr2": ("prepare a split of NLVR2 from its JSON lines and images", add_nlvr2, run_nlvr2),
-    "coco": ("prepare COCO's captions in Karpathy's splits", add_coco, run_coco),
-    "flickr30k": ("prepare Flickr30k's captions in Karpathy's splits", add_flickr30k, run_flickr30k),
     "snli_ve": ("prepare SNLI-VE from its JSON lines and Flickr30k's images", add_snli_ve, run_snli_ve),
     "easy_vqa": ("prepare easy-VQA, part of its training images held out", add_easy_vqa, run_easy_vqa),
     "easy_pairs": ("make statements about pairs of easy-VQA's images, in NLVR2's form", add_easy_pairs, run_easy_pairs),

@@ -103,6 +103,10 @@ def positive_number(text: str) -> int:
     return _bounded(int, text, "a whole number from 1", lambda value: value >= 1)
 
 
+def positive_rate(text: str) -> float:
+    return _bounded(float, text, "a number above 0", lambda value: 0 < value < float("inf"))
+
+
 def share(text: str) -> float:
     return _bounded(float, text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 

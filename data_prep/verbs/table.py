@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from data_prep.verbs.annotation import ANNOTATION_VERBS
+from data_prep.verbs.caption_sets import CAPTION_VERBS
 from data_prep.verbs.checks import add_info, add_overlap, add_verify, run_info, run_overlap, run_verify
+from data_prep.verbs.corpora import CORPUS_VERBS
 from data_prep.verbs.drawn import add_synth, run_synth
 from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
 from data_prep.verbs.options import Verb
+from data_prep.verbs.origin_hints import with_origins
+from data_prep.verbs.parquet import add_parquet, run_parquet
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
 
-VERBS: dict[str, Verb] = {
+_VERBS: dict[str, Verb] = {
     "synth": ("make the synthetic corpora (no network, no files needed)", add_synth, run_synth),
     "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
+    "parquet": ("prepare parquet files that hold the images themselves", add_parquet, run_parquet),
     "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
+    **CORPUS_VERBS,
+    **CAPTION_VERBS,
     **ANNOTATION_VERBS,
     **VIDEO_VERBS,
     "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
@@ -22,3 +29,4 @@ VERBS: dict[str, Verb] = {
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
 }
+VERBS = with_origins(_VERBS)

@@ -16,6 +16,7 @@ from data_prep.record import Rejection, UrlRow
 from data_prep.shard_writer import refuse_existing
 from data_prep.sources import url_table
 from data_prep.sources.tables import FORMATS, table_files
+from data_prep.verbs.dry_run import add_dry_run, plan_download
 from data_prep.verbs.options import (
     add_filters,
     add_writing,
@@ -33,7 +34,8 @@ from data_prep.verbs.options import (
 
 
 def run_urls(args: argparse.Namespace) -> int:
-    begin(args)
+    if not args.dry_run:
+        begin(args)
     hashes = [file_sha256(file) for file in table_files(args.input, args.format)]
     request = {
         "input": args.input.name,
@@ -50,7 +52,7 @@ def run_urls(args: argparse.Namespace) -> int:
         columns=args.columns,
         table_format=args.format,
     )
-    return download_rows(args, rows, request)
+    return plan_download(args, "urls", args.split, rows) if args.dry_run else download_rows(args, rows, request)
 
 
 def download_rows(args: argparse.Namespace, rows: Iterable[UrlRow | Rejection], request: dict[str, Any]) -> int:
@@ -90,7 +92,10 @@ def _working_folder(args: argparse.Namespace) -> Path:
 
 def add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", type=local_path, required=True, help="TSV, CSV, JSONL, parquet (.gz too), or a folder of them"
+        "--input",
+        type=local_path,
+        required=True,
+        help="TSV, CSV, JSONL (.gz, .bz2, .zst too), parquet, or a folder of them",
     )
     parser.add_argument("--output", type=local_path, default=Path("data/urls"), help="corpus folder")
     parser.add_argument("--split", default="train", type=plain_name)
@@ -100,6 +105,7 @@ def add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-column", default="caption")
     parser.add_argument("--extra-columns", type=name_list, default=[], help="kept in KEY.json, as A,B,...")
     parser.add_argument("--json-columns", type=name_list, default=[], help="kept too, their cells parsed as JSON")
+    add_dry_run(parser)
     add_download(parser)
 
 

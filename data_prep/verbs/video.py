@@ -11,6 +11,7 @@ from data_prep.prepare import fill_split
 from data_prep.record import PrepError
 from data_prep.shard_writer import describe_counts
 from data_prep.verbs.annotation import Part, prepare_parts
+from data_prep.verbs.dry_run import add_dry_run, plan_records
 from data_prep.verbs.options import (
     Verb,
     add_clip_limits,
@@ -67,6 +68,8 @@ def add_msvd(parser: argparse.ArgumentParser) -> None:
 
 
 def run_webvid(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return plan_records(args, args.output / args.split, webvid_records(args.input, args.videos))
     require_decoder()
     limits = from_arguments(ClipLimits, args)
     arguments = {"files": {args.input.name: file_sha256(args.input)}, **limits.__dict__}
@@ -88,6 +91,7 @@ def add_webvid(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", type=plain_name)
     add("--output", type=local_path, default=Path("data/webvid"), help="corpus folder")
     add("--min-yield", type=share, default=0.0, help="write nothing below this share of usable rows")
+    add_dry_run(parser)
     add_clip_limits(parser)
     add_writing(parser)
 
@@ -114,12 +118,13 @@ def _add_options(parser: argparse.ArgumentParser, output: str, videos: str) -> N
     parser.add_argument("--videos", type=local_path, nargs="+", default=[], help=videos)
     parser.add_argument("--output", type=local_path, default=Path(output), help="corpus folder")
     parser.add_argument("--check", action="store_true", help="read the annotation files alone, print what they hold")
+    add_dry_run(parser)
     add_clip_limits(parser)
     add_writing(parser)
 
 
 def _prepare(args: argparse.Namespace, parts: list[Part], files: list[Path]) -> int:
-    if not args.check:
+    if not (args.check or args.dry_run):
         require_decoder()
     return prepare_parts(args, parts, files, limits=from_arguments(ClipLimits, args))
 

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.annotations.annotated import is_plain_file
 from data_prep.annotations.files import BadEntry, file_name, is_utf8
+from data_prep.image_places import is_plain_file
 from data_prep.record import PrepError, Record, Rejection
 
 COLUMNS = ("videoid", "page_dir", "name")  # those that are read; contentUrl and duration are kept where they are there

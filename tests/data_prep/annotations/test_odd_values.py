@@ -7,6 +7,7 @@ import math
 import pytest
 
 from data_prep.annotations.annotated import Annotated
+from data_prep.annotations.coco_form import read_coco_captions
 from data_prep.annotations.easy_vqa import read_easy_vqa
 from data_prep.annotations.gqa import read_gqa
 from data_prep.annotations.karpathy import read_karpathy
@@ -14,11 +15,19 @@ from data_prep.annotations.nlvr2 import read_nlvr2
 from data_prep.annotations.nocaps import read_nocaps
 from data_prep.annotations.okvqa import read_okvqa
 from data_prep.annotations.snli_ve import read_snli_ve
-from data_prep.annotations.visual_genome import read_visual_genome
+from data_prep.annotations.visual_genome import read_regions, read_visual_genome
 from data_prep.annotations.vqav2 import read_vqav2
 from data_prep.filters import REASONS
 from data_prep.record import PrepError
-from tests.data_prep.annotations import test_gqa, test_karpathy, test_nlvr2, test_nocaps, test_okvqa, test_snli_ve
+from tests.data_prep.annotations import (
+    test_caption_sets,
+    test_gqa,
+    test_karpathy,
+    test_nlvr2,
+    test_nocaps,
+    test_okvqa,
+    test_snli_ve,
+)
 from tests.data_prep.annotations.prepared import put, write_json
 from tests.data_prep.annotations.test_vqav2 import annotation, annotations_file, question, questions_file
 
@@ -82,6 +91,8 @@ def cases(folder):
     nlvr2 = [test_nlvr2.row("train-1-0-0", directory=3), test_nlvr2.row("train-1-0-1")]
     snli = [test_snli_ve.row("47", 0), test_snli_ve.row("47", 1)]
     sound_qas, sound_data = write_json(folder / "s.json", qas), write_json(folder / "d.json", image_data)
+    regions = [{"id": 1, "regions": [test_caption_sets.region(5, 1), test_caption_sets.region(6, 1)]}]
+    sound_regions = write_json(folder / "regions.json", regions)
     sound_nlvr2 = lines_file(folder / "sound.json", nlvr2)
     return {
         "vqav2 questions": (
@@ -105,6 +116,15 @@ def cases(folder):
         ),
         "vg questions": (qas, lambda f, c: [read_visual_genome(write_json(f / "v.json", c), sound_data, {9})]),
         "vg images": (image_data, lambda f, c: [read_visual_genome(sound_qas, write_json(f / "i.json", c), {9})]),
+        "coco captions": (
+            loaded(test_caption_sets.coco_file(folder, "val2014", (1, 2))),
+            lambda f, c: [read_coco_captions(write_json(f / "captions_val2014.json", c))[1]],
+        ),
+        "vg regions": (regions, lambda f, c: [read_regions(write_json(f / "r.json", c), sound_data, {9})]),
+        "vg images of regions": (
+            image_data,
+            lambda f, c: [read_regions(sound_regions, write_json(f / "i.json", c), {9})],
+        ),
         "easy_vqa": (
             easy,
             lambda f, c: read_easy_vqa(write_json(f / "train" / "questions.json", c).parents[1], 0.5)[0],
@@ -116,7 +136,7 @@ def cases(folder):
 
 
 NAMES = ("vqav2 questions", "vqav2 annotations", "coco", "flickr30k", "vg questions", "vg images")
-NAMES += ("okvqa annotations", "gqa", "nocaps")
+NAMES += ("okvqa annotations", "gqa", "nocaps", "coco captions", "vg regions", "vg images of regions")
 NAMES += ("easy_vqa", "nlvr2", "nlvr2 lists", "snli_ve")
 
 

@@ -205,7 +205,7 @@ def test_binary_columns_of_parquet_are_text(tmp_path):
 
 
 def test_what_is_no_text_is_no_caption(tmp_path):
-    captions = ["NaN", '{"en": "a"}', "true", "3.5", "7", "[]", "null", '"a cat"']
+    captions = ["NaN", '{"en": "a"}', "true", "3.5", "7", "[3]", "null", '"a cat"']
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"url": "http://h/{n}", "caption": {c}}}\n' for n, c in enumerate(captions)))
     rows = rows_of(path, ())

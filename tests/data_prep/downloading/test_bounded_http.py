@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from data_prep.downloading import bounded_http
-from data_prep.downloading.bounded_http import MAX_REDIRECTS, Bounds, fetch, is_public, split_url
+from data_prep.downloading import addresses
+from data_prep.downloading.addresses import is_public, split_url
+from data_prep.downloading.bounded_http import MAX_REDIRECTS, Bounds, fetch
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 PAUSE = 0.05
@@ -122,8 +123,8 @@ def test_a_resolver_that_does_not_answer_is_bounded_too(monkeypatch: pytest.Monk
         (sends(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n"), "larger than the bound"),
         (sends(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000), "larger than the bound"),
         (sends(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello"), "broke off after 5 of 9"),
-        (sends(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b"), "compressed"),
-        (sends(b"no HTTP at all\r\n\r\n"), "no HTTP"),
+        (sends(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b"), "broke off within a compressed"),
+        (sends(b"no HTTP at all\r\n\r\n"), "not as HTTP wants it: .no HTTP"),
         (sends(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000 + b"\r\n"), "headers"),
         (sends(b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000), "line"),
     ],
@@ -172,7 +173,7 @@ class Names:
         self.others = others
         monkeypatch.setattr(socket, "getaddrinfo", self)
         public = is_public
-        monkeypatch.setattr(bounded_http, "is_public", lambda address: address == "127.0.0.1" or public(address))
+        monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or public(address))
 
     def __call__(self, host: str, port: int, **_: object) -> list:
         self.asked.append(host)

@@ -93,7 +93,7 @@ class Turns:
         while self._ready and self._active < self._threads:
             host = self._ready.popleft()
             host.queued = False
-            if host.not_before > now or host.active >= host.limit:
+            if not host.waiting or host.not_before > now or host.active >= host.limit:
                 self._offer(host)
                 continue
             return self._start(host, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import queue
+import re
 import socket
 import threading
 from typing import Any
@@ -14,6 +15,7 @@ PRIVATE = "leads to a private address"
 MAX_ADDRESSES = 3  # of a name, tried in turn
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that IANA has given away of IPv6
+_NO_HOST = re.compile(r"[\0-\x20\x7f%/<>?@#\\\[\]^|]")  # WHATWG's forbidden host code points
 _SAFE = "!$%&'()*+,-./:;=?@[]_~"  # of a path or query, left as they are: what is encoded already stays so
 
 
@@ -42,7 +44,7 @@ def split_url(url: str) -> tuple[str, str, int, str]:
         target = (quote(parts.path, _SAFE) or "/") + query
     except ValueError as error:  # UnicodeError is one
         raise FetchError(f"{NO_HTTP}: {ascii(str(error))[:100]}") from error
-    if parts.scheme not in ("http", "https") or not host or any(character in host for character in " \\%<>"):
+    if parts.scheme not in ("http", "https") or not host or _NO_HOST.search(host):
         raise FetchError(NO_HTTP)
     if port == 0:
         raise FetchError(f"{NO_HTTP}: port 0")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from email.message import Message
 
 TDM_RESERVATION = "tdm-reservation"  # W3C's TDM Reservation Protocol: a header of that name with the value 1
 _VALUED = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}  # directives with a colon
+_ROBOT = re.compile(r"\*|[\w.-]+")
 _MEANS = {"none": {"none", "noindex", "nofollow"}}
 
 
@@ -31,7 +33,7 @@ def _directives(value: str, product: str) -> set[str]:
     for_us = True
     for item in value.lower().split(","):
         name, colon, rest = (part.strip() for part in item.partition(":"))
-        if colon and name not in _VALUED and name.replace("-", "").replace("_", "").isalnum():
+        if colon and name not in _VALUED and _ROBOT.fullmatch(name):
             for_us, name = name in (product, "*"), rest.partition(":")[0].strip()
         if for_us:
             found |= _MEANS.get(name, {name})

@@ -25,6 +25,7 @@ from data_prep.downloading.opt_out import disallowed_by  # noqa: E402
 from data_prep.downloading.polite_pool import DownloadTrouble, PolitePool  # noqa: E402
 from data_prep.manifest import write_atomically  # noqa: E402
 
+_FAILING: dict = {}  # hosts of this process's last downloads that failed
 _TOTAL_TIMEOUTS = 3  # a whole download may take so many times the timeout of a single read
 
 
@@ -42,7 +43,9 @@ class BoundedDownloader(img2dataset.downloader.Downloader):
         if read_trouble(self.output_folder) is not None:
             return False, row
         get = partial(get_image, bounds=_bounds(self.timeout, **self._bounds), courtesy=self._courtesy)
-        img2dataset.downloader.ThreadPool = partial(PolitePool, get=get, courtesy=self._courtesy, retries=self.retries)
+        img2dataset.downloader.ThreadPool = partial(
+            PolitePool, get=get, courtesy=self._courtesy, retries=self.retries, failing=_FAILING
+        )
         # It would hold back rows until earlier ones are written: the pool wants all, and bounds what it holds itself.
         img2dataset.downloader.Semaphore = lambda _: threading.Semaphore(sys.maxsize)
         return super().__call__(row)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from data_prep.downloading.addresses import PRIVATE, FetchError, may_be_public, redirected, resolve, split_url, url_of
 from data_prep.downloading.bodies import NOT_HTTP, PLACEHOLDER, leads_to_placeholder, read_body
@@ -201,12 +201,10 @@ def _connection(url: str, clock: _Clock, allow_private: bool) -> tuple[_Connecti
         return _Connection(host, port, resolve(host, port, clock.left(), allow_private), clock, context), target
     if not allow_private and not may_be_public(host):
         raise FetchError(f"{host} {PRIVATE}")
-    gate = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    if gate.scheme != "http" or not gate.hostname:
-        raise FetchError(f"proxy {gate.scheme}://{gate.hostname} is no HTTP proxy")
-    name = f"{gate.hostname}:{gate.port or 80}"
+    gate, gate_host, gate_port = _gate(proxy)
+    name = f"{gate_host}:{gate_port}"
     try:
-        addresses = resolve(gate.hostname, gate.port or 80, clock.left(), allow_private=True)
+        addresses = resolve(gate_host, gate_port, clock.left(), allow_private=True)
     except OSError as error:
         raise FetchError(f"proxy {name}: {error}") from error
     authorisation = {}
@@ -214,13 +212,24 @@ def _connection(url: str, clock: _Clock, allow_private: bool) -> tuple[_Connecti
         words = f"{unquote(gate.username)}:{unquote(gate.password or '')}"
         authorisation["Proxy-Authorization"] = "Basic " + base64.b64encode(words.encode()).decode()
     if context is not None:
-        connection = _Connection(gate.hostname, gate.port or 80, addresses, clock, context, name)
+        connection = _Connection(gate_host, gate_port, addresses, clock, context, name)
         connection.set_tunnel(host, port, authorisation)
         return connection, target
     connection = _Connection(host, port, addresses, clock, None, name)
     if authorisation:
         connection.request = functools.partial(_with_headers, connection.request, authorisation)
     return connection, url_of(scheme, host, port, target)
+
+
+def _gate(proxy: str) -> tuple[SplitResult, str, int]:
+    """A proxy of the environment, with its host and port; its password is in no message."""
+    try:
+        gate = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        if gate.scheme == "http" and gate.hostname:
+            return gate, gate.hostname, gate.port or 80
+    except ValueError as error:
+        raise FetchError("proxy setting is no address; see http_proxy and https_proxy") from error
+    raise FetchError(f"proxy {gate.scheme}://{gate.hostname} is no HTTP proxy")
 
 
 def _with_headers(request: Callable[..., None], more: dict[str, str], method: str, target: str, headers: dict) -> None:

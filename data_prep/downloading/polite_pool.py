@@ -25,10 +25,19 @@ class DownloadTrouble(Exception):
 class PolitePool:
     """Has what img2dataset uses of ``multiprocessing.pool.ThreadPool``; what comes when is decided by ``Turns``.
 
-    ``get`` gives the bytes behind a URL or raises; ``retry_after`` of the error is heeded.
+    ``get`` gives the bytes behind a URL or raises; ``retry_after`` of the error is heeded. ``failing`` is what one pool
+    hands on to the next of its process (see ``Turns``).
     """
 
-    def __init__(self, threads: int, get: Callable[[str], bytes], courtesy: Courtesy, retries: int) -> None:
+    def __init__(
+        self,
+        threads: int,
+        get: Callable[[str], bytes],
+        courtesy: Courtesy,
+        retries: int,
+        failing: dict[str, Any] | None = None,
+    ) -> None:
+        self._failing = failing
         self._num_threads, self._get, self._courtesy, self._retries = threads, get, courtesy, retries
         self._results: queue.Queue[Result | Exception | None] = queue.Queue(_RESULTS_PER_THREAD * threads)
         self._changed = threading.Condition()
@@ -46,7 +55,7 @@ class PolitePool:
 
         Raises DownloadTrouble where the first downloads say that going on is of no use.
         """
-        turns = Turns(rows, self._num_threads, self._courtesy, self._retries)
+        turns = Turns(rows, self._num_threads, self._courtesy, self._retries, failing=self._failing)
         for _number in range(self._num_threads):
             threading.Thread(target=self._work, args=(turns,), daemon=True).start()
         working = self._num_threads
@@ -81,6 +90,10 @@ class PolitePool:
         with self._changed:
             while not self._closed:
                 found = turns.take()
+                if found is None:
+                    self._changed.notify_all()  # all rows are done
+                elif isinstance(found, Row) and turns.more:
+                    self._changed.notify()  # one wakes the next: a thread that settled a row is the first to ask
                 if not isinstance(found, float):
                     return found
                 self._changed.wait(max(found, 0.001))
@@ -102,7 +115,6 @@ class PolitePool:
             reason = None if message is None else failure_reason(message)
             final = turns.settle(row, reason, getattr(error, "retry_after", None))
             trouble = self._look(row, message)
-            self._changed.notify_all()
         if trouble is not None:
             self._put(DownloadTrouble(trouble))
         if final:

@@ -38,6 +38,7 @@ class Row:
 class _Host:
     """What is known of a host; it stands in at most one queue of hosts at a time."""
 
+    name: str
     limit: int
     waiting: deque[Row] = field(default_factory=deque)
     active: int = 0
@@ -52,7 +53,8 @@ class _Host:
 class Turns:
     """The rows of one part; for use under a lock. Each row is given out until ``settle`` says that it is done.
 
-    A row is tried ``1 + retries`` times at most, and again only for reasons that can change.
+    A row is tried ``1 + retries`` times at most, and again only for reasons that can change. ``failing`` keeps the
+    hosts that failed last: a process hands it on from part to part, so that a dead one is asked once in each.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Turns:
         courtesy: Courtesy,
         retries: int,
         clock: Callable[[], float] = time.monotonic,
+        failing: dict[str, _Host] | None = None,
     ) -> None:
+        self._failing = {} if failing is None else failing
         self._courtesy, self._retries, self._clock = courtesy, retries, clock
         self._dns_threads = max(1, threads // DNS_SHARE)
         self._threads = threads
@@ -75,7 +79,8 @@ class Turns:
         self._active = 0
         self._last_pass = False
         for key, url in rows:
-            host = self._hosts.setdefault(host_of(url), _Host(courtesy.per_host))
+            name = host_of(url)
+            host = self._hosts.get(name) or self._hosts.setdefault(name, self._host(name))
             host.waiting.append(Row(key, url, host))
         for host in self._hosts.values():
             self._offer(host)
@@ -108,6 +113,11 @@ class Turns:
         self._unresolved = []
         return self.take()
 
+    @property
+    def more(self) -> bool:
+        """Whether another row may be taken at once."""
+        return bool(self._ready)
+
     def settle(self, row: Row, reason: str | None, retry_after: float | None = None) -> bool:
         """Take back a row that was downloaded (``reason`` None) or failed; whether that was the end of it."""
         now, host = self._clock(), row.host
@@ -123,6 +133,14 @@ class Turns:
             self._put_off(row, reason, retry_after, now)
         self._offer(host)
         return final
+
+    def _host(self, name: str) -> _Host:
+        before = self._failing.get(name)
+        if before is None:
+            return _Host(name, self._courtesy.per_host)
+        rests = MAX_RESTS if before.given_up else before.rests
+        limit = 1 if before.failures >= FAILURES_IN_A_ROW else self._courtesy.per_host
+        return _Host(name, limit, failures=before.failures, rests=rests, not_before=before.not_before)
 
     def _start(self, host: _Host, now: float) -> Row:
         row = host.waiting.popleft()
@@ -146,10 +164,12 @@ class Turns:
         """Leave a host alone for a while that fails again and again; what began before that does not count again."""
         if reason not in (*_OF_THE_HOST, "dns_failure"):
             host.failures, host.rests, host.limit = 0, 0, self._courtesy.per_host
+            self._failing.pop(host.name, None)
             return
         if row.started < host.rested_at:
             return
         host.failures += 1
+        self._failing[host.name] = host
         if host.failures < FAILURES_IN_A_ROW:
             return
         if reason == "dns_failure":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import selectors
 import socket
 import struct
@@ -218,6 +219,7 @@ class MisbehavingServer:
     addresses: list[str]
     images: Callable[[str], bytes]
     requests: Counter[str] = field(default_factory=Counter)  # path -> how often
+    agents: set[str] = field(default_factory=set)  # values of User-Agent
     recovered: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -239,7 +241,9 @@ class MisbehavingServer:
                     received += more
                 target = received.split(b" ", 2)[1].decode("ascii")
                 path = "/" + target.split("/", 3)[3] if target.startswith("http://") else target
+                agent = re.search(rb"\r\nUser-Agent: ([^\r]*)", received)
                 with self.lock:
+                    self.agents.add(agent[1].decode() if agent else "")
                     self.requests[path.partition("?")[0]] += 1
                     number = self.requests[path.partition("?")[0]]
                 behaviour, name = path.split("/")[1], path.rpartition("/")[2].partition("?")[0]

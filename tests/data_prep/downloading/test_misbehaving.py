@@ -6,24 +6,28 @@ import json
 import socket
 import sys
 import tarfile
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import main
-from data_prep.downloading import addresses
+from data_prep.__main__ import build_parser, main
+from data_prep.downloading import addresses, polite_pool
 from data_prep.downloading.bounded_download import get_image
 from data_prep.downloading.bounded_http import Bounds
 from data_prep.downloading.courtesy import Courtesy
 from data_prep.downloading.failures import can_change, failure_reason
 from data_prep.downloading.polite_pool import PolitePool
 from data_prep.manifest import read_manifest
+from data_prep.verbs.options import from_arguments
 from tests.data_prep.downloading.misbehaving_server import BEHAVIOURS, FAST, SLOW, WRITTEN, misbehaving
 from tests.data_prep.test_filters import encode
 
 # of a server on this machine, which may have other work: no sound download waits for the end of a minute
 LOCAL = ["--processes", "1", "--workers", "1", "--timeout", "60", "--retries", "1", "--allow-private-addresses"]
+AGENT = "lab-crawler/1.0 (+https://lab.test/crawler)"
 
 
 def image(name: str) -> bytes:
@@ -69,8 +73,8 @@ def test_every_url_is_accounted_for_and_a_second_run_asks_for_what_can_still_be_
             "ftp://127.0.0.1/x.jpg": "bad_url",
         }
         table = [*urls, *(url for url in urls if "/ok/" in url)]  # one of them comes again
-        code, outcomes, written = prepare(tmp_path, table, "--max-image-bytes", "1000000")
-        assert code == 0
+        code, outcomes, written = prepare(tmp_path, table, "--max-image-bytes", "1000000", "--user-agent", AGENT)
+        assert code == 0 and server.agents == {AGENT}
         assert outcomes == Counter(urls.values()) + Counter({WRITTEN: 1, "tls_failure": 1})
         expected = {url: image(url.rpartition("/")[2]) for url, outcome in urls.items() if outcome == WRITTEN}
         assert written == expected
@@ -133,3 +137,33 @@ def test_a_proxy_that_refuses_ends_the_run_with_what_to_do(
     assert code == 3 and message.count("\n") == 1
     assert "64 of 64 downloads failed by proxy_failed" in message and "check http_proxy" in message
     assert not (tmp_path / "0" / "train").exists()
+
+
+def test_options_towards_servers_are_checked_and_handed_on(capsys: pytest.CaptureFixture) -> None:
+    parse = build_parser().parse_args
+    table = ["urls", "--input", "x.tsv"]
+    assert from_arguments(Courtesy, parse(table)) == Courtesy()
+    more = ["--user-agent", AGENT, "--disallow", "", "--per-host", "2", "--host-interval", "0.5", "--max-wait", "0"]
+    assert from_arguments(Courtesy, parse([*table, *more])) == Courtesy(AGENT, (), 2, 0.5, 0.0)
+    assert from_arguments(Courtesy, parse([*table, "--disallow", "noai, X"])).disallow == ("noai", "X")
+    for wrong in (["--user-agent", "a\r\nX: y"], ["--user-agent", "ü"], ["--user-agent", " "], ["--max-wait", "nan"]):
+        with pytest.raises(SystemExit) as caught:
+            parse([*table, *wrong])
+        assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_pool_that_nobody_reads_any_more_ends_its_threads() -> None:
+    before = threading.active_count()
+    with PolitePool(8, lambda url: b"x", Courtesy(), 0) as pool:
+        next(pool.imap_unordered(None, [(number, f"http://h{number}.test/") for number in range(1000)]))
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_fault_of_ours_ends_the_part_instead_of_holding_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polite_pool, "failure_reason", lambda message: 1 / 0)
+    pool = PolitePool(2, lambda url: (_ for _ in ()).throw(OSError("timed out")), Courtesy(), 0)
+    with pytest.raises(ZeroDivisionError):
+        list(pool.imap_unordered(None, [(0, "http://a.test/")]))

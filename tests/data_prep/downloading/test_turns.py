@@ -18,9 +18,11 @@ OK: Outcome = (None, None)
 class Simulation:
     """``threads`` that download rows, each in ``seconds`` of a clock that stands still but for them."""
 
-    def __init__(self, urls: list[str], courtesy: Courtesy, retries: int = 1, threads: int = 16) -> None:
+    def __init__(
+        self, urls: list[str], courtesy: Courtesy, retries: int = 1, threads: int = 16, failing: dict | None = None
+    ) -> None:
         self.now = 0.0
-        self.turns = Turns(enumerate(urls), threads, courtesy, retries, lambda: self.now)
+        self.turns = Turns(enumerate(urls), threads, courtesy, retries, lambda: self.now, failing)
         self.threads = threads
         self.running: list[tuple[float, Row]] = []
         self.started: list[tuple[float, str]] = []
@@ -114,6 +116,16 @@ def test_a_dead_host_is_left_alone_and_does_not_hold_the_threads() -> None:
     assert all(done.outcomes[key] is None for key in range(200, 400))
     assert max(done.ended_at[key] for key in range(200, 400)) == 25.0  # 200 by 8 at a time
     assert done.now <= 30.0 * (2 + MAX_RESTS) + REST_SECONDS * (2**MAX_RESTS - 1) + 1.0
+
+
+def test_a_dead_host_is_asked_once_in_each_further_part() -> None:
+    """Its rows are spread over the parts, too few in each to tell."""
+    failing: dict = {}
+    dead = lambda row: ("timeout", None)  # noqa: E731
+    asked = [len(Simulation(urls_of("a", 3), Courtesy(), 1, 16, failing).run(dead).started) for _ in range(5)]
+    assert asked == [6, 2, 1, 1, 1]  # two tries of each row, until two rests were of no use
+    back = Simulation(urls_of("a", 30), Courtesy(), 1, 16, failing).run(lambda row: OK)
+    assert set(back.outcomes.values()) == {None} and back.most == {"a.test:80": 8} and failing == {}
 
 
 def test_a_host_that_comes_back_has_all_its_rows() -> None:

@@ -49,7 +49,9 @@ DEAD, COPY = "silent, all of one host", "ok, under a second URL"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs")
-    parser.add_argument("--slow", type=int, default=8, help="URLs of each behaviour that only patience ends")
+    parser.add_argument(
+        "--slow", type=int, default=8, help="URLs of each behaviour that goes on until the client ends it"
+    )
     parser.add_argument("--timeout", type=int, default=15, help="of the downloader, seconds for a read")
     parser.add_argument("--output", type=Path, help="write the counts as JSON here")
     arguments = parser.parse_args(argv)
@@ -71,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"DIFFERS {problem}")
     if arguments.output:
         written = {
-            "command": f"python -m benchmarks.proof.misbehaving_downloads --images FOLDER --slow {arguments.slow}",
+            "command": "python -m benchmarks.proof.misbehaving_downloads --images FOLDER"
+            f" --slow {arguments.slow} --timeout {arguments.timeout}",
             "img2dataset": version("img2dataset"),
             "machine": machine(),
-            "load": round(os.getloadavg()[0], 1),
             "seconds": round(time.monotonic() - began),
             "images": len(names),
             "table": table,

@@ -3,7 +3,7 @@
     python -m benchmarks.proof.misbehaving_downloads --images FOLDER [--slow 8] [--output FILE.json]
 
 A folder of JPEGs is served from this machine, each picture with one behaviour of
-``tests/data_prep/downloading/misbehaving_server.py``, to ``python -m data_prep urls``. Half of them are served as they
+``tests/data_prep/downloading/misbehaving_server.py``, to ``python -m data_prep urls``. Most are served as they
 are. Then the server recovers, and what failed for a reason that can change is asked for again: nothing else may be.
 Needs Linux, which has all of 127.0.0.0/8 for hosts. Exit code 1 where an outcome, a picture or a number of requests
 differs from what is expected.

@@ -6,32 +6,24 @@ import base64
 import functools
 import http.client
 import io
-import ipaddress
-import queue
 import socket
 import ssl
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
-TOO_LARGE = "response larger than the bound"
+from data_prep.downloading.addresses import PRIVATE, FetchError, may_be_public, redirected, resolve, split_url, url_of
+from data_prep.downloading.bodies import NOT_HTTP, PLACEHOLDER, leads_to_placeholder, read_body
+
 TOO_SLOW = "timed out: response not complete within the bound"
-NO_HTTP = "address is not http(s)"
-PRIVATE = "leads to a private address"
 MAX_REDIRECTS = 10
-MAX_ADDRESSES = 3  # of a name, tried in turn
 _REDIRECTS = (301, 302, 303, 307, 308)
-_CHUNK_BYTES = 1 << 16
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_SAFE = "!$%&'()*+,-./:;=?@[]_~"  # of a path or query, left as they are: what is encoded already stays so
-
-
-class FetchError(OSError):
-    """Why a response is not used, in words that ``fetch.failure_reason`` knows."""
+_TRY_LATER = (429, 503)  # statuses that may come with Retry-After
 
 
 @dataclass(frozen=True)
@@ -44,12 +36,19 @@ class Bounds:
     allow_private: bool = False
 
 
-def fetch(url: str, bounds: Bounds, headers: dict[str, str], accept: Callable[[Any], bool]) -> bytes:
-    """The body behind ``url``, redirects followed; ``accept`` may refuse a response by its headers.
+def fetch(
+    url: str,
+    bounds: Bounds,
+    headers: dict[str, str],
+    accept: Callable[[Message], bool],
+    look: Callable[[bytes, Message], None] = lambda head, headers: None,
+) -> bytes:
+    """The body behind ``url``, redirects followed; ``accept`` may refuse a response by its headers, ``look`` by its
+    first bytes (``bodies.read_body``).
 
     Every name is resolved once, here, and the connection goes to an address that was checked: one that is not public
     is refused unless ``allow_private``. Where the environment names a proxy, that resolves names, and only addresses
-    that are written out are checked. Raises OSError, ValueError or http.client.HTTPException.
+    that are written out are checked. Raises OSError, of which FetchError names what is wrong with a response.
     """
     clock = _Clock(bounds)
     for _ in range(MAX_REDIRECTS + 1):
@@ -59,31 +58,41 @@ def fetch(url: str, bounds: Bounds, headers: dict[str, str], accept: Callable[[A
             response = connection.getresponse()
             location = response.headers.get("Location")
             if response.status not in _REDIRECTS or location is None:
-                return _body(response, clock, accept)
-            url = urljoin(url, location)
+                _check_head(response, accept)
+                return read_body(response, bounds.max_bytes, look)
+            url, before = redirected(url, location), url
+            if leads_to_placeholder(before, url):
+                raise FetchError(f"{PLACEHOLDER}: {ascii(url[:150])}")
+        except http.client.RemoteDisconnected as error:
+            raise FetchError("connection broke off before the response") from error
+        except http.client.IncompleteRead as error:
+            raise FetchError("connection broke off within a chunk") from error
+        except OSError:  # TLS has errors that are a ValueError as well
+            raise
+        except (http.client.HTTPException, ValueError) as error:
+            raise FetchError(f"{NOT_HTTP}: {ascii(str(error))[:100]}") from error
         finally:
             connection.close()
     raise FetchError(f"more than {MAX_REDIRECTS} redirects")
 
 
-def _body(response: http.client.HTTPResponse, clock: _Clock, accept: Callable[[Any], bool]) -> bytes:
+def _check_head(response: http.client.HTTPResponse, accept: Callable[[Message], bool]) -> None:
     if not 200 <= response.status < 300:
-        raise FetchError(f"HTTP Error {response.status}: {response.reason[:100]}")
+        later = retry_after(response.headers, time.time()) if response.status in _TRY_LATER else None
+        raise FetchError(f"HTTP Error {response.status}: {response.reason[:100]}", later)
     if not accept(response.headers):
         raise FetchError("Use of image disallowed by X-Robots-Tag directive")
-    if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
-        raise FetchError("response is compressed, which was not asked for")
-    content = io.BytesIO()
-    expected = response.length
-    if expected is not None and expected > clock.bounds.max_bytes:
-        raise FetchError(TOO_LARGE)
-    while chunk := response.read1(_CHUNK_BYTES):
-        content.write(chunk)
-        if content.tell() > clock.bounds.max_bytes:
-            raise FetchError(TOO_LARGE)
-    if expected is not None and expected != content.tell():
-        raise FetchError(f"connection broke off after {content.tell()} of {expected} bytes")
-    return content.getvalue()
+
+
+def retry_after(headers: Message, now: float) -> float | None:
+    """Seconds from ``now`` (of the epoch) until the server wants to be asked again: a number, or an HTTP date."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 class _Clock:
@@ -102,15 +111,30 @@ class _Clock:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to one of ``addresses``, by TLS where ``context`` is given; all it does is bounded by ``clock``."""
+    """A connection to one of ``addresses``, by TLS where ``context`` is given; all it does is bounded by ``clock``.
 
-    def __init__(self, host: str, port: int, addresses: list[Any], clock: _Clock, context: ssl.SSLContext | None):
+    Where the addresses are those of ``proxy``, errors of reaching it name it."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        addresses: list[Any],
+        clock: _Clock,
+        context: ssl.SSLContext | None,
+        proxy: str | None = None,
+    ) -> None:
         super().__init__(host, port)
         self.default_port = 80 if context is None else 443  # which the Host header leaves out
-        self._addresses, self._clock, self._context = addresses, clock, context
+        self._addresses, self._clock, self._context, self._proxy = addresses, clock, context, proxy
 
     def connect(self) -> None:
-        plain = self._first_that_answers()
+        try:
+            plain = self._first_that_answers()
+        except OSError as error:
+            if self._proxy is None:
+                raise
+            raise FetchError(f"proxy {self._proxy}: {error}") from error
         self.sock = _BoundedSocket(plain, self._clock)
         if self._tunnel_host:
             self._tunnel()
@@ -175,99 +199,41 @@ def _connection(url: str, clock: _Clock, allow_private: bool) -> tuple[_Connecti
     context = _tls() if scheme == "https" else None
     if proxy is None:
         return _Connection(host, port, resolve(host, port, clock.left(), allow_private), clock, context), target
-    if not allow_private and not _may_be_public(host):
+    if not allow_private and not may_be_public(host):
         raise FetchError(f"{host} {PRIVATE}")
-    gate = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    if gate.scheme != "http" or not gate.hostname:
-        raise FetchError(f"proxy {gate.scheme}://{gate.hostname} is no HTTP proxy")
-    addresses = resolve(gate.hostname, gate.port or 80, clock.left(), allow_private=True)
+    gate, gate_host, gate_port = _gate(proxy)
+    name = f"{gate_host}:{gate_port}"
+    try:
+        addresses = resolve(gate_host, gate_port, clock.left(), allow_private=True)
+    except OSError as error:
+        raise FetchError(f"proxy {name}: {error}") from error
     authorisation = {}
     if gate.username:
         words = f"{unquote(gate.username)}:{unquote(gate.password or '')}"
         authorisation["Proxy-Authorization"] = "Basic " + base64.b64encode(words.encode()).decode()
     if context is not None:
-        connection = _Connection(gate.hostname, gate.port or 80, addresses, clock, context)
+        connection = _Connection(gate_host, gate_port, addresses, clock, context, name)
         connection.set_tunnel(host, port, authorisation)
         return connection, target
-    connection = _Connection(host, port, addresses, clock, None)
+    connection = _Connection(host, port, addresses, clock, None, name)
     if authorisation:
         connection.request = functools.partial(_with_headers, connection.request, authorisation)
     return connection, url_of(scheme, host, port, target)
 
 
+def _gate(proxy: str) -> tuple[SplitResult, str, int]:
+    """A proxy of the environment, with its host and port; its password is in no message."""
+    try:
+        gate = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        if gate.scheme == "http" and gate.hostname:
+            return gate, gate.hostname, gate.port or 80
+    except ValueError as error:
+        raise FetchError("proxy setting is no address; see http_proxy and https_proxy") from error
+    raise FetchError(f"proxy {gate.scheme}://{gate.hostname} is no HTTP proxy")
+
+
 def _with_headers(request: Callable[..., None], more: dict[str, str], method: str, target: str, headers: dict) -> None:
     request(method, target, headers={**headers, **more})
-
-
-def split_url(url: str) -> tuple[str, str, int, str]:
-    """Scheme, host (IDNA), port, and path with query, percent-encoded where a URL may not hold a character as it is.
-
-    Raises FetchError for what is no address of HTTP.
-    """
-    try:
-        parts = urlsplit(url.strip())
-        host, port = (parts.hostname or "").rstrip("."), parts.port
-        if ":" not in host and not host.isascii():
-            host = host[:253].encode("idna").decode()
-    except ValueError as error:  # UnicodeError is one
-        raise FetchError(f"{NO_HTTP}: {error}") from error
-    if parts.scheme not in ("http", "https") or not host or any(character in host for character in " \\%<>"):
-        raise FetchError(NO_HTTP)
-    query = f"?{quote(parts.query, _SAFE)}" if parts.query else ""
-    target = (quote(parts.path, _SAFE) or "/") + query
-    return parts.scheme, host, port or (443 if parts.scheme == "https" else 80), target
-
-
-def url_of(scheme: str, host: str, port: int, target: str) -> str:
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{target}"
-
-
-def resolve(host: str, port: int, seconds: float, allow_private: bool) -> list[Any]:
-    """Addresses of a name as ``socket.getaddrinfo`` gives them, at most MAX_ADDRESSES, only public ones by default.
-
-    The resolver cannot be interrupted: it runs in a thread that is left behind when it takes too long.
-    """
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        found = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise FetchError("name resolution timed out") from None
-    if isinstance(found, Exception):
-        raise found
-    public = [one for one in found if allow_private or is_public(one[4][0])]
-    if not public:
-        raise FetchError(f"{host} {PRIVATE} ({found[0][4][0]}); --allow-private-addresses takes it")
-    return public[:MAX_ADDRESSES]
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet, and to nobody's network, machine or cloud metadata."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
-        if found in _NAT64:
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        if found.is_site_local:
-            return False
-    return found.is_global and not found.is_multicast and not found.is_reserved
-
-
-def _may_be_public(host: str) -> bool:
-    """Whether a host that nobody resolves here could be public: a name but localhost, or a public address."""
-    try:
-        return is_public(host if ":" in host else socket.inet_ntoa(socket.inet_aton(host)))  # 2130706433 is one, too
-    except (ValueError, OSError):
-        return host.rpartition(".")[2] != "localhost"
 
 
 @functools.cache

@@ -22,6 +22,8 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
+from data_prep.downloading.courtesy import Courtesy
+from data_prep.downloading.failures import diagnose, failure_reason, read_trouble
 from data_prep.manifest import write_atomically
 from data_prep.record import LowYieldError, PrepError, Record, Rejection, UrlRow
 from data_prep.shard_writer import describe_counts
@@ -50,6 +52,7 @@ class FetchOptions:
     allow_private_addresses: bool = False
     stall_seconds: float = 300.0
     deadline_seconds: float | None = None
+    courtesy: Courtesy = Courtesy()
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def _run_downloader(plan: Plan, parts: Path, options: FetchOptions) -> None:
         "timeout": options.timeout,
         "retries": options.retries,
         "bounds": {"max_bytes": options.max_image_bytes, "allow_private": options.allow_private_addresses},
+        "courtesy": asdict(options.courtesy),
     }
     (work / "options.json").write_text(json.dumps(arguments))
     root = str(Path(__file__).resolve().parents[2])
@@ -179,6 +183,8 @@ def _watch(process: subprocess.Popen, parts: Path, urls: int, options: FetchOpti
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             now = time.monotonic()
+            if trouble := read_trouble(parts):
+                raise LowYieldError(trouble)
             seen, succeeded, reasons = _progress(parts)
             bar.update(seen - bar.n)
             state = (seen, sum(entry.stat().st_size for entry in os.scandir(parts) if entry.is_file()))
@@ -190,6 +196,8 @@ def _watch(process: subprocess.Popen, parts: Path, urls: int, options: FetchOpti
                 raise PrepError(f"download stalled after {seen} of {urls} URLs; run the same command to resume")
             if options.deadline_seconds is not None and now - started > options.deadline_seconds:
                 raise PrepError(f"deadline passed after {seen} of {urls} URLs; run the same command to resume")
+    if trouble := read_trouble(parts):
+        raise LowYieldError(trouble)
     if process.returncode != 0 and _progress(parts)[0] < urls:
         log = parts.parent / "img2dataset.log"
         last_line = log.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
@@ -240,31 +248,8 @@ def _drop_failed_parts(parts: Path, min_yield: float) -> None:
 
 def _yield_message(succeeded: int, seen: int, reasons: Counter[str], options: FetchOptions) -> str:
     share = f"{succeeded} of {seen} URLs ({succeeded / seen:.1%}) could be downloaded, --min-yield is"
-    return f"only {share} {options.min_yield:.1%}: {describe_counts(reasons)}; check network and proxy, or lower it"
-
-
-_FAILURES = (
-    (r"HTTP Error (\d{3})", r"http_\1"),
-    (r"private address", "private_address"),
-    (r"larger than the bound", "image_bytes_too_large"),
-    (r"not http\(s\)|unknown url type", "bad_url"),
-    (r"Name or service|name resolution|nodename|No address", "dns_failure"),
-    (r"timed out|timeout", "timeout"),
-    (r"X-Robots-Tag", "disallowed_by_server"),
-    (
-        r"refused|reset|unreachable|No route|broke off|IncompleteRead|Remote end closed|Broken pipe|EOF occurred",
-        "connection_failed",
-    ),
-)
-
-
-def failure_reason(message: str) -> str:
-    """The reason (see filters.REASONS) behind an error message of the downloader."""
-    for pattern, reason in _FAILURES:
-        match = re.search(pattern, message, re.IGNORECASE)
-        if match:
-            return match.expand(reason)
-    return "download_failed"
+    advice = diagnose(reasons | Counter(success=succeeded), {}) or "check network and proxy, or lower it"
+    return f"only {share} {options.min_yield:.1%}: {describe_counts(reasons)}; {advice}"
 
 
 def results(plan: Plan) -> Iterator[Record | Rejection]:

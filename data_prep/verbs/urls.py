@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.downloading import fetch
+from data_prep.downloading.courtesy import Courtesy
 from data_prep.manifest import file_sha256
 from data_prep.parallel import default_workers
 from data_prep.prepare import fill_split
@@ -16,6 +17,7 @@ from data_prep.record import Rejection, UrlRow
 from data_prep.shard_writer import refuse_existing
 from data_prep.sources import url_table
 from data_prep.sources.tables import FORMATS, table_files
+from data_prep.verbs.courtesy import add_courtesy
 from data_prep.verbs.dry_run import add_dry_run, plan_download
 from data_prep.verbs.options import (
     add_filters,
@@ -60,7 +62,7 @@ def download_rows(args: argparse.Namespace, rows: Iterable[UrlRow | Rejection], 
     command runs again. ``args`` has the options of ``add_download``."""
     split_dir, work = args.output / args.split, _working_folder(args)
     plan = fetch.plan_download(work, request, rows, args.processes)
-    fetch.download(plan, from_arguments(fetch.FetchOptions, args))
+    fetch.download(plan, from_arguments(fetch.FetchOptions, args, courtesy=from_arguments(Courtesy, args)))
     writer = split_writer(
         args, args.output, args.split, {**request, **limits_of(args).__dict__}, ("img2dataset", "pillow")
     )
@@ -122,5 +124,6 @@ def add_download(parser: argparse.ArgumentParser) -> None:
         "--allow-private-addresses", action="store_true", help="download from one's own machine or network too"
     )
     parser.add_argument("--restart", action="store_true", help="forget an unfinished download")
+    add_courtesy(parser)
     add_filters(parser)
     add_writing(parser)

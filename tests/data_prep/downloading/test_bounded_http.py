@@ -10,8 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from data_prep.downloading import bounded_http
-from data_prep.downloading.bounded_http import MAX_REDIRECTS, Bounds, fetch, is_public, split_url
+from data_prep.downloading import addresses
+from data_prep.downloading.addresses import FetchError, is_public, split_url
+from data_prep.downloading.bounded_http import MAX_REDIRECTS, Bounds, fetch
+from data_prep.downloading.failures import failure_reason
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 PAUSE = 0.05
@@ -122,8 +124,8 @@ def test_a_resolver_that_does_not_answer_is_bounded_too(monkeypatch: pytest.Monk
         (sends(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n"), "larger than the bound"),
         (sends(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000), "larger than the bound"),
         (sends(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello"), "broke off after 5 of 9"),
-        (sends(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b"), "compressed"),
-        (sends(b"no HTTP at all\r\n\r\n"), "no HTTP"),
+        (sends(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b"), "broke off within a compressed"),
+        (sends(b"no HTTP at all\r\n\r\n"), "not as HTTP wants it: .no HTTP"),
         (sends(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000 + b"\r\n"), "headers"),
         (sends(b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000), "line"),
     ],
@@ -172,7 +174,7 @@ class Names:
         self.others = others
         monkeypatch.setattr(socket, "getaddrinfo", self)
         public = is_public
-        monkeypatch.setattr(bounded_http, "is_public", lambda address: address == "127.0.0.1" or public(address))
+        monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or public(address))
 
     def __call__(self, host: str, port: int, **_: object) -> list:
         self.asked.append(host)
@@ -242,6 +244,59 @@ def test_blanks_and_other_letters_are_downloaded() -> None:
     with serving(answer) as port:
         assert get(f"http://127.0.0.1:{port}/a b/ü.jpg?x=1 2") == b"hello"
     assert requests == [b"GET /a%20b/%C3%BC.jpg?x=1%202 HTTP/1.1"]
+
+
+def test_a_status_to_try_again_later_says_when() -> None:
+    for status, header, expected in (
+        (429, b"Retry-After: 7", 7.0),
+        (503, b"Retry-After: 0", 0.0),
+        (429, b"A: b", None),
+    ):
+        with pytest.raises(FetchError, match=f"HTTP Error {status}") as caught:
+            get_from(sends(b"HTTP/1.1 %d Later\r\n%s\r\n\r\n" % (status, header)))
+        assert caught.value.retry_after == expected
+    with pytest.raises(FetchError) as caught:  # of other statuses it does not count
+        get_from(sends(b"HTTP/1.1 404 No\r\nRetry-After: 7\r\n\r\n"))
+    assert caught.value.retry_after is None
+
+
+def test_letters_of_a_redirect_arrive_as_they_were_sent() -> None:
+    requests: list[bytes] = []
+
+    def answer(line: bytes, connection: socket.socket) -> None:
+        requests.append(line)
+        here = "HTTP/1.1 302 Found\r\nLocation: ä/ü.jpg?x#y\r\n\r\n".encode()
+        connection.sendall(here if line.startswith(b"GET /a/b ") else OK)
+
+    with serving(answer) as port:
+        assert get(f"http://user:word@127.0.0.1:{port}/a/b#c") == b"hello"
+    assert requests == [b"GET /a/b HTTP/1.1", b"GET /a/%C3%A4/%C3%BC.jpg?x HTTP/1.1"]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        (b"5\r\nhel", "broke off within a chunk"),
+        (b"5\r\nhello\r\n", "broke off within a chunk"),
+        (b"many\r\nhello", "broke off within a chunk"),
+    ],
+)
+def test_chunks_that_break_off_are_no_body(chunks: bytes, message: str) -> None:
+    with pytest.raises(OSError, match=message):
+        get_from(sends(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_is_not_there_or_refuses_is_named(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = sends(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+    with socket.socket() as closed, serving(refuses) as port:
+        closed.bind(("127.0.0.1", 0))  # not listening
+        for proxy in (f"127.0.0.1:{closed.getsockname()[1]}", f"127.0.0.1:{port}", "nowhere.invalid:3128", "[::1"):
+            for name in ("http_proxy", "https_proxy"):
+                monkeypatch.setenv(name, f"http://{proxy}")
+            with pytest.raises(OSError) as caught:
+                get(f"{scheme}://outside.test/", allow_private=False)
+            assert failure_reason(str(caught.value)) == "proxy_failed", caught.value
 
 
 def test_a_proxy_resolves_names_and_is_not_asked_for_private_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_every_row_is_written_or_counted_by_its_reason(server, silent_port, tmp_
     assert manifest.rejected == {
         "http_404": 1,
         "empty_image": 1,
-        "not_an_image": 1,
+        "html_page": 1,
         "too_many_pixels": 1,
         "truncated_image": 1,
         "disallowed_by_server": 1,

@@ -33,10 +33,11 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "downloading": ("border", "splits"),
         "drawn": ("border", "splits", "video"),
         "checks": ("border", "images", "splits", "video"),
+        "similar": ("border", "images", "splits"),
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            "tokenizer",
+            *("tokenizer", "similar"),
         ),
         "programs": ("border", "splits", "video", "verbs.table"),
     },

@@ -7,6 +7,7 @@ from data_prep.verbs.checks import add_info, add_overlap, add_verify, run_info, 
 from data_prep.verbs.drawn import add_synth, run_synth
 from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
 from data_prep.verbs.options import Verb
+from data_prep.verbs.similar import SIMILAR_VERBS
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
@@ -21,4 +22,5 @@ VERBS: dict[str, Verb] = {
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
+    **SIMILAR_VERBS,
 }

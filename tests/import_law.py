@@ -88,7 +88,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "data_prep": {
         "border": ("manifest", "sample_fields", "shard_table", "program", "vqa_answers"),
         "images": ("images",),
-        "splits": ("filters", "held_signals", "parallel", "prepare", "record", "shard_writer"),
+        "splits": ("caption_language", "filters", "held_signals", "parallel", "prepare", "record", "shard_writer"),
         "tokenizer": ("tokenizer",),
         "programs": ("__main__",),
     },
@@ -131,6 +131,7 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "torch.utils.tensorboard": {"pipeline/recording/trackers.py"},
     "tensorboard": {"pipeline/recording/trackers.py"},
     "wandb": {"pipeline/recording/trackers.py"},
+    "py3langid": {"data_prep/caption_language.py"},
     "av": {"data_prep/video/decoding.py", "data_prep/video/encoding.py"},
 }
 NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class _Table(NamedTuple):
 def pairs_within(hashes: Path, distance: int, workers: int = 1, at_a_time: int = AT_A_TIME) -> Iterator[np.ndarray]:
     """Pairs of the hashes in the file ``hashes`` (.npy, uint64 [N], distinct) that differ in at most ``distance`` bits,
     as arrays uint64 [P, 2] with the lesser hash first; every pair once, in an order that no worker changes."""
-    tables = list(_tables(distance, _bits_for(len(np.load(hashes, mmap_mode="r")), _WITHIN_SPARED)))
+    tables = list(_tables(distance, _bits_for(len(_opened(hashes)), _WITHIN_SPARED)))
     yield from ordered_map(partial(_within, hashes, distance, at_a_time), tables, workers, 1)
 
 
@@ -47,8 +47,8 @@ def pairs_between(
 ) -> Iterator[np.ndarray]:
     """Pairs of a hash of the file ``one`` and a hash of ``other`` (.npy, uint64 [N] and [M], each without repeats) that
     differ in at most ``distance`` bits, as arrays uint64 [P, 2]; every pair once."""
-    fewer, more = sorted((one, other), key=lambda path: len(np.load(path, mmap_mode="r")))
-    tables = list(_tables(distance, _bits_for(len(np.load(fewer, mmap_mode="r")), _BETWEEN_SPARED)))
+    fewer, more = sorted((one, other), key=lambda path: len(_opened(path)))
+    tables = list(_tables(distance, _bits_for(len(_opened(fewer)), _BETWEEN_SPARED)))
     for pairs in ordered_map(partial(_between, fewer, more, distance, at_a_time), tables, workers, 1):
         yield pairs if fewer is one else pairs[:, ::-1]
 
@@ -74,26 +74,29 @@ def in_order(values: np.ndarray, at_a_time: int = AT_A_TIME) -> Iterator[np.ndar
 def write_distinct(values: np.ndarray, path: Path, at_a_time: int = AT_A_TIME) -> np.ndarray:
     """Write ``values`` sorted and without repeats and without 0 to ``path`` (.npy, uint64); gives those that come more
     than once, uint64."""
-    repeated, raw = [], path.with_suffix(".raw")
-    with open(raw, "wb") as stream:
+    repeated, count = [np.zeros(0, np.uint64)], 0
+    with open(path, "wb") as stream:
+        _write_header(stream, count)
         for part in in_order(values, at_a_time):
             part = part[part != 0]
-            repeated.append(np.unique(part[1:][part[1:] == part[:-1]]))
-            np.unique(part).tofile(stream)
-    distinct = np.memmap(raw, np.uint64, "r") if raw.stat().st_size else np.zeros(0, np.uint64)
-    out = np.lib.format.open_memmap(path, "w+", np.uint64, (len(distinct),)) if len(distinct) else None
-    if out is None:
-        np.save(path, distinct)
-    else:
-        for start in range(0, len(distinct), _STRIDE):
-            out[start : start + _STRIDE] = distinct[start : start + _STRIDE]
-        out.flush()
-    raw.unlink()
-    return np.concatenate(repeated) if repeated else np.zeros(0, np.uint64)
+            again = part[1:] == part[:-1]
+            repeated.append(np.unique(part[1:][again]))
+            distinct = part[np.concatenate([np.ones(min(1, len(part)), bool), ~again])]
+            distinct.tofile(stream)
+            count += len(distinct)
+        stream.seek(0)
+        _write_header(stream, count)
+    return np.concatenate(repeated)
+
+
+def _write_header(stream: IO[bytes], count: int) -> None:
+    """The header of a .npy file of so many uint64; NumPy pads it so that the count may grow."""
+    header = {"descr": "<u8", "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def _within(path: Path, distance: int, at_a_time: int, table: _Table) -> np.ndarray:
-    hashes, found = np.load(path, mmap_mode="r"), [np.zeros((0, 2), np.uint64)]
+    hashes, found = _opened(path), [np.zeros((0, 2), np.uint64)]
     for part in _parts(hashes, table, 1 + len(hashes) // at_a_time):
         part.sort()
         found += [_moved_back(pairs, table) for pairs in _near_neighbours(part, table, distance)]
@@ -101,12 +104,17 @@ def _within(path: Path, distance: int, at_a_time: int, table: _Table) -> np.ndar
 
 
 def _between(fewer: Path, more: Path, distance: int, at_a_time: int, table: _Table) -> np.ndarray:
-    probes, hashes, found = np.load(fewer, mmap_mode="r"), np.load(more, mmap_mode="r"), [np.zeros((0, 2), np.uint64)]
+    probes, hashes, found = _opened(fewer), _opened(more), [np.zeros((0, 2), np.uint64)]
     parts = 1 + len(hashes) // at_a_time
     for some, moved in zip(_parts(probes, table, parts), _parts(hashes, table, parts)):
         moved.sort()
         found += [_moved_back(pairs, table) for pairs in _near_in(some, moved, table, distance)]
     return np.concatenate(found)
+
+
+def _opened(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped from disk; an empty one can't be mapped."""
+    return np.load(path, mmap_mode="r" if path.stat().st_size > np.lib.format.ARRAY_ALIGN * 2 else None)
 
 
 def strides(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -47,7 +47,7 @@ def keys(split_dir):
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """A training split that holds the images 0 to 3 of the test split of another corpus, changed, and a mirrored one."""
+    """A training split that holds images 0 to 3 of the test split of another corpus, changed, and a mirrored one."""
     root = tmp_path_factory.mktemp("data")
     held = {f"h{seed}": jpeg(photo(seed)) for seed in range(6)}
     train = {f"t{seed}": jpeg(photo(seed)) for seed in range(100, 108)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--copies-of", type=int, default=1000, help="so many of the held-out photographs are copied")
     parser.add_argument("--simulated", type=int, default=0, metavar="N", help="random hashes")
     parser.add_argument("--held-out", type=int, default=1_000_000, metavar="M", help="hashes of held-out looks")
+    parser.add_argument("--choices", type=int, default=0, help="of blocks, of the search among random hashes; 0: all")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="folder for temporary files")
     parser.add_argument("--sheet", type=Path, help="page of the matches that were not planted")
@@ -218,14 +220,14 @@ def of_random_hashes(arguments: argparse.Namespace, scratch: Path) -> dict[str, 
     for name in ("nothing", "sort", "repeats", "held_out"):
         command = [sys.executable, "-m", "benchmarks.proof.near_duplicates", SEARCH, name, str(scratch)]
         done = subprocess.run(
-            [*command, str(DISTANCE), str(arguments.workers)], capture_output=True, text=True, check=True
+            [*command, str(arguments.workers), str(arguments.choices)], capture_output=True, text=True, check=True
         )
         found[name] = json.loads(done.stdout)
         print(name, found[name], file=sys.stderr)
     return found
 
 
-def search(name: str, folder: str, distance: str, workers: str) -> dict[str, Any]:
+def search(name: str, folder: str, workers: str, choices: str) -> dict[str, Any]:
     """One search over the files of ``folder``, and what it took."""
     start, scratch, result = time.monotonic(), Path(folder), {}
     if name == "sort":
@@ -233,15 +235,21 @@ def search(name: str, folder: str, distance: str, workers: str) -> dict[str, Any
         near_hashes.write_distinct(hashes, scratch / "distinct.npy")
     elif name == "repeats":
         pairs = near_hashes.pairs_within(scratch / "distinct.npy", REPEATS_DISTANCE, int(workers))
-        result = {"distance": REPEATS_DISTANCE, "pairs": sum(map(len, pairs))}
+        result = {"distance": REPEATS_DISTANCE, **counted(pairs, int(choices))}
     elif name == "held_out":
         files = scratch / "distinct.npy", scratch / "held.npy"
-        pairs = near_hashes.pairs_between(*files, int(distance), int(workers))
-        result = {"distance": int(distance), "pairs": sum(map(len, pairs))}
+        pairs = near_hashes.pairs_between(*files, DISTANCE, int(workers))
+        result = {"distance": DISTANCE, **counted(pairs, int(choices))}
     used = resource.getrusage(resource.RUSAGE_SELF)
     result["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)  # of this process; with one worker that is all
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"seconds": round(time.monotonic() - start, 1), "peak_mib": round(peak / 1024), **result}
+
+
+def counted(pairs: Iterable[np.ndarray], choices: int) -> dict[str, int]:
+    """How many pairs the first ``choices`` of blocks give, 0: all; each takes as long as any other."""
+    sizes = [len(part) for part in itertools.islice(pairs, choices or None)]
+    return {"pairs": sum(sizes), "choices_of_blocks": len(sizes)}
 
 
 def shown(argv: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ def add_filters(parser: argparse.ArgumentParser, duplicates: bool = True) -> Non
         dest="languages",
         metavar="EN,DE",
         type=language_list,
-        default=Limits.languages,
+        default=[],
         help="keep captions in these languages (ISO 639-1), and those that are too short to tell; default: any",
     )
     if duplicates:

@@ -321,3 +321,11 @@ def test_other_members_of_a_shard_are_kept_with_their_sample(corpora, capsys, tm
     raw = next(copied.glob("*.tar")).read_bytes()
     text = columns.offset["text"]
     assert [raw[row[text] : row[text] + 1] for row in index.tolist()] == [b"b", b"c"]
+
+
+def test_an_image_that_cannot_be_decoded_is_counted_and_has_no_hash(capsys, tmp_path):
+    split = write_split(tmp_path / "web" / "train", {"cut": jpeg(photo(1))[:2000], "good": jpeg(photo(2))})
+    code, out, _ = run(capsys, "hashes", split, *FAST)
+    assert code == 0 and "without a hash: 1 (flat, two-tone or unreadable, of which unreadable 1)" in out
+    found = open_hashes(split / FOLDER)
+    assert [int(value) != 0 for value in found.hashes] == [False, True] and found.digests.all()

@@ -162,7 +162,7 @@ def _add_comparing(parser: argparse.ArgumentParser, distance: int) -> None:
     parser.add_argument("--distance", type=whole_number, default=distance, help="bits of 64 that hashes may differ in")
     parser.add_argument("--sheet", type=local_path, help=f"write a page of pairs to look at, at most {_SHEET_PAIRS}")
     parser.add_argument("--max-lines", type=whole_number, default=20, help="pairs printed for each split")
-    parser.add_argument("--scratch", type=local_path, help="folder for sorted hashes, 8 bytes each; default: that for temporary files")
+    parser.add_argument("--scratch", type=local_path, help="folder for sorted hashes; default: the system's")
     parser.add_argument("--overwrite", action="store_true", help="replace a split that is there already")
     _add_hashing(parser)
 

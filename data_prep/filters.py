@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from data_prep.caption_language import other_language
 from data_prep.images import ImageProblem, image_problems, open_image, upright_rgb
 from data_prep.record import Record, Rejection
 from data_prep.video.decoding import ClipLimits, check_clip
@@ -37,6 +38,9 @@ REASONS = {
     "empty_caption": "the caption is missing or holds only white space",
     "nul_in_caption": "the caption holds a NUL character: a damaged or binary table",
     "invalid_utf8": "a text is not valid UTF-8",
+    "too_few_words": "the caption has fewer words than --min-words",
+    "too_many_words": "the caption has more words than --max-words",
+    "other_language": "the caption is in none of the languages of --language, as far as that can be told",
     "duplicate_key": "another record has the same key (after its name was made safe for a tar)",
     "duplicate_pair": "the same image bytes came with the same caption before (--drop-duplicates)",
     "malformed_row": "the input row has the wrong number of cells, is no JSON object, or misses or mistypes a field",
@@ -52,6 +56,11 @@ REASONS = {
     "unsafe_image": "the table's score or label of unsafe content is beyond --max-punsafe or --nsfw, or is missing",
     "low_similarity": "the table's similarity of image and text is below --min-similarity, or is missing",
     "watermark": "the table's probability of a watermark is above --max-watermark, or is missing",
+    "held_out_copy": "an image has the same bytes as a held-out one (`decontaminate`)",
+    "near_held_out": "an image is a near-duplicate of a held-out one (`decontaminate`)",
+    "duplicate_image": "its images have the same bytes as those of a sample that stays (`dedupe`)",
+    "near_duplicate_image": "its images are near-duplicates of those of samples that stay (`dedupe`)",
+    "repeated_image": "the same bytes came more than --max-image-repeats times (`dedupe`)",
     "bad_url": "the address is missing or not http(s)",
     "private_address": "the address leads to a private, local or reserved network (--allow-private-addresses takes it)",
     "http_NNN": "the server answered with status NNN",
@@ -77,19 +86,25 @@ _MAX_KEY_LENGTH = 80
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what is kept. ``image_size``: shrink the shorter side to so many pixels; None keeps the bytes."""
+    """Bounds on what is kept. ``image_size``: shrink the shorter side to so many pixels; None keeps the bytes.
+
+    Of captions: how many words, parted by white space, and in which languages (ISO 639-1 codes; none: any).
+    """
 
     max_pixels: int = 50_000_000
     max_image_bytes: int = 50_000_000
     min_side: int = 16
     max_aspect: float | None = None
     image_size: int | None = None
+    min_words: int = 1
+    max_words: int | None = None
+    languages: tuple[str, ...] = ()
 
 
 def check_record(record: Record, limits: Limits | ClipLimits) -> tuple[Record | None, list[Rejection]]:
     """The record as it will be written, or None, and the rejections of it or of its captions (counted in rows)."""
     name = safe_key(record.key)
-    captions, rejections = _check_captions(name, record.captions)
+    captions, rejections = _check_captions(name, record.captions, limits)
     if not captions:
         return None, rejections
     kept = replace(record.with_captions(captions), key=name)
@@ -112,17 +127,31 @@ def _check_content(record: Record, limits: Limits | ClipLimits) -> Record:
     return replace(record, images=images, extensions=extensions)
 
 
-def _check_captions(name: str, captions: tuple[str, ...]) -> tuple[dict[int, str], list[Rejection]]:
+def _check_captions(
+    name: str, captions: tuple[str, ...], limits: Limits | ClipLimits
+) -> tuple[dict[int, str], list[Rejection]]:
     if not captions:
         return {}, [Rejection("empty_caption", name)]
     kept, rejections = {}, []
     for number, caption in enumerate(captions):
         reason = caption_problem(caption)
+        if reason is None and isinstance(limits, Limits):
+            reason = unwanted_caption(caption, limits)
         if reason is None:
             kept[number] = " ".join(caption.split())
         else:
             rejections.append(Rejection(reason, name, ascii(caption[:80])))
     return kept, rejections
+
+
+def unwanted_caption(caption: str, limits: Limits) -> str | None:
+    """The reason why a sound caption is beyond the ``limits``, or None."""
+    num_words = len(caption.split())
+    if num_words < limits.min_words:
+        return "too_few_words"
+    if limits.max_words is not None and num_words > limits.max_words:
+        return "too_many_words"
+    return "other_language" if limits.languages and other_language(caption, limits.languages) else None
 
 
 def caption_problem(caption: str | None) -> str | None:

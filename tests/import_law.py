@@ -33,10 +33,11 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "downloading": ("border", "splits"),
         "drawn": ("border", "splits", "video"),
         "checks": ("border", "images", "splits", "video"),
+        "similar": ("border", "images", "splits"),
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            "tokenizer",
+            *("tokenizer", "similar"),
         ),
         "programs": ("border", "splits", "video", "verbs.table"),
     },
@@ -87,7 +88,10 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "data_prep": {
         "border": ("manifest", "sample_fields", "shard_table", "program", "vqa_answers"),
         "images": ("images",),
-        "splits": ("filters", "held_signals", "image_places", "parallel", "prepare", "record", "shard_writer"),
+        "splits": (
+            *("caption_language", "filters", "held_signals", "image_places", "parallel", "prepare", "record"),
+            "shard_writer",
+        ),
         "tokenizer": ("tokenizer",),
         "programs": ("__main__",),
     },
@@ -132,6 +136,7 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "torch.utils.tensorboard": {"pipeline/recording/trackers.py"},
     "tensorboard": {"pipeline/recording/trackers.py"},
     "wandb": {"pipeline/recording/trackers.py"},
+    "py3langid": {"data_prep/caption_language.py"},
     "av": {"data_prep/video/decoding.py", "data_prep/video/encoding.py"},
 }
 NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_prep.caption_language import check_languages
 from data_prep.filters import Limits
 from data_prep.manifest import CAPTIONS, Manifest
 from data_prep.parallel import default_workers
 from data_prep.prepare import provenance
+from data_prep.record import PrepError
 from data_prep.shard_writer import SplitWriter, describe_counts
 from data_prep.video.decoding import ClipLimits
 
@@ -38,6 +40,16 @@ def add_filters(parser: argparse.ArgumentParser, duplicates: bool = True) -> Non
     group.add_argument("--max-image-bytes", type=positive_number, default=Limits.max_image_bytes)
     group.add_argument("--min-side", type=positive_number, default=Limits.min_side, help="pixels")
     group.add_argument("--max-aspect", type=float, help="longer over shorter side; default: any")
+    group.add_argument("--min-words", type=positive_number, default=Limits.min_words, help="of a caption")
+    group.add_argument("--max-words", type=positive_number, help="of a caption; default: any number")
+    group.add_argument(
+        "--language",
+        dest="languages",
+        metavar="EN,DE",
+        type=language_list,
+        default=[],
+        help="keep captions in these languages (ISO 639-1), and those that are too short to tell; default: any",
+    )
     if duplicates:
         group.add_argument("--drop-duplicates", action="store_true", help="drop a caption an equal image had before")
 
@@ -129,6 +141,15 @@ def local_path(text: str) -> Path:
 
 def name_list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def language_list(text: str) -> tuple[str, ...]:
+    names = tuple(name.lower() for name in name_list(text))
+    try:
+        check_languages(names)
+    except PrepError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return names
 
 
 def plain_name(text: str) -> str:

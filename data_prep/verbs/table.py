@@ -11,6 +11,7 @@ from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
 from data_prep.verbs.options import Verb
 from data_prep.verbs.origin_hints import with_origins
 from data_prep.verbs.parquet import add_parquet, run_parquet
+from data_prep.verbs.similar import SIMILAR_VERBS
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
@@ -28,5 +29,6 @@ _VERBS: dict[str, Verb] = {
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
+    **SIMILAR_VERBS,
 }
 VERBS = with_origins(_VERBS)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from data_prep.images import ImageProblem, image_problems, open_image, upright_rgb
 from data_prep.record import Record, Rejection
+from data_prep.shard_members import safe_key, tidy
 from data_prep.video.decoding import ClipLimits, check_clip
 
 REASONS = {
@@ -62,7 +62,6 @@ REASONS = {
 
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _JPEG_QUALITY = 92
-_MAX_KEY_LENGTH = 80
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _check_captions(name: str, captions: tuple[str, ...]) -> tuple[dict[int, str
     for number, caption in enumerate(captions):
         reason = caption_problem(caption)
         if reason is None:
-            kept[number] = " ".join(caption.split())
+            kept[number] = tidy(caption)
         else:
             rejections.append(Rejection(reason, name, ascii(caption[:80])))
     return kept, rejections
@@ -152,15 +151,6 @@ def _as_jpeg(image: Image.Image, shorter_side: int | None) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=_JPEG_QUALITY)
     return stream.getvalue()
-
-
-def safe_key(key: str) -> str:
-    """A tar member's stem: letters, digits, ``_`` and ``-`` only (webdataset ends a key at the first dot)."""
-    safe = re.sub(r"[^A-Za-z0-9_-]", "_", key)
-    if len(safe) > _MAX_KEY_LENGTH or not safe:
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        safe = f"{safe[: _MAX_KEY_LENGTH - 17]}_{digest}"
-    return safe
 
 
 class DuplicateFilter:

@@ -49,14 +49,15 @@ class SplitWriter:
         provenance: dict[str, Any] | None = None,
         texts: str = CAPTIONS,
         videos: bool = False,
+        caption_key: str | None = None,
     ) -> None:
-        """``num_images`` of a sample, or with ``videos`` a clip in each."""
+        """``num_images`` of a sample, or with ``videos`` a clip in each; ``caption_key`` is the manifest's."""
         self._split_dir = Path(split_dir)
         self._corpus, self._split = corpus, split
         self._num_images, self._videos = num_images, videos
         self._fields = CLIP_FIELDS if videos else fields_of(num_images)
         self._samples_per_shard = samples_per_shard
-        self._provenance, self._texts = provenance or {}, texts
+        self._provenance, self._texts, self._caption_key = provenance or {}, texts, caption_key
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
         self.rejected: Counter[str] = Counter()
@@ -64,14 +65,14 @@ class SplitWriter:
         self.rows = 0
         self.manifest: Manifest | None = None
         refuse_existing(self._split_dir, overwrite)
-        self._folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
+        self.folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
 
     def __enter__(self) -> SplitWriter:
-        self._folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True)
         try:
-            self._rejected_stream = open(self._folder / REJECTED_NAME, "w", encoding="utf-8")
+            self._rejected_stream = open(self.folder / REJECTED_NAME, "w", encoding="utf-8")
         except OSError:
-            self._folder.rmdir()
+            self.folder.rmdir()
             raise
         return self
 
@@ -85,11 +86,17 @@ class SplitWriter:
             found += f", expected {expected} as in the rest of the split"
             raise PrepError(f"{self._split_dir}: record {record.key} has {found}; prepare it as a corpus of its own")
         if self._shard is None:
-            self._shard = _ShardWriter(self._folder, len(self._shards), self._fields)
+            self._shard = _ShardWriter(self.folder, len(self._shards), self._fields)
         self._shard.add(record)
         self.rows += len(record.captions)
         if self._shard.samples == self._samples_per_shard:
             self._close_shard()
+
+    def add_shard(self, shard: Shard) -> None:
+        """Take a shard whose files lie in ``folder`` already."""
+        self._close_shard()
+        self._shards.append(shard)
+        self.rows += shard.rows
 
     def reject(self, rejection: Rejection) -> None:
         """Count and name a record that is not written."""
@@ -115,7 +122,7 @@ class SplitWriter:
                     self._rejected_stream.close()
                 if self._shard is not None:
                     self._shard.abandon()
-                shutil.rmtree(self._folder, ignore_errors=True)
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finish(self) -> None:
         self._close_shard()
@@ -135,9 +142,10 @@ class SplitWriter:
             rejected=dict(sorted(self.rejected.items())),
             provenance=self._provenance,
             texts=self._texts,
+            caption_key=self._caption_key,
         )
-        write_manifest(self._folder, self.manifest)
-        _put_in_place(self._folder, self._split_dir)
+        write_manifest(self.folder, self.manifest)
+        _put_in_place(self.folder, self._split_dir)
 
 
 def refuse_existing(split_dir: Path, overwrite: bool) -> None:

@@ -85,7 +85,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("build",),
     },
     "data_prep": {
-        "border": ("manifest", "sample_fields", "shard_table", "program", "vqa_answers"),
+        "border": ("manifest", "sample_fields", "shard_members", "shard_table", "program", "vqa_answers"),
         "images": ("images",),
         "splits": ("filters", "held_signals", "parallel", "prepare", "record", "shard_writer"),
         "tokenizer": ("tokenizer",),
@@ -101,7 +101,10 @@ LARGE_WINGS: dict[str, str] = {}  # wing of more than MAX_WING_LINES lines -> wh
 MAY_IMPORT = {
     "model": set(),
     "data_prep": set(),
-    "pipeline": {"model", *(f"data_prep.{name}" for name in ("manifest", "images", "video", "program", "vqa_answers"))},
+    "pipeline": {
+        "model",
+        *(f"data_prep.{name}" for name in ("manifest", "shard_members", "images", "video", "program", "vqa_answers")),
+    },
 }
 OURS = {"model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}
 FOREIGN_TO = {

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_prep.annotations.annotated import is_plain_file
-from data_prep.filters import safe_key
 from data_prep.record import PrepError, Record, Rejection
+from data_prep.shard_members import safe_key
 
 FLICKR8K_SPLITS = {
     "train": "Flickr_8k.trainImages.txt",

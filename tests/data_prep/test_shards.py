@@ -14,10 +14,11 @@ from PIL import Image
 from data_prep.checks.info import all_splits, describe_split, format_table, row_texts
 from data_prep.checks.verify import verify_split
 from data_prep.filters import Limits
-from data_prep.manifest import ManifestError, index_columns, open_index, read_manifest, row_text
+from data_prep.manifest import ManifestError, index_columns, open_index, read_manifest
 from data_prep.parallel import ordered_map
 from data_prep.prepare import fill_split
 from data_prep.record import LowYieldError, PrepError, Record, Rejection
+from data_prep.shard_members import row_text
 from data_prep.shard_writer import SplitWriter
 
 

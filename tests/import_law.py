@@ -32,11 +32,12 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "sources": ("border", "splits", "annotations"),
         "downloading": ("border", "splits"),
         "drawn": ("border", "splits", "video"),
+        "foreign": ("border", "splits"),
         "checks": ("border", "images", "splits", "video"),
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            "tokenizer",
+            *("foreign", "tokenizer"),
         ),
         "programs": ("border", "splits", "video", "verbs.table"),
     },

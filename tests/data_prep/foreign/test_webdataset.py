@@ -1,0 +1,422 @@
+"""Shards of other programs are taken in as they lie, or copied, and read as webdataset reads them."""
+
+import errno
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_prep.__main__ import main
+from data_prep.checks.info import describe_split, row_texts
+from data_prep.checks.verify import verify_split
+from data_prep.filters import Limits
+from data_prep.foreign.tar_samples import read_tar
+from data_prep.manifest import ManifestError, find_manifests, read_manifest
+from pipeline.data.shard_reader import Corpus
+from tests.data_prep.foreign.shards import picture, triples, write_tar
+
+
+def take_in(source, output, *options):
+    arguments = ["webdataset", "--input", str(source), "--output", str(output), "--workers", "1", *options]
+    return main(arguments)
+
+
+def rows(split_dir):
+    """(key, image bytes, caption) of every row, as training reads them."""
+    corpus = Corpus(split_dir)
+    read = [corpus.read(number) for number in range(len(corpus))]
+    return [(sample.key, sample.images[0], sample.text) for sample in read]
+
+
+def rejected(split_dir):
+    return read_manifest(split_dir).rejected
+
+
+def in_both_ways(source, tmp_path, *options):
+    """The rows in place, after checking that copied ones have the same keys, captions and pixels, and both verify."""
+    assert take_in(source, tmp_path / "linked", *options) == 0
+    assert take_in(source, tmp_path / "copied", "--copy", *options) == 0
+    for name in ("linked", "copied"):
+        assert verify_split(tmp_path / name / "train", Limits(), 1).problems == []
+    assert rows(tmp_path / "linked" / "train") == rows(tmp_path / "copied" / "train")
+    assert rejected(tmp_path / "linked" / "train") == rejected(tmp_path / "copied" / "train")
+    return rows(tmp_path / "linked" / "train")
+
+
+def test_cc3m_shards_in_place_are_what_webdataset_reads(tmp_path):
+    """Findings E1, C18: names as in cc3m-wds, on the same disk: nothing is copied, nothing in them changed."""
+    source = tmp_path / "cc3m"
+    for shard in range(3):
+        write_tar(source / f"cc3m-train-{shard:04d}.tar", triples(range(10 * shard, 10 * shard + 4)))
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    found = in_both_ways(source, tmp_path)
+    urls = sorted(str(path) for path in source.iterdir())
+    read = webdataset.WebDataset(urls, shardshuffle=False)
+    expected = [
+        (f"train_{os.path.basename(one['__url__'])[:-4]}_{one['__key__']}", one["jpg"], one["txt"].decode())
+        for one in read
+    ]
+    assert found == expected and len(found) == 12
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    for path in source.iterdir():
+        assert os.path.samefile(path, tmp_path / "linked" / "train" / path.name)
+    corpus = Corpus(tmp_path / "linked" / "train")
+    assert corpus.read(5).meta["url"] == "http://x/11"
+    assert list(row_texts(tmp_path / "linked" / "train", corpus.manifest)) == [caption for _, _, caption in expected]
+    assert describe_split(tmp_path / "linked" / "train")["image_pixels"] == {"32x24": 4}
+
+
+def test_the_message_about_foreign_shards_names_the_command_that_takes_them_in(tmp_path, capsys):
+    """Finding E1: what the message says works as it stands."""
+    write_tar(tmp_path / "data" / "cc3m" / "train" / "00000.tar", triples(range(3)))
+    with pytest.raises(ManifestError, match="data_prep webdataset") as caught:
+        find_manifests(tmp_path / "data" / "cc3m", "train")
+    assert "remove" not in str(caught.value)
+    command = str(caught.value).split("`python -m data_prep ")[1].split("`")[0]
+    command = command.replace("data/NAME", str(tmp_path / "data" / "new"))
+    assert main(command.split()) == 0
+    assert len(Corpus(tmp_path / "data" / "new" / "train")) == 3
+
+
+def test_shards_of_img2dataset_with_their_tables_and_statistics(tmp_path):
+    """A failed download stands in no tar; its count is kept. Keys begin anew in each shard here."""
+    for shard in range(2):
+        write_tar(tmp_path / "in" / f"{shard:05d}.tar", triples(range(3), status="success", exif="{}"))
+        (tmp_path / "in" / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+        stats = {
+            "count": 5,
+            "successes": 3,
+            "failed_to_download": 2,
+            "status_dict": {"success": 3, "HTTP Error 404": 2},
+        }
+        (tmp_path / "in" / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
+    found = in_both_ways(tmp_path / "in", tmp_path)
+    keys = [key for key, _, _ in found]
+    assert len(set(keys)) == 6 and keys[3] == "train_00001_000000000"
+    provenance = read_manifest(tmp_path / "linked" / "train").provenance["arguments"]
+    assert provenance["downloads"] == {"urls": 10, "downloaded": 6, "failures": {"HTTP Error 404": 4}}
+
+
+def test_shards_of_webdatasets_own_writer(tmp_path):
+    (tmp_path / "in").mkdir()
+    with webdataset.ShardWriter(str(tmp_path / "in" / "s-%06d.tar"), maxcount=2, verbose=0) as writer:
+        for number in range(5):
+            writer.write(
+                {"__key__": f"k{number}", "png": picture(number, "PNG"), "txt": f"text {number}", "cls": number}
+            )
+    found = in_both_ways(tmp_path / "in", tmp_path)
+    assert [(key, caption) for key, _, caption in found] == [
+        (f"train_s-00000{number // 2}_k{number}", f"text {number}") for number in range(5)
+    ]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_names_as_others_choose_them(tmp_path, tar_format):
+    """Folders, dots in folders, upper case, several suffixes, members in any order, other members between."""
+    members = [
+        ("v1.0/images/0001.JPG", picture(1)),
+        ("v1.0/images/0001.TXT", b" One\n caption\n"),
+        ("0002.image.jpeg", picture(2)),
+        ("0002.caption.txt", "zwei Größen".encode()),
+        ("0002.cls", b"7"),
+        ("0003.json", b'{"caption": "three", "score": NaN}'),
+        ("0003.webp", picture(3, "WEBP")),
+        ("0004.caption", b"\xef\xbb\xbffour"),
+        ("0004.png", picture(4, "PNG")),
+        ("0004.json", b"{broken"),
+        ("0005.txt", b"five"),
+    ]
+    members += [("0006.jpg", picture(6)), ("0005.jpg", picture(5)), ("0006.txt", b"six")]
+    write_tar(tmp_path / "in" / "a.b.tar", members, tar_format)
+    found = in_both_ways(tmp_path / "in", tmp_path)
+    assert [caption for _, _, caption in found] == ["One caption", "zwei Größen", "three", "four", "five", "six"]
+    assert [key for key, _, _ in found][:2] == ["train_a_b_v1_0_images_0001", "train_a_b_0002"]
+    numbers = (1, 2, 3, 4, 5, 6)
+    assert [image for _, image, _ in found] == [
+        picture(number, {3: "WEBP", 4: "PNG"}.get(number, "JPEG")) for number in numbers
+    ]
+    meta = Corpus(tmp_path / "copied" / "train").read(2).meta
+    assert meta == {"caption": "three", "score": None, "captions": ["three"]}
+
+
+def test_lists_of_captions_are_rows_of_one_image(tmp_path):
+    """Numbers count the list as it stands; what can't be used of it is counted, also the first."""
+    content = {"texts": ["", " a  cat ", 7, "a dog"], "captions": "of something else"}
+    members = [("1.jpg", picture(1)), ("1.json", json.dumps(content).encode()), ("1.txt", b"alt text")]
+    write_tar(tmp_path / "in" / "0.tar", [*members, *triples(range(2, 4))])
+    found = in_both_ways(tmp_path / "in", tmp_path, "--caption-key", "texts")
+    assert [caption for _, _, caption in found] == ["a cat", "a dog", "caption 2", "caption 3"]
+    assert rejected(tmp_path / "linked" / "train") == {"empty_caption": 1, "malformed_row": 1}
+    for name in ("linked", "copied"):
+        corpus = Corpus(tmp_path / name / "train")
+        assert corpus.first_rows().tolist() == [0, 2, 3] and corpus.manifest.samples == 3
+
+
+def test_several_images_are_chosen_by_name(tmp_path):
+    members = []
+    for number in range(2):
+        members += [(f"{number}.0.png", picture(number, "PNG")), (f"{number}.1.jpg", picture(9 + number))]
+        members += [(f"{number}.thumb.jpg", picture(77)), (f"{number}.txt", b"two images")]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    assert take_in(tmp_path / "in", tmp_path / "none") == 2
+    for name, options in (("linked", ()), ("copied", ("--copy",))):
+        assert take_in(tmp_path / "in", tmp_path / name, "--image-members", "0,1.jpg", *options) == 0
+        corpus = Corpus(tmp_path / name / "train")
+        assert corpus.num_images == 2 and corpus.read(1).images == [picture(1, "PNG"), picture(10)]
+        assert verify_split(tmp_path / name / "train", Limits(), 1).problems == []
+
+
+def test_every_sample_that_is_not_taken_is_counted_and_named(tmp_path):
+    members = [
+        *triples(range(2)),
+        ("no_text.jpg", picture(1)),
+        ("no_image.txt", b"x"),
+        ("v1.2.jpg", picture(2)),
+        ("v1.3.jpg", picture(3)),
+        ("two.a.txt", b"x"),
+        ("two.b.txt", b"x"),
+        ("two.jpg", picture(4)),
+        ("html.jpg", b"<html>"),
+        ("html.txt", b"x"),
+        ("empty.jpg", b""),
+        ("empty.txt", b"x"),
+        ("small.jpg", picture(5, size=(8, 8))),
+        ("small.txt", b"x"),
+        ("latin.jpg", picture(6)),
+        ("latin.txt", b"caf\xe9"),
+        ("half.jpg", picture(6)),
+        ("half.json", b'{"caption": "\\ud800"}'),
+        ("README", b"about"),
+        ("._000000000.jpg", b"\0\5\x16\7"),
+        ("000000001.jpg", picture(8)),
+    ]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    assert len(in_both_ways(tmp_path / "in", tmp_path)) == 2
+    assert rejected(tmp_path / "linked" / "train") == {
+        "empty_caption": 1,
+        "no_image_in_sample": 1,
+        "ambiguous_sample": 2,
+        "not_an_image": 1,
+        "empty_image": 1,
+        "image_too_small": 1,
+        "invalid_utf8": 2,
+        "no_key": 2,
+        "duplicate_key": 1,
+    }
+    lines = (tmp_path / "linked" / "train" / "rejected.jsonl").read_text().splitlines()
+    named = {line["name"]: line for line in map(json.loads, lines)}
+    assert "first dot" in named["0.tar: v1"]["detail"] and "2.jpg, 3.jpg" in named["0.tar: v1"]["detail"]
+
+
+def test_what_only_a_copy_can_take_in(tmp_path, capsys):
+    """Images to be converted; names longer than a header, which then follow another."""
+    write_tar(tmp_path / "in" / "0.tar", [("g.gif", picture(1, "GIF")), ("g.txt", b"x"), *triples([2])])
+    assert take_in(tmp_path / "in", tmp_path / "linked") == 0
+    assert rejected(tmp_path / "linked" / "train") == {"needs_conversion": 1}
+    assert take_in(tmp_path / "in", tmp_path / "copied", "--copy") == 0
+    assert [image[:2] for _, image, _ in rows(tmp_path / "copied" / "train")] == [b"\xff\xd8"] * 2
+    for number, tar_format in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        write_tar(tmp_path / f"long{number}" / "0.tar", triples([3], "folder/" * 20), tar_format)
+        assert take_in(tmp_path / f"long{number}", tmp_path / f"l{number}") == 2
+        assert "longer than a tar header holds" in capsys.readouterr().err
+        assert not (tmp_path / f"l{number}" / "train").exists()
+        assert take_in(tmp_path / f"long{number}", tmp_path / f"c{number}", "--copy") == 0
+        assert [caption for _, _, caption in rows(tmp_path / f"c{number}" / "train")] == ["caption 3"]
+    assert take_in(tmp_path / "in", tmp_path / "size", "--image-size", "64") == 2
+    assert "--copy" in capsys.readouterr().err
+
+
+def test_pax_blocks_before_members_shift_nothing(tmp_path):
+    """Trap: readers that count headers of 512 bytes are led astray by PAX records, as Python writes for odd times."""
+    infos = []
+    for name, content in triples(range(3)):
+        info = tarfile.TarInfo(name)
+        info.mtime, info.pax_headers = 1700000000.25, {"comment": "x" * 2000}
+        infos.append((info, content))
+    path = write_tar(tmp_path / "in" / "0.tar", infos)
+    assert path.stat().st_size > 9 * 4096
+    assert [image for _, image, _ in in_both_ways(tmp_path / "in", tmp_path)] == [
+        picture(number) for number in range(3)
+    ]
+
+
+def test_names_in_pax_records_that_are_no_ascii(tmp_path):
+    members = [("größe.jpg", picture(1)), ("größe.txt", b"size"), *triples([2])]
+    write_tar(tmp_path / "in" / "0.tar", members, tarfile.PAX_FORMAT)
+    assert take_in(tmp_path / "in", tmp_path / "linked") == 0
+    assert [caption for _, _, caption in rows(tmp_path / "linked" / "train")] == ["size", "caption 2"]
+    assert verify_split(tmp_path / "linked" / "train", Limits(), 1).problems == []
+
+
+@pytest.mark.parametrize("magic, program", [("gz", "gunzip"), ("bz2", "bunzip2"), ("xz", "unxz")])
+def test_a_compressed_tar_is_refused_by_its_content(tmp_path, capsys, magic, program):
+    with tarfile.open(tmp_path / "0.tar", f"w:{magic}") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    assert take_in(tmp_path, tmp_path / "out") == 2
+    assert program in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_compressed_tars_is_no_empty_folder(tmp_path, capsys):
+    (tmp_path / "0.tar.gz").write_bytes(b"\x1f\x8b")
+    assert take_in(tmp_path, tmp_path / "out") == 2
+    assert "compressed" in capsys.readouterr().err
+    (tmp_path / "0.tar.gz").unlink()
+    assert take_in(tmp_path, tmp_path / "out") == 2
+    assert "no .tar in it" in capsys.readouterr().err
+
+
+def test_links_devices_and_sparse_members(tmp_path):
+    """A link could lead anywhere; where members after a sparse one lie is uncertain."""
+    link = tarfile.TarInfo("2.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    write_tar(tmp_path / "in" / "0.tar", [*triples([1]), (link, b""), ("2.txt", b"x")])
+    sparse = tarfile.TarInfo("3.jpg")
+    sparse.pax_headers = {"GNU.sparse.map": "0,10", "GNU.sparse.size": "4096", "GNU.sparse.numblocks": "1"}
+    write_tar(tmp_path / "in" / "1.tar", [(sparse, b"x" * 10), ("3.txt", b"x"), *triples([4])])
+    assert len(in_both_ways(tmp_path / "in", tmp_path)) == 1
+    assert rejected(tmp_path / "linked" / "train") == {"not_a_plain_member": 1, "unreadable_shard": 1}
+    assert "sparse" in (tmp_path / "linked" / "train" / "rejected.jsonl").read_text()
+    assert not (tmp_path / "linked" / "train" / "1.tar").exists()
+
+
+def test_what_stands_behind_the_end_of_a_tar_is_named(tmp_path):
+    """Trap: readers stop at the first zero blocks, so of two tars in one file the second is lost without a word."""
+    first, second = (write_tar(tmp_path / name, triples([number])) for number, name in enumerate(("a", "b")))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(first.read_bytes() + second.read_bytes())
+    (tmp_path / "in" / "1.tar").write_bytes(first.read_bytes() + b"\0" * 100_000)
+    assert len(in_both_ways(tmp_path / "in", tmp_path)) == 2
+    assert rejected(tmp_path / "linked" / "train") == {"data_after_end": 1}
+    detail = json.loads((tmp_path / "linked" / "train" / "rejected.jsonl").read_text())["detail"]
+    assert f"data at byte {first.stat().st_size};" in detail
+
+
+def test_truncated_empty_and_foreign_files_among_the_tars(tmp_path):
+    write_tar(tmp_path / "in" / "0.tar", triples(range(3)))
+    (tmp_path / "in" / "1.tar").write_bytes(b"")
+    (tmp_path / "in" / "2.tar").write_bytes(b"<html>not found</html>" * 100)
+    assert len(in_both_ways(tmp_path / "in", tmp_path)) == 3
+    assert rejected(tmp_path / "linked" / "train") == {"unreadable_shard": 2}
+
+
+def test_wherever_a_tar_is_cut_whole_samples_stay_and_it_is_named(tmp_path):
+    path = write_tar(tmp_path / "0.tar", triples(range(3)), tarfile.USTAR_FORMAT)
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        ends = [member.offset_data + member.size for member in tar]
+    for cut in range(0, ends[-1] + 600, 300):
+        path.write_bytes(whole[:cut])
+        content = read_tar(path, "0.tar")
+        kept = [sample.key for sample in content.samples if len(sample.members) == 3]
+        assert kept == [f"{number:09d}" for number in range(sum(end <= cut for end in ends[2::3]))], cut
+        assert content.problems or cut >= ends[-1] + 512, cut
+
+
+def test_a_link_that_another_file_system_refuses(tmp_path, monkeypatch, capsys):
+    write_tar(tmp_path / "in" / "0.tar", triples([1]))
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert take_in(tmp_path / "in", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "cross-device" in message and "--copy" in message and message.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+    assert take_in(tmp_path / "in", tmp_path / "out", "--copy") == 0
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path):
+    blob = write_tar(tmp_path / "blobs" / "abc", triples(range(2)))
+    (tmp_path / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "snapshots" / "1" / "0.tar").symlink_to("../../blobs/abc")
+    assert take_in(tmp_path / "snapshots" / "1", tmp_path / "out") == 0
+    taken = tmp_path / "out" / "train" / "0.tar"
+    assert not taken.is_symlink() and os.path.samefile(taken, blob) and len(rows(taken.parent)) == 2
+
+
+def test_shards_of_the_same_name_in_two_folders(tmp_path):
+    for number, folder in enumerate("ab"):
+        write_tar(tmp_path / "in" / folder / "00000.tar", triples([number]))
+    found = in_both_ways(tmp_path / "in", tmp_path)
+    assert [(key, caption) for key, _, caption in found] == [
+        ("train_a_00000_000000000", "caption 0"),
+        ("train_b_00000_000000001", "caption 1"),
+    ]
+    inputs = [str(tmp_path / "in"), str(tmp_path / "in" / "a")]
+    assert main(["webdataset", "--input", *inputs, "--output", str(tmp_path / "twice")]) == 2
+
+
+def test_a_split_of_ours_needs_no_taking_in(tmp_path, capsys):
+    write_tar(tmp_path / "in" / "0.tar", triples([1]))
+    assert take_in(tmp_path / "in", tmp_path / "out") == 0
+    assert take_in(tmp_path / "out", tmp_path / "again") == 2
+    assert "prepared split already" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_nothing_and_the_old_split_in_place(tmp_path, monkeypatch):
+    """Invariant 6."""
+    write_tar(tmp_path / "in" / "0.tar", triples([1]))
+    assert take_in(tmp_path / "in", tmp_path / "out") == 0
+    assert take_in(tmp_path / "in", tmp_path / "out") == 2  # there already
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "train").iterdir()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.foreign.linked.file_sha256", interrupted)
+        assert take_in(tmp_path / "in", tmp_path / "out", "--overwrite") == 130
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "train").iterdir()} == before
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+    write_tar(tmp_path / "in" / "1.tar", triples([2]))
+    assert take_in(tmp_path / "in", tmp_path / "out", "--overwrite") == 0
+    assert len(rows(tmp_path / "out" / "train")) == 2
+
+
+@pytest.mark.slow(5)
+def test_workers_change_nothing(tmp_path):
+    for shard in range(5):
+        write_tar(tmp_path / "in" / f"{shard}.tar", [*triples(range(shard, shard + 3)), ("bad.jpg", b"x")])
+    assert take_in(tmp_path / "in", tmp_path / "one" / "c") == 0
+    arguments = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "two" / "c"), "--workers", "2"]
+    assert main(["webdataset", *arguments]) == 0
+    one, two = (tmp_path / name / "c" / "train" for name in ("one", "two"))
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+
+
+def test_verify_notices_a_foreign_shard_that_changed(tmp_path):
+    path = write_tar(tmp_path / "in" / "0.tar", triples(range(3)))
+    assert take_in(tmp_path / "in", tmp_path / "out") == 0
+    content = bytearray(path.read_bytes())
+    content[-20_000:-15_000] = os.urandom(5000)
+    with open(path, "r+b") as stream:  # in the same file, which the split is linked to
+        stream.write(content)
+    assert verify_split(tmp_path / "out" / "train", Limits(), 1).problems
+
+
+def test_the_manifest_says_whose_shards_they_are(tmp_path):
+    write_tar(tmp_path / "in" / "0.tar", triples([1]))
+    assert take_in(tmp_path / "in", tmp_path / "out", "--caption-key", "text") == 0
+    path = tmp_path / "out" / "train" / "manifest.json"
+    content = json.loads(path.read_text())
+    assert content["caption_key"] == "text"
+    before = read_manifest(path.parent).fingerprint()
+    path.write_text(json.dumps({**content, "caption_key": "caption"}))
+    assert read_manifest(path.parent).fingerprint() != before
+    path.write_text(json.dumps({**content, "caption_key": 7}))
+    with pytest.raises(ManifestError, match="caption_key"):
+        read_manifest(path.parent)
+
+
+def test_pixels_in_place_are_those_of_the_tar(tmp_path):
+    write_tar(tmp_path / "in" / "0.tar", triples(range(4)))
+    assert take_in(tmp_path / "in", tmp_path / "out") == 0
+    decoded = [np.asarray(Image.open(io.BytesIO(image))) for _, image, _ in rows(tmp_path / "out" / "train")]
+    read = webdataset.WebDataset(str(tmp_path / "in" / "0.tar"), shardshuffle=False).decode("rgb8")
+    assert all(np.array_equal(ours, theirs["jpg"]) for ours, theirs in zip(decoded, read, strict=True))

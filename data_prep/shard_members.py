@@ -11,6 +11,7 @@ from typing import Any
 HEADER_BYTES = tarfile.BLOCKSIZE
 FIELD_OF = {"txt": "text", "caption": "text", "text": "text", "json": "meta"}  # by extension; all others are images
 FIELD_OF |= dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov"), "video")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")  # of others' shards
 _MAX_KEY_LENGTH = 80
 
 

@@ -10,11 +10,13 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.corpus_card import MEMBERS, write_card
 from data_prep.manifest import (
     CAPTIONS,
     Manifest,
@@ -60,6 +62,7 @@ class SplitWriter:
         self._provenance, self._texts, self._caption_key = provenance or {}, texts, caption_key
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
+        self._suffixes: set[str] = set()  # of the members written, such as jpg
         self.rejected: Counter[str] = Counter()
         self.examples: dict[str, Rejection] = {}  # reason -> the first that was rejected for it
         self.rows = 0
@@ -87,14 +90,15 @@ class SplitWriter:
             raise PrepError(f"{self._split_dir}: record {record.key} has {found}; prepare it as a corpus of its own")
         if self._shard is None:
             self._shard = _ShardWriter(self.folder, len(self._shards), self._fields)
-        self._shard.add(record)
+        self._suffixes |= self._shard.add(record)
         self.rows += len(record.captions)
         if self._shard.samples == self._samples_per_shard:
             self._close_shard()
 
-    def add_shard(self, shard: Shard) -> None:
-        """Take a shard whose files lie in ``folder`` already."""
+    def add_shard(self, shard: Shard, suffixes: Iterable[str]) -> None:
+        """Take a shard whose files lie in ``folder`` already; ``suffixes``: what follows the keys of its members."""
         self._close_shard()
+        self._suffixes.update(suffixes)
         self._shards.append(shard)
         self.rows += shard.rows
 
@@ -140,12 +144,13 @@ class SplitWriter:
             fields=self._fields,
             shards=tuple(self._shards),
             rejected=dict(sorted(self.rejected.items())),
-            provenance=self._provenance,
+            provenance=self._provenance | ({MEMBERS: sorted(self._suffixes)} if self._suffixes else {}),
             texts=self._texts,
             caption_key=self._caption_key,
         )
         write_manifest(self.folder, self.manifest)
         _put_in_place(self.folder, self._split_dir)
+        write_card(self._split_dir.parent)
 
 
 def refuse_existing(split_dir: Path, overwrite: bool) -> None:
@@ -187,7 +192,8 @@ class _ShardWriter:
         self._rows: list[list[int]] = []
         self.samples = 0
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record) -> set[str]:
+        """Write a sample; returns what follows the key in the names of its members."""
         captions = list(record.captions)
         content = {**record.meta, **record.per_caption, "captions": captions}
         meta = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
@@ -205,6 +211,7 @@ class _ShardWriter:
         for caption_number in range(len(captions)):
             self._rows.append([*row[:-1], caption_number])
         self.samples += 1
+        return {extension for extension, _ in members.values()}
 
     def _add_member(self, name: str, content: bytes) -> int:
         info = tarfile.TarInfo(name)  # mtime, uid, gid 0 and mode 644: equal content gives equal bytes

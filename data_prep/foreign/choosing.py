@@ -8,9 +8,8 @@ from typing import Any, BinaryIO
 
 from data_prep.foreign.tar_samples import Member, TarSample
 from data_prep.record import Rejection
-from data_prep.shard_members import field_of, in_own_form
+from data_prep.shard_members import IMAGE_EXTENSIONS, field_of, in_own_form
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
 DEFAULT_CAPTION_KEY = "caption"
 MAX_TEXT_BYTES = 16 << 20
 
@@ -71,7 +70,7 @@ def choose(sample: TarSample, choice: Choice, stream: BinaryIO, shard: str) -> F
 
 
 def _images(sample: TarSample, choice: Choice) -> tuple[Member, ...]:
-    found = {name: member for name, member in sample.members.items() if name.rpartition(".")[2] in IMAGE_SUFFIXES}
+    found = {name: member for name, member in sample.members.items() if name.rpartition(".")[2] in IMAGE_EXTENSIONS}
     if choice.images:
         return tuple(_named(found, name, "no_image_in_sample") for name in choice.images)
     if not found:

@@ -15,7 +15,7 @@ import numpy as np
 from data_prep.filters import Limits, check_record
 from data_prep.foreign.choosing import Choice
 from data_prep.foreign.records import NUMBER, Found, read_shard
-from data_prep.foreign.tar_samples import Member
+from data_prep.foreign.tar_samples import Member, read_tar
 from data_prep.manifest import Manifest, Shard, file_sha256, index_columns, write_atomically
 from data_prep.parallel import ordered_map
 from data_prep.prepare import progress
@@ -26,13 +26,15 @@ from data_prep.shard_writer import SplitWriter
 
 
 class IndexedShard(NamedTuple):
-    """What of a tar is kept: its index, int64 [rows, 2*F+1], of so many samples; what is not."""
+    """What of a tar is kept: its index, int64 [rows, 2*F+1], of so many samples; what is not. ``suffixes`` of all
+    members, kept or not."""
 
     name: str
     index: np.ndarray
     samples: int
     num_bytes: int
     sha256: str
+    suffixes: set[str]
     rejections: list[Rejection]
 
 
@@ -51,7 +53,7 @@ def link_split(
             for rejection in found.rejections:
                 writer.reject(rejection)
             if found.samples:
-                writer.add_shard(_with_index(writer.folder, found))
+                writer.add_shard(_with_index(writer.folder, found), found.suffixes)
             else:
                 (writer.folder / found.name).unlink()
     assert writer.manifest is not None
@@ -80,9 +82,9 @@ def _with_index(folder: Path, found: IndexedShard) -> Shard:
 def index_shard(folder: Path, name: str, split: str, choice: Choice, limits: Limits) -> IndexedShard:
     """Judge every sample of the tar ``folder / name``; raises PrepError where it can't be read by an index."""
     path, fields = folder / name, fields_of(choice.num_images)
-    rows, samples, rejections = [], 0, []
+    rows, samples, rejections, content = [], 0, [], read_tar(path, name)
     with open(path, "rb") as stream:
-        for found in read_shard(path, name, split, choice, limits.max_image_bytes):
+        for found in read_shard(path, name, content, split, choice, limits.max_image_bytes):
             if isinstance(found, Rejection):
                 rejections.append(found)
                 continue
@@ -93,7 +95,9 @@ def index_shard(folder: Path, name: str, split: str, choice: Choice, limits: Lim
                 rows += [_row(places, number) for number in numbers]
                 samples += 1
     index = np.asarray(rows, dtype=np.int64).reshape(-1, index_columns(fields).width)
-    return IndexedShard(name, index, samples, path.stat().st_size, file_sha256(path), rejections)
+    members = (member for sample in content.samples for member in sample.members.values())
+    suffixes = {member.name.rpartition("/")[2].partition(".")[2] for member in members}
+    return IndexedShard(name, index, samples, path.stat().st_size, file_sha256(path), suffixes, rejections)
 
 
 def _kept_captions(found: Found, limits: Limits, rejections: list[Rejection]) -> list[int]:

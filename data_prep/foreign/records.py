@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.foreign.choosing import Choice, ForeignSample, choose
-from data_prep.foreign.tar_samples import read_tar
+from data_prep.foreign.tar_samples import TarContent, read_tar
 from data_prep.record import Record, Rejection
 from data_prep.shard_members import foreign_key
 
@@ -23,9 +23,10 @@ class Found(NamedTuple):
     sample: ForeignSample
 
 
-def read_shard(path: Path, name: str, split: str, choice: Choice, max_image_bytes: int) -> Iterator[Found | Rejection]:
+def read_shard(
+    path: Path, name: str, content: TarContent, split: str, choice: Choice, max_image_bytes: int
+) -> Iterator[Found | Rejection]:
     """Every sample of a tar that is called ``name`` in ``split``; what can't be a record is a rejection."""
-    content = read_tar(path, name)
     yield from content.problems
     with open(path, "rb") as stream:
         for members in content.samples:
@@ -56,5 +57,5 @@ def copied_records(
 ) -> Iterator[Record | Rejection]:
     """The records of all shards, to be written anew."""
     for name, path in shards.items():
-        for found in read_shard(path, name, split, choice, max_image_bytes):
+        for found in read_shard(path, name, read_tar(path, name), split, choice, max_image_bytes):
             yield found if isinstance(found, Rejection) else replace(found.record, per_caption={})

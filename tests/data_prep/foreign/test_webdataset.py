@@ -4,7 +4,12 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -414,9 +419,61 @@ def test_the_manifest_says_whose_shards_they_are(tmp_path):
         read_manifest(path.parent)
 
 
+def test_names_that_are_no_utf8(tmp_path, capsys):
+    """Finding C15's kind: such a name is no traceback; in place it can't be read, a copy has it."""
+    members = [("caf\udce9.jpg", picture(1)), ("caf\udce9.txt", b"coffee"), ("\udce9.jpg", picture(2)), *triples([3])]
+    write_tar(tmp_path / "in" / "0.tar", members, tarfile.GNU_FORMAT)
+    assert take_in(tmp_path / "in", tmp_path / "linked") == 2
+    assert "--copy" in capsys.readouterr().err
+    assert take_in(tmp_path / "in", tmp_path / "copied", "--copy") == 0
+    assert [caption for _, _, caption in rows(tmp_path / "copied" / "train")] == ["coffee", "caption 3"]
+
+
 def test_pixels_in_place_are_those_of_the_tar(tmp_path):
     write_tar(tmp_path / "in" / "0.tar", triples(range(4)))
     assert take_in(tmp_path / "in", tmp_path / "out") == 0
     decoded = [np.asarray(Image.open(io.BytesIO(image))) for _, image, _ in rows(tmp_path / "out" / "train")]
     read = webdataset.WebDataset(str(tmp_path / "in" / "0.tar"), shardshuffle=False).decode("rgb8")
     assert all(np.array_equal(ours, theirs["jpg"]) for ours, theirs in zip(decoded, read, strict=True))
+
+
+@pytest.mark.slow(12)
+def test_what_img2dataset_itself_writes(tmp_path):
+    """Finding E1 with the program: resized images, its JSON, tables, statistics, and a download that failed."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.jpg").write_bytes(picture(number, size=(300, 280)))
+    lines = ["url\tcaption", *(f"http://127.0.0.1:PORT/{number}.jpg\tpicture {number}" for number in range(6))]
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "urls.tsv").write_text("\n".join(lines).replace("PORT", str(server.server_port)))
+        options = {"url_list": str(tmp_path / "urls.tsv"), "input_format": "tsv", "caption_col": "caption"}
+        options |= {"output_folder": str(tmp_path / "in"), "output_format": "webdataset", "number_sample_per_shard": 3}
+        options |= {"processes_count": 1, "thread_count": 2, "image_size": 64}
+        program = f"import img2dataset; img2dataset.download(**{options!r})"
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+        server.shutdown()
+    assert ended.returncode == 0, ended.stderr
+    found = in_both_ways(tmp_path / "in", tmp_path)
+    assert sorted(caption for _, _, caption in found) == [f"picture {number}" for number in range(5)]
+    assert {Image.open(io.BytesIO(image)).size for _, image, _ in found} == {(64, 64)}
+    corpus = Corpus(tmp_path / "linked" / "train")
+    assert corpus.read(0).meta["original_width"] == 300
+    downloads = corpus.manifest.provenance["arguments"]["downloads"]
+    assert (downloads["urls"], downloads["downloaded"]) == (6, 5)
+    assert any("404" in message for message in downloads["failures"])
+
+
+def test_keys_differ_between_splits(tmp_path):
+    """Finding E7: shards of several splits are called alike, and number their samples from 0."""
+    keys = []
+    for split in ("train", "dev"):
+        write_tar(tmp_path / split / "00000.tar", triples(range(3)))
+        for name, options in (("linked", ()), ("copied", ("--copy",))):
+            assert take_in(tmp_path / split, tmp_path / name, "--split", split, *options) == 0
+        keys += [key for key, _, _ in rows(tmp_path / "linked" / split)]
+        with tarfile.open(tmp_path / "copied" / split / "00000.tar") as tar:
+            assert {member.name.partition(".")[0] for member in tar} == set(keys[-3:])
+    assert len(set(keys)) == 6

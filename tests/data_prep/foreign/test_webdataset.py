@@ -437,7 +437,7 @@ def test_pixels_in_place_are_those_of_the_tar(tmp_path):
     assert all(np.array_equal(ours, theirs["jpg"]) for ours, theirs in zip(decoded, read, strict=True))
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(20)
 def test_what_img2dataset_itself_writes(tmp_path):
     """Finding E1 with the program: resized images, its JSON, tables, statistics, and a download that failed."""
     folder = tmp_path / "www"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from data_prep.caption_language import other_language
 from data_prep.images import ImageProblem, image_problems, open_image, upright_rgb
 from data_prep.record import Record, Rejection
+from data_prep.shard_members import safe_key, tidy
 from data_prep.video.decoding import ClipLimits, check_clip
 
 REASONS = {
@@ -33,6 +33,15 @@ REASONS = {
     "undecodable_video": "no frame of the clip can be decoded, or its codec is none of those that are read",
     "truncated_video": "decoding ends before half of the length that the clip announces",
     "too_many_frames": "more frames than --max-frames, or more pixels in all of them than four minutes of 1080p have",
+    "no_image_in_sample": "a sample of another program's shard has no image, or not the one that --image-members names",
+    "ambiguous_sample": "a sample of another program's shard has several images or texts; keys end at their first dot",
+    "not_a_plain_member": "a sample with a link or device among its members",
+    "no_key": "a file in another program's shard whose name has no key: no dot, or one at its beginning",
+    "text_too_large": "a text or JSON member of another program's shard with more than 16 MiB",
+    "needs_conversion": "an image that would have to be converted (GIF, BMP, TIFF): give --copy",
+    "unreadable_shard": "a tar that can't be read up to its end, or with sparse members; counted once, not by row",
+    "truncated_shard": "a sample that lies in part behind the end of its tar",
+    "data_after_end": "bytes behind a tar's end mark, which nothing reads; counted once, not by row",
     "image_too_small": "a side is shorter than --min-side pixels",
     "aspect_ratio": "the longer side is more than --max-aspect times the shorter, or more than 100 times",
     "empty_caption": "the caption is missing or holds only white space",
@@ -81,12 +90,12 @@ REASONS = {
 
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _JPEG_QUALITY = 92
-_MAX_KEY_LENGTH = 80
 
 
 @dataclass(frozen=True)
 class Limits:
     """Bounds on what is kept. ``image_size``: shrink the shorter side to so many pixels; None keeps the bytes.
+    ``image_format``: "jpg" or "png", what all images become; None keeps JPEG, PNG and WebP.
 
     Of captions: how many words, parted by white space, and in which languages (ISO 639-1 codes; none: any).
     """
@@ -96,6 +105,7 @@ class Limits:
     min_side: int = 16
     max_aspect: float | None = None
     image_size: int | None = None
+    image_format: str | None = None
     min_words: int = 1
     max_words: int | None = None
     languages: tuple[str, ...] = ()
@@ -138,7 +148,7 @@ def _check_captions(
         if reason is None and isinstance(limits, Limits):
             reason = unwanted_caption(caption, limits)
         if reason is None:
-            kept[number] = " ".join(caption.split())
+            kept[number] = tidy(caption)
         else:
             rejections.append(Rejection(reason, name, ascii(caption[:80])))
     return kept, rejections
@@ -171,6 +181,7 @@ def check_image(content: bytes, limits: Limits) -> tuple[bytes, str]:
     """Decode an image completely; returns the bytes to store and their extension.
 
     JPEG, PNG and WebP bytes are kept, whatever their colour mode; other formats become a JPEG of their first frame.
+    With ``limits.image_format`` all become that one.
     Raises ImageProblem, by the header before any pixel is decoded.
     """
     if len(content) > limits.max_image_bytes:
@@ -183,27 +194,22 @@ def check_image(content: bytes, limits: Limits) -> tuple[bytes, str]:
             raise ImageProblem("aspect_ratio", f"{width}x{height}")
         extension, decoded = _KEPT_FORMATS.get(image.format or ""), upright_rgb(image)
         shrink = limits.image_size is not None and min(image.size) > limits.image_size
-        if extension is not None and not shrink:
+        if not shrink and extension is not None and limits.image_format in (None, extension):
             return content, extension
-        return _as_jpeg(decoded, limits.image_size if shrink else None), "jpg"
+        extension = limits.image_format or "jpg"
+        return _encoded(decoded, limits.image_size if shrink else None, extension), extension
 
 
-def _as_jpeg(image: Image.Image, shorter_side: int | None) -> bytes:
+def _encoded(image: Image.Image, shorter_side: int | None, extension: str) -> bytes:
     if shorter_side is not None:
         scale = shorter_side / min(image.size)
         image = image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=_JPEG_QUALITY)
+    if extension == "png":
+        image.save(stream, "PNG")
+    else:
+        image.save(stream, "JPEG", quality=_JPEG_QUALITY)
     return stream.getvalue()
-
-
-def safe_key(key: str) -> str:
-    """A tar member's stem: letters, digits, ``_`` and ``-`` only (webdataset ends a key at the first dot)."""
-    safe = re.sub(r"[^A-Za-z0-9_-]", "_", key)
-    if len(safe) > _MAX_KEY_LENGTH or not safe:
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        safe = f"{safe[: _MAX_KEY_LENGTH - 17]}_{digest}"
-    return safe
 
 
 class DuplicateFilter:

@@ -36,6 +36,7 @@ class Manifest:
     """One split. ``fields`` are in index order; ``rejected`` counts records that were not written, by reason.
 
     ``texts`` says what the texts are: "captions" of their images, or "questions" and the like, which are no captions.
+    ``caption_key`` is None for our own shards; for those that another program wrote see ``shard_members.in_own_form``.
     ``shards`` may be given as any sequence of ``Shard``; raises ValueError for what a ``ShardTable`` refuses.
     """
 
@@ -47,6 +48,7 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     texts: str = CAPTIONS
+    caption_key: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", ShardTable.of(self.shards))
@@ -74,7 +76,8 @@ class Manifest:
         corpus, fields, split = (json.dumps(value) for value in (self.corpus, self.fields, self.split))
         digest = hashlib.sha256(f'{{"corpus": {corpus}, "fields": {fields}, "shards": '.encode())
         self.shards.hash_into(digest)
-        digest.update(f', "split": {split}}}'.encode())
+        keyed = "" if self.caption_key is None else f', "caption_key": {json.dumps(self.caption_key)}'
+        digest.update(f', "split": {split}{keyed}}}'.encode())
         return digest.hexdigest()
 
 
@@ -116,26 +119,14 @@ def open_index(split_dir: Path, manifest: Manifest, shard: Shard) -> np.ndarray:
     return index
 
 
-def row_text(text: str | None, meta: dict[str, Any] | None, caption_number: int) -> str:
-    """The caption of a row by the rule of ``index_columns``; raises ValueError where the members do not hold it."""
-    captions = (meta or {}).get("captions")
-    if captions is None:
-        if text is None:
-            raise ValueError("sample has neither captions nor a text member")
-        return text
-    if not isinstance(captions, list) or not 0 <= caption_number < len(captions):
-        raise ValueError(f"captions of the JSON member do not hold number {caption_number}")
-    if not isinstance(captions[caption_number], str):
-        raise ValueError(f"caption number {caption_number} is not a string")
-    return captions[caption_number]
-
-
 def write_manifest(split_dir: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all; call it last."""
     content = {**vars(manifest), "shards": [vars(shard) for shard in manifest.shards]}
     content |= {"rows": manifest.rows, "samples": manifest.samples}
     if manifest.texts == CAPTIONS:  # as manifests have always been
         del content["texts"]
+    if manifest.caption_key is None:
+        del content["caption_key"]
     write_atomically(Path(split_dir) / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -221,6 +212,7 @@ def _parse(path: Path, content: Any) -> Manifest:
             rejected=dict(content["rejected"]),
             provenance=dict(content["provenance"]),
             texts=content.get("texts", CAPTIONS),
+            caption_key=content.get("caption_key"),
         )
         totals = (content["rows"], content["samples"])
     except (KeyError, TypeError) as error:
@@ -232,8 +224,9 @@ def _parse(path: Path, content: Any) -> Manifest:
 
 
 def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> None:
-    if not all(isinstance(value, str) for value in (manifest.corpus, manifest.split, manifest.texts)):
-        raise ManifestError(f"{path}: corpus, split and texts must be strings; prepare the split again")
+    texts = (manifest.corpus, manifest.split, manifest.texts, manifest.caption_key or "")
+    if not all(isinstance(value, str) for value in texts):
+        raise ManifestError(f"{path}: corpus, split, texts and caption_key must be strings; prepare the split again")
     known = CLIP_FIELDS if manifest.is_video else fields_of(manifest.num_images)
     if not set(manifest.fields) <= set(known) or len(set(manifest.fields)) != len(manifest.fields):
         raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(known)}")
@@ -330,8 +323,8 @@ def find_manifests(
         if not is_split(candidate) and _has_tars(candidate):
             raise ManifestError(
                 f"{candidate}: tar files without a {MANIFEST_NAME}: shards of another program (img2dataset, "
-                "webdataset), which can't be read yet, or a split whose preparation was cut off; prepare the corpus "
-                "from its table by `python -m data_prep urls`, or name another folder by --data DIR"
+                f"webdataset), which `python -m data_prep webdataset --input {candidate} --output data/NAME --split "
+                f"{split}` takes in, or a split whose preparation was cut off"
             )
     found = [(candidate, load_manifest(candidate)) for candidate in candidates if is_split(candidate)]
     matching = [(folder, manifest) for folder, manifest in found if _fits(manifest, num_images, videos)]

@@ -10,11 +10,13 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.corpus_card import MEMBERS, write_card
 from data_prep.manifest import (
     CAPTIONS,
     Manifest,
@@ -49,29 +51,31 @@ class SplitWriter:
         provenance: dict[str, Any] | None = None,
         texts: str = CAPTIONS,
         videos: bool = False,
+        caption_key: str | None = None,
     ) -> None:
-        """``num_images`` of a sample, or with ``videos`` a clip in each."""
+        """``num_images`` of a sample, or with ``videos`` a clip in each; ``caption_key`` is the manifest's."""
         self._split_dir = Path(split_dir)
         self._corpus, self._split = corpus, split
         self._num_images, self._videos = num_images, videos
         self._fields = CLIP_FIELDS if videos else fields_of(num_images)
         self._samples_per_shard = samples_per_shard
-        self._provenance, self._texts = provenance or {}, texts
+        self._provenance, self._texts, self._caption_key = provenance or {}, texts, caption_key
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
+        self._suffixes: set[str] = set()  # of the members written, such as jpg
         self.rejected: Counter[str] = Counter()
         self.examples: dict[str, Rejection] = {}  # reason -> the first that was rejected for it
         self.rows = 0
         self.manifest: Manifest | None = None
         refuse_existing(self._split_dir, overwrite)
-        self._folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
+        self.folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
 
     def __enter__(self) -> SplitWriter:
-        self._folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True)
         try:
-            self._rejected_stream = open(self._folder / REJECTED_NAME, "w", encoding="utf-8")
+            self._rejected_stream = open(self.folder / REJECTED_NAME, "w", encoding="utf-8")
         except OSError:
-            self._folder.rmdir()
+            self.folder.rmdir()
             raise
         return self
 
@@ -85,11 +89,18 @@ class SplitWriter:
             found += f", expected {expected} as in the rest of the split"
             raise PrepError(f"{self._split_dir}: record {record.key} has {found}; prepare it as a corpus of its own")
         if self._shard is None:
-            self._shard = _ShardWriter(self._folder, len(self._shards), self._fields)
-        self._shard.add(record)
+            self._shard = _ShardWriter(self.folder, len(self._shards), self._fields)
+        self._suffixes |= self._shard.add(record)
         self.rows += len(record.captions)
         if self._shard.samples == self._samples_per_shard:
             self._close_shard()
+
+    def add_shard(self, shard: Shard, suffixes: Iterable[str]) -> None:
+        """Take a shard whose files lie in ``folder`` already; ``suffixes``: what follows the keys of its members."""
+        self._close_shard()
+        self._suffixes.update(suffixes)
+        self._shards.append(shard)
+        self.rows += shard.rows
 
     def reject(self, rejection: Rejection) -> None:
         """Count and name a record that is not written."""
@@ -115,7 +126,7 @@ class SplitWriter:
                     self._rejected_stream.close()
                 if self._shard is not None:
                     self._shard.abandon()
-                shutil.rmtree(self._folder, ignore_errors=True)
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finish(self) -> None:
         self._close_shard()
@@ -133,11 +144,13 @@ class SplitWriter:
             fields=self._fields,
             shards=tuple(self._shards),
             rejected=dict(sorted(self.rejected.items())),
-            provenance=self._provenance,
+            provenance=self._provenance | ({MEMBERS: sorted(self._suffixes)} if self._suffixes else {}),
             texts=self._texts,
+            caption_key=self._caption_key,
         )
-        write_manifest(self._folder, self.manifest)
-        _put_in_place(self._folder, self._split_dir)
+        write_manifest(self.folder, self.manifest)
+        _put_in_place(self.folder, self._split_dir)
+        write_card(self._split_dir.parent)
 
 
 def refuse_existing(split_dir: Path, overwrite: bool) -> None:
@@ -179,7 +192,8 @@ class _ShardWriter:
         self._rows: list[list[int]] = []
         self.samples = 0
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record) -> set[str]:
+        """Write a sample; returns what follows the key in the names of its members."""
         captions = list(record.captions)
         content = {**record.meta, **record.per_caption, "captions": captions}
         meta = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
@@ -197,6 +211,7 @@ class _ShardWriter:
         for caption_number in range(len(captions)):
             self._rows.append([*row[:-1], caption_number])
         self.samples += 1
+        return {extension for extension, _ in members.values()}
 
     def _add_member(self, name: str, content: bytes) -> int:
         info = tarfile.TarInfo(name)  # mtime, uid, gid 0 and mode 644: equal content gives equal bytes

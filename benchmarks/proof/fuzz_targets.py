@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from benchmarks.proof.fuzz_clips import clips
+from benchmarks.proof.fuzz_foreign import foreign_shards
 from benchmarks.proof.fuzz_target import Files, Target
 from data_prep.annotations import karpathy, nlvr2, snli_ve, vqav2
 from data_prep.annotations.annotated import records as local_records
@@ -368,6 +369,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "recipes": recipes,
     "tables": tables,
     "annotations": annotations,
+    "foreign_shards": foreign_shards,
 }
 
 

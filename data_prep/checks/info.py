@@ -21,8 +21,8 @@ from data_prep.manifest import (
     is_split,
     open_index,
     read_manifest,
-    row_text,
 )
+from data_prep.shard_members import in_own_form, row_text
 
 _IMAGE_SAMPLE = 200
 _MAX_MEMBER_BYTES = 256 * 2**20  # as in training
@@ -58,11 +58,9 @@ def row_texts(split_dir: Path, manifest: Manifest) -> Iterator[str]:
             for number, row in enumerate(index.tolist()):
                 try:
                     text, meta = (_read(stream, row, columns, name) for name in ("text", "meta"))
-                    caption = row_text(
-                        None if text is None else text.decode(),
-                        None if meta is None else json.loads(meta),
-                        row[columns.caption],
-                    )
+                    text = None if text is None else text.decode()
+                    found = None if meta is None else json.loads(meta)
+                    caption = row_text(text, in_own_form(found, text, manifest.caption_key), row[columns.caption])
                 except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
                     raise ManifestError(
                         f"{split_dir / shard.file}: row {number} of its index has no caption ({error}); "

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.filters import Limits, check_image, safe_key
+from data_prep.filters import Limits, check_image
 from data_prep.images import ImageProblem
 from data_prep.manifest import (
     Manifest,
@@ -23,10 +23,10 @@ from data_prep.manifest import (
     index_columns,
     open_index,
     read_manifest,
-    row_text,
 )
 from data_prep.parallel import ordered_map
 from data_prep.prepare import progress
+from data_prep.shard_members import in_own_form, key_and_suffix, row_text, safe_key
 from data_prep.video.decoding import ClipLimits, check_clip
 
 _DECODED = ("image", "video")  # beginnings of the fields that are
@@ -75,15 +75,16 @@ def verify_shard(split_dir: Path, manifest: Manifest, limits: Limits, shard: Sha
     for name, expected in ((shard.file, shard.sha256), (shard.index_file, shard.index_sha256)):
         if file_sha256(split_dir / name) != expected:
             found.problems.append(f"{split_dir / name}: its SHA-256 is not the one of the manifest: changed or damaged")
+    is_foreign = manifest.caption_key is not None
     try:
         index = np.array(open_index(split_dir, manifest, shard))
-        members = _members(path, found.problems)
+        members = _foreign_members(path) if is_foreign else _members(path, found.problems)
     except (ManifestError, tarfile.TarError, EOFError, OSError) as error:
         found.problems.append(f"{path}: {error}")
         return found
     found.rows = len(index)
-    found.keys = list(dict.fromkeys(key for key, _, _ in members.values()))
-    found.samples = len(found.keys)
+    found.keys = [] if is_foreign else list(dict.fromkeys(key for key, _, _ in members.values()))
+    found.samples = len(np.unique(index[:, 0])) if is_foreign else len(found.keys)
     if found.samples != shard.samples:
         found.problems.append(f"{path}: {found.samples} samples, its manifest says {shard.samples}")
     with open(path, "rb") as stream:
@@ -107,6 +108,13 @@ def _members(path: Path, problems: list[str]) -> dict[int, tuple[str, str, int]]
                 members[member.offset_data] = (key, extension, member.size)
     problems += [f"{path}: member {name!r} occurs {count} times" for name, count in names.items() if count > 1]
     return members
+
+
+def _foreign_members(path: Path) -> dict[int, tuple[str, str, int]]:
+    """As ``_members``, of another program's tar: what no row names is no problem there, whatever it is."""
+    with tarfile.open(path, "r:") as tar:
+        named = ((member, key_and_suffix(member.name)) for member in tar if member.isreg())
+        return {member.offset_data: (*found, member.size) for member, found in named if found is not None}
 
 
 def _check_rows(
@@ -143,13 +151,15 @@ def _check_rows(
                 decoded.add(offset)
         if len(keys) > 1:
             found.problems.append(f"{where}: mixes the samples {sorted(keys)}")
-        _check_contents(where, contents, row[columns.caption], limits, found)
+        _check_contents(where, contents, row[columns.caption], manifest.caption_key, limits, found)
     for offset, (key, extension, _) in members.items():
-        if offset not in used:
+        if offset not in used and manifest.caption_key is None:
             found.problems.append(f"{path}: member {key}.{extension} is in no row of the index")
 
 
-def _check_contents(where: str, contents: dict[str, bytes], caption: int, limits: Limits, found: Findings) -> None:
+def _check_contents(
+    where: str, contents: dict[str, bytes], caption: int, caption_key: str | None, limits: Limits, found: Findings
+) -> None:
     for name, content in contents.items():
         if not name.startswith(_DECODED):
             continue
@@ -166,7 +176,7 @@ def _check_contents(where: str, contents: dict[str, bytes], caption: int, limits
         text = contents["text"].decode() if "text" in contents else None
         if meta is not None and not isinstance(meta, dict):
             raise ValueError(f"JSON member holds {type(meta).__name__}, expected an object")
-        if not row_text(text, meta, caption).strip():
+        if not row_text(text, in_own_form(meta, text, caption_key), caption).strip():
             raise ValueError("empty caption")
     except (ValueError, RecursionError) as error:
         found.problems.append(f"{where}: {error}")

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.filters import safe_key
 from data_prep.image_places import Places
 from data_prep.record import MissingInput, PrepError, Record, Rejection
+from data_prep.shard_members import safe_key
 from data_prep.sources.tables import read_table
 
 MAX_FILE_BYTES = 1 << 30

@@ -37,7 +37,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-problems", type=positive_number, default=20, help="lines shown for each split")
     parser.add_argument("--workers", type=positive_number, default=default_workers())
     parser.add_argument("--max-pixels", type=positive_number, default=Limits.max_pixels)
-    parser.set_defaults(max_image_bytes=sys.maxsize, min_side=1, max_aspect=None, image_size=None)
+    parser.set_defaults(max_image_bytes=sys.maxsize, min_side=1, max_aspect=None, image_size=None, image_format=None)
     parser.set_defaults(min_words=1, max_words=None, languages=())
 
 

@@ -36,6 +36,7 @@ def add_filters(parser: argparse.ArgumentParser, duplicates: bool = True) -> Non
     group.add_argument(
         "--image-size", type=positive_number, help="shrink the shorter side to this; default: keep the bytes"
     )
+    group.add_argument("--image-format", choices=("jpg", "png"), help="of all images; default: as they came")
     group.add_argument("--max-pixels", type=positive_number, default=Limits.max_pixels, help="refused before decoding")
     group.add_argument("--max-image-bytes", type=positive_number, default=Limits.max_image_bytes)
     group.add_argument("--min-side", type=positive_number, default=Limits.min_side, help="pixels")
@@ -87,6 +88,7 @@ def split_writer(
     num_images: int = 1,
     texts: str = CAPTIONS,
     videos: bool = False,
+    caption_key: str | None = None,
 ) -> SplitWriter:
     """The writer of one split, that names the verb and its ``arguments`` as where the split comes from."""
     return SplitWriter(
@@ -99,6 +101,7 @@ def split_writer(
         provenance=provenance(f"data_prep {args.verb}", arguments, packages),
         texts=texts,
         videos=videos,
+        caption_key=caption_key,
     )
 
 

@@ -15,11 +15,13 @@ from data_prep.verbs.similar import SIMILAR_VERBS
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
+from data_prep.verbs.webdataset import add_webdataset, run_webdataset
 
 _VERBS: dict[str, Verb] = {
     "synth": ("make the synthetic corpora (no network, no files needed)", add_synth, run_synth),
     "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
     "parquet": ("prepare parquet files that hold the images themselves", add_parquet, run_parquet),
+    "webdataset": ("take in shards that another program wrote", add_webdataset, run_webdataset),
     "flickr8k": ("prepare Flickr8k from its images, captions and split lists", add_flickr8k, run_flickr8k),
     **CORPUS_VERBS,
     **CAPTION_VERBS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,14 @@ from data_prep.manifest import (
     index_columns,
     open_index,
     read_manifest,
+)
+from data_prep.shard_members import (
+    HEADER_BYTES,
+    field_of,
+    foreign_key,
+    header_name,
+    in_own_form,
+    key_and_suffix,
     row_text,
 )
 from pipeline.data.open_shards import OF_THIS_PROCESS, OpenShard, OpenShards, ShardError
@@ -26,9 +33,6 @@ from pipeline.data.shard_files import ShardFiles
 from pipeline.data.transforms import UnusableSample
 
 MAX_MEMBER_BYTES = 256 * 2**20
-_HEADER_BYTES = tarfile.BLOCKSIZE
-_FIELD_OF = {"txt": "text", "json": "meta"}  # by extension; all others but these are images
-_FIELD_OF |= dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov"), "video")
 
 
 class RawSample(NamedTuple):
@@ -108,8 +112,8 @@ class Corpus:
         """Rows int64 [samples], one for each image (or pair): that of its first text. Raises ManifestError."""
         found, start = [], 0
         for shard in self.manifest.shards:
-            numbers = open_index(self.split_dir, self.manifest, shard)[:, self._columns.caption]
-            found.append(start + np.flatnonzero(numbers == 0))
+            offsets = open_index(self.split_dir, self.manifest, shard)[:, 0]  # rows of a sample follow each other
+            found.append(start + np.flatnonzero(np.diff(offsets, prepend=-1)))
             start += shard.rows
         return np.concatenate(found)
 
@@ -183,28 +187,31 @@ class Corpus:
     ) -> RawSample:
         row = shard.row(row_number)
         shard_bytes = int(self.manifest.shards.bytes[number])
-        key, images = name, []
+        key, images, caption_key = name, [], self.manifest.caption_key
+        file = None if caption_key is None else self.manifest.shards[number].file
         for field in image_fields:
-            data, key = self._member(shard, row, field, name, key, shard_bytes)
+            data, key = self._member(shard, row, field, name, key, shard_bytes, file)
             if data is None:
                 raise UnusableSample(key, "missing video" if field == "video" else "missing image")
             images.append(data)
-        data, key = self._member(shard, row, "meta", name, key, shard_bytes)
+        data, key = self._member(shard, row, "meta", name, key, shard_bytes, file)
         meta = _as_object(data, key)
         text = None
-        if "captions" not in meta:
-            data, key = self._member(shard, row, "text", name, key, shard_bytes)
+        if "captions" not in meta or file is not None:
+            data, key = self._member(shard, row, "text", name, key, shard_bytes, file)
             text = None if data is None else _as_text(data, key)
+        meta = in_own_form(meta, text, caption_key)
         number = int(row[self._columns.caption])
         found = RawSample(key, images, _caption(text, meta, number, key), meta, number)
         return found._replace(images=[], video=images[0]) if images and self.is_video else found
 
     def _member(
-        self, shard: OpenShard, row: np.ndarray, field: str, name: str, key: str, shard_bytes: int
+        self, shard: OpenShard, row: np.ndarray, field: str, name: str, key: str, shard_bytes: int, file: str | None
     ) -> tuple[bytes | None, str]:
         """(content, key) of a field after checking its tar header; content is None where the row lacks the field.
 
         ``key`` is ``name`` until the first header is read; from then on all members must share that header's key.
+        ``file`` is the shard's if another program wrote it: its names may hold folders.
         """
         column = self._columns.offset.get(field)
         offset = -1 if column is None else int(row[column])
@@ -213,13 +220,17 @@ class Corpus:
         size = int(row[self._columns.size[field]])
         if size > MAX_MEMBER_BYTES:
             raise UnusableSample(key, "member too large")
-        if offset < _HEADER_BYTES or offset % _HEADER_BYTES or size < 0 or offset + size > shard_bytes:
+        if offset < HEADER_BYTES or offset % HEADER_BYTES or size < 0 or offset + size > shard_bytes:
             raise UnusableSample(key, "index does not fit shard")
-        data = shard.read(offset - _HEADER_BYTES, size + _HEADER_BYTES)
-        found, extension = _verified_name(data[:_HEADER_BYTES], size, key)
-        if key not in (name, found) or _FIELD_OF.get(extension, "image") != field.rstrip("0123456789"):
+        data = shard.read(offset - HEADER_BYTES, size + HEADER_BYTES)
+        try:
+            member = header_name(data[:HEADER_BYTES], size)
+        except ValueError as error:
+            raise UnusableSample(key, str(error)) from None
+        found = _own_key(member, key) if file is None else _foreign_key(member, key, self.manifest.split, file)
+        if key not in (name, found) or field_of(member) != field.rstrip("0123456789"):
             raise UnusableSample(key, "wrong member")
-        return data[_HEADER_BYTES:], found
+        return data[HEADER_BYTES:], found
 
 
 def open_corpora(paths: Sequence[str | Path], split: str, num_images: int = 1, videos: bool = False) -> list[Corpus]:
@@ -258,26 +269,18 @@ def _caption(text: str | None, meta: dict[str, Any], number: int, key: str) -> s
     return caption
 
 
-def _verified_name(header: bytes, size: int, name: str) -> tuple[str, str]:
-    """Key and extension from the tar header before a member, which must be a plain file of the indexed size.
-
-    POSIX ustar: name 0-99, size 124-135, checksum 148-155, type 156, magic 257-261, directory prefix 345-499.
-    """
-    try:
-        member = header[:100].rstrip(b"\0").decode("utf-8")
-        found_size, checksum = (int(header[a:b].strip(b" \0") or b"0", 8) for a, b in ((124, 136), (148, 156)))
-    except ValueError:  # UnicodeDecodeError is one
-        raise UnusableSample(name, "index does not fit shard") from None
-    if header[257:262] != b"ustar" or sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
-        raise UnusableSample(name, "index does not fit shard")
-    if header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise UnusableSample(name, "not a regular file")
-    if found_size != size:
-        raise UnusableSample(name, "index does not fit shard")
+def _own_key(member: str, name: str) -> str:
     key = member.split(".")[0]
-    if not key or "/" in member or "\\" in member or header[345:346] != b"\0" or not key.isprintable():
+    if not key or "/" in member or "\\" in member or not key.isprintable():
         raise UnusableSample(name, "bad key")
-    return key, member.rpartition(".")[2]
+    return key
+
+
+def _foreign_key(member: str, name: str, split: str, file: str) -> str:
+    found = key_and_suffix(member)
+    if found is None:
+        raise UnusableSample(name, "bad key")
+    return foreign_key(split, file, found[0])
 
 
 def _as_text(data: bytes, key: str) -> str:

@@ -26,7 +26,7 @@ def test_no_mutated_input_ends_in_a_traceback_a_hang_or_a_file_elsewhere(tmp_pat
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "counts.json").read_text())
     assert found["findings"] == 0 and sum(sum(counts.values()) for counts in found["counts"].values()) == INPUTS
-    assert len(found["counts"]) == 13
+    assert len(found["counts"]) == 14
 
 
 CAUGHT = """

@@ -20,9 +20,9 @@ from data_prep.manifest import (
     load_manifest,
     open_index,
     read_manifest,
-    row_text,
     write_manifest,
 )
+from data_prep.shard_members import row_text
 
 FIELDS = ("image", "text", "meta")
 

@@ -136,5 +136,5 @@ def test_shards_of_other_programs_are_called_so(tmp_path) -> None:
     (tmp_path / "train" / "00000.tar").touch()
     with pytest.raises(ManifestError, match=r"shards of another program \(img2dataset, webdataset\)") as refused:
         find_splits(tmp_path, "train")
-    assert "remove" not in str(refused.value) and "data_prep urls" in str(refused.value)
+    assert "remove" not in str(refused.value) and "data_prep webdataset" in str(refused.value)
     assert all_splits(tmp_path)

@@ -155,7 +155,7 @@ def test_every_row_is_written_or_counted_by_its_reason(server, silent_port, tmp_
     }
     assert manifest.rows + sum(manifest.rejected.values()) == len(rows)
     assert list(row_texts(output / "train", manifest)) == [f"picture {i}" for i in range(4)]
-    assert [p.name for p in output.iterdir()] == ["train"]  # the working folder is gone
+    assert sorted(p.name for p in output.iterdir()) == ["README.md", "train"]  # the working folder is gone
     assert verify_split(output / "train", Limits(), 1).problems == []
     assert "4 rows" in capsys.readouterr().out
 

@@ -87,7 +87,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "data_prep": {
         "border": ("manifest", "sample_fields", "shard_table", "program", "vqa_answers"),
         "images": ("images",),
-        "splits": ("filters", "held_signals", "parallel", "prepare", "record", "shard_writer"),
+        "splits": ("filters", "held_signals", "parallel", "passport", "prepare", "record", "shard_writer"),
         "tokenizer": ("tokenizer",),
         "programs": ("__main__",),
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_prep.passport import source_files
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError
 from data_prep.shard_writer import refuse_existing
@@ -25,7 +26,8 @@ def run_flickr8k(args: argparse.Namespace) -> int:
     )
     if images is None or not images.is_dir():
         raise PrepError(f"{images or args.input / 'images'}: no folder of images; give it by --images")
-    captions, problems = flickr8k.read_flickr8k_captions(args.captions or args.input / "Flickr8k.token.txt")
+    caption_file = args.captions or args.input / "Flickr8k.token.txt"
+    captions, problems = flickr8k.read_flickr8k_captions(caption_file)
     lists = {split: args.input / name for split, name in flickr8k.FLICKR8K_SPLITS.items()}
     found = {split: path for split, path in lists.items() if path.is_file()}
     if not found:
@@ -34,7 +36,8 @@ def run_flickr8k(args: argparse.Namespace) -> int:
         refuse_existing(args.output / split, args.overwrite)
     for split, path in found.items():
         names = flickr8k.read_names(path)
-        writer = split_writer(args, args.output, split, {"list": path.name, **limits_of(args).__dict__}, ("pillow",))
+        arguments = {"list": path.name, "files": source_files([caption_file, path]), **limits_of(args).__dict__}
+        writer = split_writer(args, args.output, split, arguments, ("pillow",))
         records = flickr8k.flickr8k_records(images, captions, names)
         # An unreadable line belongs to no split; it is counted in the split with most captions.
         extra = problems if split == next(iter(found)) else []

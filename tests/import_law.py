@@ -33,10 +33,11 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "downloading": ("border", "splits"),
         "drawn": ("border", "splits", "video"),
         "checks": ("border", "images", "splits", "video"),
+        "repairing": ("border", "splits", "checks"),
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            "tokenizer",
+            *("tokenizer", "repairing"),
         ),
         "programs": ("border", "splits", "video", "verbs.table"),
     },

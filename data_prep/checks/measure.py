@@ -80,7 +80,7 @@ def _extension(content: bytes) -> str:
 
 
 def read_rejected(split_dir: Path) -> Iterator[Rejection]:
-    """The lines of ``rejected.jsonl``, none where there is no such file; raises ValueError for what is no line of it."""
+    """The lines of ``rejected.jsonl``, none where it is missing; raises ValueError for what is no line of it."""
     path = split_dir / REJECTED_NAME
     if not path.is_file():
         return

@@ -57,7 +57,7 @@ class Walk:
 
 
 def walk_tar(path: Path, prefix: int | None = None) -> Walk:
-    """Read and hash the whole file; raises OSError. Nothing is extracted, and memory does not follow announced sizes."""
+    """Read and hash the whole file; raises OSError. Nothing is extracted, memory does not follow announced sizes."""
     walk, digest = Walk(), hashlib.sha256()
     with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(1) as hashing:
         size = os.fstat(stream.fileno()).st_size
@@ -191,7 +191,7 @@ class _Headers:
         if prefix := block[345:500].partition(b"\0")[0]:
             name = prefix + b"/" + name
         pending, self._pending = self._pending, {}
-        if kind == b"S" or any(record.startswith("GNU.sparse") for record in pending):
+        if kind == b"S" or (pending and any(name.startswith("GNU.sparse") for name in pending)):
             self._stop("sparse_member", f"member {ascii(name)[1:]} is sparse: its bytes do not stand as they are")
             return
         text = pending.get("path") or name.decode("utf-8", "surrogateescape")
@@ -223,10 +223,10 @@ def _number(field: bytes) -> int:
     """A number of a header, octal or binary; raises ValueError. POSIX ustar, and GNU tar's manual, "Large numbers"."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
-    text = field.split(b"\0", 1)[0].strip()
-    if text.startswith((b"-", b"+")) or b"_" in text:
+    digits = field.partition(b"\0")[0].strip()
+    if digits and not digits.isdigit():
         raise ValueError(f"{field!r} is no number")
-    return int(text, 8) if text else 0
+    return int(digits, 8) if digits else 0
 
 
 def _pax_records(content: bytes) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data_prep.verbs.annotation import ANNOTATION_VERBS
 from data_prep.verbs.checks import add_info, add_overlap, add_verify, run_info, run_overlap, run_verify
+from data_prep.verbs.doctor import add_doctor, run_doctor
 from data_prep.verbs.drawn import add_synth, run_synth
 from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
 from data_prep.verbs.options import Verb
@@ -20,5 +21,6 @@ VERBS: dict[str, Verb] = {
     "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
+    "doctor": ("find what is damaged or left behind, repair it with --repair", add_doctor, run_doctor),
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
 }

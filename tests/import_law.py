@@ -34,10 +34,11 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "drawn": ("border", "splits", "video"),
         "checks": ("border", "images", "splits", "video"),
         "repairing": ("border", "splits", "checks"),
+        "reporting": ("border", "images", "video", "splits", "checks"),
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            *("tokenizer", "repairing"),
+            *("tokenizer", "repairing", "reporting"),
         ),
         "programs": ("border", "splits", "video", "verbs.table"),
     },

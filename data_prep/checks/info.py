@@ -189,7 +189,8 @@ def _passport_lines(name: str, passport: dict[str, Any]) -> list[str]:
         by_stage = ", ".join(
             f"{rows[f'rejected_by_{stage}']}{' rejected' * (stage == STAGES[0])} by {stage}" for stage in STAGES
         )
-        lines = [f"rows of {name}: {rows['read']} read, {by_stage}, {rows['written']} written"]
+        is_whole = rows["read"] == rows["written"]
+        lines = [] if is_whole else [f"rows of {name}: {rows['read']} read, {by_stage}, {rows['written']} written"]
         hosts = [
             f"{host} {one['written']} of {one['written'] + sum(one['rejected'].values())}"
             for host, one in itertools.islice(passport["hosts"].items(), _HOSTS_SHOWN)

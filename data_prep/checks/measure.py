@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,14 +40,18 @@ def measure_shard(split_dir: Path, manifest: Manifest, shard: Shard) -> Statisti
     return statistics
 
 
-def read_records(split_dir: Path, manifest: Manifest, shard: Shard) -> Iterator[Record]:
-    """The samples of a shard as they were written; their keys are not read."""
+def read_records(
+    split_dir: Path, manifest: Manifest, shard: Shard, wanted: Collection[int] | None = None
+) -> Iterator[Record]:
+    """The samples of a shard as they were written, or those whose numbers are ``wanted``; their keys are not read."""
     columns = index_columns(manifest.fields)
     captions: dict[tuple[int, ...], list[int]] = {}
     for row in open_index(split_dir, manifest, shard).tolist():
         captions.setdefault(tuple(row[: columns.caption]), []).append(row[columns.caption])
     with open(split_dir / shard.file, "rb") as stream:
-        for places, numbers in captions.items():
+        for sample, (places, numbers) in enumerate(captions.items()):
+            if wanted is not None and sample not in wanted:
+                continue
             contents: dict[str, bytes] = {}
             for name in manifest.fields:
                 if places[columns.offset[name]] >= 0:

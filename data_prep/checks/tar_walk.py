@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from concurrent.futures import Future, ThreadPoolExecutor
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,22 +21,17 @@ _ZEROS = bytes(BLOCK)
 
 
 class Member(NamedTuple):
-    """A member of a tar: ``offset`` and ``size`` of its content in bytes; ``kind`` is "file" or something else."""
+    """A member of a tar: ``offset`` and ``size`` of its content in bytes; ``kind`` is "file" or something else.
+
+    ``key`` is its name up to the first dot of the file name, ``extension`` what follows, as webdataset divides it.
+    """
 
     offset: int
     size: int
     name: str
     kind: str
-
-    @property
-    def key(self) -> str:
-        """Its name up to the first dot of the file name, as webdataset does it."""
-        folder, slash, name = self.name.rpartition("/")
-        return folder + slash + name.partition(".")[0]
-
-    @property
-    def extension(self) -> str:
-        return self.name.rpartition("/")[2].partition(".")[2]
+    key: str
+    extension: str
 
 
 @dataclass
@@ -58,20 +53,21 @@ class Walk:
 
 def walk_tar(path: Path, prefix: int | None = None) -> Walk:
     """Read and hash the whole file; raises OSError. Nothing is extracted, memory does not follow announced sizes."""
-    walk, digest = Walk(), hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(1) as hashing:
-        size = os.fstat(stream.fileno()).st_size
-        headers, pending, position = _Headers(walk, stream.fileno(), size), None, 0
+    walk, digest, position = Walk(), hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as stream:
+        headers = _Headers(walk, stream.fileno(), os.fstat(stream.fileno()).st_size)
         while chunk := stream.read(_CHUNK):
-            ahead = hashing.submit(_hash, digest, chunk, walk, None if prefix is None else prefix - position)
-            headers.feed(position, chunk)  # while the other thread hashes
+            left = -1 if prefix is None else prefix - position
+            if 0 < left <= len(chunk):
+                digest.update(memoryview(chunk)[:left])
+                walk.prefix_sha256 = digest.hexdigest()
+                digest.update(memoryview(chunk)[left:])
+            else:
+                digest.update(chunk)
+            headers.feed(position, chunk)
             position += len(chunk)
-            if pending is not None:
-                pending.result()
-            pending = ahead
-        _wait(pending)
-        walk.bytes, walk.sha256 = position, digest.hexdigest()
-        headers.finish()
+    walk.bytes, walk.sha256 = position, digest.hexdigest()
+    headers.finish()
     return walk
 
 
@@ -98,20 +94,6 @@ def sample_starts(members: list[Member]) -> list[int]:
         extensions.add(member.extension)
         starts.append(start)
     return starts
-
-
-def _hash(digest: hashlib._Hash, chunk: bytes, walk: Walk, left: int | None) -> None:
-    if left is not None and 0 < left <= len(chunk):
-        digest.update(memoryview(chunk)[:left])
-        walk.prefix_sha256 = digest.hexdigest()
-        digest.update(memoryview(chunk)[left:])
-    else:
-        digest.update(chunk)
-
-
-def _wait(pending: Future | None) -> None:
-    if pending is not None:
-        pending.result()
 
 
 class _Headers:
@@ -155,7 +137,8 @@ class _Headers:
         beyond = walk.end is not None
         try:
             size = _number(block[124:136])
-            if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * 32:
+            total = _number(block[148:156]) + sum(block[148:156]) - 8 * 32
+            if zlib.adler32(block) & 0xFFFF != (total + 1) % 65521:  # a sum of bytes in C; RFC 1950, 8.2
                 raise ValueError("wrong checksum")
         except ValueError as error:
             name = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
@@ -196,7 +179,9 @@ class _Headers:
             return
         text = pending.get("path") or name.decode("utf-8", "surrogateescape")
         what = _PLAIN.get(kind) or _OTHER.get(kind, "unknown member")
-        self._walk.members.append(Member(offset, size, text, what))
+        folder, slash, rest = text.rpartition("/") if "/" in text else ("", "", text)
+        key, _, extension = rest.partition(".")
+        self._walk.members.append(Member(offset, size, text, what, folder + slash + key, extension))
 
     def _extension(self, kind: bytes, offset: int, size: int) -> None:
         note = "GNU headers" if kind in b"LK" else "PAX headers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.checks.tar_walk import Walk, sample_starts, walk_headers, walk_tar
-from data_prep.filters import Limits, check_image, safe_key
+from data_prep.checks.tar_walk import Member, Walk, sample_starts, walk_headers, walk_tar
+from data_prep.filters import Limits, check_image
 from data_prep.images import ImageProblem
 from data_prep.manifest import (
     IndexColumns,
@@ -36,6 +37,7 @@ from data_prep.video.decoding import ClipLimits, check_clip
 DROPPED = "dropped"  # in a manifest's provenance: shard -> where samples begin that ``doctor`` took out of its index
 _DECODED = ("image", "video")  # beginnings of the fields that are
 _DAMAGED = "damaged_sample"
+_SAFE_KEY = re.compile("[A-Za-z0-9_-]{1,80}")  # what filters.safe_key leaves as it is
 
 
 class Problem(NamedTuple):
@@ -206,32 +208,54 @@ def _check_members(
 ) -> set[int]:
     """Check the members by themselves: names, kinds, repeats, and that each is in a row. Returns bad rows."""
     bad: set[int] = set()
-    rows_of: dict[int, list[int]] = defaultdict(list)
-    for row, key in enumerate(key_of.tolist()):
-        rows_of[key].append(row)
-    for number, (member, start) in enumerate(zip(walk.members, sample_starts(walk.members))):
-        rows = tuple(rows_of.get(int(keys[number]), ())) if used[number] else ()
+    members = walk.members
+    unsafe = {key for key in {member.key for member in members} if not _SAFE_KEY.fullmatch(key)}
+    odd = [n for n, member in enumerate(members) if not used[n] or member.kind != "file" or member.key in unsafe]
+    starts = sample_starts(members) if odd else []
+    rows_of = _Groups(key_of)
+    for number in odd:
+        member, start = members[number], starts[number]
+        rows = tuple(rows_of[int(keys[number])].tolist()) if used[number] else ()
         if not rows and start in dropped:
             continue
         if member.kind != "file":
             kind, text = "not_a_file", f"is not a plain file ({member.kind})"
-        elif member.key != safe_key(member.key):
+        elif member.key in unsafe:
             kind, text = "unsafe_name", "has an unsafe name"
-        elif not used[number]:
-            kind, text = "unindexed_member", "is in no row of the index"
         else:
-            continue
+            kind, text = "unindexed_member", "is in no row of the index"
         text = f"{path}: member {ascii(member.name)} {text}"
         found.found.append(Problem(kind, text, path.name, rows, _DAMAGED, (start,)))
         bad.update(rows)
-    counts = Counter(member.name for member in walk.members)
-    for key, rows in rows_of.items():
-        later = tuple(row for row in rows if key >= 0 and first_member[row] != first_member[rows[0]])
-        if later:
-            name = walk.members[first_member[rows[0]]].name
-            text = f"{path}: member {ascii(name)} occurs {max(2, counts[name])} times"
-            found.found.append(Problem("duplicate_key", text, path.name, later, "duplicate_key"))
+    found.found += _repeated_in(path, members, key_of, first_member)
     return bad
+
+
+def _repeated_in(path: Path, members: list[Member], key_of: np.ndarray, first_member: np.ndarray) -> Iterator[Problem]:
+    """A problem for each key under which rows lead to several samples of a tar."""
+    samples = np.unique(np.stack([key_of, first_member]), axis=1)[0]
+    numbers, counts = np.unique(samples[samples >= 0], return_counts=True)
+    repeated = numbers[counts > 1].tolist()
+    names = Counter(member.name for member in members) if repeated else Counter()
+    rows_of = _Groups(key_of)
+    for key in repeated:
+        rows = rows_of[key]
+        later = rows[first_member[rows] != first_member[rows[0]]]
+        name = members[first_member[rows[0]]].name
+        text = f"{path}: member {ascii(name)} occurs {max(2, names[name])} times"
+        yield Problem("duplicate_key", text, path.name, tuple(later.tolist()), "duplicate_key")
+
+
+class _Groups:
+    """Where each value stands in an array, found by bisection."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._order = np.argsort(values, kind="stable")
+        self._sorted = values[self._order]
+
+    def __getitem__(self, value: int) -> np.ndarray:
+        left, right = np.searchsorted(self._sorted, [value, value + 1])
+        return self._order[left:right]
 
 
 def _digest(key: str) -> int:

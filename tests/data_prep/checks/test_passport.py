@@ -11,7 +11,7 @@ from PIL import Image
 from data_prep.checks.info import describe_split, format_table
 from data_prep.checks.measure import measure_split
 from data_prep.manifest import load_manifest, read_manifest, write_manifest
-from data_prep.passport import HISTOGRAMS, Statistics, host_of, source_files, stage_of
+from data_prep.passport import HISTOGRAMS, Statistics, host_of, picture_size, source_files, stage_of
 from data_prep.record import Record, Rejection
 from tests.data_prep.checks.splits import jpeg, write_split
 
@@ -151,3 +151,21 @@ def test_source_files_are_named_with_size_and_hash(tmp_path):
     files = source_files([tmp_path / "a" / "rows.tsv", tmp_path / "b" / "rows.tsv"])
     assert files["rows.tsv"]["bytes"] == 1 and files.keys() == {"rows.tsv", "b/rows.tsv"}
     assert files["rows.tsv"]["sha256"].startswith("ca978112ca1bbdca"), "SHA-256 of the letter a (FIPS 180-2)"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(500)}, {"icc_profile": b"x" * 70_000}]
+)
+def test_sizes_by_headers_are_those_of_pillow(options):
+    for size in ((1, 1), (300, 17), (17, 4000)):
+        stream = io.BytesIO()
+        Image.new("RGB", size).save(stream, "JPEG", **options)
+        assert picture_size(stream.getvalue()) == size
+        assert picture_size(image("PNG", size)) == picture_size(image("WEBP", size)) == size
+
+
+def test_sizes_of_damaged_headers():
+    whole = jpeg(0, (30, 20))
+    found = {picture_size(whole[:cut]) for cut in range(len(whole))}
+    assert found == {None, (30, 20)}
+    assert picture_size(b"\xff\xd8" + b"\xff\xe0\0\2" * 100_000) is None and picture_size(b"") is None

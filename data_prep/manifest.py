@@ -233,8 +233,8 @@ def parse_manifest(path: Path, content: Any) -> Manifest:
 
 
 def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> None:
-    if not all(isinstance(value, str) for value in (manifest.corpus, manifest.split, manifest.texts)):
-        raise ManifestError(f"{path}: corpus, split and texts must be strings; prepare the split again")
+    if not all(isinstance(value, str) for value in (manifest.corpus, manifest.split, manifest.texts, *manifest.fields)):
+        raise ManifestError(f"{path}: corpus, split, texts and fields must be strings; prepare the split again")
     known = CLIP_FIELDS if manifest.is_video else fields_of(manifest.num_images)
     if not set(manifest.fields) <= set(known) or len(set(manifest.fields)) != len(manifest.fields):
         raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(known)}")

@@ -129,7 +129,7 @@ def verify_shard(split_dir: Path, manifest: Manifest, limits: Limits | None, sha
     if index is None:
         return found
     found.rows = len(index)
-    dropped = set(manifest.provenance.get(DROPPED, {}).get(shard.file, ()))
+    dropped = set(dropped_samples(manifest).get(shard.file, ()))
     bad_rows = _check_places(path, index, walk, manifest, dropped, found)
     if found.samples != shard.samples:
         report("wrong_counts", f"{found.samples} samples, its manifest says {shard.samples}")
@@ -137,6 +137,17 @@ def verify_shard(split_dir: Path, manifest: Manifest, limits: Limits | None, sha
         with open(path, "rb") as stream:
             _check_rows(path.name, stream, index, bad_rows, manifest, limits, found)
     return found
+
+
+def dropped_samples(manifest: Manifest) -> dict[str, list[int]]:
+    """Shard -> where the samples begin that are left out of its index; anything else counts as nothing."""
+    given = manifest.provenance.get(DROPPED)
+    found = given.items() if isinstance(given, dict) else ()
+    return {
+        name: starts
+        for name, starts in found
+        if isinstance(starts, list) and all(type(start) is int for start in starts)
+    }
 
 
 def _checked_index(split_dir: Path, manifest: Manifest, shard: Shard, report: Any) -> np.ndarray | None:

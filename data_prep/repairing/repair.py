@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.checks.measure import measure_split
 from data_prep.checks.tar_walk import sample_starts, walk_headers
-from data_prep.checks.verify import DROPPED, Problem
+from data_prep.checks.verify import DROPPED, Problem, dropped_samples
 from data_prep.manifest import (
     INDEX_DAMAGE,
     Manifest,
@@ -60,7 +60,7 @@ def repair_split(diagnosis: Diagnosis, quarantine: Path, workers: int) -> list[s
     problems: dict[str, list[Problem]] = defaultdict(list)
     for problem in diagnosis.problems:
         problems[problem.shard].append(problem)
-    repair = _Repair(dropped={name: list(starts) for name, starts in manifest.provenance.get(DROPPED, {}).items()})
+    repair = _Repair(dropped={name: list(starts) for name, starts in dropped_samples(manifest).items()})
     for shard in manifest.shards:
         repaired = _repair_shard(folder, manifest, shard, problems[shard.file], quarantine, repair)
         if repaired is not None:
@@ -180,7 +180,8 @@ def _commit(folder: Path, manifest: Manifest, repair: _Repair, workers: int) -> 
         lost[rejection.reason] += rejection.rows
     record = {"quarantined": sorted(repair.quarantined), "rejected": dict(sorted(lost.items()))}
     given: dict[str, Any] = {name: value for name, value in manifest.provenance.items() if name != DROPPED}
-    given |= {REPAIRS: [*given.get(REPAIRS, []), record]}
+    before = given.get(REPAIRS)
+    given |= {REPAIRS: [*(before if isinstance(before, list) else []), record]}
     if repair.dropped:
         given[DROPPED] = dict(sorted(repair.dropped.items()))
     changed = replace(manifest, shards=tuple(repair.shards), rejected=rejected, provenance=given)

@@ -423,3 +423,24 @@ def test_a_repair_killed_at_any_moment_is_repaired_again(split_dir, tmp_path, mo
         assert_sound(copy, 6)
         step += 1
     assert step > 15, "each change was tried"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"provenance": {"dropped": value, "repairs": value, "passport": value}}
+        for value in (5, "x", [1], {"a": 1}, None)
+    ],
+)
+def test_provenance_of_any_kind_ends_in_no_traceback(split_dir, changes, capsys):
+    manifest_content(split_dir, **changes)
+    flip(split_dir / SHARD, 700)
+    assert doctor(split_dir, "--repair") == 0
+    assert main(["info", str(split_dir)]) == 0
+    assert main(["report", str(split_dir), "--workers", "1"]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_fields_of_a_manifest_that_are_no_texts_are_one_line(split_dir, capsys):
+    manifest_content(split_dir, fields=["image", 5, "meta"])
+    assert doctor(split_dir, "--repair") == 1 and "must be strings" in capsys.readouterr().out

@@ -86,6 +86,8 @@ REASONS = {
     "disallowed_by_server": "the server's X-Robots-Tag (or TDM-Reservation) forbids the use",
     "download_failed": "any other failure of the download; `rejected.jsonl` has its text",
     "lost_by_downloader": "img2dataset reported nothing about this row",
+    "damaged_shard": "`doctor` took the shard of these rows out of the split",
+    "damaged_sample": "`doctor` took the sample out of the index: its members or texts can't be read",
 }
 
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

@@ -194,10 +194,11 @@ def load_manifest(split_dir: Path) -> Manifest:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not readable as JSON ({error}); prepare the split again") from error
-    return _parse(path, content)
+    return parse_manifest(path, content)
 
 
-def _parse(path: Path, content: Any) -> Manifest:
+def parse_manifest(path: Path, content: Any) -> Manifest:
+    """The manifest that ``content``, the JSON of ``path``, describes; raises ManifestError."""
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: holds {type(content).__name__}, expected an object; prepare the split again")
     version = content.get("format_version")
@@ -224,9 +225,9 @@ def _parse(path: Path, content: Any) -> Manifest:
 
 
 def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> None:
-    texts = (manifest.corpus, manifest.split, manifest.texts, manifest.caption_key or "")
+    texts = (manifest.corpus, manifest.split, manifest.texts, manifest.caption_key or "", *manifest.fields)
     if not all(isinstance(value, str) for value in texts):
-        raise ManifestError(f"{path}: corpus, split, texts and caption_key must be strings; prepare the split again")
+        raise ManifestError(f"{path}: corpus, split, texts, caption_key and fields must be strings; prepare it again")
     known = CLIP_FIELDS if manifest.is_video else fields_of(manifest.num_images)
     if not set(manifest.fields) <= set(known) or len(set(manifest.fields)) != len(manifest.fields):
         raise ManifestError(f"{path}: fields {list(manifest.fields)}, expected distinct names of {list(known)}")
@@ -251,13 +252,13 @@ def first_bad_file(split_dir: Path, shards: ShardTable, numbers: range) -> tuple
 def _first_bad(split_dir: Path, shards: ShardTable, numbers: range) -> tuple[int, str] | None:
     for number, shard in zip(numbers, shards.among(numbers)):
         for name, size in ((shard.file, shard.bytes), (shard.index_file, None)):
-            wrong = _wrong_with(os.path.join(split_dir, name), size)
+            wrong = wrong_with_file(os.path.join(split_dir, name), size)
             if wrong is not None:
                 return number, f"{Path(split_dir) / name}: {wrong}"
     return None
 
 
-def _wrong_with(path: str, size: int | None) -> str | None:
+def wrong_with_file(path: str, size: int | None) -> str | None:
     """What keeps ``path`` from being a plain file of ``size`` bytes (None: any) in its folder; None if it is one."""
     try:
         found = os.lstat(path)

@@ -26,6 +26,7 @@ from data_prep.manifest import (
     sync_directory,
     write_manifest,
 )
+from data_prep.passport import PASSPORT, Statistics
 from data_prep.record import PrepError, Record, Rejection
 from data_prep.sample_fields import CLIP_FIELDS, fields_of
 
@@ -66,6 +67,7 @@ class SplitWriter:
         self.rejected: Counter[str] = Counter()
         self.examples: dict[str, Rejection] = {}  # reason -> the first that was rejected for it
         self.rows = 0
+        self.statistics = Statistics()
         self.manifest: Manifest | None = None
         refuse_existing(self._split_dir, overwrite)
         self.folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
@@ -92,6 +94,7 @@ class SplitWriter:
             self._shard = _ShardWriter(self.folder, len(self._shards), self._fields)
         self._suffixes |= self._shard.add(record)
         self.rows += len(record.captions)
+        self.statistics.add(record)
         if self._shard.samples == self._samples_per_shard:
             self._close_shard()
 
@@ -106,6 +109,7 @@ class SplitWriter:
         """Count and name a record that is not written."""
         self.rejected[rejection.reason] += rejection.rows
         self.examples.setdefault(rejection.reason, rejection)
+        self.statistics.reject(rejection)
         line = {"reason": rejection.reason, "name": rejection.name, "rows": rejection.rows, "detail": rejection.detail}
         self._rejected_stream.write(json.dumps(line) + "\n")
 
@@ -144,7 +148,9 @@ class SplitWriter:
             fields=self._fields,
             shards=tuple(self._shards),
             rejected=dict(sorted(self.rejected.items())),
-            provenance=self._provenance | ({MEMBERS: sorted(self._suffixes)} if self._suffixes else {}),
+            provenance=self._provenance
+            | ({MEMBERS: sorted(self._suffixes)} if self._suffixes else {})
+            | {PASSPORT: self.statistics.as_json()},
             texts=self._texts,
             caption_key=self._caption_key,
         )

@@ -22,9 +22,10 @@ from data_prep.manifest import (
     open_index,
     read_manifest,
 )
+from data_prep.passport import PASSPORT, STAGES
 from data_prep.shard_members import in_own_form, row_text
 
-_IMAGE_SAMPLE = 200
+_IMAGE_SAMPLE, _HOSTS_SHOWN = 200, 5
 _MAX_MEMBER_BYTES = 256 * 2**20  # as in training
 
 
@@ -174,4 +175,24 @@ def format_table(descriptions: list[dict[str, Any]]) -> str:
     for split in descriptions:
         for reason, count in split["rejected"].items():
             text.append(f"rejected in {split['corpus']}/{split['split']}: {count} {reason}")
+        if PASSPORT in split["provenance"]:
+            text += _passport_lines(f"{split['corpus']}/{split['split']}", split["provenance"][PASSPORT])
     return "\n".join(text)
+
+
+def _passport_lines(name: str, passport: dict[str, Any]) -> list[str]:
+    """Where the rows went, and the hosts that most of them came from; ``--json`` has the whole."""
+    try:
+        rows = passport["rows"]
+        by_stage = ", ".join(
+            f"{rows[f'rejected_by_{stage}']}{' rejected' * (stage == STAGES[0])} by {stage}" for stage in STAGES
+        )
+        is_whole = rows["read"] == rows["written"]
+        lines = [] if is_whole else [f"rows of {name}: {rows['read']} read, {by_stage}, {rows['written']} written"]
+        hosts = [
+            f"{host} {one['written']} of {one['written'] + sum(one['rejected'].values())}"
+            for host, one in itertools.islice(passport["hosts"].items(), _HOSTS_SHOWN)
+        ]
+        return lines + ([f"hosts of {name}: {', '.join(hosts)}"] if hosts else [])
+    except (KeyError, TypeError, AttributeError) as error:
+        return [f"passport of {name}: can't be read (misses or mistypes {error})"]

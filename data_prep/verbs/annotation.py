@@ -22,7 +22,8 @@ from data_prep.annotations.snli_ve import label_revision, read_snli_ve
 from data_prep.annotations.visual_genome import coco_ids_of, read_visual_genome
 from data_prep.annotations.vqav2 import held_out_images, read_vqav2, vocabulary_answers
 from data_prep.filters import Limits
-from data_prep.manifest import CAPTIONS, file_sha256, write_atomically
+from data_prep.manifest import CAPTIONS, write_atomically
+from data_prep.passport import source_files
 from data_prep.prepare import fill_split
 from data_prep.record import MissingInput, PrepError, Rejection
 from data_prep.shard_writer import refuse_existing
@@ -272,7 +273,7 @@ def prepare_parts(
     limits = limits or limits_of(args)
     for part in parts:
         refuse_existing(part.corpus / part.annotated.split, args.overwrite)
-    arguments |= {"files": {path.name: file_sha256(path) for path in files}, **limits.__dict__}
+    arguments |= {"files": source_files(files), **limits.__dict__}
     for part in parts:
         _write(args, part, num_images, limits, {**arguments, "counts": part.annotated.counts})
     if answers is not None:

@@ -6,11 +6,13 @@ from data_prep.verbs.annotation import ANNOTATION_VERBS
 from data_prep.verbs.caption_sets import CAPTION_VERBS
 from data_prep.verbs.checks import add_info, add_overlap, add_verify, run_info, run_overlap, run_verify
 from data_prep.verbs.corpora import CORPUS_VERBS
+from data_prep.verbs.doctor import add_doctor, run_doctor
 from data_prep.verbs.drawn import add_synth, run_synth
 from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
 from data_prep.verbs.options import Verb
 from data_prep.verbs.origin_hints import with_origins
 from data_prep.verbs.parquet import add_parquet, run_parquet
+from data_prep.verbs.report import add_report, run_report
 from data_prep.verbs.similar import SIMILAR_VERBS
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
@@ -30,6 +32,8 @@ _VERBS: dict[str, Verb] = {
     "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
+    "report": ("draw a page of prepared data: rows at each stage, histograms, samples", add_report, run_report),
+    "doctor": ("find what is damaged or left behind, repair it with --repair", add_doctor, run_doctor),
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
     **SIMILAR_VERBS,
 }

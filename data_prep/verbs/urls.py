@@ -10,8 +10,8 @@ from typing import Any
 
 from data_prep.downloading import fetch
 from data_prep.downloading.courtesy import Courtesy
-from data_prep.manifest import file_sha256
 from data_prep.parallel import default_workers
+from data_prep.passport import source_files
 from data_prep.prepare import fill_split
 from data_prep.record import Rejection, UrlRow
 from data_prep.shard_writer import refuse_existing
@@ -38,10 +38,9 @@ from data_prep.verbs.options import (
 def run_urls(args: argparse.Namespace) -> int:
     if not args.dry_run:
         begin(args)
-    hashes = [file_sha256(file) for file in table_files(args.input, args.format)]
     request = {
         "input": args.input.name,
-        "sha256": hashes[0] if args.input.is_file() else hashes,
+        "files": source_files(table_files(args.input, args.format)),
         "columns": [args.url_column, args.caption_column, args.extra_columns, args.json_columns, args.columns],
         "format": args.format,
     }

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.drawn.moving_scenes import MovingOptions, write_moving
-from data_prep.manifest import file_sha256
+from data_prep.passport import source_files
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError
 from data_prep.shard_writer import describe_counts
@@ -72,7 +72,7 @@ def run_webvid(args: argparse.Namespace) -> int:
         return plan_records(args, args.output / args.split, webvid_records(args.input, args.videos))
     require_decoder()
     limits = from_arguments(ClipLimits, args)
-    arguments = {"files": {args.input.name: file_sha256(args.input)}, **limits.__dict__}
+    arguments = {"files": source_files([args.input]), **limits.__dict__}
     writer = split_writer(args, args.output, args.split, arguments, ("av",), videos=True)
     source = webvid_records(args.input, args.videos)
     manifest = fill_split(writer, source, limits, args.workers, min_yield=args.min_yield, label=args.split)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from data_prep.checks import info, overlap
 from data_prep.checks.verify import verify_split
@@ -12,7 +11,7 @@ from data_prep.filters import Limits
 from data_prep.parallel import default_workers
 from data_prep.verbs.options import (
     DATA,
-    limits_of,
+    decoding_limits,
     local_path,
     positive_number,
 )
@@ -21,7 +20,7 @@ from data_prep.verbs.options import (
 def run_verify(args: argparse.Namespace) -> int:
     num_problems = 0
     for split_dir in [split for path in args.data for split in info.all_splits(path)]:
-        found = verify_split(split_dir, limits_of(args), args.workers)
+        found = verify_split(split_dir, decoding_limits(args), args.workers)
         state = "ok" if not found.problems else f"{len(found.problems)} problem(s)"
         print(f"{split_dir}: {found.rows} rows, {found.samples} samples, {found.images} images decoded: {state}")
         for problem in found.problems[: args.max_problems]:
@@ -37,8 +36,6 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-problems", type=positive_number, default=20, help="lines shown for each split")
     parser.add_argument("--workers", type=positive_number, default=default_workers())
     parser.add_argument("--max-pixels", type=positive_number, default=Limits.max_pixels)
-    parser.set_defaults(max_image_bytes=sys.maxsize, min_side=1, max_aspect=None, image_size=None, image_format=None)
-    parser.set_defaults(min_words=1, max_words=None, languages=())
 
 
 def run_info(args: argparse.Namespace) -> int:

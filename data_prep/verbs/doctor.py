@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import fcntl
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from data_prep.parallel import default_workers
 from data_prep.record import PrepError
 from data_prep.repairing.diagnosis import KINDS, Diagnosis, examine, leftovers_below, split_folders
 from data_prep.repairing.repair import clear, repair_split
-from data_prep.verbs.options import limits_of, local_path, positive_number, whole_number
+from data_prep.verbs.options import decoding_limits, local_path, positive_number, whole_number
 
 _ROUNDS = 3  # of repairs: what an index that was made again leads to is seen in the next
 _ADVICE = "run `python -m data_prep synth` first, or name a folder that holds prepared data"
@@ -68,7 +67,7 @@ def _look_after(split_dir: Path, args: argparse.Namespace) -> bool:
 
 
 def _examined(split_dir: Path, args: argparse.Namespace) -> Diagnosis:
-    return examine(split_dir, limits_of(args) if args.decode else None, args.workers, args.min_age * 60)
+    return examine(split_dir, decoding_limits(args) if args.decode else None, args.workers, args.min_age * 60)
 
 
 def _report_split(diagnosis: Diagnosis, args: argparse.Namespace) -> None:
@@ -136,4 +135,3 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-problems", type=positive_number, default=20, help="lines shown for each kind")
     parser.add_argument("--workers", type=positive_number, default=default_workers(), help="processes")
     parser.add_argument("--max-pixels", type=positive_number, default=Limits.max_pixels, help="with --decode")
-    parser.set_defaults(max_image_bytes=sys.maxsize, min_side=1, max_aspect=None, image_size=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +72,11 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
 
 def limits_of(args: argparse.Namespace) -> Limits:
     return from_arguments(Limits, args)
+
+
+def decoding_limits(args: argparse.Namespace) -> Limits:
+    """For what was prepared once: its images must decode within ``--max-pixels``, whatever else was asked then."""
+    return Limits(max_pixels=args.max_pixels, max_image_bytes=sys.maxsize, min_side=1)
 
 
 def from_arguments(options: type[Options], args: argparse.Namespace, **given: Any) -> Options:

@@ -23,10 +23,12 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "data_prep": {
-        "border": (),
+        "stores": (),
+        "border": ("stores",),
         "images": (),
         "video": ("images",),
         "splits": ("border", "images", "video"),
+        "uploads": ("stores", "border", "splits"),
         "annotations": ("border", "splits"),
         "video_sets": ("border", "splits", "annotations"),
         "sources": ("border", "splits", "annotations"),
@@ -36,9 +38,9 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            "tokenizer",
+            *("tokenizer", "stores", "uploads"),
         ),
-        "programs": ("border", "splits", "video", "verbs.table"),
+        "programs": ("border", "splits", "video", "stores.failures", "verbs.table"),
     },
     "pipeline": {
         "config": (),
@@ -85,7 +87,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("build",),
     },
     "data_prep": {
-        "border": ("manifest", "sample_fields", "shard_table", "program", "vqa_answers"),
+        "border": ("manifest", "listed_files", "sample_fields", "shard_table", "program", "vqa_answers"),
         "images": ("images",),
         "splits": ("filters", "held_signals", "parallel", "prepare", "record", "shard_writer"),
         "tokenizer": ("tokenizer",),
@@ -101,7 +103,10 @@ LARGE_WINGS: dict[str, str] = {}  # wing of more than MAX_WING_LINES lines -> wh
 MAY_IMPORT = {
     "model": set(),
     "data_prep": set(),
-    "pipeline": {"model", *(f"data_prep.{name}" for name in ("manifest", "images", "video", "program", "vqa_answers"))},
+    "pipeline": {
+        "model",
+        *(f"data_prep.{name}" for name in ("manifest", "images", "video", "program", "vqa_answers", "stores")),
+    },
 }
 OURS = {"model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}
 FOREIGN_TO = {

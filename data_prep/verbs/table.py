@@ -8,6 +8,7 @@ from data_prep.verbs.drawn import add_synth, run_synth
 from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
 from data_prep.verbs.options import Verb
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
+from data_prep.verbs.upload import add_upload, run_upload
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
 
@@ -20,5 +21,6 @@ VERBS: dict[str, Verb] = {
     "tokenizer": ("train a byte-level BPE from prepared captions", add_tokenizer, run_tokenizer),
     "verify": ("reopen, re-hash, recount and decode everything", add_verify, run_verify),
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
+    "upload": ("bring prepared data to an object store", add_upload, run_upload),
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
 }

@@ -137,7 +137,7 @@ class Corpus:
     def read_ahead(self, indices: Sequence[int]) -> None:
         """Begin to fetch rows that are ``read`` next, in this order, where waiting for each would take long."""
         if self._ahead is not None:
-            places = [(index, *self.place(index)[:2]) for index in indices]
+            places = [(index, *self.place(index)[:2]) for index in dict.fromkeys(indices)]
             mine = [one for one in places if self._copies is None or self._copies.get(one[1]) is None]
             self._ahead.expect((index, partial(self._fetched, number, row)) for index, number, row in mine)
 

@@ -31,7 +31,7 @@ PART_BYTES = 32 * 2**20  # of a large upload, which S3 takes in parts
 _PARTS_AT_A_TIME = 4
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
 _BUSY_PAUSE_SECONDS = 1.0  # at least, after an answer that asks for patience
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+_PACKAGES = {"s3": "'.[s3]'", "s3a": "'.[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
 
 Found = TypeVar("Found")
 
@@ -203,8 +203,8 @@ def _open(scheme: str, url: str) -> Any:
     try:
         files = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        advice = f"pip install '.[{extra}]'" if extra else "install the package that it names"
+        package = _PACKAGES.get(scheme)
+        advice = f"pip install {package}" if package else "install the package that it names"
         raise StoreError(f"{url}: {error}; {advice}") from None
     except ValueError:
         raise StoreError(

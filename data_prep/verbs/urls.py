@@ -16,6 +16,8 @@ from data_prep.record import Rejection, UrlRow
 from data_prep.shard_writer import refuse_existing
 from data_prep.sources import url_table
 from data_prep.sources.tables import FORMATS, table_files
+from data_prep.stores.address import Address
+from data_prep.stores.local_copies import fetch_tables
 from data_prep.verbs.options import (
     add_filters,
     add_writing,
@@ -28,12 +30,15 @@ from data_prep.verbs.options import (
     report_split,
     share,
     split_writer,
+    table_path,
     whole_number,
 )
 
 
 def run_urls(args: argparse.Namespace) -> int:
     begin(args)
+    if isinstance(args.input, Address):
+        args.input = fetch_tables(args.input, args.output / f".{args.split}.input")
     hashes = [file_sha256(file) for file in table_files(args.input, args.format)]
     request = {
         "input": args.input.name,
@@ -50,7 +55,9 @@ def run_urls(args: argparse.Namespace) -> int:
         columns=args.columns,
         table_format=args.format,
     )
-    return download_rows(args, rows, request)
+    code = download_rows(args, rows, request)
+    shutil.rmtree(args.output / f".{args.split}.input", ignore_errors=True)
+    return code
 
 
 def download_rows(args: argparse.Namespace, rows: Iterable[UrlRow | Rejection], request: dict[str, Any]) -> int:
@@ -90,7 +97,10 @@ def _working_folder(args: argparse.Namespace) -> Path:
 
 def add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", type=local_path, required=True, help="TSV, CSV, JSONL, parquet (.gz too), or a folder of them"
+        "--input",
+        type=table_path,
+        required=True,
+        help="TSV, CSV, JSONL, parquet (.gz too), or a folder of them; also s3://..",
     )
     parser.add_argument("--output", type=local_path, default=Path("data/urls"), help="corpus folder")
     parser.add_argument("--split", default="train", type=plain_name)

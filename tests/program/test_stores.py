@@ -50,7 +50,7 @@ def computed(run: Path) -> tuple[list, dict]:
     return [(record["step"], record["loss"]) for record in records], read_sample_keys(run)
 
 
-@pytest.mark.slow(200)
+@pytest.mark.slow(100)
 @pytest.mark.timeout(400)
 def test_two_ranks_compute_from_s3_what_they_compute_from_a_disk(stored: Path, tmp_path: Path) -> None:
     plain = start(2, stored, tmp_path / "plain")

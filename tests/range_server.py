@@ -25,6 +25,7 @@ class RangeServer(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.faults, self.always = folder, [], "ok"
+        self.redirects: dict[str, str] = {}  # path -> where it leads
         self.asked: list[tuple[str, str, str]] = []  # method, path, range
         self.lock = threading.Lock()
 
@@ -64,6 +65,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path, wanted = self.path.partition("?")[0], self.headers.get("Range", "")
         self.server.asked.append((self.command, path, wanted))
         fault = self.server.next_fault() if has_body and wanted not in ("", "bytes=0-0") else "ok"
+        if path in self.server.redirects:
+            self._send(302, b"", {"Location": self.server.redirects[path]})
+            return
         file = self.server.folder / path.lstrip("/")
         if fault == "drop":
             self.close_connection = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-_HTTP = range(400, 600)
+_HTTP = range(300, 600)
 _BUGS = (TypeError, AttributeError, NameError, KeyError, IndexError, AssertionError, ImportError, RecursionError)
 
 

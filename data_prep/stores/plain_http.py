@@ -72,9 +72,19 @@ class PlainHttp:
         url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         headers = {"Range": range_header, "Accept-Encoding": "identity", "User-Agent": "openflm"}
         try:
-            return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds)
+            opener = urllib.request.build_opener(_WebOnly)
+            return opener.open(urllib.request.Request(url, headers=headers), timeout=seconds)
         except HTTPException as error:
             raise OSError(str(error) or type(error).__name__) from error
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https."""
+
+    def redirect_request(self, request: Any, answer: Any, code: int, reason: str, headers: Any, target: str) -> Any:
+        if not target.lower().startswith(("http://", "https://")):
+            raise StoreError(f"{request.full_url}: leads to {target:.200}, expected http or https")
+        return super().redirect_request(request, answer, code, reason, headers, target)
 
 
 def _range_start(answer: HTTPResponse) -> int | None:

@@ -134,6 +134,8 @@ def _persist(attempt: Callable[[Any, float], Found], url: str, what: str, deadli
             if is_bug(error):
                 raise
             problem, status = error, status_of(error)
+            if status is not None and 300 <= status < 400:  # to another region, or to what is not followed
+                raise StoreError(f"{url}: leads elsewhere ({explained(error)}); give the address itself") from error
             if status == 404:
                 raise StoreMissing(f"{url}: no such object") from error
             if status == 416:

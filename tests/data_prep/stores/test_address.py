@@ -30,15 +30,15 @@ def test_files_are_paths() -> None:
 
 def test_folders_of_a_store() -> None:
     files = pytest.importorskip("fsspec").filesystem("memory")
-    files.pipe({"/root/a/train/manifest.json": b"1", "/root/b/dev/x": b"2", "/root/file": b"3"})
-    root = Address("memory://root")
+    files.pipe({"/found/a/train/manifest.json": b"1", "/found/b/dev/x": b"2", "/found/file": b"3"})
+    root = Address("memory://found")
     try:
         assert [one.name for one in root.iterdir()] == ["a", "b", "file"]
-        assert [str(one) for one in root.glob("*/train")] == ["memory://root/a/train"]
-        assert [str(one) for one in root.glob("*/*/x")] == ["memory://root/b/dev/x"]
+        assert [str(one) for one in root.glob("*/train")] == ["memory://found/a/train"]
+        assert [str(one) for one in root.glob("*/*/x")] == ["memory://found/b/dev/x"]
         assert root.is_dir() and not (root / "c").is_dir() and (root / "file").is_file() and not root.is_file()
         assert (root / "a").exists() and not (root / "c").exists() and (root / "file").read_bytes() == b"3"
         with pytest.raises(FileNotFoundError):
             (root / "c").read_bytes()
     finally:
-        files.rm("/root", recursive=True)
+        files.rm("/found", recursive=True)

@@ -140,3 +140,17 @@ def test_nothing_is_written_to_a_web_server(server: RangeServer, tmp_path: Path)
     (tmp_path / "a").write_bytes(b"a")
     with pytest.raises(StoreError, match="a web server is only read"):
         requests.upload(tmp_path / "a", f"{server.url}/a")
+
+
+def test_redirects_lead_to_web_servers_only(server: RangeServer, content: bytes) -> None:
+    server.redirects = {
+        "/there": f"{server.url}/bucket/file",
+        "/ftp": "ftp://127.0.0.1/x",
+        "/disk": "file:///etc/passwd",
+    }
+    assert read_range(f"{server.url}/there", 3, 10) == content[3:13]
+    for name in ("ftp", "disk"):
+        with pytest.raises(
+            StoreError, match="leads to ftp://.*, expected http or https|leads elsewhere .*file:///etc/passwd"
+        ):
+            read_range(f"{server.url}/{name}", 0, 10)

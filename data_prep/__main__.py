@@ -11,6 +11,7 @@ from typing import NoReturn
 from data_prep.manifest import ManifestError
 from data_prep.program import run_program
 from data_prep.record import PrepError
+from data_prep.stores.failures import StoreError
 from data_prep.verbs.table import VERBS
 from data_prep.video.decoding import DecoderMissing
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return VERBS[args.verb][2](args)
-    except (PrepError, ManifestError, DecoderMissing) as error:
+    except (PrepError, ManifestError, DecoderMissing, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except BrokenPipeError:  # of stdout, mostly: for run_program

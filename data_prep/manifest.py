@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.listed_files import wrong_with
 from data_prep.sample_fields import CLIP_FIELDS, advice, contents, fields_of
 from data_prep.shard_table import Shard, ShardTable
+from data_prep.stores.address import Address, data_path
+from data_prep.stores.failures import StoreError
+from data_prep.stores.split_files import open_remote_index, wrong_remote_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -107,12 +110,15 @@ def index_columns(fields: tuple[str, ...]) -> IndexColumns:
 
 def open_index(split_dir: Path, manifest: Manifest, shard: Shard) -> np.ndarray:
     """The index of ``shard``, memory-mapped, int64 [rows, 2*F+1]; raises ManifestError if it is not that."""
-    path = Path(split_dir) / shard.index_file
+    path, expected = data_path(split_dir) / shard.index_file, (shard.rows, index_columns(manifest.fields).width)
     try:
-        index = np.load(path, mmap_mode="r" if shard.rows else None, allow_pickle=False)
+        if isinstance(path, Address):
+            with open(open_remote_index(path, expected, shard.index_sha256), "rb") as stream:
+                index = np.load(stream, allow_pickle=False)
+        else:
+            index = np.load(path, mmap_mode="r" if shard.rows else None, allow_pickle=False)
     except (OSError, *INDEX_DAMAGE) as error:
         raise ManifestError(f"{path}: not a readable index ({error}); prepare the split again") from error
-    expected = (shard.rows, index_columns(manifest.fields).width)
     if index.dtype != np.int64 or index.shape != expected:
         found = f"{index.dtype} {list(index.shape)}"
         raise ManifestError(f"{path}: holds {found}, expected int64 {list(expected)}; prepare the split again")
@@ -180,11 +186,13 @@ def read_manifest(split_dir: Path) -> Manifest:
 
 def load_manifest(split_dir: Path) -> Manifest:
     """The manifest of a split, whose other files are not looked at; raises ManifestError."""
-    path = Path(split_dir) / MANIFEST_NAME
+    path = data_path(split_dir) / MANIFEST_NAME
     try:
         if not is_split(split_dir):  # a pipe in its place would never end
             raise FileNotFoundError(path)
         content = json.loads(path.read_bytes())
+    except StoreError as error:
+        raise ManifestError(str(error)) from error
     except FileNotFoundError:
         raise ManifestError(
             f"{split_dir}: no {MANIFEST_NAME}: half-written or not a split; run `python -m data_prep synth` "
@@ -239,8 +247,11 @@ def _check_values(path: Path, manifest: Manifest, totals: tuple[Any, Any]) -> No
 def first_bad_file(split_dir: Path, shards: ShardTable, numbers: range) -> tuple[int, str] | None:
     """Number of the first of the shards ``numbers`` whose files are not as listed, and what is wrong with them.
 
-    One lstat a file, many at a time: a network file system answers each after a while, but many at once.
+    One lstat a file, many at a time: a network file system answers each after a while, but many at once. Of a store one
+    list for many files.
     """
+    if isinstance(split_dir, Address):
+        return wrong_remote_file(split_dir, [(number, shards[number]) for number in numbers])
     parts = [numbers[start : start + _CHECKED_AT_A_TIME] for start in range(0, len(numbers), _CHECKED_AT_A_TIME)]
     if len(parts) <= 1:
         return _first_bad(split_dir, shards, numbers)
@@ -252,40 +263,10 @@ def first_bad_file(split_dir: Path, shards: ShardTable, numbers: range) -> tuple
 def _first_bad(split_dir: Path, shards: ShardTable, numbers: range) -> tuple[int, str] | None:
     for number, shard in zip(numbers, shards.among(numbers)):
         for name, size in ((shard.file, shard.bytes), (shard.index_file, None)):
-            wrong = wrong_with_file(os.path.join(split_dir, name), size)
+            wrong = wrong_with(os.path.join(split_dir, name), size)
             if wrong is not None:
                 return number, f"{Path(split_dir) / name}: {wrong}"
     return None
-
-
-def wrong_with_file(path: str, size: int | None) -> str | None:
-    """What keeps ``path`` from being a plain file of ``size`` bytes (None: any) in its folder; None if it is one."""
-    try:
-        found = os.lstat(path)
-        if stat.S_ISLNK(found.st_mode):
-            if _leads_out(Path(path)):
-                return "a link out of the split; copy the file into it"
-            found = os.stat(path)
-    except FileNotFoundError:
-        return "named by the manifest but missing; copy it again or prepare the split again"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if not stat.S_ISREG(found.st_mode):
-        return "named by the manifest but not a plain file; copy it again or prepare the split again"
-    if size is not None and found.st_size != size:
-        return (
-            f"{found.st_size} bytes, its manifest says {size}: truncated or changed; "
-            "copy it again or prepare the split again"
-        )
-    return None
-
-
-def _leads_out(link: Path) -> bool:
-    """Whether a link leads out of its folder; in Hugging Face's cache the files of REPO/snapshots are links into
-    REPO/blobs."""
-    folder, target = link.parent.resolve(), link.resolve()
-    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
-    return not any(allowed in target.parents for allowed in (folder, *blobs))
 
 
 def find_splits(
@@ -306,7 +287,7 @@ def find_manifests(
     any) are skipped in a root and taken when named. Raises ManifestError, naming the command to run, when there is no
     split or a half-written one.
     """
-    path, maker = Path(path), f"python -m data_prep {'moving' if videos else 'synth'}"
+    path, maker = data_path(path), f"python -m data_prep {'moving' if videos else 'synth'}"
     if not path.is_dir():
         raise ManifestError(f"{path}: no such folder; run `{maker}` or name one by --data DIR")
     if is_split(path):
@@ -352,7 +333,7 @@ def _fits(manifest: Manifest, num_images: int | None, videos: bool) -> bool:
 def is_prepared(path: Path, split: str) -> bool:
     """Whether a finished split lies at ``path`` as ``find_manifests`` looks for it, by a few questions to the file
     system and no file read: for what every rank asks before the ranks know each other."""
-    path = Path(path)
+    path = data_path(path)
     if is_split(path):
         return True
     return path.is_dir() and any(is_split(folder) for folder in _split_folders(path, split))
@@ -361,7 +342,7 @@ def is_prepared(path: Path, split: str) -> bool:
 def _split_folders(path: Path, split: str) -> list[Path]:
     """Where ``split`` may lie in a corpus or in a root of corpora."""
     own = path / split
-    if own.is_dir() and (is_split(own) or _has_tars(own)):
+    if is_split(own) or own.is_dir() and _has_tars(own):
         return [own]
     return sorted(folder / split for folder in path.iterdir() if not folder.name.startswith("."))
 
@@ -379,10 +360,12 @@ def _what_is_there(path: Path) -> str:
 
 def is_split(folder: Path) -> bool:
     """Whether ``folder`` holds a finished split."""
-    return (Path(folder) / MANIFEST_NAME).is_file()
+    return (data_path(folder) / MANIFEST_NAME).is_file()
 
 
 def _has_tars(folder: Path) -> bool:
+    if isinstance(folder, Address):
+        return any(entry.name.endswith(".tar") for entry in folder.iterdir())
     if not folder.is_dir():
         return False
     with os.scandir(folder) as entries:

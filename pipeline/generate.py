@@ -26,7 +26,6 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 from data_prep.program import run_program  # noqa: E402
-from pipeline.config.options import refuse_address  # noqa: E402
 from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
@@ -127,8 +126,6 @@ def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: St
 
 def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
     """How many samples were captioned; where it was told to stop, nothing is written of them."""
-    for path in arguments.data:
-        refuse_address(path, "--data")
     corpora = open_corpora(arguments.data, arguments.split, videos=captioner.pictures.num_frames is not None)
     items = _until_stopped(items_of_corpora(corpora, arguments.samples, captioner), stop)
     captioned = list(caption_items(captioner, items, arguments.batch_size))

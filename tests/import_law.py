@@ -23,10 +23,12 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "data_prep": {
-        "border": (),
+        "stores": (),
+        "border": ("stores",),
         "images": (),
         "video": ("images",),
         "splits": ("border", "images", "video"),
+        "uploads": ("stores", "border", "splits"),
         "annotations": ("border", "splits"),
         "video_sets": ("border", "splits", "annotations"),
         "sources": ("border", "splits", "annotations"),
@@ -40,9 +42,9 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            *("foreign", "tokenizer", "similar", "repairing", "reporting"),
+            *("foreign", "tokenizer", "similar", "repairing", "reporting", "stores", "uploads"),
         ),
-        "programs": ("border", "splits", "video", "verbs.table"),
+        "programs": ("border", "splits", "video", "stores.failures", "verbs.table"),
     },
     "pipeline": {
         "config": (),
@@ -89,7 +91,9 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("build",),
     },
     "data_prep": {
-        "border": ("manifest", "sample_fields", "shard_members", "shard_table", "program", "vqa_answers"),
+        "border": (
+            *("manifest", "listed_files", "sample_fields", "shard_members", "shard_table", "program", "vqa_answers"),
+        ),
         "images": ("images",),
         "splits": (
             *("caption_language", "corpus_card", "filters", "held_signals", "image_places", "parallel", "passport"),
@@ -112,7 +116,10 @@ MAY_IMPORT = {
     "data_prep": set(),
     "pipeline": {
         "model",
-        *(f"data_prep.{name}" for name in ("manifest", "shard_members", "images", "video", "program", "vqa_answers")),
+        *(
+            f"data_prep.{name}"
+            for name in ("manifest", "shard_members", "images", "video", "program", "vqa_answers", "stores")
+        ),
     },
 }
 OURS = {"model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}

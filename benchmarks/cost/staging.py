@@ -28,12 +28,13 @@ import torch
 from benchmarks.cost.loading import machine, train_tokenizer
 from benchmarks.cost.opening import data_prep
 from benchmarks.cost.reading import MICRO_BATCH, SHUFFLES, our_batches
+from data_prep.stores.kept_files import own_folder
 from model.plans.flm import FLMPlanner
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus, open_corpora
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.staging import node_folder, plan
-from pipeline.staging.node_folder import READY, name_of, own_folder
+from pipeline.staging.node_folder import READY, name_of
 from pipeline.staging.plan import ReadsAhead
 from pipeline.staging.stager import Stager
 

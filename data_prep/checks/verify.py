@@ -18,6 +18,7 @@ import numpy as np
 from data_prep.checks.tar_walk import Member, Walk, sample_starts, walk_headers, walk_tar
 from data_prep.filters import Limits, check_image
 from data_prep.images import ImageProblem
+from data_prep.listed_files import wrong_with
 from data_prep.manifest import (
     IndexColumns,
     Manifest,
@@ -27,7 +28,6 @@ from data_prep.manifest import (
     index_columns,
     load_manifest,
     open_index,
-    wrong_with_file,
 )
 from data_prep.parallel import ordered_map
 from data_prep.prepare import progress
@@ -108,7 +108,7 @@ def verify_shard(split_dir: Path, manifest: Manifest, limits: Limits | None, sha
     path = split_dir / shard.file
     report = lambda kind, text, where=path: found.found.append(Problem(kind, f"{where}: {text}", shard.file))  # noqa: E731
     index = _checked_index(split_dir, manifest, shard, report)
-    if (wrong := wrong_with_file(str(path), None)) is not None:
+    if (wrong := wrong_with(str(path), None)) is not None:
         report("link_out" if wrong.startswith("a link") else "missing_shard", wrong)
         return found
     try:
@@ -156,7 +156,7 @@ def dropped_samples(manifest: Manifest) -> dict[str, list[int]]:
 def _checked_index(split_dir: Path, manifest: Manifest, shard: Shard, report: Any) -> np.ndarray | None:
     """The index, int64 [rows, width], or None where it is not one; one of other counts is returned nevertheless."""
     path = split_dir / shard.index_file
-    if (wrong := wrong_with_file(str(path), None)) is not None:
+    if (wrong := wrong_with(str(path), None)) is not None:
         report("missing_index", wrong, path)
         return None
     try:

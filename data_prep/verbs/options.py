@@ -16,6 +16,8 @@ from data_prep.parallel import default_workers
 from data_prep.prepare import provenance
 from data_prep.record import PrepError
 from data_prep.shard_writer import SplitWriter, describe_counts
+from data_prep.stores.address import Address, data_path
+from data_prep.stores.failures import StoreError
 from data_prep.video.decoding import ClipLimits
 
 Options = TypeVar("Options")
@@ -146,6 +148,14 @@ def local_path(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a path; mount or copy what is not on a file system")
     return Path(text)
+
+
+def table_path(text: str) -> Path | Address:
+    """A path, or the address of a table in a store, which ``fetch_tables`` copies to this disk."""
+    try:
+        return data_path(text)
+    except StoreError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def name_list(text: str) -> list[str]:

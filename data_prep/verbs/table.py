@@ -15,6 +15,7 @@ from data_prep.verbs.parquet import add_parquet, run_parquet
 from data_prep.verbs.report import add_report, run_report
 from data_prep.verbs.similar import SIMILAR_VERBS
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
+from data_prep.verbs.upload import add_upload, run_upload
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
 from data_prep.verbs.webdataset import add_webdataset, run_webdataset
@@ -34,6 +35,7 @@ _VERBS: dict[str, Verb] = {
     "info": ("describe prepared data: counts, sizes, captions, rejected records", add_info, run_info),
     "report": ("draw a page of prepared data: rows at each stage, histograms, samples", add_report, run_report),
     "doctor": ("find what is damaged or left behind, repair it with --repair", add_doctor, run_doctor),
+    "upload": ("bring prepared data to an object store", add_upload, run_upload),
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
     **SIMILAR_VERBS,
 }

@@ -17,6 +17,8 @@ from data_prep.record import Rejection, UrlRow
 from data_prep.shard_writer import refuse_existing
 from data_prep.sources import url_table
 from data_prep.sources.tables import FORMATS, table_files
+from data_prep.stores.address import Address
+from data_prep.stores.local_copies import fetch_tables
 from data_prep.verbs.courtesy import add_courtesy
 from data_prep.verbs.dry_run import add_dry_run, plan_download
 from data_prep.verbs.options import (
@@ -31,6 +33,7 @@ from data_prep.verbs.options import (
     report_split,
     share,
     split_writer,
+    table_path,
     whole_number,
 )
 
@@ -38,6 +41,9 @@ from data_prep.verbs.options import (
 def run_urls(args: argparse.Namespace) -> int:
     if not args.dry_run:
         begin(args)
+    scratch = args.output / f".{args.split}.input"
+    if isinstance(args.input, Address):
+        args.input = fetch_tables(args.input, scratch)
     request = {
         "input": args.input.name,
         "files": source_files(table_files(args.input, args.format)),
@@ -53,7 +59,9 @@ def run_urls(args: argparse.Namespace) -> int:
         columns=args.columns,
         table_format=args.format,
     )
-    return plan_download(args, "urls", args.split, rows) if args.dry_run else download_rows(args, rows, request)
+    code = plan_download(args, "urls", args.split, rows) if args.dry_run else download_rows(args, rows, request)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return code
 
 
 def download_rows(args: argparse.Namespace, rows: Iterable[UrlRow | Rejection], request: dict[str, Any]) -> int:
@@ -94,9 +102,9 @@ def _working_folder(args: argparse.Namespace) -> Path:
 def add_urls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
-        type=local_path,
+        type=table_path,
         required=True,
-        help="TSV, CSV, JSONL (.gz, .bz2, .zst too), parquet, or a folder of them",
+        help="TSV, CSV, JSONL (.gz, .bz2, .zst too), parquet, or a folder of them; also s3://..",
     )
     parser.add_argument("--output", type=local_path, default=Path("data/urls"), help="corpus folder")
     parser.add_argument("--split", default="train", type=plain_name)

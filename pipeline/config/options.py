@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from data_prep.stores.address import Address, data_path
 from model.config import FLMOptions, ModelConfig, ObjectiveOptions
 from pipeline.config.task_options import PretrainingOptions, TaskOptions
 
@@ -27,7 +28,8 @@ class DataConfig:
     """Training data.
 
     Args:
-        paths: folders of prepared data, DIR or DIR:WEIGHT (its share in the mix); same as --data.
+        paths: folders of prepared data, or addresses like s3://BUCKET/FOLDER, as DIR or DIR:WEIGHT (its share in the
+            mix); same as --data.
         train_split: split to train on.
         eval_split: split held out for evaluation; null or a missing split evaluates nothing.
         tokenizer: tokenizer folder or Hugging Face name; null is the folder tokenizer inside the first data path.
@@ -345,32 +347,37 @@ def fail(error: ValueError, is_main: bool = True) -> int:
     return 2
 
 
-def weighted_paths(data: DataConfig) -> list[tuple[Path, float | None]]:
-    """(folder, weight or None) of each entry DIR or DIR:WEIGHT of ``data.paths``."""
-    result: list[tuple[Path, float | None]] = []
+def weighted_paths(data: DataConfig) -> list[tuple[Path | Address, float | None]]:
+    """(folder or address, weight or None) of each entry DIR or DIR:WEIGHT of ``data.paths``; raises ValueError."""
+    result: list[tuple[Path | Address, float | None]] = []
     for entry in data.paths:
-        refuse_address(entry, "--data")
         folder, _, tail = entry.rpartition(":")
-        if not folder or Path(entry).exists():
-            result.append((Path(entry), None))
+        if not folder or _is_whole(entry):
+            result.append((data_path(entry), None))
             continue
         try:
             weight = float(tail)
         except ValueError:
-            result.append((Path(entry), None))
+            result.append((data_path(entry), None))
             continue
         if not 0 < weight < float("inf"):
             raise ConfigError(f"data.paths: {entry}: found weight {tail}, expected a number above 0")
-        result.append((Path(folder), weight))
+        result.append((data_path(folder), weight))
     return result
+
+
+def _is_whole(entry: str) -> bool:
+    """Whether an entry with a colon is a name without weight: a folder of that name, or a server and its port."""
+    scheme, _, rest = entry.partition("://")
+    return (scheme.lower() in ("http", "https") and "/" not in rest) if rest else Path(entry).exists()
 
 
 def refuse_address(path: str, option: str) -> None:
     """Raise ConfigError for an address like s3://BUCKET where a folder is expected."""
     if "://" in path:
         raise ConfigError(
-            f"{option} {path}: found an address, expected a folder; only mounted file systems are read and written: "
-            "mount it or copy it, and give the folder"
+            f"{option} {path}: found an address, expected a folder; only --data is read from stores; mount it "
+            "or copy it, and give the folder"
         )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.manifest import INDEX_DAMAGE, MANIFEST_NAME, Manifest, Shard, index_columns
+from data_prep.stores.address import Address
+from data_prep.stores.failures import StoreError
 from pipeline.data.open_shards import (
     BAD_INDEX,
     MISSING,
@@ -24,6 +26,7 @@ from pipeline.data.open_shards import (
     out_of_descriptors,
     refused,
 )
+from pipeline.data.remote_shards import RemoteShard, open_remote_index_of
 
 SHARD_SECONDS = 2.0  # retries of one file, since storage may fail for a moment
 PATIENCE_SECONDS = 20.0  # retries of all files of a process in vain; after that none is retried
@@ -119,17 +122,34 @@ class ShardFiles:
 
     def _folder_comes_back(self) -> bool:
         deadline = time.monotonic() + FOLDER_SECONDS
-        while not os.path.exists(self._split_dir / MANIFEST_NAME):
+        while not _exists(self._split_dir / MANIFEST_NAME):
             if time.monotonic() > deadline:
                 return False
             time.sleep(_LONGEST_PAUSE_SECONDS)
         return True
 
 
-def open_shard(folder: Path, fields: tuple[str, ...], shard: Shard) -> OpenShard:
-    """Open tar and index of a shard in ``folder``; raises ShardError, and OSError where the machine is EXHAUSTED."""
+def _exists(path: Path | Address) -> bool:
+    try:
+        return path.exists()
+    except (StoreError, OSError):
+        return False
+
+
+def open_shard(folder: Path | Address, fields: tuple[str, ...], shard: Shard) -> OpenShard | RemoteShard:
+    """Open tar and index of a shard in ``folder``; raises ShardError, and OSError where the machine is EXHAUSTED.
+
+    Of a tar in a store nothing is asked before it is read.
+    """
     width = index_columns(fields).width
     with ExitStack() as opened:  # closes what it holds on an error
+        if isinstance(folder, Address):
+            shape = (shard.rows, width)
+            index = open_remote_index_of(folder, shard.index_file, shape, shard.index_sha256)
+            opened.callback(os.close, index)
+            first_row = _first_row(index, os.fstat(index).st_size, shape)
+            opened.pop_all()
+            return RemoteShard(folder / shard.file, OpenShard(-1, index, first_row, width))
         tar, _ = open_plain_file(folder / shard.file)
         opened.callback(os.close, tar)
         index, num_bytes = open_plain_file(folder / shard.index_file)

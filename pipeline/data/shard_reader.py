@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,13 @@ from data_prep.shard_members import (
     key_and_suffix,
     row_text,
 )
+from data_prep.stores.address import Address, data_path
+from data_prep.stores.read_ahead import ReadAhead
+from data_prep.stores.split_files import fetch_indexes
 from pipeline.data.open_shards import OF_THIS_PROCESS, OpenShard, OpenShards, ShardError
+from pipeline.data.remote_shards import RemoteShard
 from pipeline.data.shard_copies import ShardCopies
-from pipeline.data.shard_files import ShardFiles
+from pipeline.data.shard_files import ShardFiles, open_shard
 from pipeline.data.transforms import UnusableSample
 
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -75,8 +80,10 @@ class Corpus:
     OutOfDescriptors.
     """
 
-    def __init__(self, split_dir: Path, manifest: Manifest | None = None, kept: OpenShards = OF_THIS_PROCESS) -> None:
-        self.split_dir = Path(split_dir)
+    def __init__(
+        self, split_dir: Path | Address, manifest: Manifest | None = None, kept: OpenShards = OF_THIS_PROCESS
+    ) -> None:
+        self.split_dir = data_path(split_dir)
         self.manifest = read_manifest(self.split_dir) if manifest is None else manifest
         self.name, self.num_images = self.manifest.corpus, self.manifest.num_images
         self.is_video = self.manifest.is_video
@@ -85,6 +92,7 @@ class Corpus:
         self._ends = np.cumsum(self.manifest.shards.rows)  # int64 [shards], the row after the last of each
         self._files = ShardFiles(self.split_dir, self.manifest, kept)
         self._copies: ShardCopies | None = None
+        self._ahead = ReadAhead() if isinstance(self.split_dir, Address) else None
         if not len(self):
             raise ManifestError(f"{self.split_dir}: no samples in it; prepare it again or leave it out")
 
@@ -111,6 +119,10 @@ class Corpus:
     def first_rows(self) -> np.ndarray:
         """Rows int64 [samples], one for each image (or pair): that of its first text. Raises ManifestError."""
         found, start = [], 0
+        if self._ahead is not None:
+            width = self._columns.width
+            shards = self.manifest.shards
+            fetch_indexes((self.split_dir / one.index_file, (one.rows, width), one.index_sha256) for one in shards)
         for shard in self.manifest.shards:
             offsets = open_index(self.split_dir, self.manifest, shard)[:, 0]  # rows of a sample follow each other
             found.append(start + np.flatnonzero(np.diff(offsets, prepend=-1)))
@@ -126,6 +138,13 @@ class Corpus:
         row = index - (int(self._ends[number]) - shard.rows)
         return number, row, f"{self.name}/{self.manifest.split}/{shard.file}#{row}"
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Begin to fetch rows that are ``read`` next, in this order, where waiting for each would take long."""
+        if self._ahead is not None:
+            places = [(index, *self.place(index)[:2]) for index in dict.fromkeys(indices)]
+            mine = [one for one in places if self._copies is None or self._copies.get(one[1]) is None]
+            self._ahead.expect((index, partial(self._fetched, number, row)) for index, number, row in mine)
+
     def read_copies_in(self, folder: Path, kept: OpenShards = OF_THIS_PROCESS) -> None:
         """From now on read a shard from its copy in ``folder`` whenever there is one; the samples are the same."""
         self._copies = ShardCopies(folder, self.manifest, kept)
@@ -135,9 +154,11 @@ class Corpus:
         self._files.close()
         if self._copies is not None:
             self._copies.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __del__(self) -> None:
-        if "_copies" in self.__dict__:
+        if "_ahead" in self.__dict__:
             self.close()
 
     def _read(self, index: int, image_fields: tuple[str, ...]) -> RawSample:
@@ -151,7 +172,10 @@ class Corpus:
             except ShardError as error:
                 raise UnusableSample(name, error.reason) from None
             try:
-                sample = self._sample(shard, number, row, name, image_fields)
+                if self._ahead is None:
+                    sample = self._sample(shard, number, row, name, image_fields)
+                else:
+                    sample = self._remote_sample(shard, index, number, row, name, image_fields)
             except ShardError as error:
                 self._files.forget(number)
                 if is_last or not error.transient:
@@ -166,6 +190,33 @@ class Corpus:
                 self._files.note_success()
                 return sample
         raise AssertionError
+
+    def _fetched(self, number: int, row: int) -> RemoteShard:
+        """A shard that holds the members of a row; it is closed, and runs in a thread of its own."""
+        shard = open_shard(self.split_dir, self.manifest.fields, self.manifest.shards[number])
+        try:
+            self._hold(shard, number, row, self._image_fields)
+        finally:
+            shard.close()
+        return shard
+
+    def _remote_sample(
+        self, shard: RemoteShard, index: int, number: int, row: int, name: str, image_fields: tuple[str, ...]
+    ) -> RawSample:
+        """As ``_sample``, in one request, or none where the row was fetched ahead."""
+        fetched = self._ahead.take(index) if image_fields else None
+        if fetched is None:
+            self._hold(shard, number, row, image_fields)
+        else:
+            shard.take_over(fetched)
+        try:
+            return self._sample(shard, number, row, name, image_fields)
+        finally:
+            shard.release()
+
+    def _hold(self, shard: RemoteShard, number: int, row: int, image_fields: tuple[str, ...]) -> None:
+        fields = (*image_fields, "text", "meta")
+        shard.hold(shard.row(row), self._columns, fields, int(self.manifest.shards.bytes[number]))
 
     def _of_copy(self, number: int, row: int, name: str, image_fields: tuple[str, ...]) -> RawSample | None:
         """The row from the copy of its shard; None where only the original can say what the row holds."""
@@ -238,7 +289,7 @@ def open_corpora(paths: Sequence[str | Path], split: str, num_images: int = 1, v
 
     For a program of one process; ranks open by ``loading/shared_opening.py``.
     """
-    found = [one for path in paths for one in find_manifests(Path(path), split, num_images, videos=videos)]
+    found = [one for path in paths for one in find_manifests(data_path(path), split, num_images, videos=videos)]
     refuse_twice([folder for folder, _ in found])
     for folder, manifest in found:
         bad = first_bad_file(folder, manifest.shards, range(len(manifest.shards)))

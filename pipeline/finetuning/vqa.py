@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from data_prep.stores.local_copies import fetch_small_files
 from data_prep.vqa_answers import answers_hash, read_vocabulary, soft_scores
 from model.build import build_captioning, build_classification, build_objective
 from model.config import Vocabulary
@@ -186,7 +187,8 @@ def answers_file(config: Config) -> Path:
     first = weighted_paths(config.data)[0][0]
     for folder in (first, first.resolve().parent, first.resolve().parent.parent):
         if (folder / ANSWERS_NAME).is_file():
-            return folder / ANSWERS_NAME
+            there = isinstance(folder, Path)
+            return (folder if there else fetch_small_files(folder, [ANSWERS_NAME])) / ANSWERS_NAME
     raise ConfigError(
         f"{first / ANSWERS_NAME}: no such file; `python -m data_prep vqav2` writes it beside the data, or name one by "
         "--task.answers FILE"

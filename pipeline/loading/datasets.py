@@ -92,6 +92,11 @@ class SampleReader:
         """The dtype of stored features, None where images are read."""
         return None if self.features is None else self.features[0].identity.torch_dtype
 
+    def read_ahead(self, corpus: int, rows: Sequence[int]) -> None:
+        """Let a corpus that is far away begin to fetch ``rows``, whose images are read next."""
+        if self.features is None:
+            self.corpora[corpus].read_ahead(rows)
+
     def item(
         self,
         corpus: int,
@@ -171,7 +176,12 @@ class TrainDataset:
         """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
         corpora, indices, epochs = self.order.at_many(positions)
         items: list[Item | None] = [None] * len(positions)
-        for slot in np.lexsort((indices, corpora)).tolist():
+        in_turn = np.lexsort((indices, corpora)).tolist()
+        for corpus in np.unique(corpora).tolist():
+            chosen = [int(indices[slot]) for slot in in_turn if corpora[slot] == corpus]
+            rows = chosen if self.rows is None else self.rows[corpus][chosen].tolist()
+            self.reader.read_ahead(corpus, rows)
+        for slot in in_turn:
             corpus, index, epoch = int(corpora[slot]), int(indices[slot]), int(epochs[slot])
             seed, near = sample_seed(self.seed, epoch, corpus, index), self.order.read_together(corpus, index)
             if self.rows is not None:
@@ -228,13 +238,21 @@ class EvalDataset:
 
     def items(self, positions: Sequence[int], out: Tensor, started: Started = lambda corpus, index: None) -> list[Item]:
         """The samples at ``positions``; their images go to ``out``, uint8 [B, I, 3, S, S]."""
-        return [self._item(position, pixels, started) for position, pixels in zip(positions, out)]
+        places = [self._place(position) for position in positions]
+        for corpus in {corpus for corpus, _ in places}:
+            chosen = [int(self._chosen[corpus][within]) for other, within in places if other == corpus]
+            self.reader.read_ahead(corpus, list(dict.fromkeys(chosen)))
+        return [self._item(*place, pixels, started) for place, pixels in zip(places, out)]
 
-    def _item(self, position: int, out: Tensor, started: Started) -> Item:
+    def _place(self, position: int) -> tuple[int, int]:
+        """Corpus, and the place among those chosen of it."""
         corpus = 0
         while position >= len(self._chosen[corpus]):
             position -= len(self._chosen[corpus])
             corpus += 1
+        return corpus, position
+
+    def _item(self, corpus: int, position: int, out: Tensor, started: Started) -> Item:
         part = self._chosen[corpus]
         index = int(part[position])
         started(corpus, index)

@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from model.batch import Batch, Planner
-from pipeline.data.augmentation import augment_named
 from pipeline.data.open_shards import DataError, OutOfDescriptors
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus
@@ -28,6 +27,7 @@ from pipeline.loading.collate import collate
 from pipeline.loading.datasets import EvalDataset, EvalImages, Preparation, SampleReader, TrainDataset
 from pipeline.loading.shared_batches import ImagePool, SharedBatch, SlotSampler
 from pipeline.loading.worker_positions import WorkerPositions
+from pipeline.pictures.augmentation import augment_named
 from pipeline.pictures.frame_choice import FrameChoice, head_tail, uniform
 from pipeline.pictures.pictures import Pictures
 

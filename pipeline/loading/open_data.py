@@ -13,7 +13,6 @@ from data_prep.manifest import CAPTIONS, ManifestError, find_manifests, is_split
 from data_prep.video.decoding import require_decoder
 from model.batch import Batch
 from pipeline.config.options import Config, ConfigError, reads_by_language_model, weighted_paths
-from pipeline.data.augmentation import describe
 from pipeline.data.order import ORDER_VERSION, SampleOrder
 from pipeline.data.shard_reader import Corpus, refuse_twice
 from pipeline.data.tokenizer import TextTokenizer, tokenizer_of
@@ -24,6 +23,7 @@ from pipeline.distributed.ranks import Agreement
 from pipeline.loading.datasets import EvalImages, Preparation
 from pipeline.loading.loader import BatchLoader, LoaderOptions, build_eval_loader, build_train_loader
 from pipeline.loading.shared_opening import Split, check_in_shares, found_by_main
+from pipeline.pictures.augmentation import describe
 from pipeline.pictures.frame_choice import FRAME_CHOICE_VERSION
 
 MAX_EVAL_WORKERS = 2

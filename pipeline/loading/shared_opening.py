@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, ManifestError, first_bad_file
+from data_prep.stores.address import Address
+from data_prep.stores.failures import StoreError
 from pipeline.distributed.endings import host_name
 from pipeline.distributed.ranks import Agreement
 
 Found = TypeVar("Found")
-Split = tuple[Path, Manifest]
+Split = tuple[Path | Address, Manifest]
 
 
 def found_by_main(find: Callable[[], Found], agreement: Agreement) -> Found:
@@ -52,7 +54,13 @@ def _first_bad(splits: Sequence[Split], agreement: Agreement) -> tuple[int, int,
     for number, (folder, manifest) in enumerate(splits):
         path = folder / MANIFEST_NAME
         try:
-            os.stat(path)
+            if isinstance(path, Address):
+                if not path.is_file():
+                    return number, -1, *here, f"{path}: not there, but the main rank can read it"
+            else:
+                os.stat(path)
+        except StoreError as error:
+            return number, -1, *here, str(error)
         except OSError as error:
             return number, -1, *here, f"{path}: cannot be read ({error.strerror}), but the main rank can read it"
         numbers = range(agreement.rank, len(manifest.shards), agreement.world_size)

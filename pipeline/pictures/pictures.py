@@ -12,7 +12,6 @@ from torch import Tensor
 from data_prep.images import ImageProblem
 from data_prep.video.decoding import read_frames
 from pipeline.config.options import Config
-from pipeline.data.augmentation import Augment
 from pipeline.data.order import mix_words
 from pipeline.data.shard_reader import RawSample
 from pipeline.data.transforms import (
@@ -24,6 +23,7 @@ from pipeline.data.transforms import (
     draft_size,
     unusable,
 )
+from pipeline.pictures.augmentation import Augment
 from pipeline.pictures.frame_choice import FrameChoice, uniform
 
 

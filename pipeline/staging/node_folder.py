@@ -8,13 +8,17 @@ import hashlib
 import os
 import re
 import shutil
-import stat
-from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from data_prep.manifest import Manifest, Shard, index_columns
-from pipeline.data.open_shards import ShardError
+from data_prep.stores.address import Address
+from data_prep.stores.failures import StoreError
+from data_prep.stores.read_ahead import ReadAhead
+from data_prep.stores.requests import read_range, size_of
+from pipeline.data.open_shards import MISSING, ShardError
 from pipeline.data.shard_files import open_plain_file
 
 SPARE_BYTES = 2**30  # of the disk, which others need too: no copy is made into them
@@ -25,27 +29,15 @@ READY = "ready"
 _LEFT, _PART = "left", "part"
 
 
+Read = Callable[[int, int], bytes]  # bytes of a file, by the number of bytes and the first of them
+
+
 class OtherContent(Exception):
     """A shard whose bytes are not those of the manifest; the message names it."""
 
 
 class Stopped(Exception):
     """Copying was told to stop."""
-
-
-def own_folder(stage_dir: Path) -> Path:
-    """The folder of this user in ``stage_dir``, which must be there; raises OSError where it can't be used."""
-    folder = stage_dir / f"openflm-{os.geteuid()}"
-    try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        pass
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise PermissionError(errno.EACCES, "there is another's file or folder of this name", str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    return folder
 
 
 def remove_leftovers(folder: Path, kept: Collection[str]) -> None:
@@ -66,7 +58,7 @@ class NodeFolder:
     methods raise OSError when a disk fails, and ShardError when the original does.
     """
 
-    def __init__(self, folder: Path, split_dir: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, split_dir: Path | Address, manifest: Manifest) -> None:
         self.name = name_of(manifest)
         self.path, self._split_dir, self._manifest = folder / self.name, split_dir, manifest
         width, shards = index_columns(manifest.fields).width, manifest.shards
@@ -123,6 +115,11 @@ class NodeFolder:
         self.ready.discard(number)
         self.left.discard(number)
 
+    def forget_removed(self) -> None:
+        """Take note of copies that somebody else has removed."""
+        there = set(os.listdir(self.path / READY))
+        self.ready = {number for number in self.ready if there.issuperset(self._names(self._manifest.shards[number]))}
+
     def close(self) -> None:
         """Leave the folder to others; the copies stay."""
         if self._lock is not None:
@@ -156,7 +153,8 @@ class NodeFolder:
         except (OSError, ShardError):
             return False
         try:
-            return size in (None, found) and _is_hash(sha256, _pass_on(source, found, None, stopped))
+            whole = _pass_on(partial(os.pread, source), found, None, stopped)
+            return size in (None, found) and _is_hash(sha256, whole)
         except OSError:
             return False
         finally:
@@ -165,20 +163,41 @@ class NodeFolder:
     def _copy(self, name: str, sha256: str, size: int | None, limit: int, stopped: Callable[[], bool]) -> None:
         """Copy a file of the original into NAME/left by way of NAME/part."""
         part = self.path / _PART / name
-        source, found = open_plain_file(self._split_dir / name)
-        try:
+        with ExitStack() as at_end:
+            at_end.callback(_remove, part)
+            read, found = at_end.enter_context(self._original(name))
             if size not in (None, found) or found > limit:
                 raise OtherContent(f"{self._split_dir / name}: {found} bytes are not what its manifest says")
             if shutil.disk_usage(self.path).free < found + SPARE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            at_end.callback(self._close_part)
             self._writing = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if not _is_hash(sha256, _pass_on(source, found, self._writing, stopped)):
+            if not _is_hash(sha256, _pass_on(read, found, self._writing, stopped)):
                 raise OtherContent(f"{self._split_dir / name}: its SHA-256 is not that of its manifest")
             os.replace(part, self.path / _LEFT / name)
+
+    @contextmanager
+    def _original(self, name: str) -> Iterator[tuple[Read, int]]:
+        """How a file of the original is read, and its bytes; of a store several ranges are fetched at a time."""
+        if not isinstance(self._split_dir, Address):
+            source, found = open_plain_file(self._split_dir / name)
+            try:
+                yield partial(os.pread, source), found
+            finally:
+                os.close(source)
+            return
+        url, ahead = (self._split_dir / name).url, ReadAhead()
+        try:
+            found = size_of(url)
+            if found is None:
+                raise ShardError(MISSING, transient=True)
+            ranges = [(at, min(_CHUNK_BYTES, found - at)) for at in range(0, found, _CHUNK_BYTES)]
+            ahead.expect((at, partial(read_range, url, at, size)) for at, size in ranges)
+            yield lambda size, at: ahead.take(at), found
+        except StoreError as error:
+            raise OSError(errno.EIO, str(error)) from error
         finally:
-            os.close(source)
-            self._close_part()
-            _remove(part)
+            ahead.close()
 
     def _close_part(self) -> None:
         descriptor, self._writing = self._writing, None
@@ -217,13 +236,13 @@ def _lock(folder: Path, needed: bool) -> int | None:
     return None
 
 
-def _pass_on(source: int, size: int, target: int | None, stopped: Callable[[], bool]) -> str:
+def _pass_on(read: Read, size: int, target: int | None, stopped: Callable[[], bool]) -> str:
     """SHA-256 of the first ``size`` bytes of a file, written to ``target`` on the way; raises OSError, Stopped."""
     digest, done = hashlib.sha256(), 0
     while done < size:
         if stopped():
             raise Stopped
-        data = os.pread(source, min(_CHUNK_BYTES, size - done), done)
+        data = read(min(_CHUNK_BYTES, size - done), done)
         if not data:
             raise OSError(errno.EIO, "the file ends too early")
         digest.update(data)

@@ -118,6 +118,9 @@ class Stager:
             remove_leftovers(self._base, {folder.name for folder in self._folders})
 
     def _next_move(self) -> Move | None:
+        for folder in self._folders:
+            if folder.taken:
+                folder.forget_removed()
         taken = np.repeat([folder.taken for folder in self._folders], np.diff(self._first))
         reads = self._ahead.from_step(self._step).without(self._refused | ~taken)
         ready = self._numbers("ready")

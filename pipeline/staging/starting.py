@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.stores.kept_files import own_folder
 from pipeline.config.options import Config, ConfigError, DataConfig
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.endings import host_name
 from pipeline.distributed.ranks import Agreement
-from pipeline.staging.node_folder import READY, name_of, own_folder
+from pipeline.staging.node_folder import READY, name_of
 from pipeline.staging.plan import ReadsAhead
 from pipeline.staging.stager import Stager, reason
 

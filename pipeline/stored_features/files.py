@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import write_atomically
+from data_prep.stores.address import Address
 from pipeline.config.options import ConfigError
 from pipeline.data.open_shards import DataError
 from pipeline.data.shard_reader import Corpus
@@ -127,6 +128,7 @@ class StoredFeatures:
 
     def __init__(self, corpus: Corpus, identity: Identity) -> None:
         """Raises ConfigError where there are none, or others."""
+        refuse_stores(corpus)
         self.identity, self._folder = identity, corpus.split_dir / identity.folder
         summary = _read_summary(self._folder, corpus, identity)
         samples = corpus.manifest.shards.samples
@@ -191,6 +193,15 @@ class _ShardFile:
 
     def _lost(self, reason: str) -> LostFeatures:
         return LostFeatures(f"{self._path}: {reason}; write it again: python -m pipeline.features")
+
+
+def refuse_stores(corpus: Corpus) -> None:
+    """Raise ConfigError for a corpus in an object store, where features are neither written nor read."""
+    if isinstance(corpus.split_dir, Address):
+        raise ConfigError(
+            f"{corpus.split_dir}: features are written and read beside shards on a file system only; copy the split to"
+            " one, or use --data.features null"
+        )
 
 
 def _read_summary(folder: Path, corpus: Corpus, identity: Identity) -> dict[str, Any]:

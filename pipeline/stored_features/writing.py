@@ -18,7 +18,7 @@ from pipeline.config.options import Config, weighted_paths
 from pipeline.data.shard_reader import Corpus, open_corpora
 from pipeline.data.transforms import UnusableSample, clip_transform, decode_image, draft_size
 from pipeline.distributed.host_cores import usable_cores
-from pipeline.stored_features.files import Identity, ShardWriter, seal
+from pipeline.stored_features.files import Identity, ShardWriter, refuse_stores, seal
 from pipeline.stored_features.opening import FeatureSource, check_options, identity_of, tower_hash
 from pipeline.weights.sources import load_vision_tower
 
@@ -72,6 +72,7 @@ def unwritten(config: Config, splits: Sequence[str], source: FeatureSource) -> l
     paths = [path for path, _ in weighted_paths(config.data)]
     for split in splits:
         for corpus in open_corpora(paths, split, getattr(config.task, "num_images", 1)):
+            refuse_stores(corpus)
             identity, first_rows = source.of(corpus), corpus.first_rows()
             ends = np.cumsum(corpus.manifest.shards.samples)
             shards = [

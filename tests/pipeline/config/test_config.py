@@ -337,10 +337,19 @@ def test_ds_config_that_is_no_json(tmp_path: Path) -> None:
         read_ds_config(tmp_path / "b.json")
 
 
-def test_an_address_is_no_folder() -> None:
-    for entry in ("s3://bucket/corpus", "s3://bucket/corpus:2", "https://host/data"):
-        with pytest.raises(ConfigError, match="found an address, expected a folder"):
-            weighted_paths(parse_command_line(["--data", entry]).config.data)
+def test_addresses_have_weights_as_folders_have() -> None:
+    entries = ["s3://bucket/corpus", "s3://bucket/corpus:2", "https://host:8000", "http://host:8000/a:0.5", "file:///a"]
+    config = parse_command_line(["--data", *entries]).config.data
+    found = [(str(path), type(path).__name__.removeprefix("Posix"), weight) for path, weight in weighted_paths(config)]
+    assert found == [
+        ("s3://bucket/corpus", "Address", None),
+        ("s3://bucket/corpus", "Address", 2.0),
+        ("https://host:8000", "Address", None),
+        ("http://host:8000/a", "Address", 0.5),
+        ("/a", "Path", None),
+    ]
+    with pytest.raises(ValueError, match="no address of a store"):
+        weighted_paths(parse_command_line(["--data", "simplecache::s3://bucket/corpus"]).config.data)
 
 
 def test_plain_values_only() -> None:

@@ -9,12 +9,12 @@ import torch
 
 from data_prep.record import Record
 from model.batch import Row
-from pipeline.data.augmentation import randaugment
 from pipeline.data.order import SampleOrder, mix_words, sample_seed
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.transforms import clip_transform, decode_image
 from pipeline.loading.datasets import SampleReader
 from pipeline.loading.loader import LoaderOptions
+from pipeline.pictures.augmentation import randaugment
 from pipeline.pictures.pictures import Pictures
 from tests.pipeline.data.test_reader import jpeg, write_split
 from tests.pipeline.loading.loader_data import HERE, SIZE, rows_by_sample, same

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.stores.kept_files import own_folder
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus
 from pipeline.loading.loader import LoaderOptions
 from pipeline.staging import node_folder, plan
-from pipeline.staging.node_folder import READY, name_of, own_folder
+from pipeline.staging.node_folder import READY, name_of
 from pipeline.staging.plan import ReadsAhead
 from pipeline.staging.stager import Stager
 from tests.pipeline.loading.loader_data import Data, same

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data_prep.video.decoding import read_frames
-from pipeline.data.augmentation import augment_named
 from pipeline.data.shard_reader import RawSample
 from pipeline.data.transforms import UnusableSample, clip_transform
+from pipeline.pictures.augmentation import augment_named
 from pipeline.pictures.frame_choice import head_tail
 from pipeline.pictures.pictures import Pictures
 from tests.numbered_clips import HEIGHT, WIDTH, clip, picture

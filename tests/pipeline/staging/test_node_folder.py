@@ -18,9 +18,10 @@ import pytest
 
 from data_prep.manifest import Manifest, load_manifest
 from data_prep.shard_table import Shard
+from data_prep.stores.kept_files import own_folder
 from pipeline.data.open_shards import ShardError
 from pipeline.staging import node_folder
-from pipeline.staging.node_folder import NodeFolder, OtherContent, Stopped, own_folder, remove_leftovers
+from pipeline.staging.node_folder import NodeFolder, OtherContent, Stopped, remove_leftovers
 from tests.forked_command import fork
 from tests.pipeline.data.test_reader import records, write_split
 

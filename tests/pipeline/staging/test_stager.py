@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.stores.kept_files import own_folder
 from pipeline.config.options import Config, ConfigError, validate
 from pipeline.data.order import SampleOrder
 from pipeline.data.shard_reader import Corpus
@@ -19,7 +20,7 @@ from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
 from pipeline.staging import node_folder, plan, stager
-from pipeline.staging.node_folder import READY, name_of, own_folder
+from pipeline.staging.node_folder import READY, name_of
 from pipeline.staging.plan import ReadsAhead
 from pipeline.staging.stager import Stager
 from pipeline.staging.starting import start_staging

@@ -140,9 +140,9 @@ def test_a_file_name_that_is_no_utf_8_is_captioned_like_the_others(
     assert json.loads((tmp_path / "out.jsonl").read_text())["file"] == f"{tmp_path}/caf\\xe9.png"
 
 
-def test_an_address_is_no_folder_of_data(run: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["--run", str(run), "--data", "s3://bucket/corpus"]) == 2
-    assert "--data s3://bucket/corpus: found an address, expected a folder" in capsys.readouterr().err
+def test_data_in_a_store_that_is_not_there_is_one_line(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--run", str(run), "--data", "memory://nothing/corpus"]) == 2
+    assert "error: memory://nothing/corpus: no such folder" in capsys.readouterr().err
 
 
 def test_held_out_samples_for_the_report(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from pipeline.data import augmentation
-from pipeline.data.augmentation import CROP_AREA, CROP_RATIO, OPERATIONS, _part, augment_named, crop_flip, randaugment
+from pipeline.pictures.augmentation import (
+    CROP_AREA,
+    CROP_RATIO,
+    OPERATIONS,
+    _part,
+    augment_named,
+    crop_flip,
+    randaugment,
+)
 
 HEIGHT, WIDTH = 61, 87
 

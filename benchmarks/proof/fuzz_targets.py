@@ -26,7 +26,7 @@ from data_prep.annotations import karpathy, nlvr2, snli_ve, vqav2
 from data_prep.annotations.annotated import records as local_records
 from data_prep.checks.info import describe_split, format_table
 from data_prep.checks.verify import verify_split
-from data_prep.downloading import bounded_http, fetch
+from data_prep.downloading import bounded_http, failures
 from data_prep.filters import Limits, check_image
 from data_prep.images import ImageProblem
 from data_prep.manifest import MANIFEST_NAME, ManifestError
@@ -251,7 +251,7 @@ def downloads() -> Target:
             try:
                 found = bounded_http.fetch(files["url"].decode("utf-8", "surrogateescape"), bounds, {}, accept)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                return f"{fetch.failure_reason(str(error))}"
+                return f"{failures.failure_reason(str(error))}"
             finally:
                 for one in opened:
                     one.close()

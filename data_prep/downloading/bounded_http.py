@@ -31,7 +31,7 @@ _SAFE = "!$%&'()*+,-./:;=?@[]_~"  # of a path or query, left as they are: what i
 
 
 class FetchError(OSError):
-    """Why a response is not used, in words that ``fetch.failure_reason`` knows."""
+    """Why a response is not used, in words that ``failures.failure_reason`` knows."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.checks.info import row_texts
-from data_prep.downloading.fetch import failure_reason
+from data_prep.downloading.failures import failure_reason
 from data_prep.manifest import read_manifest
 from data_prep.record import PrepError, Rejection, UrlRow
 from data_prep.sources.flickr8k import distinct_keys, read_flickr8k_captions, read_names

@@ -157,8 +157,7 @@ def _exit_code(error: BaseException) -> int:
 def make_by_spark(plan: Plan, options: PartOptions, watch: Watch, processes: int) -> State:
     """Make all parts as tasks of the Spark cluster that spark-submit chose, or by ``processes`` processes here."""
     try:
-        from pyspark import SparkConf
-        from pyspark.sql import SparkSession
+        from pyspark import SparkConf, SparkContext
     except ImportError as error:
         raise PrepError("--engine spark needs PySpark, which is not installed; pip install 'openflm[spark]'") from error
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
@@ -166,11 +165,11 @@ def make_by_spark(plan: Plan, options: PartOptions, watch: Watch, processes: int
     conf = SparkConf().set("spark.ui.enabled", "false").setAppName(f"data_prep {plan.recipe.corpus}")
     if conf.get("spark.master") is None:  # neither spark-submit nor PYSPARK_SUBMIT_ARGS nor spark-defaults.conf has one
         conf.setMaster(f"local[{processes}]")
-    session = SparkSession.builder.config(conf=conf).getOrCreate()
+    context = SparkContext.getOrCreate(conf)
     try:
         folder = plan.folder.absolute()  # Spark's processes have a working directory of their own
         while numbers := _left(plan):
-            found = session.sparkContext.parallelize(numbers, len(numbers))
+            found = context.parallelize(numbers, len(numbers))
             task = _SparkTask(folder, options)
             job = _Background(lambda found=found, task=task: found.map(task).collect())
             watch.wait(job.is_over)
@@ -178,7 +177,7 @@ def make_by_spark(plan: Plan, options: PartOptions, watch: Watch, processes: int
                 time.sleep(_AGAIN_SECONDS)
         return watch.look()
     finally:
-        session.stop()
+        context.stop()
 
 
 class _SparkTask:

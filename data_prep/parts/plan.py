@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_prep.filters import Limits, safe_key
-from data_prep.manifest import Manifest, load_manifest, sync_directory, write_atomically, write_manifest
+from data_prep.manifest import Manifest, is_split, load_manifest, sync_directory, write_atomically, write_manifest
 from data_prep.record import PrepError, Rejection, UrlRow
 from data_prep.shard_writer import REJECTED_NAME, rejected_line
 
@@ -60,7 +60,8 @@ class Recipe:
 @dataclass(frozen=True)
 class Plan:
     """A folder ``.SPLIT.parts`` with ``parts`` parts of ``urls`` addresses in all; ``rejected`` counts the rows that
-    are given up before the download. ``base`` is the manifest of the split that the parts are added to, if any."""
+    are given up before the download. ``base`` is the manifest of the split that the parts are added to, if any, and
+    ``replaces`` the fingerprint of one in whose place they are put."""
 
     folder: Path
     recipe: Recipe
@@ -68,6 +69,7 @@ class Plan:
     urls: int
     rejected: dict[str, int]
     base: Manifest | None = None
+    replaces: str | None = None
 
     @property
     def split_dir(self) -> Path:
@@ -115,7 +117,7 @@ def make_plan(
     beside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}")
     beside.mkdir()
     try:  # an unreadable table or Ctrl-C: a half-written plan must not stay
-        _write_plan(beside, recipe, rows, kept, base)
+        _write_plan(beside, recipe, rows, kept, base, split_dir)
         os.rename(beside, folder)
         sync_directory(folder.parent)
     except OSError:
@@ -150,7 +152,8 @@ def open_plan(folder: Path) -> Plan:
             raise ValueError(f"format {stored['format']!r}, this program reads {FORMAT}")
         base = load_manifest(folder / "base") if stored["base"] else None
         recipe = Recipe(**stored["recipe"])
-        return Plan(folder, recipe, int(stored["parts"]), int(stored["urls"]), dict(stored["rejected"]), base)
+        counts = int(stored["parts"]), int(stored["urls"]), dict(stored["rejected"])
+        return Plan(folder, recipe, *counts, base, stored["replaces"])
     except (ValueError, KeyError, TypeError) as error:
         raise PrepError(f"{folder}: no plan of parts ({error}); give --restart to drop it") from error
 
@@ -183,7 +186,12 @@ def drop_plan(folder: Path) -> None:
 
 
 def _write_plan(
-    folder: Path, recipe: Recipe, rows: Iterable[UrlRow | Rejection], kept: Iterable[str], base: Path | None
+    folder: Path,
+    recipe: Recipe,
+    rows: Iterable[UrlRow | Rejection],
+    kept: Iterable[str],
+    base: Path | None,
+    split_dir: Path,
 ) -> None:
     for name in FOLDERS:
         (folder / name).mkdir()
@@ -206,7 +214,9 @@ def _write_plan(
         (folder / "base").mkdir()
         write_manifest(folder / "base", load_manifest(base))
     content = {"format": FORMAT, "recipe": asdict(recipe), "parts": parts, "urls": urls}
-    content |= {"rejected": dict(sorted(counts.items())), "base": base is not None}
+    content |= {"rejected": dict(sorted(counts.items())), "base": base is not None, "replaces": None}
+    if base is None and is_split(split_dir):
+        content["replaces"] = load_manifest(split_dir).fingerprint()
     write_atomically(folder / PLAN_NAME, json.dumps(content, indent=1) + "\n")
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.manifest import Manifest, is_split, load_manifest, sync_directory, write_manifest
+from data_prep.manifest import MANIFEST_NAME, Manifest, is_split, load_manifest, sync_directory, write_manifest
 from data_prep.parts.part import read_part
 from data_prep.parts.plan import PLAN_NAME, Plan, drop_plan
 from data_prep.record import LowYieldError, PrepError, Rejection
@@ -61,12 +61,20 @@ def _fill(plan: Plan, names: list[tuple[int, Shard, Shard]], manifest: Manifest)
     for number, shard, final in names:
         _rename(plan.done(number) / shard.file, target / final.file, shard.bytes)
         _rename(plan.done(number) / shard.index_file, target / final.index_file, None)
+    beside = plan.folder / "attempts" / uuid.uuid4().hex
+    beside.mkdir()
+    with open(beside / REJECTED_NAME, "w", encoding="utf-8") as stream:
+        stream.writelines(_rejected_lines(plan))
+        stream.flush()
+        os.fsync(stream.fileno())
+    write_manifest(beside, manifest)
+    for name in (REJECTED_NAME, MANIFEST_NAME):
+        os.replace(beside / name, target / name)
     sync_directory(target)
-    _write_rejected(plan, target / REJECTED_NAME)
-    write_manifest(target, manifest)
     if plan.base is None:
-        if is_split(plan.split_dir):  # to be replaced; of two processes one finds the place taken
-            os.rename(plan.split_dir, plan.folder / "replaced")
+        if plan.replaces is not None and is_split(plan.split_dir):
+            if load_manifest(plan.split_dir).fingerprint() == plan.replaces:
+                os.rename(plan.split_dir, plan.folder / "replaced")  # of two processes one finds this place taken
         os.rename(target, plan.split_dir)
         sync_directory(plan.split_dir.parent)
 
@@ -121,19 +129,6 @@ def _rename(old: Path, new: Path, size: int | None) -> None:
     except FileNotFoundError:
         if not new.is_file() or new.is_symlink():
             raise
-
-
-def _write_rejected(plan: Plan, path: Path) -> None:
-    """All that was rejected, in the order of the parts; whole or not at all."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        with open(beside, "w", encoding="utf-8") as stream:
-            stream.writelines(_rejected_lines(plan))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _rejected_lines(plan: Plan) -> Iterator[str]:

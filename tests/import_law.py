@@ -131,6 +131,7 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "torch.utils.tensorboard": {"pipeline/recording/trackers.py"},
     "tensorboard": {"pipeline/recording/trackers.py"},
     "wandb": {"pipeline/recording/trackers.py"},
+    "pyspark": {"data_prep/parts/engines.py"},
     "av": {"data_prep/video/decoding.py", "data_prep/video/encoding.py"},
 }
 NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import shutil
 import socketserver
 import statistics
@@ -55,7 +56,12 @@ def main() -> int:
         finally:
             server.kill()
             server.wait()
-    result = {"environment": environment(), "urls": arguments.urls, "rounds": rounds}
+    result = {
+        "environment": environment(),
+        "command": shlex.join(sys.argv[1:]),
+        "urls": arguments.urls,
+        "rounds": rounds,
+    }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(table_of(rounds, arguments.urls))
@@ -67,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--urls", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="of img2dataset and of parts")
+    parser.add_argument("--ways", nargs="+", help="some of the ways only")
     parser.add_argument("--images", type=Path, help="a folder of JPEG files (default: drawn ones)")
     parser.add_argument("--folder", type=Path, help="where to write (a temporary folder inside it)")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -122,6 +129,8 @@ def measure(table: Path, folder: Path, arguments: argparse.Namespace) -> dict[st
     """Every way once."""
     found = {}
     for name, command in commands(table, folder / "output", arguments).items():
+        if arguments.ways and name not in arguments.ways:
+            continue
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         log = folder / "log"
         with log.open("wb") as stream:

@@ -51,7 +51,7 @@ def main() -> int:
     killed = Counter(engine for engine, was_killed, _ in course.attempts if was_killed)
     result = {
         "environment": environment(),
-        "command": f"python -m benchmarks.proof.kill_prepare --kills {options.kills} --urls {options.urls}",
+        "command": f"python -m benchmarks.proof.kill_prepare --kills {options.kills} --urls {options.urls} --longest {options.longest:g}",
         "equal": equal,
         "kills": dict(killed),
         "attempts": [list(one) for one in course.attempts],

@@ -162,10 +162,16 @@ def make_by_spark(plan: Plan, options: PartOptions, watch: Watch, processes: int
         raise PrepError("--engine spark needs PySpark, which is not installed; pip install 'openflm[spark]'") from error
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    conf = SparkConf().set("spark.ui.enabled", "false").setAppName(f"data_prep {plan.recipe.corpus}")
+    conf = (
+        SparkConf()
+        .set("spark.ui.enabled", "false")
+        .set("spark.ui.showConsoleProgress", "false")
+        .setAppName(f"data_prep {plan.recipe.corpus}")
+    )
     if conf.get("spark.master") is None:  # neither spark-submit nor PYSPARK_SUBMIT_ARGS nor spark-defaults.conf has one
         conf.setMaster(f"local[{processes}]")
     context = SparkContext.getOrCreate(conf)
+    context.setLogLevel("ERROR")
     try:
         folder = plan.folder.absolute()  # Spark's processes have a working directory of their own
         while numbers := _left(plan):

@@ -115,16 +115,20 @@ def _recipe(args: argparse.Namespace, request: dict[str, Any]) -> Recipe:
 def _make(args: argparse.Namespace, plan: Plan) -> Manifest | None:
     """Make the parts of a plan and seal the split; None where other tasks of an array still work on some."""
     least = 0.0 if args.retry_failed else args.min_yield
-    forget_failures(plan)
     options = PartOptions(uuid.uuid4().hex, from_arguments(FetchOptions, args), least)
     stall = max(args.stall_seconds, 6 * args.timeout * (args.retries + 1))
-    watch = Watch(plan, WatchOptions(least, stall, args.deadline_seconds))
-    if args.engine == "mpi":
-        make_by_mpi(plan, options, watch, args.mpi_pool)
-    elif args.engine == "spark":
-        make_by_spark(plan, options, watch, args.processes)
-    else:
-        make_parts(plan, options, watch, args.processes, _array(args))
+    try:
+        forget_failures(plan)
+        watch = Watch(plan, WatchOptions(least, stall, args.deadline_seconds))
+        if args.engine == "mpi":
+            make_by_mpi(plan, options, watch, args.mpi_pool)
+        elif args.engine == "spark":
+            make_by_spark(plan, options, watch, args.processes)
+        else:
+            make_parts(plan, options, watch, args.processes, _array(args))
+    except (PrepError, OSError):
+        if is_open(plan):  # else another task of the array has made the split of all parts
+            raise
     if is_open(plan):
         state = watch.look()
         if state.failed:

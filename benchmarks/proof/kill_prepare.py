@@ -1,6 +1,6 @@
 """Kills the preparation of a split by SIGKILL at random moments, resumes it by other engines, and compares the result.
 
-    python -m benchmarks.proof.kill_prepare [--kills 20] [--urls 600] [--output FILE] [--folder DIR]
+    python -m benchmarks.proof.kill_prepare [--kills 20] [--urls 3000] [--output FILE] [--folder DIR]
 
 A server on this machine answers every request after a tenth of a second, some with 404. Attempts take turns: two local
 processes, MPI with two workers (where mpirun is), an array of two tasks, one local process. All the time another
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +30,7 @@ SECONDS = 0.1
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--urls", type=int, default=600)
+    parser.add_argument("--urls", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--longest", type=float, default=8.0, help="seconds an attempt has at most before its kill")
     parser.add_argument("--folder", type=Path, help="where to write (a temporary folder inside it)")
@@ -45,13 +46,16 @@ def main() -> int:
         server.seconds = SECONDS
         (folder / "killed").mkdir()
         output = folder / "killed" / "whole"
-        course = prepare_with_kills(table, output, options.kills, options.seed, options.longest, ROWS_PER_PART)
-        equal = files(output / "train") == files(folder / "whole" / "train")
+        expected = files(folder / "whole" / "train")
+        course = prepare_with_kills(
+            *(table, output, options.kills, options.seed, options.longest, ROWS_PER_PART, expected)
+        )
+        equal = files(output / "train") == expected
         again = asked_more_than_once(server, options.urls)
     killed = Counter(engine for engine, was_killed, _ in course.attempts if was_killed)
     result = {
         "environment": environment(),
-        "command": f"python -m benchmarks.proof.kill_prepare --kills {options.kills} --urls {options.urls} --longest {options.longest:g}",
+        "command": shlex.join(["python -m benchmarks.proof.kill_prepare", *sys.argv[1:]]).replace("'", ""),
         "equal": equal,
         "kills": dict(killed),
         "attempts": [list(one) for one in course.attempts],

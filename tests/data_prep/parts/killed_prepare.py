@@ -16,7 +16,7 @@ from data_prep.manifest import file_sha256, read_manifest
 from data_prep.parts.part import read_part
 from data_prep.parts.plan import FOLDERS, open_plan, plan_folder
 from data_prep.record import PrepError
-from tests.data_prep.parts.image_server import ImageServer, arguments, mpirun, program, start
+from tests.data_prep.parts.image_server import ImageServer, arguments, files, mpirun, program, start
 
 
 @dataclass
@@ -41,10 +41,13 @@ def attempt_commands(number: int, table: Path, output: Path, rows_per_part: int)
     return name, commands()
 
 
-def prepare_with_kills(table: Path, output: Path, kills: int, seed: int, longest: float, rows_per_part: int) -> Course:
+def prepare_with_kills(
+    table: Path, output: Path, kills: int, seed: int, longest: float, rows_per_part: int, expected: dict[str, bytes]
+) -> Course:
     """Make the split ``output/train``, killed ``kills`` times within ``longest`` seconds of an attempt.
 
-    Raises AssertionError where a part or the split is not whole at a moment, or an attempt fails by itself.
+    Raises AssertionError where a part or the split is not whole at a moment, an attempt fails by itself, or a split
+    that is made does not have the files ``expected``.
     """
     source, course, killed, number = random.Random(seed), Course(), 0, 0
     while not (output / "train").exists() or killed < kills:
@@ -60,6 +63,7 @@ def prepare_with_kills(table: Path, output: Path, kills: int, seed: int, longest
         course.attempts.append((name, not ended, _parts_there(output / "train")))
         if ended:
             assert codes == [0] * len(codes), log.read_text()
+            assert files(output / "train") == expected
         else:
             killed += 1
     return course

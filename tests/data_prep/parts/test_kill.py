@@ -24,7 +24,9 @@ def test_a_killed_and_resumed_split_is_that_of_an_undisturbed_run(tmp_path: Path
         assert main(arguments(table, tmp_path / "whole", rows_per_part=ROWS_PER_PART)) == 0
         server.seconds = 0.1
         (tmp_path / "killed").mkdir()
-        course = prepare_with_kills(table, tmp_path / "killed" / "whole", KILLS, 0, 8.0, ROWS_PER_PART)
+        course = prepare_with_kills(
+            table, tmp_path / "killed" / "whole", KILLS, 0, 8.0, ROWS_PER_PART, files(tmp_path / "whole" / "train")
+        )
     assert sum(killed for _, killed, _ in course.attempts) == KILLS and course.looks > 0
     assert files(tmp_path / "killed" / "whole" / "train") == files(tmp_path / "whole" / "train")
     assert verify_split(tmp_path / "whole" / "train", Limits(), 1).problems == []

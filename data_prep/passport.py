@@ -44,6 +44,8 @@ class Statistics:
         self.stages: Counter[str] = Counter()
         self.reasons: dict[str, list[Any]] = {}  # reason -> [rows, name of the first]
         self.hosts: dict[str, Counter[str]] = {}  # host -> rows by reason, "" for those that were written
+        self._unnamed = 0  # hosts that ``from_json`` was told the sum of
+        self._of_unnamed: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.histograms = {name: _Histogram(edges) for name, edges in HISTOGRAMS.items()}
 
@@ -84,8 +86,16 @@ class Statistics:
             self.reasons.setdefault(reason, [0, example])[0] += rows
         for host, counts in other.hosts.items():
             self.hosts.setdefault(host, Counter()).update(counts)
+        self._unnamed += other._unnamed
+        self._of_unnamed.update(other._of_unnamed)
         for name, histogram in self.histograms.items():
             histogram.merge(other.histograms[name])
+
+    def forget_rejections(self) -> None:
+        """Keep what is counted of rows that were written."""
+        self.stages, self.reasons = Counter(), {}
+        self.hosts = {host: Counter({"": counts[""]}) for host, counts in self.hosts.items() if counts[""]}
+        self._of_unnamed = Counter({"": self._of_unnamed[""]})
 
     def _count_host(self, url: Any, reason: str, rows: int) -> None:
         if isinstance(url, str) and (host := host_of(url)):
@@ -96,7 +106,7 @@ class Statistics:
         rejected = {f"rejected_by_{stage}": self.stages[stage] for stage in STAGES}
         ordered = sorted(self.hosts, key=lambda host: (-self.hosts[host].total(), host))
         shown = ordered if top_hosts is None else ordered[:top_hosts]
-        rest: Counter[str] = Counter()
+        rest = Counter(self._of_unnamed)
         for host in ordered[len(shown) :]:
             rest.update(self.hosts[host])
         return {
@@ -108,7 +118,7 @@ class Statistics:
                 reason: {"rows": rows, "example": example} for reason, (rows, example) in sorted(self.reasons.items())
             },
             "hosts": {host: _host_as_json(self.hosts[host]) for host in shown},
-            "other_hosts": {"hosts": len(ordered) - len(shown), **_host_as_json(rest)},
+            "other_hosts": {"hosts": len(ordered) - len(shown) + self._unnamed, **_host_as_json(rest)},
             **{name: histogram.as_json() for name, histogram in self.histograms.items()},
         }
 
@@ -123,6 +133,9 @@ class Statistics:
         statistics.reasons = {reason: [one["rows"], one["example"]] for reason, one in content["rejected"].items()}
         for host, one in content["hosts"].items():
             statistics.hosts[host] = Counter({"": one["written"], **one["rejected"]})
+        rest = content["other_hosts"]
+        statistics._unnamed = rest["hosts"]
+        statistics._of_unnamed = Counter({"": rest["written"], **rest["rejected"]})
         for name, histogram in statistics.histograms.items():
             histogram.take(content[name])
         return statistics

@@ -34,6 +34,78 @@ REJECTED_NAME = "rejected.jsonl"
 _BLOCK = tarfile.BLOCKSIZE
 
 
+class ShardFolder:
+    """Writes records into the shards of a folder, and names what is not written in its ``rejected.jsonl``."""
+
+    def __init__(self, folder: Path, num_images: int = 1, samples_per_shard: int = 2000, videos: bool = False) -> None:
+        """``num_images`` of a sample, or with ``videos`` a clip in each; the folder must be there."""
+        self.folder = folder
+        self.fields = CLIP_FIELDS if videos else fields_of(num_images)
+        self.shards: list[Shard] = []
+        self.rejected: Counter[str] = Counter()
+        self.examples: dict[str, Rejection] = {}  # reason -> the first that was rejected for it
+        self.rows = 0
+        self.statistics = Statistics()
+        self.suffixes: set[str] = set()  # of the members written, such as jpg
+        self._num_images, self._videos, self._samples_per_shard = num_images, videos, samples_per_shard
+        self._shard: _ShardWriter | None = None
+        self._rejected_stream = open(folder / REJECTED_NAME, "w", encoding="utf-8")
+
+    def add(self, record: Record) -> None:
+        """Write a checked record (safe key, known extensions); raises PrepError for another number of images, and for
+        a clip among images or images among clips."""
+        is_video = record.video is not None
+        if is_video != self._videos or len(record.images) != (0 if is_video else self._num_images):
+            expected = "a clip" if self._videos else self._num_images
+            found = "a clip" if is_video else f"{len(record.images)} image(s)"
+            found += f", expected {expected} as in the rest of the split"
+            raise PrepError(f"record {record.key} has {found}; prepare it as a corpus of its own")
+        if self._shard is None:
+            self._shard = _ShardWriter(self.folder, len(self.shards), self.fields)
+        self.suffixes |= self._shard.add(record)
+        self.rows += len(record.captions)
+        self.statistics.add(record)
+        if self._shard.samples == self._samples_per_shard:
+            self._close_shard()
+
+    def reject(self, rejection: Rejection, again: dict[str, Any] | None = None) -> None:
+        """Count and name a record that is not written; ``again`` is what is needed to try it once more."""
+        self.rejected[rejection.reason] += rejection.rows
+        self.examples.setdefault(rejection.reason, rejection)
+        self.statistics.reject(rejection)
+        self._rejected_stream.write(rejected_line(rejection, again))
+
+    def add_shard(self, shard: Shard, suffixes: Iterable[str]) -> None:
+        """Take a shard whose files lie in the folder already; ``suffixes``: what follows the keys of its members."""
+        self._close_shard()
+        self.suffixes.update(suffixes)
+        self.shards.append(shard)
+        self.rows += shard.rows
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self.shards.append(self._shard.close())
+            self._shard = None
+
+    def close(self) -> None:
+        """Close the last shard; everything is on the disk then."""
+        self._close_shard()
+        _sync_and_close(self._rejected_stream)
+
+    def abandon(self) -> None:
+        """Close what is open, whatever comes of it."""
+        with contextlib.suppress(OSError):  # a full disk takes what is still buffered neither
+            self._rejected_stream.close()
+        if self._shard is not None:
+            self._shard.abandon()
+
+
+def rejected_line(rejection: Rejection, again: dict[str, Any] | None = None) -> str:
+    """A line of ``rejected.jsonl``."""
+    line = {"reason": rejection.reason, "name": rejection.name, "rows": rejection.rows, "detail": rejection.detail}
+    return json.dumps(line if again is None else {**line, "again": again}) + "\n"
+
+
 class SplitWriter:
     """Context manager that writes a split into a hidden folder and renames it to ``split_dir`` when it is complete.
 
@@ -57,17 +129,8 @@ class SplitWriter:
         """``num_images`` of a sample, or with ``videos`` a clip in each; ``caption_key`` is the manifest's."""
         self._split_dir = Path(split_dir)
         self._corpus, self._split = corpus, split
-        self._num_images, self._videos = num_images, videos
-        self._fields = CLIP_FIELDS if videos else fields_of(num_images)
-        self._samples_per_shard = samples_per_shard
+        self._kind = {"num_images": num_images, "samples_per_shard": samples_per_shard, "videos": videos}
         self._provenance, self._texts, self._caption_key = provenance or {}, texts, caption_key
-        self._shards: list[Shard] = []
-        self._shard: _ShardWriter | None = None
-        self._suffixes: set[str] = set()  # of the members written, such as jpg
-        self.rejected: Counter[str] = Counter()
-        self.examples: dict[str, Rejection] = {}  # reason -> the first that was rejected for it
-        self.rows = 0
-        self.statistics = Statistics()
         self.manifest: Manifest | None = None
         refuse_existing(self._split_dir, overwrite)
         self.folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
@@ -75,48 +138,39 @@ class SplitWriter:
     def __enter__(self) -> SplitWriter:
         self.folder.mkdir(parents=True)
         try:
-            self._rejected_stream = open(self.folder / REJECTED_NAME, "w", encoding="utf-8")
+            self._written = ShardFolder(self.folder, **self._kind)
         except OSError:
             self.folder.rmdir()
             raise
         return self
 
+    @property
+    def rejected(self) -> Counter[str]:
+        return self._written.rejected
+
+    @property
+    def examples(self) -> dict[str, Rejection]:
+        return self._written.examples
+
+    @property
+    def rows(self) -> int:
+        return self._written.rows
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._written.statistics
+
     def add(self, record: Record) -> None:
-        """Write a checked record (safe key, known extensions); raises PrepError for another number of images, and for
-        a clip among images or images among clips."""
-        is_video = record.video is not None
-        if is_video != self._videos or len(record.images) != (0 if is_video else self._num_images):
-            expected = "a clip" if self._videos else self._num_images
-            found = "a clip" if is_video else f"{len(record.images)} image(s)"
-            found += f", expected {expected} as in the rest of the split"
-            raise PrepError(f"{self._split_dir}: record {record.key} has {found}; prepare it as a corpus of its own")
-        if self._shard is None:
-            self._shard = _ShardWriter(self.folder, len(self._shards), self._fields)
-        self._suffixes |= self._shard.add(record)
-        self.rows += len(record.captions)
-        self.statistics.add(record)
-        if self._shard.samples == self._samples_per_shard:
-            self._close_shard()
+        """Write a checked record; see ``ShardFolder.add``."""
+        self._written.add(record)
 
     def add_shard(self, shard: Shard, suffixes: Iterable[str]) -> None:
-        """Take a shard whose files lie in ``folder`` already; ``suffixes``: what follows the keys of its members."""
-        self._close_shard()
-        self._suffixes.update(suffixes)
-        self._shards.append(shard)
-        self.rows += shard.rows
+        """Take a shard that lies in ``folder`` already; see ``ShardFolder.add_shard``."""
+        self._written.add_shard(shard, suffixes)
 
     def reject(self, rejection: Rejection) -> None:
         """Count and name a record that is not written."""
-        self.rejected[rejection.reason] += rejection.rows
-        self.examples.setdefault(rejection.reason, rejection)
-        self.statistics.reject(rejection)
-        line = {"reason": rejection.reason, "name": rejection.name, "rows": rejection.rows, "detail": rejection.detail}
-        self._rejected_stream.write(json.dumps(line) + "\n")
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shards.append(self._shard.close())
-            self._shard = None
+        self._written.reject(rejection)
 
     def __exit__(self, error_type: type[BaseException] | None, error: object, trace: object) -> None:
         complete = False
@@ -126,37 +180,38 @@ class SplitWriter:
                 complete = True
         finally:
             if not complete:
-                with contextlib.suppress(OSError):  # a full disk takes what is still buffered neither
-                    self._rejected_stream.close()
-                if self._shard is not None:
-                    self._shard.abandon()
+                self._written.abandon()
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finish(self) -> None:
-        self._close_shard()
-        _sync_and_close(self._rejected_stream)
-        if not self._shards:
-            first = next(iter(self.examples.values()), None)
-            example = (
-                "" if first is None else f", such as {first.name}" + (f" ({first.detail})" if first.detail else "")
-            )
-            found = describe_counts(self.rejected) + example
-            raise PrepError(f"{self._split_dir}: no usable record ({found}); nothing written")
+        self._written.close()
+        if not self._written.shards:
+            raise nothing_usable(self._split_dir, self._written.rejected, self._written.examples)
         self.manifest = Manifest(
             corpus=self._corpus,
             split=self._split,
-            fields=self._fields,
-            shards=tuple(self._shards),
-            rejected=dict(sorted(self.rejected.items())),
-            provenance=self._provenance
-            | ({MEMBERS: sorted(self._suffixes)} if self._suffixes else {})
-            | {PASSPORT: self.statistics.as_json()},
+            fields=self._written.fields,
+            shards=tuple(self._written.shards),
+            rejected=dict(sorted(self._written.rejected.items())),
+            provenance=self._provenance | what_was_written(self._written.statistics, self._written.suffixes),
             texts=self._texts,
             caption_key=self._caption_key,
         )
         write_manifest(self.folder, self.manifest)
         _put_in_place(self.folder, self._split_dir)
         write_card(self._split_dir.parent)
+
+
+def what_was_written(statistics: Statistics, suffixes: Iterable[str]) -> dict[str, Any]:
+    """What the provenance of a split says of its content: its passport, and what follows the keys of its members."""
+    return ({MEMBERS: sorted(suffixes)} if suffixes else {}) | {PASSPORT: statistics.as_json()}
+
+
+def nothing_usable(split_dir: Path, rejected: dict[str, int], examples: dict[str, Rejection]) -> PrepError:
+    """The error of a split without a record."""
+    first = next(iter(examples.values()), None)
+    example = "" if first is None else f", such as {first.name}" + (f" ({first.detail})" if first.detail else "")
+    return PrepError(f"{split_dir}: no usable record ({describe_counts(rejected)}{example}); nothing written")
 
 
 def refuse_existing(split_dir: Path, overwrite: bool) -> None:

@@ -33,6 +33,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "video_sets": ("border", "splits", "annotations"),
         "sources": ("border", "splits", "annotations"),
         "downloading": ("border", "splits"),
+        "parts": ("border", "splits", "downloading"),
         "drawn": ("border", "splits", "video"),
         "foreign": ("border", "splits"),
         "checks": ("border", "images", "splits", "video"),
@@ -42,7 +43,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "tokenizer": ("border", "splits", "checks"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            *("foreign", "tokenizer", "similar", "repairing", "reporting", "stores", "uploads"),
+            *("foreign", "tokenizer", "similar", "repairing", "reporting", "stores", "uploads", "parts"),
         ),
         "programs": ("border", "splits", "video", "stores.failures", "verbs.table"),
     },
@@ -150,6 +151,7 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "tensorboard": {"pipeline/recording/trackers.py"},
     "wandb": {"pipeline/recording/trackers.py"},
     "py3langid": {"data_prep/caption_language.py"},
+    "pyspark": {"data_prep/parts/engines.py"},
     "av": {"data_prep/video/decoding.py", "data_prep/video/encoding.py"},
 }
 NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

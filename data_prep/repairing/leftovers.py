@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
@@ -13,7 +12,8 @@ from typing import NamedTuple
 from data_prep.manifest import MANIFEST_NAME, is_split
 
 _BUILT = re.compile(r"\.(?P<split>.+)\.(?P<process>\d+)\.(?P<kind>part|old)")
-_DOWNLOAD = re.compile(r"\.(?P<split>.+)\.download")
+_DOWNLOAD = re.compile(r"\.(?P<split>.+)\.(parts|input)")  # the parts of a split, the copy of its table
+_DROPPED = re.compile(r"\.(?P<split>.+)\.parts\.[0-9a-f]{12}")  # parts that were being planned or removed
 _BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)")  # of write_atomically
 
 
@@ -28,7 +28,8 @@ class Leftover(NamedTuple):
     @property
     def split_dir(self) -> Path:
         """Where the split belongs that it is of."""
-        found = _BUILT.fullmatch(self.path.name) or _DOWNLOAD.fullmatch(self.path.name)
+        patterns = (_BUILT, _DOWNLOAD, _DROPPED)
+        found = next((found for pattern in patterns if (found := pattern.fullmatch(self.path.name))), None)
         assert found is not None, self.path
         return self.path.parent / found["split"]
 
@@ -50,10 +51,14 @@ def _leftover(path: Path, min_age_seconds: float) -> Leftover | None:
         found = _BESIDE.fullmatch(path.name)
         is_left = found is not None and not _is_busy(path, int(found["process"]), min_age_seconds)
         return Leftover(path, "leftover", f"{path}: a file that was being written") if is_left else None
+    if _DROPPED.fullmatch(path.name) and path.is_dir():
+        is_left = _age_seconds(path) >= min_age_seconds
+        return Leftover(path, "leftover", f"{path}: parts that were being planned, or removed") if is_left else None
     if (found := _DOWNLOAD.fullmatch(path.name)) and path.is_dir():
-        if not is_split(path.parent / found["split"]):
+        is_added_to = (path / "base").is_dir()  # by --retry-failed
+        if is_added_to or not is_split(path.parent / found["split"]):
             return Leftover(path, "unfinished", f"{path}: an unfinished download; the same command goes on with it")
-        if _is_locked(path / "lock") or _age_seconds(path) < min_age_seconds:
+        if _age_seconds(path) < min_age_seconds:
             return None
         return Leftover(path, "leftover", f"{path}: the download of a split that is finished")
     found = _BUILT.fullmatch(path.name)
@@ -82,18 +87,6 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _is_locked(lock: Path) -> bool:
-    """Whether a downloader holds its lock."""
-    try:
-        with open(lock) as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def _age_seconds(path: Path) -> float:

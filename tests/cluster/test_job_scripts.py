@@ -243,6 +243,37 @@ def test_an_environment_that_sbatch_did_not_export_reaches_the_ranks(desk: Desk,
     assert found["OPENFLM_ATTEMPT"] == "0" and "/usr/bin" in found["PATH"] and "SLURM_EXPORT_ENV" not in found
 
 
+@pytest.mark.extended
+def test_tasks_of_an_array_share_the_parts_of_a_download(desk: Desk, script: Callable) -> None:
+    """Each is told which it is, by Slurm's own variables; a verb that downloads nothing is refused."""
+    body = """case "$*" in
+    *urls*--help*) echo "--engine {processes,array}" ;;
+    *--help*) echo "--output" ;;
+    *) echo "$* $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" >"$OUT/task-$SLURM_ARRAY_TASK_ID" ;;
+    esac"""
+    site = desk.site(PYTHON=str(script("python", body)))
+    options = ("--array=0-1",)
+    job = desk.sbatch("prep_data.sh", "urls", "--input", "x", site=site, options=options, OUT=str(desk.folder))
+    desk.wait(lambda: not desk.cluster.run("squeue", "--noheader").strip())
+    said = [(desk.folder / f"task-{number}").read_text() for number in range(2)]
+    assert said == [f"-m data_prep urls --input x --engine array {number}/2\n" for number in range(2)], job
+    desk.sbatch("prep_data.sh", "synth", site=site, options=options, OUT=str(desk.folder))
+    desk.wait(lambda: not desk.cluster.run("squeue", "--noheader").strip())
+    logs = [path.read_text() for path in desk.folder.glob("prep_data-*.out")]
+    assert sum("error: synth downloads nothing that an array could share" in log for log in logs) == 2
+
+
+@pytest.mark.extended
+def test_an_array_that_slurm_would_not_number_is_refused(desk: Desk) -> None:
+    """MaxArraySize limits the index, whatever the number of tasks."""
+    command = ["bash", SCRIPTS / "prep_data.sh", "--dry-run", "--array=0-99999999", "urls", "--input", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OPENFLM_SITE": str(desk.site())})
+    assert done.returncode == 2 and "MaxArraySize" in done.stderr
+    command[3] = "--array=0-7"
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OPENFLM_SITE": str(desk.site())})
+    assert done.returncode == 0 and "--array=0-7" in done.stderr and "urls --input x" in done.stderr
+
+
 def test_a_rank_that_is_bound_to_few_cores_is_told(tmp_path: Path) -> None:
     """One core of four: `nproc` says what a rank may use, whatever Slurm has given."""
     core = min(os.sched_getaffinity(0))

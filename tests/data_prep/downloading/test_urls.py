@@ -178,14 +178,14 @@ def test_failure_of_everything_is_an_error_and_a_later_run_succeeds(server, tmp_
     assert main(command(other, output, "--restart")) == 0
 
 
-def test_private_addresses_are_downloaded_when_allowed_only(server, monkeypatch):
+def test_private_addresses_are_downloaded_when_allowed_only(server, tmp_path, monkeypatch):
     """Invariant 7: a table of URLs from outside does not reach into one's own network."""
     given = []
     monkeypatch.setattr(
-        "data_prep.downloading.fetch.download", lambda plan, options: given.append(options) or sys.exit(9)
+        "data_prep.verbs.urls.make_parts", lambda plan, options, *_: given.append(options.fetch) or sys.exit(9)
     )
-    monkeypatch.setattr("data_prep.downloading.fetch.plan_download", lambda *arguments: None)
-    arguments = ["urls", "--input", __file__, "--format", "tsv", "--output", "nowhere"]
+    table = write_table(tmp_path / "rows.tsv", [(url(server, "ok"), "x")])
+    arguments = ["urls", "--input", str(table), "--output", str(tmp_path / "web")]
     for more, expected in (([], False), (["--allow-private-addresses"], True)):
         with pytest.raises(SystemExit):
             main([*arguments, *more])
@@ -220,9 +220,9 @@ def test_the_synthetic_corpus_goes_through_the_network_unchanged(tmp_path):
     manifest = read_manifest(folder)
     assert manifest.rows == 40 and manifest.rejected == {}
     with tarfile.open(folder / "00000.tar") as tar:
-        assert tar.getnames()[:3] == ["000000000.jpg", "000000000.txt", "000000000.json"]
-        image = tar.extractfile("000000007.jpg").read()
-        meta = json.loads(tar.extractfile("000000007.json").read())
+        assert tar.getnames()[:3] == ["train_000000000.jpg", "train_000000000.txt", "train_000000000.json"]
+        image = tar.extractfile("train_000000007.jpg").read()
+        meta = json.loads(tar.extractfile("train_000000007.json").read())
     assert image == (served / "images" / "train" / "train_0000007.jpg").read_bytes()
     assert f"{meta['main_colour']} {meta['main_shape']}" in meta["captions"][0]
     assert meta["questions"][0]["answer"] == meta["main_colour"]
@@ -266,7 +266,7 @@ def test_an_interrupted_download_ends_its_processes_and_resumes_without_finished
     rows = [(url(server, f"ok?{i}"), f"picture {i}") for i in range(150)]  # parts of 100 and 50
     rows[130] = (url(server, "hang"), "late")
     table = write_table(tmp_path / "rows.tsv", rows)
-    process = start(*command(table, tmp_path / "web"))
+    process = start(*command(table, tmp_path / "web", "--rows-per-part", "100"))
     wait_for(lambda: "hang" in server.hits, seconds=100)  # with one process the first part is finished by then
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=30)
@@ -274,7 +274,7 @@ def test_an_interrupted_download_ends_its_processes_and_resumes_without_finished
     assert not (tmp_path / "web" / "train").exists()
     server.hanging = False
     server.hits.clear()
-    assert main(command(table, tmp_path / "web")) == 0  # would say "another download" if one were left alive
+    assert main(command(table, tmp_path / "web", "--rows-per-part", "100")) == 0
     assert len(server.hits) == 50 and read_manifest(tmp_path / "web" / "train").rows == 150
 
 

@@ -293,10 +293,9 @@ def test_pax_headers_are_a_note(split_dir, capsys):
 @pytest.mark.parametrize("repair", [False, True])
 def test_what_killed_runs_left_beside(split_dir, repair, capsys):
     corpus = split_dir.parent
-    cut_off, replaced, download = (
-        corpus / name for name in (".dev.4999999.part", ".train.4999999.old", ".train.download")
-    )
-    for folder in (cut_off, replaced, download, corpus / ".dev.download"):
+    names = (".dev.4999999.part", ".train.4999999.old", ".train.parts", ".train.parts.0123456789ab", ".train.input")
+    left = [corpus / name for name in names]
+    for folder in (*left, corpus / ".dev.parts"):
         folder.mkdir()
         (folder / "x").write_text("x")
     mine = corpus / f".test.{os.getppid()}.part"
@@ -304,8 +303,8 @@ def test_what_killed_runs_left_beside(split_dir, repair, capsys):
     assert doctor(corpus, *(["--repair"] if repair else [])) == (0 if repair else 1)
     said = capsys.readouterr().out
     assert "a split whose writing was cut off" in said or repair
-    assert [folder.exists() for folder in (cut_off, replaced, download)] == [not repair] * 3
-    assert mine.exists() and (corpus / ".dev.download").exists(), "a running process's, and one that can go on"
+    assert [folder.exists() for folder in left] == [not repair] * 5
+    assert mine.exists() and (corpus / ".dev.parts").exists(), "a running process's, and one that can go on"
     assert "the same command goes on with it" in said
 
 

@@ -68,7 +68,7 @@ def test_processes_make_the_same_split_as_one(server, table, expected, tmp_path)
     assert main(arguments(table, tmp_path / "web", "--processes", "3")) == 0
     assert files(tmp_path / "web" / "train") == expected
     assert sorted(server.asked) == list(range(COUNT))  # each once
-    assert os.listdir(tmp_path / "web") == ["train"]
+    assert sorted(os.listdir(tmp_path / "web")) == ["README.md", "train"]
 
 
 @pytest.mark.slow

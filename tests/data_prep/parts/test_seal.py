@@ -38,7 +38,7 @@ def test_a_split_is_its_parts_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     manifest = seal(plan)
     split = tmp_path / "web" / "train"
     assert manifest == read_manifest(split) and not plan.folder.exists()
-    assert [path.name for path in (tmp_path / "web").iterdir()] == ["train"]
+    assert sorted(path.name for path in (tmp_path / "web").iterdir()) == ["README.md", "train"]
     assert list(row_texts(split, manifest)) == [f"picture {n}" for n in range(25) if n not in LATER]
     assert manifest.rejected == {"bad_url": 1, "connection_failed": 1, "http_410": 1, "http_503": 1, "timeout": 1}
     assert manifest.rows + sum(manifest.rejected.values()) == 26
@@ -109,7 +109,7 @@ def test_several_processes_may_seal_at_once(tmp_path: Path, monkeypatch: pytest.
         for one in several:
             one.join()
         assert [one.exitcode for one in several] == [0] * 4 and files(plan.split_dir) == expected
-        assert [path.name for path in (tmp_path / str(attempt) / "web").iterdir()] == ["train"]
+        assert sorted(path.name for path in (tmp_path / str(attempt) / "web").iterdir()) == ["README.md", "train"]
 
 
 def seal_together(plan: Plan, start) -> None:

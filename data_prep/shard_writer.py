@@ -75,10 +75,12 @@ class ShardFolder:
         self.statistics.reject(rejection)
         self._rejected_stream.write(rejected_line(rejection, again))
 
-    def add_shard(self, shard: Shard, suffixes: Iterable[str]) -> None:
-        """Take a shard whose files lie in the folder already; ``suffixes``: what follows the keys of its members."""
+    def add_shard(self, shard: Shard, suffixes: Iterable[str], statistics: Statistics) -> None:
+        """Take a shard whose files lie in the folder already; ``suffixes``: what follows the keys of its members,
+        ``statistics``: what its samples count for."""
         self._close_shard()
         self.suffixes.update(suffixes)
+        self.statistics.merge(statistics)
         self.shards.append(shard)
         self.rows += shard.rows
 
@@ -164,9 +166,9 @@ class SplitWriter:
         """Write a checked record; see ``ShardFolder.add``."""
         self._written.add(record)
 
-    def add_shard(self, shard: Shard, suffixes: Iterable[str]) -> None:
+    def add_shard(self, shard: Shard, suffixes: Iterable[str], statistics: Statistics) -> None:
         """Take a shard that lies in ``folder`` already; see ``ShardFolder.add_shard``."""
-        self._written.add_shard(shard, suffixes)
+        self._written.add_shard(shard, suffixes, statistics)
 
     def reject(self, rejection: Rejection) -> None:
         """Count and name a record that is not written."""

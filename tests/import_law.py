@@ -41,9 +41,11 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "repairing": ("border", "splits", "checks"),
         "reporting": ("border", "images", "video", "splits", "checks"),
         "tokenizer": ("border", "splits", "checks"),
+        "options": ("border", "splits", "video", "annotations", "sources", "downloading", "stores"),
+        "upkeep": ("border", "splits", "stores", "uploads", "checks", "similar", "repairing", "reporting", "options"),
         "verbs": (
-            *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "checks"),
-            *("foreign", "tokenizer", "similar", "repairing", "reporting", "stores", "uploads", "parts"),
+            *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "foreign"),
+            *("parts", "tokenizer", "stores", "options", "upkeep"),
         ),
         "programs": ("border", "splits", "video", "stores.failures", "verbs.table"),
     },
@@ -109,9 +111,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         )
     },
 }
-LARGE_WINGS: dict[str, str] = {  # wing of more than MAX_WING_LINES lines -> why
-    "data_prep/verbs": "command lines alone, a file for each family of verbs, read one at a time",
-}
+LARGE_WINGS: dict[str, str] = {}  # wing of more than MAX_WING_LINES lines -> why
 MAY_IMPORT = {
     "model": set(),
     "data_prep": set(),

@@ -18,16 +18,17 @@ from data_prep.foreign.records import NUMBER, Found, read_shard
 from data_prep.foreign.tar_samples import Member, read_tar
 from data_prep.manifest import Manifest, Shard, file_sha256, index_columns, write_atomically
 from data_prep.parallel import ordered_map
+from data_prep.passport import Statistics
 from data_prep.prepare import progress
-from data_prep.record import PrepError, Rejection
+from data_prep.record import PrepError, Record, Rejection
 from data_prep.sample_fields import fields_of
 from data_prep.shard_members import HEADER_BYTES, field_of, header_name, key_and_suffix
 from data_prep.shard_writer import SplitWriter
 
 
 class IndexedShard(NamedTuple):
-    """What of a tar is kept: its index, int64 [rows, 2*F+1], of so many samples; what is not. ``suffixes`` of all
-    members, kept or not."""
+    """What of a tar is kept: its index, int64 [rows, 2*F+1], of so many samples, which are counted; what is not.
+    ``suffixes`` of all members, kept or not."""
 
     name: str
     index: np.ndarray
@@ -35,6 +36,7 @@ class IndexedShard(NamedTuple):
     num_bytes: int
     sha256: str
     suffixes: set[str]
+    statistics: Statistics
     rejections: list[Rejection]
 
 
@@ -53,7 +55,7 @@ def link_split(
             for rejection in found.rejections:
                 writer.reject(rejection)
             if found.samples:
-                writer.add_shard(_with_index(writer.folder, found), found.suffixes)
+                writer.add_shard(_with_index(writer.folder, found), found.suffixes, found.statistics)
             else:
                 (writer.folder / found.name).unlink()
     assert writer.manifest is not None
@@ -82,34 +84,36 @@ def _with_index(folder: Path, found: IndexedShard) -> Shard:
 def index_shard(folder: Path, name: str, split: str, choice: Choice, limits: Limits) -> IndexedShard:
     """Judge every sample of the tar ``folder / name``; raises PrepError where it can't be read by an index."""
     path, fields = folder / name, fields_of(choice.num_images)
-    rows, samples, rejections, content = [], 0, [], read_tar(path, name)
+    rows, statistics, rejections, content = [], Statistics(), [], read_tar(path, name)
     with open(path, "rb") as stream:
         for found in read_shard(path, name, content, split, choice, limits.max_image_bytes):
             if isinstance(found, Rejection):
                 rejections.append(found)
                 continue
-            numbers = _kept_captions(found, limits, rejections)
-            if numbers:
+            kept = _kept(found, limits, rejections)
+            if kept is not None:
                 places = [*found.sample.images, found.sample.text, found.sample.meta]
                 _check_headers(stream, name, dict(zip(fields, places, strict=True)))
-                rows += [_row(places, number) for number in numbers]
-                samples += 1
+                rows += [_row(places, number) for number in kept.per_caption[NUMBER]]
+                statistics.add(kept)
     index = np.asarray(rows, dtype=np.int64).reshape(-1, index_columns(fields).width)
     members = (member for sample in content.samples for member in sample.members.values())
     suffixes = {member.name.rpartition("/")[2].partition(".")[2] for member in members}
-    return IndexedShard(name, index, samples, path.stat().st_size, file_sha256(path), suffixes, rejections)
+    return IndexedShard(
+        name, index, statistics.samples, path.stat().st_size, file_sha256(path), suffixes, statistics, rejections
+    )
 
 
-def _kept_captions(found: Found, limits: Limits, rejections: list[Rejection]) -> list[int]:
-    """The numbers of the captions that the filters keep, if they keep the images as they are."""
+def _kept(found: Found, limits: Limits, rejections: list[Rejection]) -> Record | None:
+    """The record with the captions that the filters keep, if they keep the images as they are."""
     kept, problems = check_record(found.record, limits)
     rejections += problems
     if kept is None:
-        return []
+        return None
     if any(after is not before for after, before in zip(kept.images, found.record.images, strict=True)):
         rejections.append(Rejection("needs_conversion", kept.key, rows=len(kept.captions)))
-        return []
-    return kept.per_caption[NUMBER]
+        return None
+    return kept
 
 
 def _row(places: Sequence[Member | None], number: int) -> list[int]:

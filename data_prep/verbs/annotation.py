@@ -27,8 +27,8 @@ from data_prep.passport import source_files
 from data_prep.prepare import fill_split
 from data_prep.record import MissingInput, PrepError, Rejection
 from data_prep.shard_writer import refuse_existing
-from data_prep.verbs.dry_run import add_dry_run, plan_images
-from data_prep.verbs.options import (
+from data_prep.options.dry_run import add_dry_run, plan_images
+from data_prep.options.shared import (
     Verb,
     add_filters,
     add_writing,

@@ -16,8 +16,8 @@ from data_prep.filters import Limits, check_record
 from data_prep.manifest import file_sha256
 from data_prep.record import PrepError, Record, Rejection, UrlRow
 from data_prep.verbs.annotation import Part, add_options, coco_held_out, prepare_parts
-from data_prep.verbs.dry_run import plan_download
-from data_prep.verbs.options import Verb, limits_of, local_path, plain_name
+from data_prep.options.dry_run import plan_download
+from data_prep.options.shared import Verb, limits_of, local_path, plain_name
 from data_prep.verbs.urls import begin, download_rows
 
 

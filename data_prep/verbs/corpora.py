@@ -13,8 +13,8 @@ from data_prep.sources.conceptual import conceptual_columns, conceptual_rows, sp
 from data_prep.sources.laion import Scores, laion_columns, laion_rows
 from data_prep.sources.sbu import sbu_files, sbu_rows
 from data_prep.sources.tables import table_files
-from data_prep.verbs.dry_run import Counted, add_dry_run, plan_download
-from data_prep.verbs.options import Verb, local_path, name_list, plain_name, share
+from data_prep.options.dry_run import Counted, add_dry_run, plan_download
+from data_prep.options.shared import Verb, local_path, name_list, plain_name, share
 from data_prep.verbs.urls import add_download, begin, download_rows
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.drawn import synth
-from data_prep.verbs.options import (
+from data_prep.options.shared import (
     add_writing,
     from_arguments,
     local_path,

@@ -12,8 +12,8 @@ from data_prep.prepare import fill_split
 from data_prep.record import MissingInput, Rejection
 from data_prep.shard_writer import refuse_existing
 from data_prep.sources import flickr8k
-from data_prep.verbs.dry_run import add_dry_run, plan_images
-from data_prep.verbs.options import (
+from data_prep.options.dry_run import add_dry_run, plan_images
+from data_prep.options.shared import (
     add_filters,
     add_writing,
     limits_of,

@@ -11,8 +11,8 @@ from data_prep.record import PrepError
 from data_prep.shard_writer import refuse_existing
 from data_prep.sources.embedded import embedded_columns, embedded_records
 from data_prep.sources.tables import table_files
-from data_prep.verbs.dry_run import add_dry_run, plan_records
-from data_prep.verbs.options import (
+from data_prep.options.dry_run import add_dry_run, plan_records
+from data_prep.options.shared import (
     add_filters,
     add_writing,
     limits_of,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep import tokenizer
 from data_prep.manifest import ManifestError, find_splits
-from data_prep.verbs.options import (
+from data_prep.options.shared import (
     DATA,
     local_path,
     positive_number,

@@ -39,9 +39,9 @@ from data_prep.sources import url_table
 from data_prep.sources.tables import FORMATS, table_files
 from data_prep.stores.address import Address
 from data_prep.stores.local_copies import fetch_tables
-from data_prep.verbs.courtesy import add_courtesy
-from data_prep.verbs.dry_run import add_dry_run, plan_download
-from data_prep.verbs.options import (
+from data_prep.options.courtesy import add_courtesy
+from data_prep.options.dry_run import add_dry_run, plan_download
+from data_prep.options.shared import (
     add_filters,
     add_writing,
     from_arguments,

@@ -11,8 +11,8 @@ from data_prep.prepare import fill_split
 from data_prep.record import PrepError
 from data_prep.shard_writer import describe_counts
 from data_prep.verbs.annotation import Part, prepare_parts
-from data_prep.verbs.dry_run import add_dry_run, plan_records
-from data_prep.verbs.options import (
+from data_prep.options.dry_run import add_dry_run, plan_records
+from data_prep.options.shared import (
     Verb,
     add_clip_limits,
     add_writing,

@@ -12,7 +12,7 @@ from data_prep.foreign.records import copied_records
 from data_prep.prepare import fill_split
 from data_prep.record import PrepError
 from data_prep.shard_writer import refuse_existing
-from data_prep.verbs.options import (
+from data_prep.options.shared import (
     add_filters,
     add_writing,
     limits_of,

@@ -21,7 +21,7 @@ from data_prep.downloading.courtesy import Courtesy
 from data_prep.downloading.failures import can_change, failure_reason
 from data_prep.downloading.polite_pool import PolitePool
 from data_prep.manifest import read_manifest
-from data_prep.verbs.options import from_arguments
+from data_prep.options.shared import from_arguments
 from tests.data_prep.downloading.misbehaving_server import BEHAVIOURS, FAST, SLOW, WRITTEN, misbehaving
 from tests.data_prep.test_filters import encode
 

@@ -6,7 +6,7 @@ import argparse
 
 from data_prep.downloading.courtesy import DISALLOW, Courtesy
 from data_prep.downloading.opt_out import TDM_RESERVATION
-from data_prep.verbs.options import name_list, positive_number
+from data_prep.options.shared import name_list, positive_number
 
 
 class Names(tuple[str, ...]):

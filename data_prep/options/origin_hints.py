@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from data_prep.record import MissingInput
 from data_prep.sources.origins import ORIGINS, Origin
-from data_prep.verbs.options import Verb
+from data_prep.options.shared import Verb
 
 
 def with_origins(verbs: dict[str, Verb]) -> dict[str, Verb]:

@@ -20,7 +20,7 @@ from data_prep.similar.copying import copy_split, target_of
 from data_prep.similar.hash_files import HashSet, export, has_hashes, versions
 from data_prep.similar.hashing import hashes_at
 from data_prep.similar.pictures import MIN_CORRELATION
-from data_prep.verbs.options import Verb, local_path, positive_number, report_split, whole_number
+from data_prep.options.shared import Verb, local_path, positive_number, report_split, whole_number
 
 _SHEET_PAIRS = 500
 

@@ -9,7 +9,7 @@ from data_prep.checks import info, overlap
 from data_prep.checks.verify import verify_split
 from data_prep.filters import Limits
 from data_prep.parallel import default_workers
-from data_prep.verbs.options import (
+from data_prep.options.shared import (
     DATA,
     decoding_limits,
     local_path,

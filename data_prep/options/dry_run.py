@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from data_prep.annotations.annotated import AnnotatedSplit
 from data_prep.annotations.published import compare
 from data_prep.image_places import open_places
+from data_prep.options.shared import positive_rate
 from data_prep.record import Record, Rejection, UrlRow
 from data_prep.shard_writer import describe_counts
 from data_prep.sources.expectations import REPORTED_YIELDS, expected_bytes, expected_time, in_words
-from data_prep.options.shared import positive_rate
 
 _MAX_HOSTS = 200_000  # kept at a time; beyond, the rarer half is forgotten, so that shown counts may be too low
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from data_prep.options.shared import Verb
 from data_prep.record import MissingInput
 from data_prep.sources.origins import ORIGINS, Origin
-from data_prep.options.shared import Verb
 
 
 def with_origins(verbs: dict[str, Verb]) -> dict[str, Verb]:

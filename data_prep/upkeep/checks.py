@@ -8,13 +8,13 @@ import json
 from data_prep.checks import info, overlap
 from data_prep.checks.verify import verify_split
 from data_prep.filters import Limits
-from data_prep.parallel import default_workers
 from data_prep.options.shared import (
     DATA,
     decoding_limits,
     local_path,
     positive_number,
 )
+from data_prep.parallel import default_workers
 
 
 def run_verify(args: argparse.Namespace) -> int:

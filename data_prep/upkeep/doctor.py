@@ -12,11 +12,11 @@ from pathlib import Path
 from data_prep.checks.verify import Problem
 from data_prep.filters import Limits
 from data_prep.manifest import ManifestError
+from data_prep.options.shared import decoding_limits, local_path, positive_number, whole_number
 from data_prep.parallel import default_workers
 from data_prep.record import PrepError
 from data_prep.repairing.diagnosis import KINDS, Diagnosis, examine, leftovers_below, split_folders
 from data_prep.repairing.repair import clear, repair_split
-from data_prep.options.shared import decoding_limits, local_path, positive_number, whole_number
 
 _ROUNDS = 3  # of repairs: what an index that was made again leads to is seen in the next
 _ADVICE = "run `python -m data_prep synth` first, or name a folder that holds prepared data"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from data_prep.checks.info import all_splits
+from data_prep.options.shared import local_path, positive_number, whole_number
 from data_prep.parallel import default_workers
 from data_prep.record import PrepError
 from data_prep.reporting.page import REPORT_NAME, write_report
-from data_prep.options.shared import local_path, positive_number, whole_number
 
 
 def run_report(args: argparse.Namespace) -> int:

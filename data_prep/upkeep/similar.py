@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.checks.info import all_splits
 from data_prep.filters import Limits
 from data_prep.manifest import Manifest, is_split, read_manifest
+from data_prep.options.shared import Verb, local_path, positive_number, report_split, whole_number
 from data_prep.parallel import default_workers
 from data_prep.prepare import provenance
 from data_prep.record import PrepError, Rejection
@@ -20,7 +21,6 @@ from data_prep.similar.copying import copy_split, target_of
 from data_prep.similar.hash_files import HashSet, export, has_hashes, versions
 from data_prep.similar.hashing import hashes_at
 from data_prep.similar.pictures import MIN_CORRELATION
-from data_prep.options.shared import Verb, local_path, positive_number, report_split, whole_number
 
 _SHEET_PAIRS = 500
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from data_prep.options.shared import local_path
 from data_prep.stores.address import Address
 from data_prep.stores.failures import StoreError
 from data_prep.uploads.uploading import plan_upload, upload_files, verify_uploads
-from data_prep.options.shared import local_path
 
 
 def run_upload(args: argparse.Namespace) -> int:

@@ -13,11 +13,11 @@ from data_prep.annotations.nocaps import read_nocaps
 from data_prep.annotations.published import compare
 from data_prep.annotations.visual_genome import read_regions
 from data_prep.filters import Limits, check_record
-from data_prep.manifest import file_sha256
-from data_prep.record import PrepError, Record, Rejection, UrlRow
-from data_prep.verbs.annotation import Part, add_options, coco_held_out, prepare_parts
 from data_prep.options.dry_run import plan_download
 from data_prep.options.shared import Verb, limits_of, local_path, plain_name
+from data_prep.passport import source_files
+from data_prep.record import PrepError, Record, Rejection, UrlRow
+from data_prep.verbs.annotation import Part, add_options, coco_held_out, prepare_parts
 from data_prep.verbs.urls import begin, download_rows
 
 
@@ -89,7 +89,7 @@ def _prepare(args: argparse.Namespace, parts: list[Part], files: list[Path]) -> 
         raise PrepError("--download and --images: give one of them")
     if args.drop_duplicates:
         raise PrepError("--drop-duplicates: not with --download here, since captions have ids and boxes beside them")
-    hashes = {path.name: file_sha256(path) for path in files}
+    sources = source_files(files)
     for part in parts:
         split, published = part.annotated, part.published or part.annotated.split
         print(f"{part.set_name} {split.split}: {compare(part.set_name, published, split.counts)}")
@@ -101,7 +101,7 @@ def _prepare(args: argparse.Namespace, parts: list[Part], files: list[Path]) -> 
             plan_download(of_part, part.set_name, published, rows)
             continue
         begin(of_part)
-        download_rows(of_part, rows, {"corpus": part.set_name, "split": split.split, "files": hashes})
+        download_rows(of_part, rows, {"corpus": part.set_name, "split": split.split, "files": sources})
     return 0
 
 

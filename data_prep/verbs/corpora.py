@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import file_sha256
+from data_prep.options.dry_run import Counted, add_dry_run, plan_download
+from data_prep.options.shared import Verb, local_path, name_list, plain_name, share
+from data_prep.passport import source_files
 from data_prep.record import PrepError, Rejection, UrlRow
 from data_prep.sources.conceptual import conceptual_columns, conceptual_rows, split_of_name
 from data_prep.sources.laion import Scores, laion_columns, laion_rows
 from data_prep.sources.sbu import sbu_files, sbu_rows
 from data_prep.sources.tables import table_files
-from data_prep.options.dry_run import Counted, add_dry_run, plan_download
-from data_prep.options.shared import Verb, local_path, name_list, plain_name, share
 from data_prep.verbs.urls import add_download, begin, download_rows
 
 
@@ -96,7 +96,7 @@ def _download(
     if args.dry_run:
         return plan_download(args, corpus, published, rows)
     begin(args)
-    request = {"corpus": corpus, "files": {path.name: file_sha256(path) for path in files}, **read_as}
+    request = {"corpus": corpus, "files": source_files(files), **read_as}
     return download_rows(args, _announced(rows, corpus, published), request)
 
 

@@ -8,10 +8,6 @@ from pathlib import Path
 
 from data_prep.annotations.annotated import Annotated, AnnotatedSplit
 from data_prep.image_places import open_places
-from data_prep.prepare import fill_split
-from data_prep.record import MissingInput, Rejection
-from data_prep.shard_writer import refuse_existing
-from data_prep.sources import flickr8k
 from data_prep.options.dry_run import add_dry_run, plan_images
 from data_prep.options.shared import (
     add_filters,
@@ -22,6 +18,10 @@ from data_prep.options.shared import (
     share,
     split_writer,
 )
+from data_prep.prepare import fill_split
+from data_prep.record import MissingInput, Rejection
+from data_prep.shard_writer import refuse_existing
+from data_prep.sources import flickr8k
 
 _IMAGE_PLACES = ("images", "Flicker8k_Dataset", "Images", "Flickr8k_Dataset.zip", "Images.zip")
 

@@ -5,12 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from data_prep.manifest import file_sha256
-from data_prep.prepare import fill_split
-from data_prep.record import PrepError
-from data_prep.shard_writer import refuse_existing
-from data_prep.sources.embedded import embedded_columns, embedded_records
-from data_prep.sources.tables import table_files
 from data_prep.options.dry_run import add_dry_run, plan_records
 from data_prep.options.shared import (
     add_filters,
@@ -22,6 +16,12 @@ from data_prep.options.shared import (
     report_split,
     split_writer,
 )
+from data_prep.passport import source_files
+from data_prep.prepare import fill_split
+from data_prep.record import PrepError
+from data_prep.shard_writer import refuse_existing
+from data_prep.sources.embedded import embedded_columns, embedded_records
+from data_prep.sources.tables import table_files
 
 
 def run_parquet(args: argparse.Namespace) -> int:
@@ -35,8 +35,7 @@ def run_parquet(args: argparse.Namespace) -> int:
     if args.dry_run:
         return plan_records(args, args.output / args.split, source)
     refuse_existing(args.output / args.split, args.overwrite)
-    hashes = {path.name: file_sha256(path) for path in files}
-    arguments = {"files": hashes, "columns": list(columns), **limits_of(args).__dict__}
+    arguments = {"files": source_files(files), "columns": list(columns), **limits_of(args).__dict__}
     writer = split_writer(args, args.output, args.split, arguments, ("pillow", "pyarrow"))
     manifest = fill_split(writer, source, limits_of(args), args.workers, args.drop_duplicates, label=args.split)
     report_split(args.output / args.split, manifest)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from data_prep.verbs.annotation import ANNOTATION_VERBS
-from data_prep.verbs.caption_sets import CAPTION_VERBS
-from data_prep.upkeep.checks import add_info, add_overlap, add_verify, run_info, run_overlap, run_verify
-from data_prep.verbs.corpora import CORPUS_VERBS
-from data_prep.upkeep.doctor import add_doctor, run_doctor
-from data_prep.verbs.drawn import add_synth, run_synth
-from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
-from data_prep.options.shared import Verb
 from data_prep.options.origin_hints import with_origins
-from data_prep.verbs.parquet import add_parquet, run_parquet
+from data_prep.options.shared import Verb
+from data_prep.upkeep.checks import add_info, add_overlap, add_verify, run_info, run_overlap, run_verify
+from data_prep.upkeep.doctor import add_doctor, run_doctor
 from data_prep.upkeep.report import add_report, run_report
 from data_prep.upkeep.similar import SIMILAR_VERBS
-from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.upkeep.upload import add_upload, run_upload
+from data_prep.verbs.annotation import ANNOTATION_VERBS
+from data_prep.verbs.caption_sets import CAPTION_VERBS
+from data_prep.verbs.corpora import CORPUS_VERBS
+from data_prep.verbs.drawn import add_synth, run_synth
+from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
+from data_prep.verbs.parquet import add_parquet, run_parquet
+from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
 from data_prep.verbs.video import VIDEO_VERBS
 from data_prep.verbs.webdataset import add_webdataset, run_webdataset

@@ -8,12 +8,29 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from data_prep.downloading.courtesy import Courtesy
 from data_prep.downloading.fetch import FetchOptions
 from data_prep.manifest import Manifest, is_split, load_manifest
+from data_prep.options.courtesy import add_courtesy
+from data_prep.options.dry_run import add_dry_run, plan_download
+from data_prep.options.shared import (
+    add_filters,
+    add_writing,
+    from_arguments,
+    limits_of,
+    local_path,
+    name_list,
+    plain_name,
+    positive_number,
+    report_split,
+    share,
+    table_path,
+    whole_number,
+)
 from data_prep.parallel import default_workers
 from data_prep.parts.engines import ENGINES, MpiPool, make_by_mpi, make_by_spark, make_parts
 from data_prep.parts.part import PartOptions
@@ -39,22 +56,6 @@ from data_prep.sources import url_table
 from data_prep.sources.tables import FORMATS, table_files
 from data_prep.stores.address import Address
 from data_prep.stores.local_copies import fetch_tables
-from data_prep.options.courtesy import add_courtesy
-from data_prep.options.dry_run import add_dry_run, plan_download
-from data_prep.options.shared import (
-    add_filters,
-    add_writing,
-    from_arguments,
-    limits_of,
-    local_path,
-    name_list,
-    plain_name,
-    positive_number,
-    report_split,
-    share,
-    table_path,
-    whole_number,
-)
 
 
 def run_urls(args: argparse.Namespace) -> int:
@@ -179,8 +180,8 @@ def begin(args: argparse.Namespace) -> None:
     With ``--engine mpi`` only the first process comes back from here: the others make parts until it ends.
     """
     split_dir = args.output / args.split
-    if args.engine == "mpi" and "mpi_pool" not in args:  # a verb may begin several splits
-        args.mpi_pool = MpiPool()
+    if args.engine == "mpi":
+        args.mpi_pool = _mpi_pool()
     if args.engine == "array":
         _array(args)
         if args.overwrite or args.restart:
@@ -194,6 +195,12 @@ def begin(args: argparse.Namespace) -> None:
         refuse_existing(split_dir, args.overwrite)
     if args.restart:
         drop_plan(plan_folder(split_dir))
+
+
+@cache
+def _mpi_pool() -> MpiPool:
+    """One for all splits that a verb begins."""
+    return MpiPool()
 
 
 def _array(args: argparse.Namespace) -> tuple[int, int] | None:

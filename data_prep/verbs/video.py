@@ -6,11 +6,6 @@ import argparse
 from pathlib import Path
 
 from data_prep.drawn.moving_scenes import MovingOptions, write_moving
-from data_prep.passport import source_files
-from data_prep.prepare import fill_split
-from data_prep.record import PrepError
-from data_prep.shard_writer import describe_counts
-from data_prep.verbs.annotation import Part, prepare_parts
 from data_prep.options.dry_run import add_dry_run, plan_records
 from data_prep.options.shared import (
     Verb,
@@ -25,6 +20,11 @@ from data_prep.options.shared import (
     split_writer,
     whole_number,
 )
+from data_prep.passport import source_files
+from data_prep.prepare import fill_split
+from data_prep.record import PrepError
+from data_prep.shard_writer import describe_counts
+from data_prep.verbs.annotation import Part, prepare_parts
 from data_prep.video.decoding import ClipLimits, require_decoder
 from data_prep.video_sets.msrvtt import read_msrvtt
 from data_prep.video_sets.msvd import read_msvd

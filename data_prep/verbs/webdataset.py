@@ -9,9 +9,6 @@ from data_prep.foreign.choosing import Choice
 from data_prep.foreign.inputs import download_statistics, find_shards
 from data_prep.foreign.linked import link_split
 from data_prep.foreign.records import copied_records
-from data_prep.prepare import fill_split
-from data_prep.record import PrepError
-from data_prep.shard_writer import refuse_existing
 from data_prep.options.shared import (
     add_filters,
     add_writing,
@@ -22,6 +19,9 @@ from data_prep.options.shared import (
     report_split,
     split_writer,
 )
+from data_prep.prepare import fill_split
+from data_prep.record import PrepError
+from data_prep.shard_writer import refuse_existing
 
 
 def run_webdataset(args: argparse.Namespace) -> int:

@@ -6,10 +6,10 @@ import pytest
 
 from data_prep.__main__ import build_parser, main
 from data_prep.filters import Limits, check_image
+from data_prep.options import dry_run
 from data_prep.record import Rejection, UrlRow
 from data_prep.sources.expectations import REPORTED_YIELDS, expected_bytes, expected_time, in_words
 from data_prep.sources.origins import ORIGINS
-from data_prep.verbs import dry_run
 from data_prep.verbs.table import VERBS
 from tests.data_prep.annotations import test_nlvr2, test_snli_ve
 from tests.data_prep.annotations.prepared import picture, put, write_lines

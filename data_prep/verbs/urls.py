@@ -50,7 +50,7 @@ from data_prep.parts.retry import failed_rows
 from data_prep.parts.seal import is_open, seal
 from data_prep.passport import source_files
 from data_prep.prepare import provenance
-from data_prep.record import PrepError, Rejection, UrlRow
+from data_prep.record import LowYieldError, PrepError, Rejection, UrlRow
 from data_prep.shard_writer import refuse_existing
 from data_prep.sources import url_table
 from data_prep.sources.tables import FORMATS, table_files
@@ -147,6 +147,8 @@ def _make(args: argparse.Namespace, plan: Plan) -> Manifest | None:
             raise
     if is_open(plan):
         state = watch.look()
+        if state.trouble is not None:
+            raise LowYieldError(state.trouble)
         if state.failed:
             raise parts_failed(plan, {number: watch.failure(number) or {} for number in state.failed}, least)
         if len(state.done) < plan.parts:

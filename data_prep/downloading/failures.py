@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
-TROUBLE_FILE = "trouble.txt"  # in the downloader's output folder: why it ended early
 _FAILURES = (  # what a message starts with or holds -> reason; the first that fits counts
     (r"^Tunnel connection failed: 50[234]", "connection_failed"),  # the proxy could not reach the server
     (r"^HTTP Error 407\b|^proxy |^Tunnel connection failed", "proxy_failed"),
@@ -76,14 +74,6 @@ def diagnose(counts: Mapping[str, int], examples: Mapping[str, str]) -> str | No
     if advice is None and sum(counts.get(name, 0) for name in _NEVER_ARRIVED) == failed:
         advice = _NO_NETWORK
     return None if advice is None else f"{count} of {failed} downloads failed by {reason}{example}: {advice}"
-
-
-def read_trouble(output_folder: str | Path) -> str | None:
-    """Why a downloader that writes to this folder gave up, in words for users; None if it did not."""
-    try:
-        return (Path(output_folder) / TROUBLE_FILE).read_text()
-    except FileNotFoundError:
-        return None
 
 
 class FirstDownloads:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
+from data_prep.downloading.bounded_http import Bounds
 from data_prep.downloading.courtesy import Courtesy
-from data_prep.downloading.failures import read_trouble
 from data_prep.record import LowYieldError, PrepError
 
+_TOTAL_TIMEOUTS = 3  # a whole download may take so many times the timeout of a single read
 Received = Callable[[int, bytes | None, str | None], None]
 
 
@@ -42,13 +43,12 @@ def download(table: Path, rows: int, scratch: Path, options: FetchOptions, recei
 
     from data_prep.downloading.bounded_download import BoundedDownloader
 
-    BoundedDownloader.bounds = {
-        "max_bytes": options.max_image_bytes,
-        "allow_private": options.allow_private_addresses,
-    }
-    BoundedDownloader.courtesy = asdict(options.courtesy)
+    total = _TOTAL_TIMEOUTS * options.timeout
+    bounds = Bounds(options.timeout, total, options.max_image_bytes, options.allow_private_addresses)
     writer = _Receiver(received)
     downloader = BoundedDownloader(
+        bounds,
+        options.courtesy,
         sample_writer_class=lambda *_: writer,
         resizer=_as_it_came,  # the filters judge and shrink, for every source alike
         thread_count=options.threads,
@@ -56,7 +56,6 @@ def download(table: Path, rows: int, scratch: Path, options: FetchOptions, recei
         extract_exif=False,
         output_folder=str(scratch),
         column_list=["url"],
-        timeout=options.timeout,
         number_sample_per_shard=rows,
         oom_shard_count=1,
         compute_hash=None,
@@ -71,8 +70,8 @@ def download(table: Path, rows: int, scratch: Path, options: FetchOptions, recei
         done, _ = downloader(shard)
         if writer.error is not None:
             raise writer.error
-        if trouble := read_trouble(scratch):
-            raise LowYieldError(trouble)
+        if downloader.trouble is not None:
+            raise LowYieldError(downloader.trouble)
         if not done:
             raise PrepError(f"img2dataset failed over {table}; what it said stands in the log of the part")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import runpy, sys
-# as a process that the downloader spawned:
-runpy.run_module("data_prep.downloading.bounded_download", run_name="__mp_main__")
+import sys
+from data_prep.downloading.lean_imports import leave_out_unused
+leave_out_unused()  # as a process that makes parts does
+import data_prep.downloading.bounded_download
 print(*sorted({"torch", "scipy", "pydantic", "pandas"} & {name for name, module in sys.modules.items() if module}))
 """
 

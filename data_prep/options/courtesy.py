@@ -18,7 +18,7 @@ class Names(tuple[str, ...]):
 
 def add_courtesy(parser: argparse.ArgumentParser) -> None:
     """The options that make a ``Courtesy``."""
-    group = parser.add_argument_group("towards the servers (docs/data.md)")
+    group = parser.add_argument_group("towards the servers (docs/downloading.md)")
     group.add_argument(
         "--user-agent",
         type=header_text,

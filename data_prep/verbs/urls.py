@@ -249,7 +249,10 @@ def add_urls(parser: argparse.ArgumentParser) -> None:
 def add_download(parser: argparse.ArgumentParser) -> None:
     """The options of every verb that downloads."""
     parser.add_argument(
-        "--engine", choices=ENGINES, default="processes", help="what makes the parts of the split; see docs/data.md"
+        "--engine",
+        choices=ENGINES,
+        default="processes",
+        help="what makes the parts of the split; see docs/downloading.md",
     )
     parser.add_argument("--array", type=array_task, help="task I of N of --engine array, as I/N; Slurm says it itself")
     parser.add_argument("--rows-per-part", type=positive_number, default=ROWS_PER_PART, help="one unit of work")

@@ -1,4 +1,4 @@
-"""docs/data.md and docs/corpora.md say what the code does: commands that parse, every reason explained."""
+"""The pages about data say what the code does: commands that parse, every reason explained."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from data_prep.verbs.table import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-DOCUMENTS = ("docs/data.md", "docs/corpora.md", "README.md")
+DOCUMENTS = ("docs/data.md", "docs/corpora.md", "docs/downloading.md", "docs/upkeep.md", "README.md")
 COMMANDS = [
     line.split("#")[0]
     for name in DOCUMENTS

@@ -26,14 +26,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def server(data: Data, monkeypatch, tmp_path: Path) -> Iterator[RangeServer]:
+def server(data: Data, monkeypatch) -> Iterator[RangeServer]:
     for name, value in {"_FIRST_PAUSE_SECONDS": 0.01, "_BUSY_PAUSE_SECONDS": 0.02, "DEADLINE_SECONDS": 20.0}.items():
         monkeypatch.setattr(requests, name, value)
     for module in (kept_files, node_folder):
         monkeypatch.setattr(module, "SPARE_BYTES", 0)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    with serving(data.corpora[0].split_dir.parents[1]) as running:
+    # Not below tmp_path: loader processes have sockets there, whose names may have 107 characters.
+    with tempfile.TemporaryDirectory() as folder, serving(data.corpora[0].split_dir.parents[1]) as running:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
         yield running
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import augmentation
+from pipeline.pictures import augmentation
 from pipeline.pictures.augmentation import (
     CROP_AREA,
     CROP_RATIO,

@@ -46,7 +46,12 @@ def prepare(folder: Path, urls: list[str], *more: str) -> tuple[int, Counter[str
     """Exit code of `urls`, outcomes by reason, and the written images by URL."""
     table = folder / f"{len(list(folder.iterdir()))}.tsv"
     table.write_text("url\tcaption\n" + "".join(f"{url}\tof {number}\n" for number, url in enumerate(urls)))
-    corpus = folder / table.stem
+    return run(table, *more)
+
+
+def run(table: Path, *more: str) -> tuple[int, Counter[str], dict[str, bytes]]:
+    """As ``prepare``, of a table that is written."""
+    corpus = table.parent / table.stem
     code = main(["urls", "--input", str(table), "--output", str(corpus), *LOCAL, *more])
     if code:
         return code, Counter(), {}
@@ -73,7 +78,8 @@ def test_every_url_is_accounted_for_and_a_second_run_asks_for_what_can_still_be_
             "ftp://127.0.0.1/x.jpg": "bad_url",
         }
         table = [*urls, *(url for url in urls if "/ok/" in url)]  # one of them comes again
-        code, outcomes, written = prepare(tmp_path, table, "--max-image-bytes", "1000000", "--user-agent", AGENT)
+        options = ["--max-image-bytes", "1000000", "--user-agent", AGENT]
+        code, outcomes, written = prepare(tmp_path, table, *options)
         assert code == 0 and server.agents == {AGENT}
         assert outcomes == Counter(urls.values()) + Counter({WRITTEN: 1, "tls_failure": 1})
         expected = {url: image(url.rpartition("/")[2]) for url, outcome in urls.items() if outcome == WRITTEN}
@@ -83,10 +89,12 @@ def test_every_url_is_accounted_for_and_a_second_run_asks_for_what_can_still_be_
 
         server.requests.clear()
         server.recovered = True
-        again = [url for url, outcome in urls.items() if can_change(outcome) and "://127.0.0.1" not in url]
-        code, outcomes, written = prepare(tmp_path, again, "--max-image-bytes", "1000000")
-        assert code == 0 and written == {url: image(url.rpartition("/")[2]) for url in again}
+        again = [url for url, outcome in urls.items() if can_change(outcome) and "://127.0.0.1:" not in url]
+        code, after, written = run(tmp_path / "0.tsv", *options, "--retry-failed")
+        assert code == 0 and written == expected | {url: image(url.rpartition("/")[2]) for url in again}
         assert server.requests == Counter(f"/{url.split('/', 3)[3]}" for url in again)
+        gained = Counter(urls[url] for url in again)
+        assert after == outcomes - gained + Counter({WRITTEN: len(again)}), "what can't be had stays counted"
 
 
 def download_all(urls: list[str], total: float, allow_private: bool = True) -> dict[str, str]:

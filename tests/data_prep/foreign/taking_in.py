@@ -29,6 +29,8 @@ def in_both_ways(source, tmp_path, *options):
     assert take_in(source, tmp_path / "copied", "--copy", *options) == 0
     for name in ("linked", "copied"):
         assert verify_split(tmp_path / name / "train", Limits(), 1).problems == []
+    linked, copied = (read_manifest(tmp_path / name / "train").provenance["passport"] for name in ("linked", "copied"))
+    assert all(linked[name] == copied[name] for name in ("rows", "samples", "images"))
     assert rows(tmp_path / "linked" / "train") == rows(tmp_path / "copied" / "train")
     assert rejected(tmp_path / "linked" / "train") == rejected(tmp_path / "copied" / "train")
     return rows(tmp_path / "linked" / "train")

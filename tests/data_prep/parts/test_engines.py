@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
+from data_prep.checks.measure import measure_split
 from data_prep.checks.verify import verify_split
 from data_prep.filters import Limits
 from data_prep.manifest import read_manifest
@@ -160,12 +161,15 @@ def test_failed_urls_are_downloaded_again_later(server, table, expected, tmp_pat
     assert manifest.rows == COUNT - 2 and manifest.rejected == {"http_404": 1, "http_429": 1}
     assert all(now[name] == content for name, content in expected.items() if name.endswith((".tar", ".npy")))
     assert verify_split(split, Limits(), 1).problems == []
+    assert manifest.provenance["passport"] == measure_split(split, manifest, 1).as_json()
     server.status.clear()
     assert main([*words, "--retry-failed", "--min-side", "17"]) == 2
     assert "other options or files (min_side)" in capsys.readouterr().err
     assert main([*words, "--retry-failed"]) == 0 and read_manifest(split).rejected == {"http_404": 1}
     assert main([*words, "--retry-failed"]) == 0
     assert "no URL failed for a reason that can change" in capsys.readouterr().out
+    manifest = read_manifest(split)
+    assert manifest.provenance["passport"] == measure_split(split, manifest, 1).as_json()
 
 
 @pytest.mark.slow

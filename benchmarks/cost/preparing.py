@@ -58,7 +58,7 @@ def main() -> int:
             server.wait()
     result = {
         "environment": environment(),
-        "command": shlex.join(sys.argv[1:]),
+        "command": f"python -m benchmarks.cost.preparing {shlex.join(sys.argv[1:])}",
         "urls": arguments.urls,
         "rounds": rounds,
     }

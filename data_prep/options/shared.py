@@ -68,7 +68,9 @@ def add_clip_limits(parser: argparse.ArgumentParser) -> None:
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=positive_number, default=2000)
-    parser.add_argument("--workers", type=positive_number, default=default_workers(), help="processes")
+    parser.add_argument(
+        "--workers", type=positive_number, default=default_workers(), help="processes; of a download --processes counts"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a split that is there already")
 
 

@@ -200,8 +200,7 @@ class SplitWriter:
             caption_key=self._caption_key,
         )
         write_manifest(self.folder, self.manifest)
-        _put_in_place(self.folder, self._split_dir)
-        write_card(self._split_dir.parent)
+        put_in_place(self.folder, self._split_dir)
 
 
 def what_was_written(statistics: Statistics, suffixes: Iterable[str]) -> dict[str, Any]:
@@ -233,13 +232,15 @@ def describe_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in ordered) or "none rejected"
 
 
-def _put_in_place(folder: Path, split_dir: Path) -> None:
+def put_in_place(folder: Path, split_dir: Path) -> None:
+    """Give the complete split in ``folder`` its place, that of an older one too, and name it in the corpus card."""
     old = split_dir.parent / f".{split_dir.name}.{os.getpid()}.old"
     if split_dir.exists():
         os.rename(split_dir, old)
     os.rename(folder, split_dir)
     sync_directory(split_dir.parent)
     shutil.rmtree(old, ignore_errors=True)
+    write_card(split_dir.parent)
 
 
 class _ShardWriter:

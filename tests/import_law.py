@@ -37,7 +37,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "drawn": ("border", "splits", "video"),
         "foreign": ("border", "splits"),
         "checks": ("border", "images", "splits", "video"),
-        "similar": ("border", "images", "splits"),
+        "similar": ("border", "images", "splits", "checks"),
         "repairing": ("border", "splits", "checks"),
         "reporting": ("border", "images", "video", "splits", "checks"),
         "tokenizer": ("border", "splits", "checks"),
@@ -100,7 +100,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "images": ("images",),
         "splits": (
             *("caption_language", "corpus_card", "filters", "held_signals", "image_places", "parallel", "passport"),
-            *("prepare", "record", "shard_writer"),
+            *("prepare", "record", "shard_writer", "thumbnails"),
         ),
         "tokenizer": ("tokenizer",),
         "programs": ("__main__",),

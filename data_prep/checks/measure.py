@@ -14,6 +14,7 @@ from data_prep.parallel import ordered_map
 from data_prep.passport import Statistics
 from data_prep.prepare import progress
 from data_prep.record import Record, Rejection
+from data_prep.shard_members import in_own_form, row_text
 from data_prep.shard_writer import REJECTED_NAME
 from data_prep.video.containers import container_of
 
@@ -57,18 +58,18 @@ def read_records(
                 if places[columns.offset[name]] >= 0:
                     stream.seek(places[columns.offset[name]])
                     contents[name] = stream.read(places[columns.size[name]])
-            yield _record(contents, numbers)
+            yield _record(contents, numbers, manifest.caption_key)
 
 
-def _record(contents: dict[str, bytes], numbers: list[int]) -> Record:
-    meta: dict[str, Any] = json.loads(contents["meta"]) if "meta" in contents else {}
-    texts = meta.get("captions") or [contents["text"].decode()]
+def _record(contents: dict[str, bytes], numbers: list[int], caption_key: str | None) -> Record:
+    text = contents["text"].decode() if "text" in contents else None
+    meta: dict[str, Any] = in_own_form(json.loads(contents.get("meta", b"{}")), text, caption_key) or {}
     images = tuple(content for name, content in contents.items() if name.startswith("image"))
     pictures = images if "video" not in contents else (contents["video"],)
     return Record(
         key="",
         images=images,
-        captions=tuple(texts[number] for number in numbers),
+        captions=tuple(row_text(text, meta, number) for number in numbers),
         meta=meta,
         extensions=tuple(_extension(content) for content in pictures),
         video=contents.get("video"),

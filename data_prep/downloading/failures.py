@@ -35,7 +35,7 @@ _CHANGING = {
     *("timeout", "dns_failure", "connection_failed", "host_unavailable", "proxy_failed", "tls_failure"),
     *("http_408", "http_425", "http_429", "lost_by_downloader"),
 }
-_LASTING_5XX = {"http_501", "http_505"}  # not implemented, another version of HTTP
+_LASTING_5XX = {"http_501", "http_505"}  # RFC 9110: the server can't do what was asked, or not in this version of HTTP
 _SHARE = 0.95  # of the failures that have one reason, for that reason to be the machine's
 _NEVER_ARRIVED = {"dns_failure", "connection_failed", "timeout"}
 

@@ -77,8 +77,12 @@ def make_part(folder: Path, number: int, options: PartOptions, claims: Claims | 
         with _log(plan.log(number)) as log:
             print(f"attempt {attempt} of part {number} by process {os.getpid()}", file=log)
             made = _Making(plan, number, place, options)
-            with _beating(claim, made):
-                report = made.fill()
+            try:
+                with _beating(claim, made):
+                    report = made.fill()
+            except LowYieldError as error:
+                made.note_trouble(str(error))
+                report = None
             if report is None:
                 print(f"failed: {dict(made.failures)}", file=log)
                 return FAILED
@@ -114,20 +118,14 @@ class _Making:
         self.failures: Counter[str] = Counter()
 
     def fill(self) -> PartReport | None:
-        """Write the part; None where its yield is too low, which is noted then."""
+        """Write the part; None where its yield is too low, which is noted then. Raises LowYieldError where this machine
+        or its network keeps all from coming."""
         self._written = ShardFolder(self._place / "part", 1, self._plan.recipe.samples_per_shard)
         try:
             scratch = self._place / "scratch"
             scratch.mkdir()
             table = self._plan.table(self._number)
-            try:
-                download(table, len(self._rows), scratch, self._options.fetch, self._received)
-            except LowYieldError as trouble:
-                counts = {"urls": self.seen, "downloaded": self.downloaded, "rows": 0, "rejected": {}}
-                counts |= {"failures": dict(self.failures), "trouble": str(trouble)}
-                write_atomically(self._plan.failure(self._number), json.dumps(counts))
-                self._written.abandon()
-                return None
+            download(table, len(self._rows), scratch, self._options.fetch, self._received)
             for position in self._order.missing(len(self._rows)):
                 self._lose(position, "lost_by_downloader", "")
             self._written.close()
@@ -155,6 +153,12 @@ class _Making:
         content["examples"] = {reason: asdict(first) for reason, first in sorted(self._written.examples.items())}
         write_atomically(self._place / "part" / "part.json", json.dumps(content) + "\n")
         return report
+
+    def note_trouble(self, trouble: str) -> None:
+        """Note why the download was given up, for whoever watches."""
+        counts = {"urls": self.seen, "downloaded": self.downloaded, "rows": 0, "rejected": {}}
+        counts |= {"failures": dict(self.failures), "trouble": trouble}
+        write_atomically(self._plan.failure(self._number), json.dumps(counts))
 
     def _is_too_low(self, report: PartReport) -> bool:
         rows = report.rows + sum(report.rejected.values())

@@ -57,6 +57,9 @@ def repair_split(diagnosis: Diagnosis, quarantine: Path, workers: int) -> list[s
     manifest, folder = diagnosis.manifest, diagnosis.split_dir
     if manifest is None or not diagnosis.problems:
         return []
+    if manifest.caption_key is not None:
+        again = "`python -m data_prep webdataset` with --overwrite takes them in again, as far as they can be read"
+        return [f"{folder}: shards of another program, left as they are; {again}"]
     problems: dict[str, list[Problem]] = defaultdict(list)
     for problem in diagnosis.problems:
         problems[problem.shard].append(problem)

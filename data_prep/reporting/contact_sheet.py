@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,16 +13,15 @@ import numpy as np
 from PIL import Image
 
 from data_prep.checks.measure import read_records
-from data_prep.images import ImageProblem, image_problems, open_image, upright_rgb
+from data_prep.images import ImageProblem
 from data_prep.manifest import Manifest, Shard
 from data_prep.parallel import ordered_map
 from data_prep.prepare import progress
 from data_prep.record import Record
+from data_prep.thumbnails import thumbnail
 from data_prep.video.decoding import read_frames
 
-THUMBNAIL_PX = 176
 _MAX_PIXELS = 50_000_000
-_QUALITY = 72
 
 
 @dataclass(frozen=True)
@@ -64,26 +61,6 @@ def picture(record: Record) -> Picture:
     facts = [size, str(record.meta.get("url") or record.meta.get("file") or "")]
     images = record.images if record.video is None else (_first_frame(record.video),)
     return Picture(tuple(map(thumbnail, images)), record.captions, ", ".join(filter(None, facts)))
-
-
-def thumbnail(content: bytes | Image.Image | None) -> str:
-    """A JPEG as a data URI, its longer side at most THUMBNAIL_PX; "" where the bytes can't be decoded."""
-    if content is None:
-        return ""
-    try:
-        with image_problems():
-            if isinstance(content, bytes):
-                with open_image(content, _MAX_PIXELS) as image:
-                    image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
-                    small = upright_rgb(image)
-            else:
-                small = content.convert("RGB")
-            small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            stream = io.BytesIO()
-            small.save(stream, "JPEG", quality=_QUALITY)
-    except ImageProblem:
-        return ""
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _first_frame(video: bytes) -> Image.Image | None:

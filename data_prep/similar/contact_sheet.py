@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from data_prep.filters import Limits
-from data_prep.images import ImageProblem, image_problems, open_image, upright_rgb
 from data_prep.manifest import is_split, read_manifest, write_atomically
 from data_prep.similar.hash_files import HashSet
 from data_prep.similar.pictures import GREY_BYTES, SIDE
 from data_prep.similar.split_samples import image_fields, samples_of, spans_of
+from data_prep.thumbnails import thumbnail
 
-_SIDE = 200
+_GREY_PX = 100
 _HEAD = """<!doctype html><meta charset="utf-8"><title>Near-duplicates</title><style>
 body{font:14px sans-serif;margin:2em}div{display:inline-block;margin:.5em;padding:.5em;border:1px solid #bbb}
 img{max-width:200px;max-height:200px;margin-right:.5em}p{margin:.2em 0;max-width:26em;overflow-wrap:anywhere}
@@ -37,24 +34,19 @@ def write_sheet(path: Path, pairs: Iterable[Pair], title: str) -> None:
     """Write the page; an image whose split is not here is shown as its small grey picture."""
     rows = []
     for pair in pairs:
-        images = "".join(f'<img src="data:image/jpeg;base64,{_thumbnail(*one)}">' for one in (pair.one, pair.other))
+        images = "".join(f'<img src="{_thumbnail(*one)}">' for one in (pair.one, pair.other))
         rows.append(f"<div>{images}<p>{html.escape(pair.line)}</p></div>")
     write_atomically(path, f"{_HEAD}<h1>{html.escape(title)}</h1>\n" + "\n".join(rows) + "\n")
 
 
 def _thumbnail(found: HashSet, split_dir: Path | None, row: int) -> str:
-    image = None if split_dir is None else _image_of(split_dir, row // found.about.num_images, row)
-    if image is None:
-        grey = found.pictures[row][:GREY_BYTES].reshape(SIDE, SIDE)
-        image = Image.fromarray(grey).convert("RGB").resize((_SIDE // 2, _SIDE // 2))
-    image.thumbnail((_SIDE, _SIDE))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=80)
-    return base64.b64encode(stream.getvalue()).decode()
+    content = None if split_dir is None else _content_of(split_dir, row // found.about.num_images, row)
+    grey = found.pictures[row][:GREY_BYTES].reshape(SIDE, SIDE)
+    return thumbnail(content) or thumbnail(Image.fromarray(grey).resize((_GREY_PX, _GREY_PX)))
 
 
-def _image_of(split_dir: Path, sample: int, row: int) -> Image.Image | None:
-    """The image of a row of hashes; None where it cannot be decoded."""
+def _content_of(split_dir: Path, sample: int, row: int) -> bytes | None:
+    """The encoded image of a row of hashes; None where its split is not here any more."""
     if not is_split(split_dir):
         return None
     manifest = read_manifest(split_dir)
@@ -69,10 +61,5 @@ def _image_of(split_dir: Path, sample: int, row: int) -> Image.Image | None:
             return None
         with open(split_dir / shard.file, "rb") as stream:
             stream.seek(span[0])
-            content = stream.read(span[1])
-        try:
-            with image_problems():
-                return upright_rgb(open_image(content, Limits.max_pixels))
-        except ImageProblem:
-            return None
+            return stream.read(span[1])
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -17,11 +16,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_prep.manifest import Manifest, ManifestError, Shard, index_columns, sync_directory, write_manifest
+from data_prep.checks.measure import measure_shard
+from data_prep.corpus_card import MEMBERS
+from data_prep.manifest import Manifest, ManifestError, Shard, index_columns, write_manifest
 from data_prep.parallel import ordered_map
+from data_prep.passport import Statistics
 from data_prep.prepare import progress
 from data_prep.record import PrepError, Rejection
-from data_prep.shard_writer import REJECTED_NAME, refuse_existing
+from data_prep.shard_writer import REJECTED_NAME, put_in_place, refuse_existing, rejected_line, what_was_written
 from data_prep.similar.split_samples import ShardSamples, samples_of
 
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
@@ -47,17 +49,13 @@ def copy_split(
     folder = target.parent / f".{target.name}.{os.getpid()}.part"
     folder.mkdir(parents=True)
     try:
-        shards, rejected = _copy_shards(source, manifest, folder, leave_out, workers)
+        shards, rejected, statistics = _copy_shards(source, manifest, folder, leave_out, workers)
         if not shards:
             raise PrepError(f"{target}: no sample of {source} stays; nothing written")
-        copied = replace(manifest, shards=tuple(shards), rejected=dict(sorted(rejected.items())), provenance=provenance)
+        content = provenance | what_was_written(statistics, manifest.provenance.get(MEMBERS, ()))
+        copied = replace(manifest, shards=tuple(shards), rejected=dict(sorted(rejected.items())), provenance=content)
         write_manifest(folder, copied)
-        old = target.parent / f".{target.name}.{os.getpid()}.old"
-        if target.exists():
-            os.rename(target, old)
-        os.rename(folder, target)
-        sync_directory(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return copied
@@ -65,23 +63,25 @@ def copy_split(
 
 def _copy_shards(
     source: Path, manifest: Manifest, folder: Path, leave_out: dict[int, Rejection], workers: int
-) -> tuple[list[Shard], Counter[str]]:
+) -> tuple[list[Shard], Counter[str], Statistics]:
     copy_one = partial(_copy_shard, source, replace(manifest, shards=()), folder)
     copied = ordered_map(copy_one, _jobs(manifest.shards, leave_out), workers, 1)
-    shards, rejected, first = [], Counter(), 0
+    shards, rejected, first, statistics = [], Counter(), 0, Statistics()
     with open(folder / REJECTED_NAME, "w", encoding="utf-8") as stream:
         bar = progress(copied, len(manifest.shards), f"copying {manifest.corpus}", "shard")
-        for (shard, num_rows), old in zip(bar, manifest.shards):
+        for (shard, num_rows, counted), old in zip(bar, manifest.shards):
             for sample, rows in num_rows.items():
-                why = leave_out[first + sample]
+                why = replace(leave_out[first + sample], rows=rows)
                 rejected[why.reason] += rows
-                line = {"reason": why.reason, "name": why.name, "rows": rows, "detail": why.detail}
-                stream.write(json.dumps(line) + "\n")
-            shards += [shard] if shard is not None else []
+                statistics.reject(why)
+                stream.write(rejected_line(why))
+            if shard is not None:
+                shards.append(shard)
+                statistics.merge(counted)
             first += old.samples
         stream.flush()
         os.fsync(stream.fileno())
-    return shards, rejected
+    return shards, rejected, statistics
 
 
 def _jobs(shards: Iterable[Shard], leave_out: dict[int, Rejection]) -> Iterable[tuple[Shard, int, list[int]]]:
@@ -95,13 +95,13 @@ def _jobs(shards: Iterable[Shard], leave_out: dict[int, Rejection]) -> Iterable[
 
 def _copy_shard(
     source: Path, manifest: Manifest, folder: Path, job: tuple[Shard, int, list[int]]
-) -> tuple[Shard | None, dict[int, int]]:
-    """The shard that was written, None if nothing stays, and the rows of each sample that went."""
+) -> tuple[Shard | None, dict[int, int], Statistics]:
+    """The shard that was written, None if nothing stays, the rows of each sample that went, what of it is counted."""
     shard, place, gone = job
     samples = samples_of(source, manifest, shard)
     lost = {sample: int(samples.num_rows[sample]) for sample in gone}
     if len(gone) == len(samples.first_rows):
-        return None, lost
+        return None, lost, Statistics()
     file, index_file = f"{place:05d}.tar", f"{place:05d}.index.npy"
     begins, ends = _sample_spans(source / shard.file, samples, manifest)
     stays = np.ones(len(begins), bool)
@@ -123,18 +123,16 @@ def _copy_shard(
         stream.write(buffer.getvalue())
         stream.flush()
         os.fsync(stream.fileno())
-    return (
-        Shard(
-            file=file,
-            index_file=index_file,
-            rows=len(index),
-            samples=int(stays.sum()),
-            bytes=written + len(end),
-            sha256=digest.hexdigest(),
-            index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-        ),
-        lost,
+    copied = Shard(
+        file=file,
+        index_file=index_file,
+        rows=len(index),
+        samples=int(stays.sum()),
+        bytes=written + len(end),
+        sha256=digest.hexdigest(),
+        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
     )
+    return copied, lost, measure_shard(folder, manifest, copied)
 
 
 def _sample_spans(path: Path, samples: ShardSamples, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:

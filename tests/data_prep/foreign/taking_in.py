@@ -1,6 +1,7 @@
 """Taking in shards of other programs, and reading what came of them."""
 
 from data_prep.__main__ import main
+from data_prep.checks.measure import measure_split
 from data_prep.checks.verify import verify_split
 from data_prep.filters import Limits
 from data_prep.manifest import read_manifest
@@ -31,6 +32,9 @@ def in_both_ways(source, tmp_path, *options):
         assert verify_split(tmp_path / name / "train", Limits(), 1).problems == []
     linked, copied = (read_manifest(tmp_path / name / "train").provenance["passport"] for name in ("linked", "copied"))
     assert all(linked[name] == copied[name] for name in ("rows", "samples", "images"))
+    split_dir = tmp_path / "linked" / "train"
+    counted = measure_split(split_dir, read_manifest(split_dir), 1).as_json()
+    assert all(linked[name] == counted[name] for name in ("rows", "samples", "images", "caption_words"))
     assert rows(tmp_path / "linked" / "train") == rows(tmp_path / "copied" / "train")
     assert rejected(tmp_path / "linked" / "train") == rejected(tmp_path / "copied" / "train")
     return rows(tmp_path / "linked" / "train")

@@ -326,3 +326,17 @@ def test_keys_differ_between_splits(tmp_path):
         with tarfile.open(tmp_path / "copied" / split / "00000.tar") as tar:
             assert {member.name.partition(".")[0] for member in tar} == set(keys[-3:])
     assert len(set(keys)) == 6
+
+
+def test_the_doctor_names_what_is_wrong_with_shards_of_others_and_leaves_them(tmp_path, capsys):
+    """An index made again by the rule of our own shards would take in what had been rejected."""
+    write_tar(tmp_path / "theirs" / "a.tar", triples(range(3)))
+    assert take_in(tmp_path / "theirs", tmp_path / "linked") == 0
+    split_dir = tmp_path / "linked" / "train"
+    [index] = split_dir.glob("*.npy")
+    index.unlink()
+    before = {path.name: path.read_bytes() for path in split_dir.iterdir()}
+    assert main(["doctor", str(split_dir), "--repair", "--workers", "1", "--min-age", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "missing_index" in said and "left as they are" in said and "webdataset` with --overwrite" in said
+    assert {path.name: path.read_bytes() for path in split_dir.iterdir()} == before

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep.__main__ import main
+from data_prep.checks.measure import measure_split
 from data_prep.checks.verify import verify_split
 from data_prep.filters import REASONS, Limits
 from data_prep.manifest import Shard, file_sha256, find_splits, index_columns, read_manifest, write_manifest
@@ -113,6 +114,8 @@ def test_decontaminated_split(corpora, capsys, tmp_path):
     manifest, original = read_manifest(clean), read_manifest(source)
     assert manifest.rows + sum(manifest.rejected.values()) == original.rows
     assert manifest.provenance["made_from"]["fingerprint"] == original.fingerprint()
+    assert manifest.provenance["passport"] == measure_split(clean, manifest, 1).as_json()
+    assert "web" in (clean.parent / "README.md").read_text(), "other programs find it too"
     against = manifest.provenance["arguments"]["against"][0]
     assert against == {"name": "shown/test", "fingerprint": read_manifest(corpora / "shown" / "test").fingerprint()}
 

@@ -41,7 +41,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "repairing": ("border", "splits", "checks"),
         "reporting": ("border", "images", "video", "splits", "checks"),
         "tokenizer": ("border", "splits", "checks"),
-        "options": ("border", "splits", "video", "annotations", "sources", "downloading", "stores"),
+        "options": ("border", "splits", "video", "annotations", "sources", "downloading", "stores", "uploads"),
         "upkeep": ("border", "splits", "stores", "uploads", "checks", "similar", "repairing", "reporting", "options"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "foreign"),

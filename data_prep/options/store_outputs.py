@@ -76,7 +76,10 @@ def _bring(above: Path, target: Address, overwrite: bool) -> None:
             continue
         done = upload_files(plan_upload(corpus, place), overwrite)
         print(f"{place}: {done.written} files written ({done.bytes / 2**20:.1f} MiB), {done.there} were there already")
-        shutil.rmtree(corpus)
+        for split in splits:
+            shutil.rmtree(split)
+        if not any(path.is_dir() for path in corpus.iterdir()):  # else another split is being prepared in it
+            shutil.rmtree(corpus)
 
 
 def _path_or_address(text: str) -> Path | Address:

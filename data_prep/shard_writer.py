@@ -111,9 +111,8 @@ def rejected_line(rejection: Rejection, again: dict[str, Any] | None = None) -> 
 class SplitWriter:
     """Context manager that writes a split into a hidden folder and renames it to ``split_dir`` when it is complete.
 
-    An exception (Ctrl-C included) removes what was made, empty folders above it too, and leaves ``split_dir`` as it was.
-    Raises PrepError when
-    ``split_dir`` holds a finished split and ``overwrite`` is not given.
+    An exception (Ctrl-C included) removes what was made, empty folders above it too, and leaves ``split_dir`` as it
+    was. Raises PrepError when ``split_dir`` holds a finished split and ``overwrite`` is not given.
     """
 
     def __init__(

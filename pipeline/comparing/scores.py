@@ -95,7 +95,7 @@ def _side_by_side(title: str, found: Sequence[_Measured]) -> Scorecards:
     if any(one.card.get("data_fingerprint") is None for one in found):
         notes.append("Which items were judged is not told of all.")
     if any(len(column) > 1 for _, column in columns):
-        notes.append("Of several runs: their mean, ± its standard error, and s, the standard deviation between them.")
+        notes.append("Of n runs: their mean ± its standard error, and s, the standard deviation between them.")
     rows = []
     names = list(dict.fromkeys(name for one in found for name in one.values))
     for name in without_repeated_total([one.values for one in found], names):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 NUM_COLOURS = 6
-WIDTH, HEIGHT = 440, 240
+WIDTH, HEIGHT = 400, 230
 _LEFT, _TOP, _BOTTOM, _BARE_RIGHT = 46, 18, 36, 12
-_LETTER, _LINE = 6.3, 13  # width and height of a letter of the labels, about
-_MOST_LETTERS = 18
+_LETTER, _LINE = 7.2, 13  # width and height of a letter of the names, about
+_MOST_LETTERS = 16
 _MOST_POINTS = 400  # of a line; more would not be seen
 FEW = 20  # points: up to so many each has its marker, and nothing is smoothed
 
@@ -86,7 +86,7 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers from ``low`` to ``high``: at most ``most`` of 1, 2 or 5 times a power of ten apart."""
     span = high - low
     if not span > 0:
@@ -121,7 +121,7 @@ class _Axis:
 
 def _grid(across: _Axis, up: _Axis, right: float, axis: str) -> list[str]:
     parts = []
-    for value in ticks(up.low, up.high):
+    for value in ticks(up.low, up.high, 6):
         parts.append(f'<path class="grid" d="M{_LEFT} {up(value):.1f}H{right:.1f}"/>')
         parts.append(
             f'<text class="tick" x="{_LEFT - 6}" y="{up(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>'
@@ -161,7 +161,7 @@ def _marks(marks: Sequence[Mark], across: _Axis) -> list[str]:
             parts.append(f'<path class="flag c{mark.colour}" d="{flag}"><title>{said}</title></path>')
             continue
         parts.append(f'<g class="mark"><title>{said}</title><path d="M{x:.1f} {_TOP - 4}V{HEIGHT - _BOTTOM}"/>')
-        width = len(mark.name) * _LETTER * 0.9
+        width = len(mark.name) * 0.8 * _LETTER
         left = min(max(x - width / 2, 0), WIDTH - width)
         if left >= free:
             parts.append(f'<text x="{left:.1f}" y="{_TOP - 7}">{escape(mark.name)}</text>')

@@ -10,7 +10,8 @@ _SPOKEN = (
     ("bleu_", "BLEU-"),
     ("bleu", "BLEU"),
     ("rouge_l", "ROUGE-L"),
-    ("learning_rate", "learning rate"),
+    ("meteor", "METEOR"),
+    ("spice", "SPICE"),
 )
 
 

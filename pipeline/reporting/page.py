@@ -113,7 +113,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         value = next((known[name] for name in names if known.get(name) not in (None, "")), None)
         if value is not None:
             found.append((label, number(value)))
-    return found
+    return [*found, ("state", run.course.ending)] if run.course.ending else found
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:

@@ -55,7 +55,7 @@ def test_two_runs_on_one_page(tmp_path: Path) -> None:
     assert rows["questions"] == ["40", "40"]
     assert "Not alike" not in page.text and "nlvr2" not in page.text
     best = re.findall(r'<span class="best">([^<]+)<', html)
-    assert best == ["0.8", "0.2"], "higher accuracy, lower loss, and no best number of questions"
+    assert best == ["3", "0.8", "0.2"], "lower score, higher accuracy, lower loss, and no best number of questions"
 
 
 def table_rows(html: str) -> list[list[str]]:

@@ -31,6 +31,7 @@ from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
 from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
+from pipeline.reporting.formats import spoken  # noqa: E402
 from pipeline.tasks.caption_scores import in_words  # noqa: E402
 from pipeline.tasks.captioning import (  # noqa: E402
     SAMPLES_NAME,
@@ -155,7 +156,7 @@ def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: St
     else:
         print(" ".join(filter(None, [protocol, summary.protocol])))
         for name, value in summary.values.items():
-            print(f"  {name.replace('_', ' ')}: {in_words(name, value)}")
+            print(f"  {spoken(name)}: {in_words(name, value)}")
         print(path)
         if arguments.results:
             print(arguments.results)

@@ -82,9 +82,8 @@ def group_runs(runs: Sequence[Compared]) -> list[Group]:
         same.runs.append(one)
         one.colour = same.colour
     if len(groups) > NUM_COLOURS:
-        raise ReportError(
-            f"--runs names {len(groups)} runs that differ in more than the seed, expected {NUM_COLOURS} at most"
-        )
+        found = f"--runs names {len(groups)} runs that differ in more than the seed"
+        raise ReportError(f"{found}, expected {NUM_COLOURS} at most; compare fewer at a time")
     for group in groups:
         group.label = _label([one.label for one in group.runs])
     return groups

@@ -54,7 +54,11 @@ def read_course(run_dir: Path, records: Sequence[Mapping[str, Any]], events: Seq
         one["seconds"] for one in records if one["kind"] == "eval" and is_finite(one.get("seconds"))
     )
     attempts = read_attempts(run_dir)
-    begins = [one for one in attempts if one["event"] == "begin" and is_finite(one.get("time"))]
+    begins = [
+        one
+        for one in attempts
+        if one["event"] == "begin" and is_finite(one.get("time")) and isinstance(one["hosts"], list)
+    ]
     course.attempts = len(begins)
     overtaken = _overtaken(run_dir)
     lived = sorted(one["time"] for one in [*records, *overtaken, *attempts] if is_finite(one.get("time")))
@@ -117,7 +121,7 @@ def _add_resume(
     ]
     again = max((one["step"] for one in overtaken if before["time"] <= one["time"] < begin["time"]), default=step)
     details = [f"after a pause of {duration(pause)}", *changes]
-    if sorted(before["hosts"]) != sorted(begin["hosts"]) and set(before["hosts"]) != set(begin["hosts"]):
+    if set(before["hosts"]) != set(begin["hosts"]):
         details.append("on other hosts")
     if again > step:
         details.append(f"steps {step + 1} to {again} were done again")

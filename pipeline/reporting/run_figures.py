@@ -62,10 +62,10 @@ def _held_out_figures(run: Run) -> Iterable[Figure | None]:
             groups.setdefault(_quantity(name.removeprefix(SHUFFLED)), []).append(name)
     for quantity, members in groups.items():
         better = {better_way(run, name) for name in members} - {None}
-        note = f"{better.pop()} is better" if len(better) == 1 else ""
+        notes = [f"{better.pop()} is better"] if len(better) == 1 else []
         if any(name.startswith(SHUFFLED) for name in members):
-            note += "; dashed: with another sample's image"
-        yield _figure(run, f"Held-out {spoken(quantity)}", note, run.held_out, members)
+            notes.append("dashed: with another sample's image")
+        yield _figure(run, f"Held-out {spoken(quantity)}", "; ".join(notes), run.held_out, members)
 
 
 def _quantity(name: str) -> str:

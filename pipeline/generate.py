@@ -2,6 +2,7 @@
 
     python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file
     python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
+    python -m pipeline.generate --run RUN --data DIR --split test --results FILE   all captions, in COCO's results form
 
 Models that predict from left to right (flm, ar, prefixlm, and all that were fine-tuned on captioning) write word by
 word; pretrained mlm models by Mask-Predict, which tries each of the ``--lengths``.
@@ -30,6 +31,8 @@ from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
 from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
+from pipeline.reporting.formats import spoken  # noqa: E402
+from pipeline.tasks.caption_scores import in_words  # noqa: E402
 from pipeline.tasks.captioning import (  # noqa: E402
     SAMPLES_NAME,
     Captioner,
@@ -40,8 +43,11 @@ from pipeline.tasks.captioning import (  # noqa: E402
     items_of_files,
     load_captioner,
     run_of,
+    write_results,
     write_samples,
 )
+
+DEFAULT_SAMPLES = 256
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if bool(arguments.images) == bool(arguments.data):
         print("error: give image files or --data DIR, one of the two", file=sys.stderr)
+        return 2
+    if arguments.results and not arguments.data:
+        print(
+            "error: --results is for --data DIR; of image files --json --output FILE writes the captions",
+            file=sys.stderr,
+        )
         return 2
     stop = StopRequest().listen(at_once=True)
     try:
@@ -127,7 +139,8 @@ def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: St
 def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
     """How many samples were captioned; where it was told to stop, nothing is written of them."""
     corpora = open_corpora(arguments.data, arguments.split, videos=captioner.pictures.num_frames is not None)
-    items = _until_stopped(items_of_corpora(corpora, arguments.samples, captioner), stop)
+    count = arguments.samples or (sum(map(len, corpora)) if arguments.results else DEFAULT_SAMPLES)
+    items = _until_stopped(items_of_corpora(corpora, count, captioner), stop)
     captioned = list(caption_items(captioner, items, arguments.batch_size))
     if stop.requested or not captioned:
         return 0
@@ -136,13 +149,17 @@ def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: St
     protocol = f"{captioner.search}, {len(captioned)} {kind} of {names}, checkpoint {captioner.checkpoint.name}."
     path = arguments.output or run_of(captioner.checkpoint) / SAMPLES_NAME
     summary = write_samples(path, captioned, arguments.shown, protocol)
+    if arguments.results:
+        write_results(arguments.results, captioned)
     if arguments.json:
-        print(json.dumps({"protocol": protocol, **summary}))
+        print(json.dumps({"protocol": protocol, "scoring": summary.protocol, **summary.values}))
     else:
-        print(protocol)
-        for name, value in summary.items():
-            print(f"  {name.replace('_', ' ')}: {f'{100 * value:.1f} %' if isinstance(value, float) else value}")
+        print(" ".join(filter(None, [protocol, summary.protocol])))
+        for name, value in summary.values.items():
+            print(f"  {spoken(name)}: {in_words(name, value)}")
         print(path)
+        if arguments.results:
+            print(arguments.results)
     return len(captioned)
 
 
@@ -155,9 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", metavar="DIR", help="caption prepared samples instead of image files")
     parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")
     parser.add_argument(
-        "--samples", type=whole_number(), default=256, help="how many, over the whole split (default: 256)"
+        "--samples",
+        type=whole_number(),
+        metavar="N",
+        help=f"how many, over the whole split (default: {DEFAULT_SAMPLES}, with --results all)",
     )
     parser.add_argument("--shown", type=whole_number(), default=24, help="how many the report shows (default: 24)")
+    results_help = "also write all captions there, as COCO's results files are: image_id and caption of each"
+    parser.add_argument("--results", type=Path, metavar="FILE", help=results_help)
     beams_help = "beam search of this width; 1 is greedy (default, but for runs of captioning: as their options say)"
     parser.add_argument("--beams", type=whole_number(), help=beams_help)
     nucleus_help = "sample each word from the most probable ones that hold TOP_P of the probability (1: from all)"

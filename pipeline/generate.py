@@ -12,9 +12,11 @@ Exit codes: 0 done, 2 nothing to caption or a wrong command line, 75 told to sto
 from __future__ import annotations
 
 from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once
+from pipeline.host.threads import wait_briefly
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds to import
+    wait_briefly()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if bool(arguments.images) == bool(arguments.data):
         print("error: give image files or --data DIR, one of the two", file=sys.stderr)
         return 2
-    stop = StopRequest().listen(at_once=True)
+    stop = StopRequest(ends="after the images that were read").listen(at_once=True)
     try:
         return _caption(arguments, stop)
     except BrokenPipeError:
@@ -77,6 +79,8 @@ def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
     stop.poll_from_here()
     done = (_caption_split if arguments.data else _caption_files)(arguments, captioner, stop)
     if stop.requested:
+        done = "what was printed is done" if arguments.images else "nothing is written"
+        print(f"stopped: {done}; the same command begins anew", file=sys.stderr)
         return EXIT_REQUEUE
     if not done:
         print("error: no usable image", file=sys.stderr)

@@ -14,6 +14,8 @@ from pipeline.distributed import preempt
 from pipeline.distributed.preempt import Stopped, StopRequest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+FIRST_CTRL_C = "SIGINT: stopping after this step; Ctrl-C again ends it at once, without saving\n"
+SECOND_CTRL_C = "SIGINT again: ended without saving; the same command goes on\n"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -52,9 +54,9 @@ def end_of(process: subprocess.Popen) -> tuple[int, str]:
 def test_second_ctrl_c_ends_at_once() -> None:
     process = start("preempt.StopRequest().listen()\nprint('ready')\nimport time\nwhile True: time.sleep(60)")
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "SIGINT: stopping after this step\n"
+    assert process.stderr.readline() == FIRST_CTRL_C
     process.send_signal(signal.SIGINT)
-    assert end_of(process) == (130, "")
+    assert end_of(process) == (130, SECOND_CTRL_C)
 
 
 def test_before_the_first_step_a_signal_raises_at_once_and_once() -> None:

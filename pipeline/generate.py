@@ -1,6 +1,7 @@
 """Captions images with the model of a run.
 
-    python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file
+    python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file; of
+                                                                             folders all that are in them
     python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
 
 Models that predict from left to right (flm, ar, prefixlm, and all that were fine-tuned on captioning) write word by
@@ -32,6 +33,7 @@ from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
 from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
+from pipeline.pictures.folders import CLIPS, PICTURES, files_of  # noqa: E402
 from pipeline.tasks.captioning import (  # noqa: E402
     SAMPLES_NAME,
     Captioner,
@@ -114,7 +116,8 @@ def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:
 
 
 def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
-    items = _until_stopped(items_of_files(arguments.images, captioner), stop)
+    files = files_of(arguments.images, PICTURES if captioner.pictures.num_frames is None else CLIPS)
+    items = _until_stopped(items_of_files(files, captioner), stop)
     stream = open(arguments.output, "w", encoding="utf-8") if arguments.output else sys.stdout  # noqa: SIM115
     count = 0
     try:
@@ -154,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.generate", description="Caption images with the model of a run.", allow_abbrev=False
     )
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files to caption, or video files")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="images or videos to caption, or folders")
     parser.add_argument("--run", type=Path, required=True, help="run folder, or one of its checkpoint folders")
     parser.add_argument("--data", nargs="+", metavar="DIR", help="caption prepared samples instead of image files")
     parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")

@@ -81,7 +81,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("reporting", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
-            *("planning", "host"),
+            *("planning", "host", "pictures"),
         ),
     },
 }

@@ -16,6 +16,7 @@ from tests.tiny_corpus import make_corpus
 REPOSITORY = Path(__file__).resolve().parents[2]
 OPTIONS = "--recipe flm_tiny --train.steps 100000 --train.log_every 1 --train.eval_every 0 --train.save_every 0 "
 OPTIONS += "--data data --output run --data.num_workers 1 --tracking.tensorboard false --tracking.report false"
+PATIENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"}  # torchrun kills after 30 s, which a busy machine may need
 LAUNCHERS = {  # exit codes as the launchers pass them on: docs/launchers.md
     "python": ([sys.executable], 75),
     "deepspeed": (["deepspeed", "--num_gpus", "2"], 75),
@@ -35,7 +36,7 @@ def test_ctrl_c_saves_says_so_and_the_prompt_waits(tmp_path: Path, name: str) ->
         pytest.skip(f"{words[0]} is not installed")
     make_corpus(tmp_path / "data", train=64, dev=8)
     command = f"{' '.join(words)} {REPOSITORY / 'pipeline' / 'train.py'} {OPTIONS}; echo code $?"
-    shown = type_into(command, [("held out after step 0", CTRL_C)], tmp_path, {"PATH": path})
+    shown = type_into(command, [("held out after step 0", CTRL_C)], tmp_path, {"PATH": path, **PATIENT})
     saved, _ = newest_valid(tmp_path / "run")
     assert saved is not None, shown
     said = f"saved step {int(saved.name.removeprefix('step_'))}; the same command goes on"

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import faulthandler  # noqa: E402
 import os  # noqa: E402
+import shutil  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from typing import Any  # noqa: E402
@@ -86,6 +87,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     from pipeline.distributed.rendezvous import MEETING_SECONDS, meet
     from pipeline.distributed.watch import Watch
 
+    is_new = place.is_main and not launch.output.exists()
     faulthandler.enable()  # an abort inside a library, as NCCL's after a timeout, shows where every thread is
     meeting = meet(place)
     watch = Watch(place, meeting.store, meeting.address)
@@ -121,6 +123,8 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         code = train(session)
     except BaseException as error:  # said, and the process ended: the other ranks would wait for this one for ever
         stop.ignore()  # a launcher signals the ranks that are left
+        if is_new and isinstance(error, Stopped) and error.by_keyboard:
+            shutil.rmtree(launch.output, ignore_errors=True)  # nobody asks it how this attempt ended
         known = None if session is None else session.batches.failure(error)
         watch.end_by(known or error, setting_up=session is None)
     watch.finish(code, ranks.agreement.wait, session.reason)

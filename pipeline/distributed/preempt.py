@@ -24,6 +24,7 @@ class Stopped(BaseException):
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(f"told to stop by {signal_name} before the first step: nothing to save")
+        self.by_keyboard = signal_name == "SIGINT"
 
 
 class StopRequest:

@@ -125,7 +125,7 @@ def test_the_objective_of_the_page_trains(monkeypatch: pytest.MonkeyPatch) -> No
         loss = objective(batch)["completion"] / expected
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     with pytest.raises(ValueError, match="known_share is 1.5"):
         model_config.objective_options("completion", known_share=1.5).check()

@@ -46,6 +46,7 @@ class StopRequest:
         self._at_once = self._deaf = False
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
+        self._forking = threading.local()
         self._wakeup = -1  # the end of a pipe that the kernel's handler writes to, even where Python's can't run
 
     @property
@@ -64,7 +65,7 @@ class StopRequest:
         read_end, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        os.register_at_fork(before=self._hold, after_in_child=self._leave_to_parent, after_in_parent=self._release)
         threading.Thread(target=self._see_to_it, args=(read_end,), daemon=True, name="signals").start()
         return self
 
@@ -121,10 +122,18 @@ class StopRequest:
         if self._at_once:
             self.when_stuck(Stopped(signal.Signals(number).name))
 
+    def _hold(self) -> None:
+        """Before a fork: a signal waits that reaches the new process before it has left the pipe to its parent."""
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _release(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
     def _leave_to_parent(self) -> None:
         """In a forked process: Ctrl-C reaches the parent by itself, and must not count twice there."""
-        if self._wakeup >= 0 and threading.current_thread() is threading.main_thread():
+        if self._wakeup >= 0:
             signal.set_wakeup_fd(-1)
+        self._release()
 
 
 def end_at_once() -> None:

@@ -59,6 +59,19 @@ def test_second_ctrl_c_ends_at_once() -> None:
     assert end_of(process) == (130, SECOND_CTRL_C)
 
 
+def test_a_signal_to_a_process_that_is_being_forked_is_not_the_parents() -> None:
+    """Launchers signal a whole group: a loader process that is just starting must not make it look like two."""
+    program = (
+        "import os, signal, sys, time\n"
+        "os.register_at_fork(after_in_child=lambda: time.sleep(1))\n"  # before the hook of the request
+        "stop = preempt.StopRequest().listen()\nprint('ready')\nchild = os.fork()\n"
+        "if child == 0: os._exit(7)\n"
+        "time.sleep(0.3)\nos.kill(child, signal.SIGINT)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 and not stop.requested"
+    )
+    assert end_of(start(program)) == (0, "")
+
+
 def test_before_the_first_step_a_signal_raises_at_once_and_once() -> None:
     stop = StopRequest()
     before = [signal.getsignal(number) for number in preempt.SIGNALS]

@@ -11,7 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: not pipel
 
 from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once  # noqa: E402
 from pipeline.host.keyboard import keep_launcher_from_keys  # noqa: E402
-from pipeline.host.threads import BusyCores, wait_briefly  # noqa: E402
+from pipeline.host.threads import BusyCores, share_cores, wait_briefly  # noqa: E402
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds to import
@@ -102,7 +102,6 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
             heartbeats.start()
         from pipeline.distributed.connecting import connect_ranks
         from pipeline.finetuning.table import task_of
-        from pipeline.host.threads import share_cores
         from pipeline.training.loop import train
         from pipeline.training.session import resolve_ds_config, set_up
 

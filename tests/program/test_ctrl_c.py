@@ -52,7 +52,7 @@ def test_ctrl_c_saves_says_so_and_the_prompt_waits(tmp_path: Path, name: str) ->
 
 @pytest.mark.slow
 def test_before_the_first_step_it_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Here it comes once the run folder is there; a folder that was there before stays."""
+    """Here it comes once the run folder is there."""
     make_corpus(tmp_path / "data", train=64, dev=8)
     program = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom pipeline import train\n"
@@ -62,12 +62,9 @@ def test_before_the_first_step_it_leaves_nothing_behind(tmp_path: Path) -> None:
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         f"session.open_records = interrupted\nsys.exit(train.main({OPTIONS.split()!r}))"
     )
-    for before in (False, True):
-        if before:
-            (tmp_path / "run").mkdir()
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 75, done.stderr
-        assert done.stderr == "error: told to stop by SIGINT before the first step: nothing to save\n"
-        assert (tmp_path / "run").exists() == before
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == "error: told to stop by SIGINT before the first step: nothing to save\n"
+    assert not (tmp_path / "run").exists()

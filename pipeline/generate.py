@@ -1,6 +1,7 @@
 """Captions images with the model of a run.
 
-    python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file
+    python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file; of
+                                                                             folders all that are in them
     python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
     python -m pipeline.generate --run RUN --data DIR --split test --results FILE   all captions, in COCO's results form
 
@@ -13,9 +14,11 @@ Exit codes: 0 done, 2 nothing to caption or a wrong command line, 75 told to sto
 from __future__ import annotations
 
 from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once
+from pipeline.host.threads import wait_briefly
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds to import
+    wait_briefly()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
@@ -31,6 +34,7 @@ from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
 from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
+from pipeline.pictures.folders import CLIPS, PICTURES, files_of  # noqa: E402
 from pipeline.reporting.formats import spoken  # noqa: E402
 from pipeline.tasks.caption_scores import in_words  # noqa: E402
 from pipeline.tasks.captioning import (  # noqa: E402
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    stop = StopRequest().listen(at_once=True)
+    stop = StopRequest(ends="after the images that were read").listen(at_once=True)
     try:
         return _caption(arguments, stop)
     except BrokenPipeError:
@@ -89,6 +93,8 @@ def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
     stop.poll_from_here()
     done = (_caption_split if arguments.data else _caption_files)(arguments, captioner, stop)
     if stop.requested:
+        done = "what was printed is done" if arguments.images else "nothing is written"
+        print(f"stopped: {done}; the same command begins anew", file=sys.stderr)
         return EXIT_REQUEUE
     if not done:
         print("error: no usable image", file=sys.stderr)
@@ -122,7 +128,8 @@ def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:
 
 
 def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
-    items = _until_stopped(items_of_files(arguments.images, captioner), stop)
+    files = files_of(arguments.images, PICTURES if captioner.pictures.num_frames is None else CLIPS)
+    items = _until_stopped(items_of_files(files, captioner), stop)
     stream = open(arguments.output, "w", encoding="utf-8") if arguments.output else sys.stdout  # noqa: SIM115
     count = 0
     try:
@@ -167,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.generate", description="Caption images with the model of a run.", allow_abbrev=False
     )
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files to caption, or video files")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="images or videos to caption, or folders")
     parser.add_argument("--run", type=Path, required=True, help="run folder, or one of its checkpoint folders")
     parser.add_argument("--data", nargs="+", metavar="DIR", help="caption prepared samples instead of image files")
     parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")

@@ -54,6 +54,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "metrics": (),
         "planning": ("config",),
         "distributed": ("config",),
+        "host": ("distributed",),
         "data": ("config",),
         "checkpoint": ("config", "distributed"),
         "cluster": ("config", "distributed", "checkpoint.folders", "recording.run_log"),
@@ -82,18 +83,8 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
-            *(
-                "reporting",
-                "comparing",
-                "stored_features",
-                "tasks",
-                "finetuning",
-                "training",
-                "metrics",
-                "scoring",
-                "cluster",
-            ),
-            "planning",
+            *("reporting", "comparing", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring"),
+            *("cluster", "planning", "host", "pictures"),
         ),
     },
 }

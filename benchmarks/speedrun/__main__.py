@@ -33,9 +33,11 @@ from benchmarks.speedrun.plan import (
     cost_of,
     costs_from,
     costs_to,
+    hours_of_training,
     identity,
     read_json,
     steps_within,
+    too_few_steps,
     write_json,
 )
 from benchmarks.speedrun.report import Findings, write_report
@@ -118,6 +120,7 @@ class Speedrun:
     def run(self) -> int:
         """Calibrate, train and probe what is not done yet, report."""
         stop = StopRequest().listen()
+        self._say_how_long()
         failures = [] if self.budget.kind == "steps" else self.calibrate(stop)
         if failures:
             return self.report(failures)
@@ -126,10 +129,20 @@ class Speedrun:
         due = [(row, seed) for row, seed in every if not (self.run_folder(row, seed) / DONE).is_file()]
         for row in self.rows:
             print(f"{row.name}: {steps[row.name]} steps{self._expected(row)}", flush=True)
+            if line := too_few_steps(row.name, steps[row.name]):
+                print(line, file=sys.stderr, flush=True)
         print(f"{len(every)} trainings, {len(every) - len(due)} of them done", flush=True)
         jobs = [self.training(row, seed) for row, seed in due]
         failures = self._run(jobs, stop, done=len(every) - len(due))
         return self.report(failures + self.ask_neighbours(stop))
+
+    def _say_how_long(self) -> None:
+        """What the whole command takes, before anything is started."""
+        arguments, rows, seeds = self.arguments, len(self.rows), len(self.arguments.seeds)
+        hours = hours_of_training(self.budget, self.rows, seeds, arguments.jobs)
+        how = f"{rows} rows x {seeds} seeds, {arguments.jobs} at a time"
+        told = f"about {hours:.1f} hours of training" if hours is not None else f"{self.budget} of training for each"
+        print(f"{told} ({how}), besides calibration and probes; --only ROW... and --seeds make it less", flush=True)
 
     def calibrate(self, stop: StopRequest) -> list[str]:
         """Measure what each row costs, unless that is known; rows of equal options share it. Returns what failed."""

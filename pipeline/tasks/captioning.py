@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -229,7 +229,7 @@ def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) 
         yield from zip(batch, captioner.caption([one.pixels for one in batch], first), strict=True)
 
 
-def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item]:
+def items_of_files(paths: Iterable[Path], captioner: Captioner) -> Iterator[Item]:
     """The readable images among ``paths``, or clips where the run is one of clips; each of the others is one line on
     stderr.
 

@@ -18,7 +18,17 @@ from benchmarks.speedrun.__main__ import Speedrun, main
 from benchmarks.speedrun.curves import Point, Run, clock_of, reached, time_to_target
 from benchmarks.speedrun.jobs import Job, Stopped, run_jobs
 from benchmarks.speedrun.options import Finetuning, parse
-from benchmarks.speedrun.plan import ROUNDS, Budget, Cost, accept_command, calibration_order, cost_of, steps_within
+from benchmarks.speedrun.plan import (
+    ROUNDS,
+    Budget,
+    Cost,
+    accept_command,
+    calibration_order,
+    cost_of,
+    hours_of_training,
+    steps_within,
+    too_few_steps,
+)
 from benchmarks.speedrun.rows import FOLDER, Row, check_models, load_rows
 from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
@@ -50,6 +60,20 @@ def test_steps_fill_the_budget_and_evaluations_divide_them(budget: Budget, share
 def test_a_budget_too_small_says_how_much_is_needed() -> None:
     with pytest.raises(ConfigError, match="row flm: 0.01 minutes last for 0.8 steps.*give at least 0.0625"):
         steps_within(Budget("minutes", 0.01), row(0.4), Cost(0.3, 2.0), evaluations=5)
+
+
+def test_the_hours_of_the_whole_command_are_known_before_it_begins() -> None:
+    """README's line: 10 minutes for each of eight rows, two of them with 0.4 and 0.6 of it, and three seeds."""
+    rows = load_rows("objectives", DEMO, None)
+    shares = [1.0] * (len(rows) - 2) + [0.4, 0.6]
+    assert hours_of_training(Budget("minutes", 10), rows, 3, 1) == pytest.approx(10 * sum(shares) * 3 / 60)
+    assert hours_of_training(Budget("minutes", 10), rows, 3, 2) == pytest.approx(10 * sum(shares) * 3 / 120)
+    assert hours_of_training(Budget("steps", 10), rows, 3, 1) is None
+
+
+def test_trainings_too_short_to_tell_rows_apart_are_said() -> None:
+    assert too_few_steps("flm", 100) is None
+    assert too_few_steps("flm", 15).startswith("warning: row flm trains for 15 steps")
 
 
 def test_the_cost_is_the_lower_quartile_without_the_first_lines() -> None:

@@ -54,6 +54,20 @@ def test_a_runs_own_search_is_taken_whole_or_not_at_all(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_folder_is_captioned_picture_by_picture(run: Path, image: Path, tmp_path: Path, capsys) -> None:
+    """Sorted, with those below, without what is no picture, which is counted."""
+    folder = tmp_path / "pictures"
+    for name in ("b.png", "a.PNG", "below/c.png", "notes.txt", ".hidden/d.png"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(image, folder / name)
+    assert main(["--run", str(run), str(folder), "--max-tokens", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    names = [json.loads(line)["file"] for line in captured.out.splitlines()]
+    assert names == [str(folder / name) for name in ("a.PNG", "b.png", "below/c.png")]
+    assert f"{folder}: 3 files taken, 1 skipped for their endings" in captured.err
+
+
+@pytest.mark.slow
 def test_a_captioning_run_captions_as_its_options_say(
     captioning_run: Path, image: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -116,12 +130,11 @@ def test_unusable_files_are_named_and_the_rest_is_captioned(
     empty, text = tmp_path / "empty.jpg", tmp_path / "text.jpg"
     empty.touch()
     text.write_text("no image")
-    bad = [str(empty), str(text), str(tmp_path / "absent.jpg"), str(tmp_path)]
+    bad = [str(empty), str(text), str(tmp_path / "absent.jpg")]
     assert main(["--run", str(run), *bad, str(image)]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1
     assert [line.split(": ")[0] for line in err.splitlines()] == [f"skipped {path}" for path in bad]
-    assert f"{tmp_path}: a folder; name the image files in it" in err
     assert main(["--run", str(run), *bad]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no usable image"
 

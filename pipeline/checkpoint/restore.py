@@ -30,6 +30,10 @@ from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.state import RunState, TrainingState
 from pipeline.checkpoint.verify import newest_whole
 from pipeline.distributed.ranks import Agreement
+from pipeline.exported.folder import AGAIN, is_exported
+from pipeline.exported.folder import defect as defect_of_export
+from pipeline.exported.settings import run_state
+from pipeline.exported.tensors import ExportedWeights
 
 
 def find(run: Path, agreement: Agreement, is_main: bool) -> Path | None:
@@ -93,8 +97,9 @@ def load(path: Path, engine: TrainingState, agreement: Agreement | None = None) 
 
 def read_state(path: Path) -> RunState:
     """The run state of a checkpoint; raises CheckpointError for one that this program cannot have written."""
+    exported = step_of(path) is None and is_exported(path)
     try:
-        content = json.loads(read_json_bytes(path / STATE))
+        content = run_state(path) if exported else json.loads(read_json_bytes(path / STATE))
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -112,7 +117,10 @@ def read_state(path: Path) -> RunState:
             raise CheckpointError(f"{path}: state.json has {name} {found!r}, expected {expected.__name__}")
     if state.frozen is not None and not _refers_to_weights(state.frozen):
         raise CheckpointError(f"{path}: state.json has frozen {state.frozen!r}, expected source, names and sha256")
-    if state.step != step_of(path) or min(state.samples_seen, state.optimizer_steps, state.skipped_steps) < 0:
+    if (
+        state.step != (state.step if exported else step_of(path))
+        or min(state.samples_seen, state.optimizer_steps, state.skipped_steps) < 0
+    ):
         raise CheckpointError(f"{path}: state.json is of step {state.step}, sample {state.samples_seen}")
     return state
 
@@ -123,11 +131,17 @@ def _refers_to_weights(frozen: dict[str, Any]) -> bool:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder meant by a run folder (its newest valid one) or by a checkpoint folder itself.
+    """The checkpoint folder meant by a run folder (its newest valid one) or by a checkpoint folder itself; an exported
+    folder means itself.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    if step_of(path) is None and is_exported(path):
+        reason = defect_of_export(path)
+        if reason is not None:
+            raise CheckpointError(f"{path}: {reason}; {AGAIN}")
+        return path
     if step_of(path) is not None:
         reason = defect(path)
         if reason is not None:
@@ -142,6 +156,16 @@ def resolve(path: Path) -> Path:
             f"{path}: found no valid checkpoint{why}; expected RUN/checkpoints/step_N of a training run"
         )
     return found
+
+
+def reader_of(path: Path) -> Reader | ExportedWeights:
+    """The weights of a checkpoint folder or of an exported folder; raises CheckpointError for a damaged one."""
+    if step_of(path) is not None or not is_exported(path):
+        return Reader(path, kinds=("weight",))
+    try:
+        return ExportedWeights(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def load_weights(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -167,7 +191,7 @@ def weights_in(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict[s
             f"referred to (first: {saved['names'][0]}); load that source too"
         )
     _refuse_other_frozen(path, saved, found)
-    reader = Reader(path, kinds=("weight",))
+    reader = reader_of(path)
     return dict(reader.read_all("weight")) | dict(frozen or {})
 
 
@@ -182,7 +206,7 @@ def load_into(model: nn.Module, path: Path) -> None:
     """
     frozen = frozen_tensors(model)
     _refuse_other_frozen(path, read_state(path).frozen, describe_frozen(model))
-    reader = Reader(path, kinds=("weight",))
+    reader = reader_of(path)
     own = [*model.named_parameters(), *persistent_buffers(model)]  # a shared tensor once, as checkpoints have it
     expected = {name: tuple(value.shape) for name, value in own if name not in frozen}
     fix = "restore the config.yaml and tokenizer it was trained with"

@@ -3,11 +3,11 @@
     python -m pipeline.export RUN OUT                        the newest checkpoint of a run, fp32, with frozen parts
     python -m pipeline.export RUN OUT --checkpoint 1000 --dtype bfloat16 --licence apache-2.0
 
-RUN is a run folder, one of its checkpoint folders, or a folder made by `python -m pipeline.convert import-flm`. OUT holds
-config.json, model.safetensors, the tokenizer, preprocessor_config.json, a model card and, where the run has them, the
-frozen vision tower and language model in the form of the libraries they come from. It can be used wherever a run can:
-openflm.load, pipeline.generate and pipeline.evaluate --run OUT, pipeline/train.py --model.weights OUT. Before it gets its
-name it is loaded, and its logits are compared bit for bit with those of the checkpoint. No GPU is needed.
+RUN is a run folder, one of its checkpoint folders, or a folder made by `python -m pipeline.convert import-flm`. OUT
+holds config.json, model.safetensors, the tokenizer, preprocessor_config.json, a model card and, where the run has them,
+the frozen vision tower and language model in the form of the libraries they come from. It can be used wherever a run
+can: openflm.load, pipeline.generate and pipeline.evaluate --run OUT, pipeline/train.py --model.weights OUT. Before it
+gets its name it is loaded, and its logits are compared bit for bit with those of the checkpoint. No GPU is needed.
 
 Exit codes: 0 done, 2 nothing was exported, or not pushed, for the reason given, or a wrong command line.
 """

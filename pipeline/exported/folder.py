@@ -78,6 +78,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def run_state(folder: Path) -> dict[str, Any]:
+    """What is known of the training of an exported model, as fields of a checkpoint's run state."""
+    state = read_manifest(folder).get("state")
+    if not isinstance(state, dict):
+        raise ValueError("the manifest holds no state of a run")
+    return state
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a small file; raises ValueError for anything else."""
     return _parsed(_read(path), path.name)

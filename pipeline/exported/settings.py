@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from pipeline.exported.folder import CONFIG, LANGUAGE, TOWER, WEIGHTS, read_config, read_manifest
+from pipeline.exported.folder import CONFIG, LANGUAGE, TOWER, WEIGHTS, read_config
 
 
 def exported_settings(folder: Path) -> dict[str, Any]:
@@ -39,11 +39,3 @@ def exported_settings(folder: Path) -> dict[str, Any]:
 def tower_file(folder: Path) -> Path | None:
     """The weights of the frozen vision tower that an exported folder holds, by its library's names; else None."""
     return folder / TOWER / WEIGHTS if TOWER in read_config(folder)["parts"] else None
-
-
-def run_state(folder: Path) -> dict[str, Any]:
-    """What is known of the training of an exported model, as fields of a checkpoint's run state."""
-    state = read_manifest(folder).get("state")
-    if not isinstance(state, dict):
-        raise ValueError("the manifest holds no state of a run")
-    return state

@@ -40,9 +40,9 @@ def write_graphs(tower: nn.Module, folder: Path, samples: Sequence[Sample], expo
 def tolerance(tower: nn.Module) -> float:
     """How far tokens of two right computations in fp32 may lie apart, as a share of the largest token.
 
-    Each addition is off by eps / 2 at most, up or down: n of them by sqrt(n) * eps / 2. The sums of a tower are those of
-    its weights' columns, one layer upon the other; each layer may double what came before (a residual and its branch),
-    which norms take back, so that no more than a factor of 10 is kept; both sides are off, by 5 deviations at most.
+    Each addition is off by eps / 2 at most, up or down: n of them by sqrt(n) * eps / 2. The sums of a tower are as long
+    as the rows of its weights, one layer upon the other; both sides are off, by 5 deviations at most. A factor of 10 is
+    for values that cancel, whose size is above that of what is left.
     """
     terms = sum(value[0].numel() for value in tower.parameters() if value.ndim > 1)
     return 10 * 2 * 5 * math.sqrt(terms) * torch.finfo(torch.float32).eps / 2

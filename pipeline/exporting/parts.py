@@ -61,7 +61,7 @@ def write_tower_settings(tower: nn.Module, config: ModelConfig, folder: Path) ->
     library = library.partition("/")[0]
     processor = processor_settings(tower, config.vision.image_size)
     if library == "hf":
-        content = tower.backbone.config.to_dict()
+        content = _without_place(tower.backbone.config)
     elif library == "timm":
         content = _timm_settings(tower, config, processor)
     else:
@@ -114,7 +114,7 @@ def processor_settings(tower: nn.Module, size: int) -> dict[str, Any]:
 def write_language(language: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """``language_model/``, which transformers reads; without adapters, which are trained."""
     (folder / LANGUAGE).mkdir()
-    settings = language.llm.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    settings = _without_place(language.llm.config) | {"dtype": str(dtype).removeprefix("torch.")}
     settings |= {"architectures": [type(language.llm).__name__]}
     _write_json(folder / LANGUAGE / CONFIG, settings)
     own = ((name, value) for name, value in named_tensors(language.llm) if not re.fullmatch(ADAPTER_NAMES, name))
@@ -168,6 +168,11 @@ def _timm_settings(tower: nn.Module, config: ModelConfig, processor: dict[str, A
     if cfg.get("fixed_input_size", False):
         content["model_args"] = {"img_size": vision.image_size}
     return content
+
+
+def _without_place(settings: Any) -> dict[str, Any]:
+    """A configuration of transformers without where on this machine it was."""
+    return {name: value for name, value in settings.to_dict().items() if name != "_name_or_path"}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""A few samples by which the exported model is compared with the run's: held-out ones, or generated pixels and texts."""
+"""A few samples to compare the exported model with the run's by: held-out ones, or generated pixels and texts."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,7 +51,8 @@ def find_samples(config: Config, task: Task, tokenizer: TextTokenizer) -> tuple[
     """Some samples, and what they are in words: of the held-out split where it is there, else generated."""
     try:
         found = _held_out(config, task)
-    except (ValueError, OSError, ManifestError, DataError):  # the data is gone, which is no reason not to export
+    except (ValueError, OSError, ManifestError, DataError) as error:  # no reason not to export
+        print(f"held-out data is not to be had ({error}); pixels and words are generated", file=sys.stderr)
         found = []
     if found:
         return found, f"{len(found)} samples of the held-out split {config.data.eval_split}"

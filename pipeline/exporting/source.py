@@ -28,7 +28,7 @@ ENVIRONMENT, SCORECARDS = "environment.json", "evaluations/*/scorecard.json"
 @dataclass
 class Source:
     """A model to export. ``checkpoint`` is the folder of its weights, ``folder`` that of its run (of an imported model
-    both are the same), ``files`` those that belong to the model, by name, with the option that names each."""
+    both are the same)."""
 
     name: str
     folder: Path
@@ -39,13 +39,19 @@ class Source:
     tokenizer_folder: str | Path
     state: RunState
     sha256: str
-    files: dict[str, tuple[Path, str]]
     environment: dict[str, Any] = field(default_factory=dict)
     scorecards: list[dict[str, Any]] = field(default_factory=list)
 
     def load(self) -> nn.Module:
         """The model with all its weights, in evaluation mode; raises ValueError where they do not fit."""
         return load_model(self.config, self.task, self.tokenizer, self.checkpoint)
+
+    @property
+    def files(self) -> dict[str, tuple[Path, str]]:
+        """Files that belong to the loaded model, by name: where each is, and the option that names it."""
+        named = getattr(self.task, "run_files", {})
+        options = dict(flatten(self.config))
+        return {name: (Path(options[one]), one) for name, one in named.items() if options.get(one) is not None}
 
 
 def load_model(config: Config, task: Task, tokenizer: TextTokenizer, checkpoint: Path) -> nn.Module:
@@ -76,6 +82,7 @@ def find_source(run: Path, step: int | None = None, tokenizer: str | None = None
     copy = folder / "tokenizer"
     read = tokenizer_of(config, copy if copy.is_dir() else None)
     task = task_of(config)
+    _use_files_of_run(folder, config, task)
     return Source(
         name=folder.resolve().name,
         folder=folder,
@@ -86,23 +93,17 @@ def find_source(run: Path, step: int | None = None, tokenizer: str | None = None
         tokenizer_folder=read.source,
         state=RunState() if imported else read_state(checkpoint),
         sha256=file_sha256(checkpoint / (IMPORTED if imported else MANIFEST)),
-        files=_files_of(folder, config, task),
         environment=_read(folder / ENVIRONMENT),
         scorecards=_scorecards(folder, None if imported else read_state(checkpoint).step),
     )
 
 
-def _files_of(folder: Path, config: Config, task: Task) -> dict[str, tuple[Path, str]]:
-    """The files of a task's model: the copy that the run keeps, else what the option names; the option is set to it."""
-    found = {}
+def _use_files_of_run(folder: Path, config: Config, task: Task) -> None:
+    """Point the options of the task at the copies that the run keeps for its model."""
     for name, option in getattr(task, "run_files", {}).items():
-        named = dict(flatten(config)).get(option)
-        path = folder / name if (folder / name).is_file() else None if named is None else Path(named)
-        if path is not None and path.is_file():
+        if (folder / name).is_file():
             section, _, key = option.partition(".")
-            setattr(getattr(config, section), key, str(path))
-            found[name] = (path, option)
-    return found
+            setattr(getattr(config, section), key, str(folder / name))
 
 
 def _scorecards(folder: Path, step: int | None) -> list[dict[str, Any]]:

@@ -215,7 +215,9 @@ def _refuse_small_disk(folder: Path, objective: nn.Module, dtype: torch.dtype) -
 def _counted(objective: nn.Module) -> tuple[int, int]:
     """Numbers of weights: trained ones, frozen ones."""
     frozen = frozen_tensors(objective)
-    numbers = [sum(v.numel() for n, v in objective.named_parameters() if (n in frozen) is kept) for kept in (0, 1)]
+    numbers = [
+        sum(v.numel() for n, v in objective.named_parameters() if (n in frozen) == kept) for kept in (False, True)
+    ]
     return numbers[0], numbers[1]
 
 

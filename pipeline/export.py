@@ -20,6 +20,7 @@ from pathlib import Path
 from data_prep.program import run_program
 from pipeline.config.options import fail
 from pipeline.config.program_options import number, program_parser, whole_number
+from pipeline.exporting.graphs import refuse_without_onnx
 from pipeline.exporting.source import find_source
 from pipeline.exporting.uploading import push, refuse_unreachable
 from pipeline.exporting.writing import DTYPES, Options, export
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         max_file_bytes=int(arguments.file_gb * 1e9),
     )
     try:
+        if arguments.onnx:
+            refuse_without_onnx()
         if arguments.push:
             refuse_unreachable(arguments.push)
         source = find_source(arguments.run, arguments.checkpoint, arguments.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def write_graphs(tower: nn.Module, folder: Path, samples: Sequence[Sample], expo
     """The graphs asked for, for any number of images; names of the files.
 
     Raises:
-        ConfigError: the tower cannot be traced, onnx is not installed, or a graph gives other tokens.
+        ConfigError: the tower cannot be traced, or a graph gives other tokens.
     """
     if not exported and not onnx:
         return []
@@ -35,6 +36,15 @@ def write_graphs(tower: nn.Module, folder: Path, samples: Sequence[Sample], expo
         bound = tolerance(tower) * float(expected.abs().max())
         names = [_write_exported(program, folder, images, expected, bound)] if exported else []
         return names + (_write_onnx(program, folder, images, expected, bound) if onnx else [])
+
+
+def refuse_without_onnx() -> None:
+    """Raise ConfigError where --onnx asks for what is not installed."""
+    for name in ("onnxruntime", "onnxscript"):  # torch asks for the second
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"--onnx needs {name}: pip install 'openflm[onnx]'") from error
 
 
 def tolerance(tower: nn.Module) -> float:
@@ -66,11 +76,8 @@ def _write_exported(program: Any, folder: Path, images: Tensor, expected: Tensor
 
 
 def _write_onnx(program: Any, folder: Path, images: Tensor, expected: Tensor, bound: float) -> list[str]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch asks for it
-    except ImportError as error:
-        raise ConfigError(f"--onnx needs {error.name}: pip install 'openflm[onnx]'") from error
+    import onnxruntime
+
     written = torch.onnx.export(program, verbose=False, opset_version=OPSET)
     written.model.graph.inputs[0].name, written.model.graph.outputs[0].name = INPUT, OUTPUT
     before = set(folder.iterdir())

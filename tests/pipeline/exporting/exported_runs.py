@@ -28,7 +28,7 @@ from tests.written_run import TINY, write_run
 EVLGEN = """
 model:
   vision: {{name: null, pretrained: "{data}/clip.safetensors", frozen: true, image_size: 32, patch_size: 8, width: 32,
-    layers: 2, head_width: 16}}
+    layers: 2, head_width: 16, drop_last_block: false}}
   connector: {{num_tokens: 6, width: 32, heads: 2, ffn_width: 64, layers: 2, max_positions: 32, dropout: 0.0}}
   language: {{name: "{data}/llm", lora_rank: 2}}
 objective: {{name: evlgen}}

@@ -63,10 +63,12 @@ def test_open_clip_reads_a_clip_tower(folder: Path) -> None:
     tower, images = loaded(folder / "run_evlgen")[2].net.vision, pixels(2)[:, 0]
     settings = json.loads((folder / "out_evlgen" / "preprocessor_config.json").read_text())
     mean, deviation = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    pooled: dict[str, torch.Tensor] = {}
+    theirs.ln_post.register_forward_hook(lambda module, inputs, output: pooled.update(tokens=output))
     with torch.no_grad():
         ours = tower(images)
-        tokens = theirs._embeds((images.float() / 255 - mean) / deviation)
-        tokens = theirs.ln_post(theirs.transformer(tokens))
+        theirs((images.float() / 255 - mean) / deviation)
+    tokens = pooled["tokens"]
     assert (ours - tokens).abs().max() <= rounding(192, *[32 * 6 + 128 + 17] * 2) * float(ours.abs().max())
 
 
@@ -93,16 +95,13 @@ def test_transformers_reads_its_tower(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in tower.backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [None, "eva", "timm/test_efficientnet", "open_clip/RN50"])
+@pytest.mark.parametrize("name", [None, "eva", "timm/test_efficientnet"])
 def test_every_tower_comes_back_bit_for_bit(tmp_path: Path, name: str | None) -> None:
     """The names of its library, and what its parts are called there, are read by the reader of published weights."""
     sizes = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16)
     vision = VisionConfig(name=name, **sizes)
     if name == "eva":
         vision = VisionConfig(name=None, layout="eva", quick_gelu=False, **sizes)
-    if name == "open_clip/RN50":
-        pytest.importorskip("open_clip")
-        vision = VisionConfig(name=name, image_size=64)
     model, tower = written_tower(vision, tmp_path)
     again = build_tower(vision)
     file = tmp_path / "vision_tower" / "model.safetensors"

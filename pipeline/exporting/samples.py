@@ -96,6 +96,7 @@ def _generated(config: Config, task: Task, tokenizer: TextTokenizer) -> list[Sam
     found = []
     for number, text in enumerate(texts):
         pixels = torch.from_numpy(generator.integers(0, 256, shape, dtype=np.uint8))
-        raw = RawSample(f"generated {number}", [], text, {"question_id": [number], "captions": [text]})
+        meta = {name: [number] for name in ("question_id", "identifier", "pair_id")} | {"captions": [text]}
+        raw = RawSample(f"generated {number}", [], text, meta)
         found.append(Sample(raw, pixels, number, OtherRows(Texts(texts), number, range(NUM_SAMPLES))))
     return found

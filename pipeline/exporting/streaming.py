@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ def _write_file(path: Path, tensors: Sequence[Stored], metadata: Mapping[str, st
     with open(path, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for one in tensors:
-            value = one.read()
-            assert value.dtype == one.dtype and tuple(value.shape) == one.shape
-            stream.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            _write_one(stream, one)
+
+
+def _write_one(stream: BinaryIO, one: Stored) -> None:
+    value = one.read()
+    assert value.dtype == one.dtype and tuple(value.shape) == one.shape
+    stream.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))

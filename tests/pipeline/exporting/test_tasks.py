@@ -10,6 +10,8 @@ import torch
 from data_prep.tokenizer import train_tokenizer
 from pipeline.convert import main as convert
 from pipeline.export import main
+from pipeline.exporting.card import KINDS as WORDS
+from pipeline.finetuning.table import TASKS
 from tests.pipeline.exporting.exported_runs import loaded, make_data
 from tests.released_fixture import released_fixture
 from tests.written_run import TINY, write_run
@@ -42,6 +44,10 @@ KINDS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("tasks"))
+
+
+def test_the_card_has_words_for_every_task() -> None:
+    assert set(WORDS) == set(TASKS)
 
 
 @pytest.mark.slow

@@ -155,6 +155,7 @@ def test_manifests_that_no_export_writes(folder: Path, files: object, reason: st
         load_config(folder)
 
 
+@pytest.mark.slow
 def test_an_index_that_places_tensors_elsewhere(folder: Path, whole: Path, tmp_path: Path) -> None:
     root, out = whole.parent, tmp_path / "several"
     assert main([str(root / "run_evlgen"), str(out), "--file-gb", "3e-5"]) == 0

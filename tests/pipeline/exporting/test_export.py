@@ -137,6 +137,7 @@ def test_the_card_repeats_scorecards_data_and_licence(folder: Path, tmp_path: Pa
     assert "| pretraining | synth/dev | 12 | loss | 2.5 ± 0.25 |" in card and "cider_d" not in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_weights_are_those_of_the_run_rounded_once(folder: Path, tmp_path: Path, dtype: str) -> None:
     out, kept = tmp_path / "out", getattr(torch, dtype)
@@ -150,6 +151,7 @@ def test_rounded_weights_are_those_of_the_run_rounded_once(folder: Path, tmp_pat
     assert f"rounded to {dtype}" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_large_models_are_several_files_with_an_index(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([str(folder / "run_flm"), str(out), "--file-gb", "3e-5"]) == 0
@@ -160,6 +162,7 @@ def test_large_models_are_several_files_with_an_index(folder: Path, tmp_path: Pa
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_frozen_parts_may_stay_where_they_are(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Then they are loaded by their names, and must be those that the run was trained with."""
     out = tmp_path / "out"
@@ -178,6 +181,7 @@ def test_frozen_parts_may_stay_where_they_are(folder: Path, tmp_path: Path, caps
         (folder / "data" / "clip.safetensors").write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_where_data_is_gone_pixels_and_words_are_generated(folder: Path, tmp_path: Path) -> None:
     for kind in ("run_flm", "run_vqa"):
         run = shutil.copytree(folder / kind, tmp_path / kind)
@@ -219,6 +223,7 @@ def test_an_export_that_computes_something_else_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_leaves_nothing_that_refuses_the_next(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +241,7 @@ def test_an_interrupted_export_leaves_nothing_that_refuses_the_next(
     assert main([str(folder / "run_ar"), str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.slow
 def test_what_is_there_is_replaced_on_request_only(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out, words = tmp_path / "out", [str(folder / "run_ar"), str(tmp_path / "out")]
     out.mkdir()

@@ -72,6 +72,7 @@ def test_open_clip_reads_a_clip_tower(folder: Path) -> None:
     assert (ours - tokens).abs().max() <= rounding(192, *[32 * 6 + 128 + 17] * 2) * float(ours.abs().max())
 
 
+@pytest.mark.slow
 def test_timm_reads_its_tower(tmp_path: Path) -> None:
     import timm
 
@@ -95,6 +96,7 @@ def test_transformers_reads_its_tower(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in tower.backbone.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "eva", "timm/test_efficientnet"])
 def test_every_tower_comes_back_bit_for_bit(tmp_path: Path, name: str | None) -> None:
     """The names of its library, and what its parts are called there, are read by the reader of published weights."""

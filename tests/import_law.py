@@ -50,13 +50,14 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("border", "splits", "video", "stores.failures", "verbs.table"),
     },
     "pipeline": {
-        "config": (),
+        "exported": (),
+        "config": ("exported",),
         "metrics": (),
         "planning": ("config",),
         "distributed": ("config",),
         "host": ("distributed",),
         "data": ("config",),
-        "checkpoint": ("config", "distributed"),
+        "checkpoint": ("config", "distributed", "exported"),
         "cluster": ("config", "distributed", "checkpoint.folders", "recording.run_log"),
         "staging": ("config", "distributed", "data"),
         "incidents": ("config", "checkpoint"),
@@ -67,7 +68,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "comparing": ("config", "recording", "reporting", "checkpoint.folders"),
         "language_weights": (),
-        "weights": ("config", "distributed", "data", "checkpoint", "language_weights"),
+        "weights": ("config", "distributed", "data", "checkpoint", "language_weights", "exported"),
         "stored_features": ("config", "distributed", "data", "checkpoint.files", "weights.sources"),
         "pictures": ("config", "data"),
         "loading": ("config", "distributed", "data", "recording", "stored_features", "pictures"),
@@ -75,7 +76,10 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "finetuning": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "tasks"),
         "scoring": (
             *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "recording", "tasks"),
-            *("finetuning", "stored_features", "pictures"),
+            *("finetuning", "stored_features", "pictures", "exported"),
+        ),
+        "exporting": (
+            *("config", "data", "checkpoint", "exported", "weights", "loading", "pictures", "tasks", "finetuning"),
         ),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
@@ -84,7 +88,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("reporting", "comparing", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring"),
-            *("cluster", "planning", "host", "pictures"),
+            *("cluster", "planning", "host", "pictures", "exporting"),
         ),
     },
 }
@@ -111,7 +115,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "programs": tuple(
-            "train evaluate generate features replay report convert census plan restart status health".split()
+            "train evaluate generate features replay report convert export census plan restart status health".split()
         )
     },
 }

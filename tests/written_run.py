@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
+from model.frozen import frozen_tensors
+from model.weights.start import named_tensors
 from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
+from pipeline.checkpoint.restore import describe_frozen
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import load_config
 from pipeline.data.tokenizer import tokenizer_of
 from pipeline.finetuning.table import task_of
 from pipeline.tasks.task import Task
+from pipeline.weights.sources import load_frozen_parts
 
 TINY = """
 model:
@@ -33,11 +37,14 @@ def write_run(
     config = load_config(run)
     torch.manual_seed(0)
     objective = (task or task_of(config)).build(config, tokenizer_of(config).vocabulary)
+    load_frozen_parts(objective, config.model)
+    frozen = frozen_tensors(objective)
     folder = run / "checkpoints" / "step_00000001.tmp"
     folder.mkdir(parents=True)
     writer = PartWriter(folder, rank=0)
-    for name, parameter in objective.named_parameters():
-        writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": parameter.detach()}))
-    state = RunState(step=1, fingerprint=dict(fingerprint or {}))
+    for name, value in named_tensors(objective):
+        if name not in frozen:
+            writer.add(Piece(name, 0, tuple(value.shape), {"weight": value.detach()}))
+    state = RunState(step=1, fingerprint=dict(fingerprint or {}), frozen=describe_frozen(objective))
     publish(folder, checkpoint_path(run, 1), dataclasses.asdict(state), writer.finish())
     return run

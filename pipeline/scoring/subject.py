@@ -18,6 +18,8 @@ from pipeline.config.recipes import RUN_CONFIG
 from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizer_source import tokenizer_source
+from pipeline.exported.folder import MANIFEST as EXPORTED
+from pipeline.exported.folder import is_exported
 from pipeline.tasks.task import Task
 from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_import, load_whole
 from pipeline.weights.starting import load_trained
@@ -73,7 +75,8 @@ def find_subject(request: Request) -> Subject:
         raise ConfigError(f"{request.run} is an imported model, no run: --output FOLDER says where its scorecards go")
     path = request.run if imported else resolve(request.run)
     run = None if imported else run_of(path)
-    settings = path / IMPORT_RECIPE if run is None else run / RUN_CONFIG
+    exported = is_exported(path)
+    settings = path / IMPORT_RECIPE if run is None else path if exported else run / RUN_CONFIG
     own = import_config(path) if run is None else load_config(run)
     name = request.task or own.task.name
     given = changed_options(request.options)
@@ -85,7 +88,7 @@ def find_subject(request: Request) -> Subject:
     return Subject(
         path=path,
         step=step_of(path),
-        sha256=file_sha256(path / (IMPORTED if run is None else MANIFEST)),
+        sha256=file_sha256(path / (IMPORTED if run is None else EXPORTED if exported else MANIFEST)),
         run=run,
         config=config,
         tokenizer=copy if copy and copy.is_dir() else tokenizer_source(config if run is None else own),

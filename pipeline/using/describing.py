@@ -18,29 +18,34 @@ from pipeline.using.reading import cls_features, read, reads_texts
 from pipeline.using.trained import Trained
 
 
-def image_features(trained: Trained, pixels: Tensor) -> dict[str, Tensor]:
-    """ "tokens" [B, P, W] and their mean "image" [B, W], fp32 on the host, of pixels uint8 [B, I, 3, S, S]."""
-    tokens = trained.tower_tokens(pixels).float()
-    return {"tokens": tokens.cpu(), "image": tokens.mean(1).cpu()}
-
-
-def text_features(trained: Trained, texts: Sequence[str]) -> dict[str, Tensor]:
-    """ "text" [B, D], fp32 on the host; raises ValueError for a model without a text tower."""
-    if not reads_texts(trained):
-        raise ValueError(
-            f"a model of objective {trained.run.config.objective.name} has no text tower: its language model reads"
-            " texts behind an image; leave texts out, or use a model of flm, mlm, ar or prefixlm"
-        )
-    return {"text": mean_text_states(trained.objective.net, read(trained, texts, num_images=1).plan).cpu()}
-
-
 @torch.no_grad()
-def pair_features(trained: Trained, pixels: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
-    """ "pair" [B, D], fp32 on the host: the pooled CLS feature of each text with its image, where the model has one."""
-    if isinstance(trained.objective, Captioning) or trained.num_images > 1:
-        return {}
-    features = cls_features(trained, trained.encode(pixels), texts)
-    return {"pair": trained.objective.net.pooler(features).float().cpu()}
+def features_of(trained: Trained, pixels: Tensor | None, texts: Sequence[str]) -> dict[str, Tensor]:
+    """fp32 on the host, of pixels uint8 [B, I, 3, S, S] "tokens" [B, P, W] and "image" [B, W], of texts "text" [B, D],
+    of both "pair" [B, D] where the model has CLS features; raises ValueError for texts without a text tower."""
+    found: dict[str, Tensor] = {}
+    if pixels is not None:
+        tokens = trained.tower_tokens(pixels).float()
+        found |= {"tokens": tokens, "image": tokens.mean(1)}
+    if len(texts):
+        if not reads_texts(trained):
+            raise ValueError(
+                f"a model of objective {trained.run.config.objective.name} has no text tower: its language model reads"
+                " texts behind an image; leave texts out, or use a model of flm, mlm, ar or prefixlm"
+            )
+        found["text"] = mean_text_states(trained.objective.net, read(trained, texts, num_images=1).plan)
+    has_cls = not isinstance(trained.objective, Captioning) and trained.num_images == 1
+    if pixels is not None and len(texts) and has_cls:
+        features = cls_features(trained, trained.encode(pixels), texts)
+        found["pair"] = trained.objective.net.pooler(features).float()
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def no_features(trained: Trained) -> dict[str, np.ndarray]:
+    """Those of no images."""
+    tower = trained.objective.net.vision
+    num_tokens = trained.num_images * tower.num_tokens
+    shapes = {"tokens": (0, num_tokens, tower.width), "image": (0, tower.width)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def attention_of(trained: Trained, pixels: Tensor, text: str) -> tuple[list[str], np.ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -201,20 +200,13 @@ class Model:
         else:
             samples = [] if images is None else self._samples(images)[0]
             texts = [texts] if isinstance(texts, str) else list(texts or ())
-        count = max(len(samples), len(texts))
-        for numbers in batched(range(count), batch_size):
-            part: dict[str, Tensor] = {}
+        for numbers in batched(range(max(len(samples), len(texts))), batch_size):
             own = slice(numbers[0], numbers[-1] + 1)
-            if samples:
-                pixels = torch.stack(self._pixels(samples[own], numbers[0]))
-                part |= describing.image_features(self._trained, pixels)
-            if texts:
-                part |= describing.text_features(self._trained, texts[own])
-            if samples and texts:
-                part |= describing.pair_features(self._trained, pixels, texts[own])
-            parts.append(part)
-        names = list(dict.fromkeys(chain.from_iterable(parts)))
-        return {name: torch.cat([part[name] for part in parts]).numpy() for name in names}
+            pixels = torch.stack(self._pixels(samples[own], numbers[0])) if samples else None
+            parts.append(describing.features_of(self._trained, pixels, texts[own]))
+        if not parts:
+            return describing.no_features(self._trained)
+        return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
     def attention(self, image: Any, text: str) -> tuple[list[str], np.ndarray]:
         """The words of a text and where each looked in the image, float32 [words, rows, columns].

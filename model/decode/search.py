@@ -215,7 +215,9 @@ def beam(
         raise ValueError(f"beams is {beams}, expected at least 1")
     ends = torch.tensor(decoder.end_ids, device=device)
     first = torch.arange(num_images, device=device)[:, None]
-    sums = torch.zeros(num_images, 1, device=device)  # log probability of each beam, the largest first
+    sums = torch.zeros(
+        num_images, 1, dtype=torch.float32, device=device
+    )  # log probability of each beam, the largest first
     words = torch.full((num_images, 1, num_words), decoder.end_ids[0], device=device)
     best = torch.full((num_images,), float("-inf"), dtype=torch.float64, device=device)
     best_words = words[:, 0]

@@ -94,7 +94,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "networks": (
             *("towers", "flm", "one_stream", "evlgen", "qformer", "flops", "attention_maps", "merge_maps"),
-            "text_states",
+            *("text_states", "language_attention"),
         ),
         "programs": ("build",),
     },

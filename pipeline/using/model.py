@@ -211,9 +211,12 @@ class Model:
     def attention(self, image: Any, text: str) -> tuple[list[str], np.ndarray]:
         """The words of a text and where each looked in the image, float32 [words, rows, columns].
 
-        A map holds the share of each patch, the mean over heads and layers that read the image; what a word took from a
-        class token is in no patch. Raises ValueError for a model that reads an image as words (evlgen), or whose vision
-        tower has no known grid.
+        A map holds the share of each patch in what a word took, the mean over heads and layers: from the image, or with
+        evlgen from the image and the words before. What it took from a class token is in no patch.
+
+        Raises:
+            ValueError: images are judged together (nlvr2), where tokens stand in the image is not known, or they are
+                queries (qformer, perceiver).
         """
         return describing.attention_of(self._trained, self._one(image)[None], text)
 

@@ -32,8 +32,8 @@ def features_of(trained: Trained, pixels: Tensor | None, texts: Sequence[str]) -
     if len(texts):
         if not reads_texts(trained):
             raise ValueError(
-                f"a model of objective {trained.run.config.objective.name} has no text tower: its language model reads"
-                " texts behind an image; leave texts out, or use a model of flm, mlm, ar or prefixlm"
+                f"a model of objective {trained.run.config.objective.name} has no text tower, which reads texts by"
+                " themselves; leave texts out, or use a model of flm, mlm, ar or prefixlm"
             )
         found["text"] = mean_text_states(trained.objective.net, read(trained, texts, num_images=1).plan)
     has_cls = not isinstance(trained.objective, Captioning) and trained.num_images == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -73,17 +75,17 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def write_kind(run: Path, data: Path, kind: str, more: str = "") -> Path:
-    """``run`` of a kind of KINDS on the ``data`` of ``write_data``, with the files of its task; ``more`` settings."""
+def write_kind(run: Path, data: Path, kind: str, fingerprint: Mapping[str, Any] | None = None) -> Path:
+    """``run`` of a kind of KINDS on the ``data`` of ``write_data``, with the files of its task."""
     model, objective, task, name = KINDS[kind]
     left = next((number for name, number in LEFT.items() if f"name: {name}," in model), 4)
     has_own_tokenizer = "language:" in model
     of_data = [f'paths: ["{{data}}/{name}"]', f"max_text_length: {50 if has_own_tokenizer else 20}"]
     of_data += ["fast_decode: false", "num_workers: 0"] + (["frames: 3"] if name == "moving" else [])
     of_data += [] if has_own_tokenizer else ['tokenizer: "{data}/tokenizer"']
-    settings = model.replace("NUM", str(left)) + f"data: {{{{{', '.join(of_data)}}}}}\n{more}"
+    settings = model.replace("NUM", str(left)) + f"data: {{{{{', '.join(of_data)}}}}}\n"
     settings += (f"objective: {objective}\n" if objective else "") + (f"task: {task}\n" if task else "")
-    write_run(run, data, settings, spread=4.0)
+    write_run(run, data, settings, fingerprint=fingerprint, spread=4.0)
     if kind == "vqa":
         shutil.copy(data / "vqa" / "answers.json", run)
     return run

@@ -27,9 +27,8 @@ from collections.abc import Iterator  # noqa: E402
 from itertools import takewhile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import torch  # noqa: E402
-
 from data_prep.program import run_program  # noqa: E402
+from pipeline.checkpoint.files import run_of  # noqa: E402
 from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
@@ -46,10 +45,10 @@ from pipeline.tasks.captioning import (  # noqa: E402
     items_of_corpora,
     items_of_files,
     load_captioner,
-    run_of,
     write_results,
     write_samples,
 )
+from pipeline.using.trained import usable_device  # noqa: E402
 
 DEFAULT_SAMPLES = 256
 
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
     captioner = load_captioner(
         arguments.run,
-        _device(arguments.device),
+        usable_device(arguments.device, "--device"),
         arguments.beams,
         arguments.max_tokens,
         arguments.prompt,
@@ -105,15 +104,6 @@ def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
 def _until_stopped(items: Iterator[Item], stop: StopRequest) -> Iterator[Item]:
     """No more items once told to stop: those that were read are captioned."""
     return takewhile(lambda _: not stop.requested, items)
-
-
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device that is not here
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"--device {name}: not usable here ({reason}); cpu always is") from None
 
 
 def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:

@@ -29,9 +29,17 @@ data: {{paths: ["{data}"], max_text_length: 20}}
 
 
 def write_run(
-    run: Path, data: Path, settings: str = TINY, task: Task | None = None, fingerprint: Mapping[str, Any] | None = None
+    run: Path,
+    data: Path,
+    settings: str = TINY,
+    task: Task | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    spread: float = 1.0,
 ) -> Path:
-    """``run`` with config.yaml, ``settings`` with {data} filled in, and step 1 of the model of its task."""
+    """``run`` with config.yaml, ``settings`` with {data} filled in, and step 1 of the model of its task.
+
+    Matrices are multiplied by ``spread``: above 1 outputs depend visibly on inputs.
+    """
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(settings.format(data=data))
     config = load_config(run)
@@ -44,7 +52,8 @@ def write_run(
     writer = PartWriter(folder, rank=0)
     for name, value in named_tensors(objective):
         if name not in frozen:
-            writer.add(Piece(name, 0, tuple(value.shape), {"weight": value.detach()}))
+            wide = isinstance(value, torch.nn.Parameter) and value.ndim > 1
+            writer.add(Piece(name, 0, tuple(value.shape), {"weight": value.detach() * (spread if wide else 1.0)}))
     state = RunState(step=1, fingerprint=dict(fingerprint or {}), frozen=describe_frozen(objective))
     publish(folder, checkpoint_path(run, 1), dataclasses.asdict(state), writer.finish())
     return run

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from data_prep.manifest import file_sha256
 from pipeline.checkpoint.files import MANIFEST, run_of, step_of
-from pipeline.checkpoint.restore import read_state, resolve
+from pipeline.checkpoint.restore import resolve
 from pipeline.config.command_line import changed_options, load_config
-from pipeline.config.options import Config, ConfigError, flatten, validate
+from pipeline.config.options import Config, ConfigError, validate
 from pipeline.config.recipes import RUN_CONFIG
 from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizer_source import tokenizer_source
 from pipeline.exported.folder import MANIFEST as EXPORTED
 from pipeline.exported.folder import is_exported
+from pipeline.tasks import trained_run
 from pipeline.tasks.task import Task
 from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_import, load_whole
 from pipeline.weights.starting import load_trained
@@ -123,11 +123,8 @@ def _asked(request: Request) -> list[str]:
 
 def use_files_of_run(subject: Subject, task: Task) -> None:
     """Point the options of the task, unless they are given, at the files that the run keeps for its model."""
-    for name, option in getattr(task, "run_files", {}).items():
-        has_it = subject.run is not None and subject.same_task and (subject.run / name).is_file()
-        if has_it and option not in subject.given:
-            section, _, field = option.partition(".")
-            setattr(getattr(subject.config, section), field, str(subject.run / name))
+    if subject.run is not None and subject.same_task:
+        trained_run.use_files_of_run(subject.config, task, subject.run, subject.given)
 
 
 def load_weights(subject: Subject, objective: nn.Module) -> None:
@@ -144,16 +141,6 @@ def load_weights(subject: Subject, objective: nn.Module) -> None:
 
 def refuse_other_training(subject: Subject, task: Task, tokenizer: TextTokenizer) -> None:
     """Raise ConfigError where words or classes are not those that the checkpoint was trained with."""
-    trained = read_state(subject.path).fingerprint.get("data", {}) if subject.run is not None else {}
-    found: dict[str, Any] = {"tokenizer": tokenizer.fingerprint}
-    if subject.same_task and hasattr(task, "fingerprint"):
-        found |= task.fingerprint(subject.config)
-    options = dict(flatten(subject.config))
-    places = {name: str(subject.tokenizer) for name in ("tokenizer",)}
-    places |= {Path(name).stem: options[option] for name, option in getattr(task, "run_files", {}).items()}
-    for name, value in found.items():
-        if trained.get(name, value) != value:
-            raise ConfigError(
-                f"{subject.path} was trained with another {name} (sha256 {trained[name]}) than "
-                f"{places.get(name, name)} ({value}); restore the one it was trained with"
-            )
+    if subject.run is not None:
+        of_classes = task if subject.same_task else None
+        trained_run.refuse_other_training(subject.path, subject.config, of_classes, tokenizer, subject.tokenizer)

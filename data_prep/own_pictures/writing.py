@@ -77,6 +77,8 @@ def written_together(corpus: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     try:
         beside.mkdir(parents=True)
         yield beside, publish
+    except PrepError as error:
+        raise PrepError(str(error).replace(str(beside), str(corpus))) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         if made and corpus.is_dir() and not any(corpus.iterdir()):

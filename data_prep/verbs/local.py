@@ -47,7 +47,8 @@ def run_local(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(*refused_lines(gathered.problems, names), sep="\n", end="\n" if gathered.problems else "")
         return plan_images(args, [(args.output / one.split, one, [args.images]) for one in splits])
-    asked = {name: getattr(args, name) for name in ("dev_share", "test_share", "seed", "samples_per_shard")}
+    options = ("dev_share", "test_share", "seed", "samples_per_shard", "drop_duplicates")
+    asked = {name: getattr(args, name) for name in options}
     arguments = {**arguments_of(sources, gathered, splits), **asked, **limits_of(args).__dict__}
     if (known := standing(args.output, arguments, args.overwrite)) is not None:
         print(f"{args.output}: prepared from these captions and images already; nothing to do")

@@ -17,7 +17,8 @@ from tests.forked_program import start_program
 from tests.pipeline.weights.test_gguf import write_gguf
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
+@pytest.mark.timeout(300)
 def test_the_printed_commands_train_and_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +47,7 @@ def test_the_printed_commands_train_and_caption(
     tiny += ["--optim.batch_size", 2, "--optim.micro_batch_size", 1, "--task.max_tokens", 4, "--train.save_every", 2]
     tiny += ["--tracking.report", "false", "--tracking.tensorboard", "false", "--data.num_workers", 0]
     job = start_program(1, [*training[1:], *map(str, tiny)], tmp_path / "output")
-    assert job.finish(100) == [0], job.output(0)
+    assert job.finish(250) == [0], job.output(0)
     evaluated = [one for one in read_log(tmp_path / "runs" / "my own" / LOG_NAME) if one["kind"] == "eval"]
     assert evaluated and all("cider_d" in one for one in evaluated)
     capfd.readouterr()

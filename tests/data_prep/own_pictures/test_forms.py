@@ -155,7 +155,8 @@ def test_images_in_an_archive(kind, tmp_path):
         with tarfile.open(archive, "w:gz") as file:
             file.add(tmp_path / "photos", "photos")
     assert local(tmp_path, "--captions", table(tmp_path / "c.csv"), images=archive) == 0
-    assert [*prepared(tmp_path / "out").values()] == [*CAPTIONS.values()] or len(prepared(tmp_path / "out")) == 3
+    above = "" if kind == "zip" else "photos/"
+    assert prepared(tmp_path / "out") == {f"{above}{name}": texts for name, texts in CAPTIONS.items()}
 
 
 def test_compressed_captions(tmp_path):
@@ -279,6 +280,14 @@ def test_where_nothing_is_usable_one_line_names_the_likeliest_mistakes(tmp_path,
     assert error.count("\n") == 1 and "(1) the folder?" in error and "holds 3 images such as 'a.jpg'" in error
     assert f"(2) the columns? {captions}: image from 'id', caption from 'text' of id, text" in error
     assert "(3) the rows? 2 captions, missing_image, such as row 1: 'dog1'" in error
+
+
+def test_where_no_picture_can_be_read_nothing_is_left(tmp_path, capsys):
+    put(tmp_path / "photos" / "1.heic", b"\0\0\0\x24ftypheic" + b"\0" * 30)
+    assert local(tmp_path, "--captions", table(tmp_path / "c.csv", [("1.heic", "a dog")])) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / 'train'}: no usable record (1 not_an_image, such as 1 (starts with" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_images_inside_parquet_and_folders_without_captions_name_the_way_out(tmp_path, capsys):

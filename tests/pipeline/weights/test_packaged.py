@@ -54,6 +54,7 @@ def test_what_is_not_there_is_refused(name: str, expected: str, package: Path) -
     assert str(error.value).startswith("model.vision.pretrained package:") and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_language_model_in_gguf_is_unpacked_once(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = write_gguf(package / "words.gguf")
     config = config_with("--model.language.name", "package:some_weights/words.gguf")

@@ -31,7 +31,8 @@ def open_captions(path: Path, named: list[str]) -> CaptionSource:
     Nothing is read but what the form is known by; raises PrepError where that can't be told.
     """
     if not path.is_file():
-        raise MissingInput(f"{path}: no such file of captions, expected one of {', '.join(SUFFIXES)}")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise MissingInput(f"{path}: {found}, expected a file of captions ({', '.join(SUFFIXES)})")
     suffix = suffix_of(path)
     if suffix == "parquet":
         return _table(path, "parquet", ",", named)
@@ -134,7 +135,8 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(content)  # UTF-8, UTF-16 and UTF-32 are told apart by it
     except (ValueError, RecursionError) as error:
-        raise PrepError(f"{path}: not readable as JSON ({in_one_line(error)}); save it again as UTF-8") from error
+        advice = "; save it again as UTF-8" if isinstance(error, UnicodeError) else ", expected a JSON file"
+        raise PrepError(f"{path}: not readable as JSON ({in_one_line(error)}){advice}") from error
 
 
 def _flickr8k_rows(path: Path) -> Iterator[CaptionRow | Rejection]:

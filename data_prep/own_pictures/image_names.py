@@ -52,7 +52,7 @@ class ImageNames:
         Raises NoImage where there is none or several, and for a path that leads out of the place.
         """
         if "://" in written:
-            raise NoImage("an address; the verb urls downloads those")
+            raise NoImage("is an address")
         candidates = self._below(written, folder)
         for name in candidates:
             if name in self._all:

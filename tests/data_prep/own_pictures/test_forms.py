@@ -263,6 +263,30 @@ def test_columns_that_are_not_clear_are_refused_with_the_header_and_the_option(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("c.csv", b"", "is empty, expected captions"),
+        ("c.parquet", b"\x93" * 900, "cannot be read as parquet"),
+        ("c.json", b'{"a": ', "not readable as JSON"),
+        ("c.json", '{"a.jpg": "caf\u00e9"}'.encode("latin-1"), "save it again as UTF-8"),
+        ("c.json", b"[" * 100_000, "not readable as JSON"),
+        ("c.json", b"[1, 2]", "a list without objects, expected a list of objects"),
+        ("c.jsonl", b"\x93\n" * 90, "no column is called as one that holds the image; found: none"),
+        ("c.csv.gz", gzip.compress(b"file,caption\n" * 99)[:40], "cannot be read"),
+        ("c.csv", b"file,caption\nhttps://h/1.jpg,a dog\n", "`python -m data_prep urls` downloads addresses"),
+        ("c.csv", b"file,caption\n", "(3) the rows? it holds no row"),
+    ],
+)
+def test_a_file_that_is_none_of_captions_is_refused_in_one_line(name, content, expected, tmp_path, capsys):
+    photos(tmp_path / "photos")
+    put(tmp_path / name, content)
+    assert local(tmp_path, "--captions", tmp_path / name) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1 and str(tmp_path / name) in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("columns", ["file,foo", "1,2"])
 def test_columns_are_those_that_are_named(columns, tmp_path):
     photos(tmp_path / "photos", ["a.jpg", "b.jpg"])

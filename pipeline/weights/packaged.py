@@ -58,5 +58,6 @@ def _folder_of(file: Path) -> Path:
         if not folder.is_dir():
             from pipeline.weights.gguf import import_gguf
 
+            print(f"{file.name}: unpacked into {cache}, at the first start only", flush=True)
             import_gguf(file, folder)
     return folder

@@ -116,7 +116,9 @@ def split_pictures(gathered: Gathered, shares: Mapping[str, float], seed: int, p
             fixed[picture.digest] = max(picture.split, fixed.get(picture.digest, TRAIN), key=SPLITS.index)
     for picture in pictures:
         if picture.split not in (None, fixed.get(picture.digest)):
-            gathered.refuse(picture, "held_out_image", f"the same bytes are another name's in {fixed[picture.digest]}")
+            gathered.refuse(
+                picture, "held_out_image", f"the same bytes stand in {fixed[picture.digest]} under another name"
+            )
     drawn = draw((one.digest for one in pictures if one.digest not in fixed), shares, seed, is_usable)
     if fixed and shares.get(DEV) and DEV not in {*fixed.values(), *drawn.values()}:
         told += ", dev drawn from train"

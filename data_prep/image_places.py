@@ -55,6 +55,10 @@ class Places:
                     return found
         return None
 
+    def names(self) -> list[str]:
+        """All files by their paths below their places, sorted; links that lead out of a folder are left out."""
+        return sorted({name for place in self._places for name in place.names()})
+
 
 @contextmanager
 def open_places(paths: Sequence[Path]) -> Iterator[Places]:
@@ -119,13 +123,17 @@ class _Folder:
 
     def deeper(self, name: str) -> Found | None:
         if self._below is None:
-            self._below = _by_last(
-                os.path.relpath(os.path.join(folder, file), self._path)
-                for folder, folders, files in os.walk(self._path)
-                for file in files
-            )
+            self._below = _by_last(self._files())
         only = _only(self._below, name)
         return None if only is None or not is_plain_file(self._path / only) else _of_path(self._path / only)
+
+    def names(self) -> list[str]:
+        inside = os.path.realpath(self._path) + os.sep
+        return [name for name in self._files() if os.path.realpath(self._path / name).startswith(inside)]
+
+    def _files(self) -> Iterator[str]:
+        for folder, _, files in os.walk(self._path):
+            yield from (os.path.relpath(os.path.join(folder, file), self._path) for file in files)
 
 
 class _Archive:
@@ -142,6 +150,9 @@ class _Archive:
     def deeper(self, name: str) -> Found | None:
         only = _only(self._below, name)
         return None if only is None else self.exactly(only)
+
+    def names(self) -> list[str]:
+        return list(self._members)
 
 
 def _by_last(names: Iterable[str]) -> dict[str, list[str]]:

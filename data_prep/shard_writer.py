@@ -217,9 +217,13 @@ def what_was_written(statistics: Statistics, suffixes: Iterable[str]) -> dict[st
 
 def nothing_usable(split_dir: Path, rejected: dict[str, int], examples: dict[str, Rejection]) -> PrepError:
     """The error of a split without a record."""
+    return PrepError(f"{split_dir}: no usable record ({describe_counts(rejected)}{such_as(examples)}); nothing written")
+
+
+def such_as(examples: dict[str, Rejection]) -> str:
+    """The first of some examples, to follow their counts in a message."""
     first = next(iter(examples.values()), None)
-    example = "" if first is None else f", such as {first.name}" + (f" ({first.detail})" if first.detail else "")
-    return PrepError(f"{split_dir}: no usable record ({describe_counts(rejected)}{example}); nothing written")
+    return "" if first is None else f", such as {first.name}" + (f" ({first.detail})" if first.detail else "")
 
 
 def refuse_existing(split_dir: Path, overwrite: bool) -> None:

@@ -18,6 +18,7 @@ from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError, fail
 from pipeline.data.tokenizer import tokenizer_of
 from pipeline.finetuning.table import task_of
+from pipeline.weights.packaged import use_packaged_weights
 
 ROBERTA_TOKENS = 50_265  # roberta-base's vocabulary, the paper's
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     try:
         config = parse_command_line(sys.argv[1:] if argv is None else argv).config
+        use_packaged_weights(config)
         vocabulary, words = known_vocabulary(config)
         with torch.device("meta"):
             objective = task_of(config).build(config, vocabulary)

@@ -36,6 +36,7 @@ from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
 from pipeline.distributed.places import discover  # noqa: E402
 from pipeline.recording.progress import Progress  # noqa: E402
 from pipeline.stored_features.writing import open_tower, unwritten, write_shard  # noqa: E402
+from pipeline.weights.packaged import use_packaged_weights  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def _write(arguments: argparse.Namespace, words: list[str], stop: StopRequest) -> int:
     given = any(word.partition("=")[0] == "--data.features" for word in words)
     config = parse_command_line(words + ([] if given else ["--data.features", "float16"])).config
+    use_packaged_weights(config)
     if config.data.features is None:
         raise ConfigError("--data.features null: expected float16 or bfloat16, the dtype that is written")
     place, device = choose_device(discover(os.environ))

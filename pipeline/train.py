@@ -33,6 +33,7 @@ from pipeline.data.tokenizer_source import tokenizer_source  # noqa: E402
 from pipeline.distributed.endings import say  # noqa: E402
 from pipeline.distributed.host_memory import keep_freed_memory  # noqa: E402
 from pipeline.distributed.places import Place, discover  # noqa: E402
+from pipeline.weights.packaged import use_packaged_weights  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         place = discover(os.environ)
         launch = parse_command_line(sys.argv[1:] if argv is None else argv)
+        use_packaged_weights(launch.config)
         if place.world_size == 1:  # of several ranks each says, once they are connected, what it does not find
             check_prepared(launch)
         return run(launch, place, stop)

@@ -32,6 +32,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "annotations": ("border", "splits"),
         "video_sets": ("border", "splits", "annotations"),
         "sources": ("border", "splits", "annotations"),
+        "own_pictures": ("border", "splits", "annotations", "sources"),
         "downloading": ("border", "splits"),
         "parts": ("border", "splits", "downloading"),
         "drawn": ("border", "splits", "video"),
@@ -45,7 +46,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "upkeep": ("border", "splits", "stores", "uploads", "checks", "similar", "repairing", "reporting", "options"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "foreign"),
-            *("parts", "tokenizer", "stores", "options", "upkeep"),
+            *("parts", "tokenizer", "stores", "options", "upkeep", "own_pictures"),
         ),
         "programs": ("border", "splits", "video", "stores.failures", "verbs.table"),
     },

@@ -99,11 +99,13 @@ def split_writer(
     texts: str = CAPTIONS,
     videos: bool = False,
     caption_key: str | None = None,
+    corpus_name: str | None = None,
 ) -> SplitWriter:
-    """The writer of one split, that names the verb and its ``arguments`` as where the split comes from."""
+    """The writer of one split, that names the verb and its ``arguments`` as where the split comes from; the corpus is
+    called as its folder if nothing else is said."""
     return SplitWriter(
         corpus / split,
-        corpus.resolve().name,
+        corpus_name or corpus.resolve().name,
         split,
         num_images=num_images,
         samples_per_shard=args.samples_per_shard,

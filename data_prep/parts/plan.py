@@ -131,15 +131,30 @@ def make_plan(
 def same_plan(folder: Path, recipe: Recipe) -> Plan:
     """The plan in ``folder``; raises PrepError if it is of another recipe."""
     plan = open_plan(folder)
-    known, asked = asdict(plan.recipe), json.loads(json.dumps(asdict(recipe)))
-    for one in (known, asked):
-        one["provenance"].pop("versions", None)  # a newer Python goes on with the same parts
-    if known != asked:
-        other = sorted(name for name in asked if known[name] != asked[name])
+    if other := _differences(plan, recipe):
         raise PrepError(
             f"{folder}: parts of another input or other options ({', '.join(other)}); give --restart to drop them"
         )
     return plan
+
+
+def drop_fruitless_plan(folder: Path, recipe: Recipe) -> None:
+    """Drop a plan of another recipe of which no part is made or being made: a run that came to nothing must not stand
+    in the way of the next. Of tasks that begin at the same time this is not for one to judge."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    plan = open_plan(folder)
+    is_idle = not any(os.listdir(folder / name) for name in ("done", "claims"))
+    if plan.base is None and is_idle and _differences(plan, recipe):
+        drop_plan(folder)
+
+
+def _differences(plan: Plan, recipe: Recipe) -> list[str]:
+    """What of a plan's recipe is another one in ``recipe``; a newer Python goes on with the same parts."""
+    known, asked = asdict(plan.recipe), json.loads(json.dumps(asdict(recipe)))
+    for one in (known, asked):
+        one["provenance"].pop("versions", None)
+    return sorted(name for name in asked if known[name] != asked[name])
 
 
 def open_plan(folder: Path) -> Plan:

@@ -18,7 +18,7 @@ from data_prep.passport import PASSPORT, Statistics
 from data_prep.record import LowYieldError, PrepError, Rejection
 from data_prep.sample_fields import fields_of
 from data_prep.shard_table import Shard
-from data_prep.shard_writer import REJECTED_NAME, describe_counts, nothing_usable, what_was_written
+from data_prep.shard_writer import REJECTED_NAME, describe_counts, nothing_usable, such_as, what_was_written
 
 
 def seal(plan: Plan, min_yield: float = 0.0) -> Manifest:
@@ -123,8 +123,8 @@ def _check_yield(plan: Plan, manifest: Manifest, min_yield: float) -> None:
     if plan.base is None and kept < min_yield * (kept + lost):
         raise LowYieldError(
             f"only {kept} of {kept + lost} rows are usable ({kept / (kept + lost):.1%}), --min-yield is "
-            f"{min_yield:.1%}: {describe_counts(manifest.rejected)}; nothing written; lower it, or give --restart to "
-            "download again"
+            f"{min_yield:.1%}: {describe_counts(manifest.rejected)}{such_as(_examples(plan))}; nothing written; lower "
+            "it, or give --restart to download again"
         )
 
 

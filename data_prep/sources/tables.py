@@ -23,6 +23,7 @@ FORMATS = ("tsv", "csv", "jsonl", "parquet")
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
 _SUFFIXES = {"tsv": "tsv", "tab": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet"}
 _MAX_CELL_BYTES = 10_000_000
+NAMES_IMAGE = re.compile(r"://|\.(?:jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)  # an address, or a file's name
 
 Row = dict[str, Any] | Rejection
 
@@ -36,28 +37,33 @@ def table_files(path: Path, table_format: str | None = None) -> list[Path]:
     if not path.is_dir():
         raise MissingInput(f"{path}: no such file; {expected}")
     parts = [part for part in sorted(path.iterdir()) if part.is_file() and part.name[0] not in "._"]
-    files = [part for part in parts if _suffix(part) in _SUFFIXES] or (parts if table_format else [])
+    files = [part for part in parts if suffix_of(part) in _SUFFIXES] or (parts if table_format else [])
     if not files:
         raise MissingInput(f"{path}: a folder without a table; {expected}")
     return files
 
 
 def read_table(
-    path: Path, required: list[str], columns: list[str] | None = None, table_format: str | None = None
+    path: Path,
+    required: list[str],
+    columns: list[str] | None = None,
+    table_format: str | None = None,
+    delimiter: str = ",",
 ) -> Iterator[Row]:
     """Rows of a file, or of all files of a folder, as dictionaries; unreadable ones as Rejection without a name.
 
     Bytes that are no UTF-8 become lone surrogates. ``columns`` names the cells of a TSV or CSV without a header line.
-    TSV cells are taken as they stand, or unquoted where pandas quoted them; CSV follows the usual quoting. A required
+    TSV cells are taken as they stand, or unquoted where pandas quoted them; CSV, whose cells are parted by
+    ``delimiter``, follows the usual quoting. A required
     column of parquet or JSONL may be a path into nested objects, like ``image.url``. Files may be compressed by gzip,
     bzip2 or Zstandard. Raises PrepError when a required column is not there, or is there twice: before the first row,
     of JSONL after the last.
     """
     for file in table_files(Path(path), table_format):
-        yield from _read_file(file, required, columns, table_format or _format_of(file))
+        yield from _read_file(file, required, columns, table_format or _format_of(file), delimiter)
 
 
-def _read_file(path: Path, required: list[str], columns: list[str] | None, kind: str) -> Iterator[Row]:
+def _read_file(path: Path, required: list[str], columns: list[str] | None, kind: str, delimiter: str) -> Iterator[Row]:
     if columns is not None and kind not in ("tsv", "csv"):
         raise PrepError(f"--columns names the cells of a TSV or CSV without header; {path} is read as {kind}")
     try:
@@ -66,10 +72,26 @@ def _read_file(path: Path, required: list[str], columns: list[str] | None, kind:
         elif kind == "jsonl":
             rows = _read_jsonl(path, required)
         else:
-            rows = _read_cells(path, required, columns, kind)
+            rows = _read_cells(path, required, columns, kind, delimiter)
         yield from rows
     except (OSError, EOFError, csv.Error, pyarrow.ArrowException) as error:
         raise PrepError(f"{path}: cannot be read as {kind} ({in_one_line(error)}); give the right --format") from error
+
+
+def columns_of(path: Path, table_format: str, delimiter: str = ",") -> list[str]:
+    """The cells of the first line of a TSV or CSV, the columns of a parquet file (nested ones by their paths too), the
+    names in the first 100 objects of JSON lines; raises PrepError."""
+    try:
+        if table_format == "parquet":
+            return column_names(path)
+        if table_format == "jsonl":
+            objects = (row for row in _read_jsonl(path, []) if isinstance(row, dict))
+            return list(dict.fromkeys(name for row in itertools.islice(objects, 100) for name in row))
+        with open_text(path, "\n" if table_format == "tsv" else "") as stream:
+            lines = _tsv_lines(stream) if table_format == "tsv" else _csv_lines(stream, delimiter)
+            return [cell.strip() for cell in next(lines, (0, []))[1] or ()]
+    except (OSError, EOFError, csv.Error, pyarrow.ArrowException) as error:
+        raise PrepError(f"{path}: cannot be read as {table_format} ({in_one_line(error)})") from error
 
 
 def first_rows(path: Path, count: int) -> list[list[str]]:
@@ -77,19 +99,20 @@ def first_rows(path: Path, count: int) -> list[list[str]]:
     if not path.is_file():
         raise MissingInput(f"{path}: no such file; expected a TSV")
     try:
-        with _open_text(path, "\n") as stream:
+        with open_text(path, "\n") as stream:
             return [cells for _, cells in itertools.islice(_tsv_lines(stream), count)]
     except (OSError, EOFError) as error:
         raise PrepError(f"{path}: cannot be read ({in_one_line(error)}); download it again") from error
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """What the name of a file ends with, in small letters, that of its compression left out: "csv" of a.CSV.gz."""
     name = path.name.lower()
     return next((name.removesuffix(end) for end in _COMPRESSIONS if name.endswith(end)), name).rsplit(".", 1)[-1]
 
 
 def _format_of(path: Path) -> str:
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if suffix not in _SUFFIXES:
         raise PrepError(f"{path}: suffix .{suffix} says no format; give --format {'|'.join(FORMATS)}")
     return _SUFFIXES[suffix]
@@ -103,7 +126,9 @@ def open_bytes(path: Path) -> BinaryIO:
     return {"gzip": gzip.open, "bz2": bz2.open, None: open}[kind](path, "rb")
 
 
-def _open_text(path: Path, newline: str) -> TextIO:
+def open_text(path: Path, newline: str = "") -> TextIO:
+    """A text file, decompressed where its name says so: UTF-8, or UTF-16 with its mark; other bytes become lone
+    surrogates."""
     stream = open_bytes(path)
     if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # Excel's "Unicode text"
         codecs.register_error("lone surrogate", lambda error: ("\udcff", error.end))
@@ -120,11 +145,11 @@ def _require(path: Path, required: list[str], found: list[str], hint: str = "") 
         raise PrepError(f"{path}: two columns are called {twice}; rename one of them")
 
 
-def _read_cells(path: Path, required: list[str], columns: list[str] | None, kind: str) -> Iterator[Row]:
+def _read_cells(path: Path, required: list[str], columns: list[str] | None, kind: str, delimiter: str) -> Iterator[Row]:
     # A TSV line ends at "\n" only: other line separators are legal in a caption.
-    with _open_text(path, "\n" if kind == "tsv" else "") as stream:
+    with open_text(path, "\n" if kind == "tsv" else "") as stream:
         csv.field_size_limit(_MAX_CELL_BYTES)
-        lines = _tsv_lines(stream) if kind == "tsv" else _csv_lines(stream)
+        lines = _tsv_lines(stream) if kind == "tsv" else _csv_lines(stream, delimiter)
         header = columns
         if header is None:
             _, cells = next(lines, (0, []))
@@ -161,7 +186,7 @@ def _unquote(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell
 
 
-def _csv_lines(stream: TextIO) -> Iterator[tuple[int, list[str] | None]]:
+def _csv_lines(stream: TextIO, delimiter: str) -> Iterator[tuple[int, list[str] | None]]:
     """(number of the first line, cells) of each row; cells are None where one is larger than the bound.
 
     A row may take several lines, as a quoted cell may hold line breaks. A quotation mark too many would swallow the
@@ -174,7 +199,7 @@ def _csv_lines(stream: TextIO) -> Iterator[tuple[int, list[str] | None]]:
             taken.append(line)
             yield line
 
-    reader = csv.reader(lines(), strict=True)
+    reader = csv.reader(lines(), strict=True, delimiter=delimiter)
     number, width = 1, 0
     while True:
         taken.clear()
@@ -185,28 +210,28 @@ def _csv_lines(stream: TextIO) -> Iterator[tuple[int, list[str] | None]]:
         except csv.Error:
             cells = None
         width = width or len(cells or ())
-        if cells is not None and not _swallowed_rows(taken, width):
+        if cells is not None and not _swallowed_rows(taken, width, delimiter):
             yield number, cells
         else:
-            yield from ((number + offset, _lone_line(line)) for offset, line in enumerate(taken))
+            yield from ((number + offset, _lone_line(line, delimiter)) for offset, line in enumerate(taken))
         number += len(taken)
 
 
-def _swallowed_rows(lines: list[str], width: int) -> bool:
-    """Whether what was read as one row holds further lines that look like rows with an address."""
-    return any("://" in line and len(_lone_line(line) or ()) == width for line in lines[1:])
+def _swallowed_rows(lines: list[str], width: int, delimiter: str) -> bool:
+    """Whether what was read as one row holds further lines that look like rows with an address or an image's name."""
+    return any(NAMES_IMAGE.search(line) and len(_lone_line(line, delimiter) or ()) == width for line in lines[1:])
 
 
-def _lone_line(line: str) -> list[str] | None:
+def _lone_line(line: str, delimiter: str) -> list[str] | None:
     try:
-        return next(csv.reader([line]))
+        return next(csv.reader([line], delimiter=delimiter))
     except csv.Error:
         return None
 
 
 def _read_jsonl(path: Path, required: list[str]) -> Iterator[Row]:
     found: dict[str, None] = {}
-    with _open_text(path, "\n") as stream:
+    with open_text(path, "\n") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue

@@ -16,6 +16,8 @@ from data_prep.filters import caption_problem
 from data_prep.record import Rejection, UrlRow
 from data_prep.sources.tables import read_table
 
+_LOCAL = "a path, no http(s) address; `python -m data_prep local` prepares pictures of this machine"
+
 
 def url_rows(
     path: Path,
@@ -40,7 +42,8 @@ def url_rows(
         name = f"row {number}: {shown}"
         captions, problems = captions_of(cell, name)
         if not isinstance(url, str) or not url.strip().lower().startswith(("http://", "https://")):
-            yield Rejection("bad_url", name, rows=len(captions) + len(problems))
+            detail = _LOCAL if isinstance(url, str) and ("://" not in url or url.strip().startswith("file:")) else ""
+            yield Rejection("bad_url", name, detail, rows=len(captions) + len(problems))
         elif caption_problem(url):
             yield Rejection("invalid_utf8", name, rows=len(captions) + len(problems))
         else:

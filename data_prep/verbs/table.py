@@ -15,6 +15,7 @@ from data_prep.verbs.caption_sets import CAPTION_VERBS
 from data_prep.verbs.corpora import CORPUS_VERBS
 from data_prep.verbs.drawn import add_synth, run_synth
 from data_prep.verbs.flickr8k import add_flickr8k, run_flickr8k
+from data_prep.verbs.local import add_local, run_local
 from data_prep.verbs.parquet import add_parquet, run_parquet
 from data_prep.verbs.tokenizer import add_tokenizer, run_tokenizer
 from data_prep.verbs.urls import add_urls, run_urls
@@ -23,6 +24,7 @@ from data_prep.verbs.webdataset import add_webdataset, run_webdataset
 
 _VERBS: dict[str, Verb] = {
     "synth": ("make the synthetic corpora (no network, no files needed)", add_synth, run_synth),
+    "local": ("make a corpus of own pictures and their captions", add_local, run_local),
     "urls": ("download a table of URLs and captions through img2dataset", add_urls, run_urls),
     "parquet": ("prepare parquet files that hold the images themselves", add_parquet, run_parquet),
     "webdataset": ("take in shards that another program wrote", add_webdataset, run_webdataset),

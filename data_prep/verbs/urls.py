@@ -38,6 +38,7 @@ from data_prep.parts.plan import (
     ROWS_PER_PART,
     Plan,
     Recipe,
+    drop_fruitless_plan,
     drop_plan,
     forget_failures,
     make_plan,
@@ -102,6 +103,8 @@ def download_rows(args: argparse.Namespace, rows: Iterable[UrlRow | Rejection], 
         report_split(split_dir, manifest)
         return 0
     else:
+        if args.engine != "array":
+            drop_fruitless_plan(plan_folder(split_dir), recipe)
         plan = make_plan(split_dir, recipe, rows)
     before = 0 if plan.base is None else plan.base.rows
     manifest = _make(args, plan)

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.downloading.fetch import read_rows
 from data_prep.parts import plan as plans
-from data_prep.parts.plan import FOLDERS, make_plan, open_plan, plan_folder
+from data_prep.parts.plan import FOLDERS, drop_fruitless_plan, make_plan, open_plan, plan_folder
 from data_prep.record import PrepError, Rejection, UrlRow
 from tests.data_prep.parts.made_parts import planned, recipe, url_rows
 
@@ -104,3 +104,15 @@ def test_a_damaged_plan_is_one_line(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(PrepError, match="no plan of parts .*--restart") as error:
         open_plan(plan.folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", ["nothing", "a part that is made", "a part that somebody makes", "the same recipe"])
+def test_a_plan_that_came_to_nothing_makes_room_for_another(kept: str, tmp_path: Path) -> None:
+    folder = planned(tmp_path, url_rows(3)).folder
+    if kept == "a part that is made":
+        (folder / "done" / "00000").mkdir()
+    elif kept == "a part that somebody makes":
+        (folder / "claims" / "00000.json").write_text("{}")
+    drop_fruitless_plan(folder, recipe() if kept == "the same recipe" else recipe(rows_per_part=7))
+    assert folder.exists() == (kept != "nothing")
+    drop_fruitless_plan(tmp_path / "none", recipe())

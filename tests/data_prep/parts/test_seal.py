@@ -127,7 +127,9 @@ def seal_together(plan: Plan, start) -> None:
 def test_too_few_rows_and_none_are_errors_that_leave_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch)
     plan = made(planned(tmp_path, [*url_rows(10), Rejection("bad_url", "row 10: x", rows=90)]))
-    with pytest.raises(LowYieldError, match="only 10 of 100 rows are usable .* 90 bad_url; nothing written"):
+    with pytest.raises(
+        LowYieldError, match="only 10 of 100 rows are usable .* 90 bad_url, such as row 10: x; nothing written"
+    ):
         seal(plan, min_yield=0.2)
     assert plan.is_done(0) and not plan.split_dir.exists()
     assert seal(plan, min_yield=0.1).rows == 10

@@ -51,6 +51,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "config": (),
+        "deepspeed_json": ("config",),
         "metrics": (),
         "planning": ("config",),
         "distributed": ("config",),
@@ -76,11 +77,16 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("cluster", "staging", "stored_features", "tasks.task", "tasks.evaluation", "reporting.page"),
+            "deepspeed_json",
+        ),
+        "dry_run": (
+            *("config", "planning", "distributed", "data", "checkpoint", "engine.peak_flops", "loading", "recording"),
+            *("tasks", "finetuning", "training", "deepspeed_json"),
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("reporting", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
-            "planning",
+            *("planning", "deepspeed_json", "dry_run"),
         ),
     },
 }

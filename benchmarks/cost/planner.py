@@ -27,10 +27,10 @@ import numpy as np
 from benchmarks.cost.loading import machine as machine_in_words
 from benchmarks.cost.training_ranks import Trained, make_data, train
 from pipeline.config.command_line import parse_command_line
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import tokenizer_of
-from pipeline.plan import counted, valueless
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
+from pipeline.dry_run.counting import counted, valueless
 from pipeline.planning.counts import Parameters, Work, count_parameters
 from pipeline.planning.memory import CPU, HEAP_BLOCK, Memory, Zero, memory_of, zero_of
 from pipeline.planning.speed import Demands, Machine, demands_of, speed_of

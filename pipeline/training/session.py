@@ -28,8 +28,8 @@ from pipeline.cluster.heartbeats import Pulse
 from pipeline.cluster.restarts import begin as begin_attempt
 from pipeline.cluster.walltime import Walltime, end_time
 from pipeline.config.command_line import Launch
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, ConfigError, in_batch_negatives, to_plain
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.endings import host_name
 from pipeline.distributed.places import Place

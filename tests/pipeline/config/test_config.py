@@ -11,7 +11,6 @@ import pytest
 
 from model.config import FLMOptions, MLMOptions, PrefixLMOptions
 from pipeline.config.command_line import DEFAULT_RECIPE, describe, load_config, parse_command_line
-from pipeline.config.ds_config import Device, choose_precision, read_ds_config, resolve
 from pipeline.config.mistakes import option_types
 from pipeline.config.options import (
     Config,
@@ -23,6 +22,7 @@ from pipeline.config.options import (
     weighted_paths,
 )
 from pipeline.config.recipes import RECIPES, recipe_names
+from pipeline.deepspeed_json.ds_config import Device, choose_precision, read_ds_config, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CPU, GPU = Device("cpu", has_bf16=True), Device("cuda", has_bf16=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.ds_schema import AUTO, type_problems, unsupported, without_nulls
 from pipeline.config.options import Config, ConfigError, OptimConfig, accumulation_steps, leaves
+from pipeline.deepspeed_json.ds_schema import AUTO, type_problems, unsupported, without_nulls
 
 
 @dataclass(frozen=True)

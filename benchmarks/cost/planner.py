@@ -138,14 +138,15 @@ def seconds_of(runs: Sequence[Trained]) -> float:
     return min(statistics.median(run.step_seconds[NOT_COUNTED:]) for run in runs)
 
 
-def count(words: Sequence[str], ranks: int, data: Path, base: int) -> Counted:
-    """Options of training by the planner, texts as long as those of the corpus ``data`` are on average."""
+def count(words: Sequence[str], ranks: int, data: Path, base: int, texts: float | None = None) -> Counted:
+    """Options of training by the planner, texts of ``texts`` tokens, or as long as those of the corpus ``data`` are on
+    average."""
     launch = parse_command_line(list(words))
     config = launch.config
     tokenizer = tokenizer_of(config)
     resolved = resolve(read_ds_config(launch.deepspeed), config, ranks, Device("cpu", has_bf16=True))
     objective = valueless(config, tokenizer.vocabulary, "fp32")
-    texts = mean_tokens(data, tokenizer, config.data.max_text_length)
+    texts = texts or mean_tokens(data, tokenizer, config.data.max_text_length)
     work = counted(objective, config, config.optim.micro_batch_size, texts, "cpu", HEAP_BLOCK)
     zero, parameters = zero_of(resolved), count_parameters(objective)
     accumulation = resolved["gradient_accumulation_steps"]

@@ -60,7 +60,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "cluster": ("config", "distributed", "checkpoint.folders", "recording.run_log"),
         "staging": ("config", "distributed", "data"),
         "incidents": ("config", "checkpoint"),
-        "engine": ("config", "distributed", "checkpoint", "incidents"),
+        "engine": ("config", "deepspeed_json", "distributed", "checkpoint", "incidents"),
         "recording": (),
         "reporting": ("config", "incidents", "recording"),
         "language_weights": (),

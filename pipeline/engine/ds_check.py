@@ -17,7 +17,8 @@ def check_ds_config(ds_config: dict[str, Any], known: Sequence[str] = ()) -> Non
     ``known`` to be wrong with it; a section that this names is left to it."""
     # Without train_batch_size, which DeepSpeed compares with the number of ranks that it knows: none yet.
     content = {key: value for key, value in ds_config.items() if key != "train_batch_size"}
-    needed = {key: content[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    needed = {key: content.get(key, 1) for key in sizes}  # one of them is missing where the sizes contradict each other
     problems = [problem for key in content for problem in _problems({key: content[key]} | needed, key)]
     if not problems and not known:
         problems = _problems(content, "the JSON")

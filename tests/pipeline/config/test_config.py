@@ -118,9 +118,8 @@ def test_help_shows_each_default_once_and_as_it_is_in_force(recipe: str, capsys:
     assert flat.count(f"(default: {recipe})") == 1
     for option, value in flatten(parse_command_line(["--recipe", recipe]).config):
         own = flat.replace(f", --{option}+ [ITEM,...]", "")  # a list may be added to as well
-        entries = re.findall(
-            rf" --{re.escape(option)} (?:(?! --[a-z]+\.[a-z]).)*?\(type: .*?, default: (.*?)\)(?= |$)", own
-        )
+        about = r"(?:(?! --[a-z]+\.[a-z]).)*?"
+        entries = re.findall(rf" --{re.escape(option)} {about}\(type: .*?, default: (.*?)\)(?= |$)", own)
         assert len(entries) == 1, option
         assert yaml.safe_load(entries[0]) == (list(value) if isinstance(value, tuple) else value), option
 

@@ -41,3 +41,6 @@ WAYS: dict[str, str] = {
         "the launcher starts the ranks: deepspeed --num_gpus N pipeline/train.py",
     ),
 }
+WAYS_OF: dict[str, tuple[str, ...]] = {  # the sections that such a name is looked for in
+    name: ("objective",) if name == "weight" else ("", "objective", "optim", "train", "data") for name in WAYS
+}

@@ -139,6 +139,7 @@ def test_help_shows_each_default_once_and_as_it_is_in_force(recipe: str, capsys:
         ("--seed", "did you mean --train.seed?"),
         ("--resume", "did you mean --output?"),
         ("--dryrun", "did you mean --dry-run?"),
+        ("--model.weight", "did you mean --model.weights?"),
     ],
 )
 def test_what_an_option_is_called_elsewhere(word: str, hint: str) -> None:

@@ -13,14 +13,11 @@ import torch
 
 from data_prep.program import run_program
 from model.census import parameter_census
-from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
-from pipeline.config.options import Config, ConfigError, fail
-from pipeline.data.tokenizer import tokenizer_of
+from pipeline.config.options import fail
+from pipeline.dry_run.counting import known_vocabulary
 from pipeline.finetuning.table import task_of
 from pipeline.weights.packaged import use_packaged_weights
-
-ROBERTA_TOKENS = 50_265  # roberta-base's vocabulary, the paper's
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,16 +33,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"objective {config.objective.name}, {words}")
     print(parameter_census(objective).table())
     return 0
-
-
-def known_vocabulary(config: Config) -> tuple[Vocabulary, str]:
-    """The vocabulary of the run's tokenizer, or of the paper's where nothing is prepared; and which, in words."""
-    try:
-        vocabulary = tokenizer_of(config).vocabulary
-        return vocabulary, f"the tokenizer's {vocabulary.size:,} tokens"
-    except ConfigError:  # nothing prepared yet
-        vocabulary = Vocabulary(ROBERTA_TOKENS, bos_id=0, pad_id=1, eos_id=2, mask_id=ROBERTA_TOKENS - 1)
-        return vocabulary, f"roberta-base's {vocabulary.size:,} tokens, as there is no tokenizer yet"
 
 
 if __name__ == "__main__":

@@ -19,37 +19,25 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from torch import nn
 
 from data_prep.program import run_program
-from model.config import Vocabulary
-from pipeline.census import known_vocabulary
 from pipeline.config.command_line import DS_CONFIGS, Launch, parse_command_line
-from pipeline.config.ds_config import Device, read_ds_config, resolve
-from pipeline.config.options import Config, ConfigError, fail, in_batch_negatives
+from pipeline.config.options import ConfigError, fail, in_batch_negatives
 from pipeline.config.program_options import number, whole_number
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
+from pipeline.dry_run.counting import counted, known_vocabulary, valueless
 from pipeline.engine.peak_flops import peak_flops
 from pipeline.finetuning.table import task_of
 from pipeline.planning import configurations as search
-from pipeline.planning.activations import DeviceKind
 from pipeline.planning.configurations import Choice, Configuration
-from pipeline.planning.counts import (
-    TEXT_TOKENS,
-    Work,
-    count_parameters,
-    count_work,
-    example_batch,
-    text_lengths,
-    texts_of,
-)
+from pipeline.planning.counts import TEXT_TOKENS, Work, count_parameters
 from pipeline.planning.memory import zero_of
 from pipeline.planning.speed import Machine
 from pipeline.planning.summary import GIB, Subject, as_plain, as_text
 
 COUNTED = 16, 64  # samples of the two micro-batches that others are told from
 OFFERED = ("zero1", "zero2", "zero3", "zero0", "zero2_offload", "zero3_offload")  # of ds_configs/
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MACHINE = Machine()
 
 
@@ -132,40 +120,6 @@ def machine_of(options: argparse.Namespace) -> Machine:
         numbers["cores_per_rank"] = options.cores_per_gpu
     rates = {"flops": options.reached * peak, "fp32_flops": options.reached * peak_flops(options.gpu, "fp32")}
     return dataclasses.replace(MACHINE, ranks_per_node=per_node, **rates, **numbers)
-
-
-def valueless(config: Config, vocabulary: Vocabulary, precision: str) -> nn.Module:
-    """The objective of a run on the meta device, in the precision it trains in.
-
-    Raises:
-        ValueError: options that do not fit each other, or a batch that cannot be known before.
-    """
-    if getattr(config.task, "self_critical", False):
-        raise ConfigError(
-            "task.self_critical true samples its captions while it trains, so that a step can't be counted before;"
-            " plan --task.self_critical false, and expect longer steps"
-        )
-    with torch.device("meta"):
-        objective = task_of(config).build(config, vocabulary)
-    return objective.to(DTYPES[precision]).train()
-
-
-def counted(
-    objective: nn.Module,
-    config: Config,
-    samples: int,
-    text_tokens: float,
-    kind: DeviceKind = "cuda",
-    large_bytes: int = 1 << 62,
-) -> Work:
-    """The work of a micro-batch of ``samples``, texts of ``text_tokens`` tokens on average; ``objective`` as of
-    :func:`valueless`, the rest as of ``count_work``."""
-    data, size = config.data, config.model.vision.image_size
-    count = texts_of(objective, config.task, samples, data.texts_per_image)
-    lengths = text_lengths(count, text_tokens, data.max_text_length)
-    shape = data.frames or task_of(config).num_images, 3, size, size
-    batch = example_batch(objective, config.task, shape, samples, lengths, data.texts_per_image)
-    return count_work(objective, batch, kind, objective.net.recompute, large_bytes)
 
 
 class CountedRun:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import faulthandler  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from typing import Any  # noqa: E402
@@ -28,6 +29,7 @@ from typing import Any  # noqa: E402
 from data_prep.manifest import ManifestError, find_splits, is_prepared  # noqa: E402
 from data_prep.program import outlive_readers  # noqa: E402
 from pipeline.config.command_line import Launch, describe, parse_command_line  # noqa: E402
+from pipeline.config.dry_run_options import DryRun, take_dry_run  # noqa: E402
 from pipeline.config.options import ConfigError, weighted_paths  # noqa: E402
 from pipeline.data.tokenizer_source import tokenizer_source  # noqa: E402
 from pipeline.distributed.endings import say  # noqa: E402
@@ -42,8 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     place = None
     try:
         place = discover(os.environ)
-        launch = parse_command_line(sys.argv[1:] if argv is None else argv)
+        options, words = take_dry_run(sys.argv[1:] if argv is None else argv)
+        launch = parse_command_line(words)
         use_packaged_weights(launch.config)
+        if options is not None:
+            return look_ahead(launch, options, place, stop)
         if place.world_size == 1:  # of several ranks each says, once they are connected, what it does not find
             check_prepared(launch)
         return run(launch, place, stop)
@@ -70,20 +75,46 @@ def check_prepared(launch: Launch) -> None:
     tokenizer_source(launch.config)
 
 
-def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> int:
-    """Connect the ranks, set up, train; never returns where a rank must leave by itself.
+def look_ahead(launch: Launch, options: DryRun, place: Place, stop: StopRequest) -> int:
+    """Say what ``launch`` would be, train nothing but the steps that are to be measured; returns the exit code."""
+    if not place.is_main and not options.steps:
+        return 0
+    prepare_host()
+    from pipeline.dry_run.running import dry_run
 
-    ``task`` (a ``tasks.task.Task``) is the one that the configuration names, if not given.
+    def set_up_and_drive(short: Launch, drive: Any, take_down: Any) -> int:
+        return run(short, place, stop, drive=drive, take_down=take_down)
 
-    Raises:
-        ValueError: the ranks do not meet.
-    """
-    busy = BusyCores()
+    return dry_run(launch, options, place, set_up_and_drive)
+
+
+def prepare_host() -> None:
+    """What must be settled before DeepSpeed is imported, and before much memory is allocated."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
         keep_freed_memory()
+
+
+def run(
+    launch: Launch,
+    place: Place,
+    stop: StopRequest,
+    task: Any = None,
+    drive: Callable[[Any], int] | None = None,
+    take_down: Callable[[Any], None] | None = None,
+) -> int:
+    """Connect the ranks, set up, train; never returns where a rank must leave by itself.
+
+    ``task`` (a ``tasks.task.Task``) is the one that the configuration names, if not given. A ``drive`` gets the session
+    in place of the training loop, and ``take_down`` the end in place of the run folder.
+
+    Raises:
+        ValueError: the ranks do not meet.
+    """
+    busy = BusyCores()
+    prepare_host()
     from pipeline.cluster.heartbeats import Heartbeats, Pulse, limits_of
     from pipeline.cluster.last_words import LastWordsFile
     from pipeline.distributed.rendezvous import MEETING_SECONDS, meet
@@ -96,7 +127,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     stop.when_stuck = lambda stopped: watch.end_by(stopped, setting_up=True)
     session = None
     step = lambda: None if session is None else session.state.step  # noqa: E731
-    watch.take_down = LastWordsFile(launch.output, step, place.is_main).write
+    watch.take_down = take_down or LastWordsFile(launch.output, step, place.is_main).write
     try:
         watch.wait_for_all(MEETING_SECONDS)
         heartbeats = Heartbeats(watch, pulse := Pulse(), limits_of(launch.config.train))
@@ -112,7 +143,8 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         ds_config = resolve_ds_config(launch, ranks.place, ranks.device)
         if place.world_size > 1:
             check_prepared(launch)
-        ranks.say(describe(launch))
+        if drive is None:
+            ranks.say(describe(launch))
         workers = launch.config.data.num_workers if ranks.device.type == "cuda" else 0
         threads = share_cores(ranks.agreement, busy, workers)
         ranks.say("\n".join(threads.lines))
@@ -120,8 +152,9 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         prepared = set_up(launch, ds_config, task or task_of(launch.config), ranks)
         stop.poll_from_here()
         session, prepared.pulse = prepared, pulse
-        heartbeats.write_to(launch.output)
-        code = train(session)
+        if drive is None:
+            heartbeats.write_to(launch.output)
+        code = (drive or train)(session)
     except BaseException as error:  # said, and the process ended: the other ranks would wait for this one for ever
         stop.ignore()  # a launcher signals the ranks that are left
         if is_new and isinstance(error, Stopped) and error.by_keyboard:

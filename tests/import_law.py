@@ -53,6 +53,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline": {
         "exported": (),
         "config": ("exported",),
+        "deepspeed_json": ("config",),
         "metrics": (),
         "planning": ("config",),
         "distributed": ("config",),
@@ -62,7 +63,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "cluster": ("config", "distributed", "checkpoint.folders", "recording.run_log"),
         "staging": ("config", "distributed", "data"),
         "incidents": ("config", "checkpoint"),
-        "engine": ("config", "distributed", "checkpoint", "incidents"),
+        "engine": ("config", "deepspeed_json", "distributed", "checkpoint", "incidents"),
         "recording": (),
         "reporting": (
             *("config", "incidents", "recording", "cluster.restarts", "cluster.last_words", "distributed.endings"),
@@ -86,11 +87,17 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("cluster", "staging", "stored_features", "tasks.task", "tasks.evaluation", "reporting.page"),
+            "deepspeed_json",
+        ),
+        "dry_run": (
+            *("config", "planning", "distributed", "data", "checkpoint", "engine.peak_flops", "loading", "recording"),
+            *("tasks", "finetuning", "training", "deepspeed_json"),
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("reporting", "comparing", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring"),
             *("cluster", "planning", "host", "pictures", "exporting", "using"),
+            *("deepspeed_json", "dry_run"),
         ),
     },
     "openflm": {"door": ()},

@@ -33,8 +33,8 @@ from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import defect
 from pipeline.checkpoint.saver import Saver
 from pipeline.checkpoint.state import RunState
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
 from pipeline.distributed.endings import leave
 from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.launching import reserve_port

@@ -27,10 +27,10 @@ import numpy as np
 from benchmarks.cost.loading import machine as machine_in_words
 from benchmarks.cost.training_ranks import Trained, make_data, train
 from pipeline.config.command_line import parse_command_line
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import tokenizer_of
-from pipeline.plan import counted, valueless
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
+from pipeline.dry_run.counting import counted, valueless
 from pipeline.planning.counts import Parameters, Work, count_parameters
 from pipeline.planning.memory import CPU, HEAP_BLOCK, Memory, Zero, memory_of, zero_of
 from pipeline.planning.speed import Demands, Machine, demands_of, speed_of
@@ -138,14 +138,15 @@ def seconds_of(runs: Sequence[Trained]) -> float:
     return min(statistics.median(run.step_seconds[NOT_COUNTED:]) for run in runs)
 
 
-def count(words: Sequence[str], ranks: int, data: Path, base: int) -> Counted:
-    """Options of training by the planner, texts as long as those of the corpus ``data`` are on average."""
+def count(words: Sequence[str], ranks: int, data: Path, base: int, texts: float | None = None) -> Counted:
+    """Options of training by the planner, texts of ``texts`` tokens, or as long as those of the corpus ``data`` are on
+    average."""
     launch = parse_command_line(list(words))
     config = launch.config
     tokenizer = tokenizer_of(config)
     resolved = resolve(read_ds_config(launch.deepspeed), config, ranks, Device("cpu", has_bf16=True))
     objective = valueless(config, tokenizer.vocabulary, "fp32")
-    texts = mean_tokens(data, tokenizer, config.data.max_text_length)
+    texts = texts or mean_tokens(data, tokenizer, config.data.max_text_length)
     work = counted(objective, config, config.optim.micro_batch_size, texts, "cpu", HEAP_BLOCK)
     zero, parameters = zero_of(resolved), count_parameters(objective)
     accumulation = resolved["gradient_accumulation_steps"]

@@ -5,7 +5,7 @@
 A stand-in model with dropout trains 5 steps and is saved; every cell loads every checkpoint into an engine that has
 already stepped. Compared with the run that wrote it: fp32 weights and both moments, bit for bit; the samples of the
 next steps; their losses. Then the training program itself, under the real launcher, with the tiny FLM. bf16 has no
-stage 0 (refused, see pipeline/config/ds_config.py), fp16 does not run on a CPU.
+stage 0 (refused, see pipeline/deepspeed_json/ds_config.py), fp16 does not run on a CPU.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import SUPPRESS, ArgumentParser
 
+from pipeline.config.dry_run_options import DRY_RUN_OPTIONS, add_dry_run_options
 from pipeline.config.mistakes import CHOICES, SECTIONS, nearest, option_types, refuse_unknown, type_in_words
 from pipeline.config.options import Config, ConfigError, flatten, leaves, refuse_address, validate
 from pipeline.config.recipes import (
@@ -33,6 +34,15 @@ DEFAULT_RECIPE = "flm_base_4m"
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # in a checkout a link to the folder that users name
 DEFAULT_DEEPSPEED = DS_CONFIGS / "zero1.json"
 NOT_SETTINGS = ("deepspeed", "recipe", "output", "local_rank")
+USAGE = """
+  deepspeed --num_gpus N pipeline/train.py [--deepspeed FILE] [--recipe NAME|FILE] [--data DIR [DIR ...]]
+                                           [--output RUN] [--SECTION.OPTION VALUE ...]
+
+  python pipeline/train.py --recipe demo                                            one device, no launcher
+  deepspeed --num_gpus 2 pipeline/train.py --deepspeed ds_configs/zero2.json        two GPUs, or two ranks of a CPU
+  torchrun --nproc-per-node 8 pipeline/train.py ...                                 mpirun, srun: docs/launchers.md
+  python pipeline/train.py --recipe demo --dry-run                                  what it would be and cost
+"""
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,8 @@ class Launch:
 def parse_command_line(argv: list[str]) -> Launch:
     """Parse the training command line; raises ConfigError for every mistake, exits 0 after --help."""
     argv = _expand_data(argv)
-    _refuse_unknown_words(argv, [*option_types(), *NOT_SETTINGS, "data", "help"])
-    parser = _parser()
-    if "--help" in argv or "-h" in argv:
-        parser = _new_parser()
-        parser.set_defaults(load_recipe(find_recipe(DEFAULT_RECIPE)).settings)
+    _refuse_unknown_words(argv, [*option_types(), *NOT_SETTINGS, "data", "help", *DRY_RUN_OPTIONS])
+    parser = _parser_with_help(argv) if "--help" in argv or "-h" in argv else _parser()
     given = _parse(parser, argv, "command line")
     recipe = load_recipe(find_recipe(given.get("recipe") or DEFAULT_RECIPE))
     recipe = replace(recipe, settings=_parse(parser, recipe.settings, f"recipe {recipe.name}"))
@@ -157,14 +164,28 @@ def _parser_of(choices: tuple[type, ...]) -> ArgumentParser:
     return _new_parser()
 
 
+def _parser_with_help(argv: list[str]) -> ArgumentParser:
+    """A parser that shows the defaults of a command line with the same recipe, and how a training is started."""
+    named = [word.split("=", 1)[1] for word in argv if word.startswith("--recipe=")]
+    named += [after for word, after in zip(argv, argv[1:]) if word == "--recipe" and not after.startswith("-")]
+    name = (named or [DEFAULT_RECIPE])[-1]
+    parser = _new_parser()
+    add_dry_run_options(parser)
+    parser.set_defaults(load_recipe(find_recipe(name)).settings)
+    parser.set_defaults({"recipe": name})
+    parser.usage = USAGE
+    return parser
+
+
 def _new_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="pipeline/train.py",
         exit_on_error=False,
-        description="Pretrain a vision-language model with DeepSpeed. Settings: default < recipe < command line; the "
-        f"defaults shown are those of a command line without --recipe, which takes {DEFAULT_RECIPE}.",
+        description="Trains a vision-language model with DeepSpeed. Settings: default < recipe < command line. The "
+        f"defaults below are those in force with the recipe, {DEFAULT_RECIPE} if none is named: --recipe NAME --help "
+        "shows those of another.",
         epilog=f"recipes: {', '.join(recipe_names())}; a FILE may begin with `base: NAME|FILE` and then holds what "
-        "differs from that recipe only. Exit codes: 0 done, 1 failure, 2 configuration, 75 preempted.",
+        "differs from that recipe only: docs/recipes.md. Exit codes: 0 done, 1 failure, 2 configuration, 75 preempted.",
     )
     parser.add_argument("--deepspeed", metavar="FILE", default="ds_configs/zero1.json", help="DeepSpeed JSON")
     parser.add_argument("--recipe", metavar="NAME|FILE", default=DEFAULT_RECIPE, help="settings to start from")
@@ -247,6 +268,8 @@ def _expand_data(argv: list[str]) -> list[str]:
 def _refuse_unknown_words(argv: list[str], known: list[str]) -> None:
     for position, word in enumerate(argv):
         name = word.split("=", 1)[0]
+        if name[2:] in DRY_RUN_OPTIONS and "help" in known and not {"--help", "-h"} & {*argv}:
+            raise ConfigError(f"command line: {name} is an option of pipeline/train.py only; leave it out")
         if name.startswith("--") and name[2:] not in known:
             raise ConfigError(f"command line: unknown option {name}; {nearest(name[2:], known, '--')}")
         after_value = position > 0 and argv[position - 1].startswith("--") and "=" not in argv[position - 1]

@@ -13,6 +13,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from model.config import OPTIONS_OF, ObjectiveOptions
 from pipeline.config.options import Config, ConfigError
+from pipeline.config.other_names import OPTIONS, WAYS, WAYS_OF
 from pipeline.config.task_options import TASK_OPTIONS_OF, TaskOptions
 
 CHOICES: dict[type, dict[str, Any]] = {ObjectiveOptions: OPTIONS_OF, TaskOptions: TASK_OPTIONS_OF}
@@ -74,8 +75,12 @@ def refuse_unknown(settings: Mapping[str, Any], where: str) -> None:
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """The known name that a typo means, as a question."""
+    """The known name that a typo means, or that such an option has here, as a question; or what to do instead."""
     section, _, last = name.rpartition(".")
+    if last in WAYS and "objective.name" in known and section in WAYS_OF[last]:
+        return WAYS[last]
+    if OPTIONS.get(last) in known:
+        return f"did you mean {prefix}{OPTIONS[last]}?"
     match = [option for option in known if len(last) > 1 and _initials(option) == last]  # lr: learning_rate
     near = lambda option: (bool(section) and option.rpartition(".")[0] != section, option.count(".") != 1)  # noqa: E731
     match = sorted(match, key=near)[:1]

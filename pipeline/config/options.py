@@ -83,12 +83,13 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimisation: AdamW with three learning rates, warm-up and decay.
+    """Optimisation: AdamW with a learning rate for each group of parameters, warm-up and decay.
 
     Args:
         batch_size: samples per optimizer step over all ranks; accumulation is derived from it.
         micro_batch_size: samples per forward pass on one rank.
         learning_rate: peak learning rate of the pretrained towers.
+        lr_mult_vision: multiplier of the learning rate for the vision tower, on top of what its group has.
         lr_mult_head: multiplier of the learning rate for the heads.
         lr_mult_cross: multiplier of the learning rate for the cross-modal layers and the reconstructor.
         betas: decay rates of Adam's two moments.
@@ -103,6 +104,7 @@ class OptimConfig:
     batch_size: PositiveInt = 4096
     micro_batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 8e-5
+    lr_mult_vision: PositiveFloat = 1.0
     lr_mult_head: PositiveFloat = 5.0
     lr_mult_cross: PositiveFloat = 5.0
     betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.98)
@@ -240,6 +242,11 @@ def validate(config: Config) -> None:
     for name, value in flatten(config.optim, "optim."):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}: found {value}, expected a finite number")
+    if config.optim.lr_mult_vision != 1 and config.model.vision.frozen and config.model.vision.temporal is None:
+        raise ConfigError(
+            f"optim.lr_mult_vision {config.optim.lr_mult_vision:g} does nothing where model.vision.frozen is true; use"
+            " --optim.lr_mult_vision 1, or train the tower by --model.vision.frozen false"
+        )
     _check_length(config.train)
     if config.data.stage_dir is not None:
         refuse_address(config.data.stage_dir, "--data.stage_dir")

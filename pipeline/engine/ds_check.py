@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
 from pydantic import ValidationError
 
-from pipeline.config.options import ConfigError
+from pipeline.deepspeed_json.ds_config import JsonProblems
 
 
-def check_ds_config(ds_config: dict[str, Any]) -> None:
-    """Raise ConfigError with everything that DeepSpeed refuses of a resolved JSON, section by section."""
+def check_ds_config(ds_config: dict[str, Any], known: Sequence[str] = ()) -> None:
+    """Raise JsonProblems with everything that DeepSpeed refuses of a resolved JSON, section by section, after what is
+    ``known`` to be wrong with it; a section that this names is left to it."""
     # Without train_batch_size, which DeepSpeed compares with the number of ranks that it knows: none yet.
     content = {key: value for key, value in ds_config.items() if key != "train_batch_size"}
-    needed = {key: content[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    needed = {key: content.get(key, 1) for key in sizes}  # one of them is missing where the sizes contradict each other
     problems = [problem for key in content for problem in _problems({key: content[key]} | needed, key)]
-    problems = problems or _problems(content, "the JSON")
-    if problems:
-        several = f"{len(problems)} things to mend: " if len(problems) > 1 else ""
-        raise ConfigError(f"--deepspeed: {several}{' | '.join(problems)}")
+    if not problems and not known:
+        problems = _problems(content, "the JSON")
+    problems = [one for one in problems if not any(one.split(":", 1)[0] in other for other in known)]
+    if problems or known:
+        raise JsonProblems([*known, *problems], ds_config)
 
 
 def _problems(content: dict[str, Any], section: str) -> list[str]:

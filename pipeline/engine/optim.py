@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.config.options import OptimConfig
 
 GROUPS = ("rest", "cross", "head")
+TOWER = "net.vision."  # how the names of the vision tower's parameters begin, in every objective
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
@@ -36,26 +37,30 @@ def parameter_groups(
 ) -> list[dict]:
     """Every trainable parameter in exactly one of six groups: (rest, cross, head) x (decayed, not decayed).
 
+    Where the vision tower has a multiplier of its own, its parameters are in groups of their own, multiplied by both.
     Each group carries its name and ``lr_mult``; empty groups are left out. Raises ValueError for an unknown group.
     """
+    towers = (False,) if optim.lr_mult_vision == 1 else (False, True)
     multipliers = {"rest": 1.0, "cross": optim.lr_mult_cross, "head": optim.lr_mult_head}
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {(g, d): [] for g in GROUPS for d in (True, False)}
+    members: dict[tuple[str, bool, bool], list[nn.Parameter]] = {
+        (group, decayed, in_tower): [] for in_tower in towers for group in GROUPS for decayed in (True, False)
+    }
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         group = group_of(name)
         if group not in multipliers:
             raise ValueError(f"parameter {name} is in group {group!r}; expected one of {', '.join(GROUPS)}")
-        members[group, bool(decays(name, parameter))].append(parameter)
+        members[group, bool(decays(name, parameter)), len(towers) == 2 and name.startswith(TOWER)].append(parameter)
     return [
         {
             "params": parameters,
-            "name": f"{group}{'' if decayed else '_no_decay'}",
-            "lr_mult": multipliers[group],
+            "name": f"{group}{'_vision' if in_tower else ''}{'' if decayed else '_no_decay'}",
+            "lr_mult": multipliers[group] * (optim.lr_mult_vision if in_tower else 1.0),
             "lr": 0.0,
             "weight_decay": optim.weight_decay if decayed else 0.0,
         }
-        for (group, decayed), parameters in members.items()
+        for (group, decayed, in_tower), parameters in members.items()
         if parameters
     ]
 

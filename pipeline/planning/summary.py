@@ -11,6 +11,7 @@ from model.census import in_millions
 from pipeline.config.command_line import Launch
 from pipeline.planning.configurations import Configuration
 from pipeline.planning.counts import Parameters
+from pipeline.planning.memory import Memory
 from pipeline.planning.speed import Machine, checkpoint_of
 
 GIB = 1 << 30
@@ -60,8 +61,8 @@ def _costs(subject: Subject, best: Configuration) -> list[str]:
     lines = [
         f"fits best (*): --deepspeed ds_configs/{choice.deepspeed} --optim.micro_batch_size {choice.micro_batch_size}"
         f" --model.activation_checkpointing {str(choice.recomputes).lower()}",
-        f"memory of a GPU in {memory.moment}, GiB: {_gib(_parts(best))}",
-        f"memory of its node for each GPU, GiB: {_gib(memory.host)}",
+        f"memory of a GPU in {memory.moment}, GiB: {in_gib(parts_of(memory))}",
+        f"memory of its node for each GPU, GiB: {in_gib(memory.host)}",
         f"a step: {speed.compute:.3f} s forward and backward, {speed.communication:.3f} s communication"
         f" ({speed.network_bytes / 1e9:.2f} GB sent by a GPU), {speed.optimizer:.3f} s optimizer, {speed.other:.3f} s"
         f" other; weak scaling {speed.efficiency:.0%}, {speed.model_flops / 1e12:.0f} TFLOP/s of the model a GPU",
@@ -78,16 +79,15 @@ def _costs(subject: Subject, best: Configuration) -> list[str]:
     return [*lines, "a GPU's memory and time are a model with stated constants, not measured ones: docs/scaling.md"]
 
 
-def _parts(one: Configuration) -> dict[str, int]:
+def parts_of(memory: Memory) -> dict[str, int]:
     """Bytes of a device by part at the moment when most is held."""
-    memory = one.memory
     parts = {"libraries": memory.platform.base, **memory.held}
     for name, size in memory.moments[memory.moment].items():
         parts[name] = parts.get(name, 0) + size
     return {**parts, "lost by the allocator": memory.peak - sum(parts.values())}
 
 
-def _gib(parts: dict[str, int]) -> str:
+def in_gib(parts: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
 
 
@@ -123,7 +123,7 @@ def _plain(one: Configuration) -> dict[str, Any]:
         "offloaded": [name for name, on in offloads.items() if on],
         "memory_bytes": one.memory.peak,
         "moment": one.memory.moment,
-        "memory_by_part": _parts(one),
+        "memory_by_part": parts_of(one.memory),
         "host_memory_by_part": dict(one.memory.host),
         "step_seconds": speed.step_seconds,
         "seconds": {

@@ -75,5 +75,7 @@ def copy_files(names: Mapping[str, str], config: Config, output: Path) -> None:
 
 def _not_of_a_tokenizer(folder: str, names: list[str]) -> list[str]:
     """What a model's folder holds besides its tokenizer: weights above all."""
-    kept = (".json", ".txt", ".model", ".jinja")
-    return [name for name in names if not name.endswith(kept) or (Path(folder) / name).is_dir()]
+    kept, of_weights = (".json", ".txt", ".model", ".jinja"), ".index.json"
+    return [
+        name for name in names if not name.endswith(kept) or name.endswith(of_weights) or (Path(folder) / name).is_dir()
+    ]

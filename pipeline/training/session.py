@@ -28,8 +28,8 @@ from pipeline.cluster.heartbeats import Pulse
 from pipeline.cluster.restarts import begin as begin_attempt
 from pipeline.cluster.walltime import Walltime, end_time
 from pipeline.config.command_line import Launch
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, ConfigError, in_batch_negatives, to_plain
+from pipeline.deepspeed_json.ds_config import Device, JsonProblems, read_ds_config, resolve
 from pipeline.distributed.connecting import Ranks
 from pipeline.distributed.endings import host_name
 from pipeline.distributed.places import Place
@@ -112,7 +112,11 @@ def resolve_ds_config(launch: Launch, place: Place, device: torch.device) -> dic
     """The DeepSpeed JSON without any "auto"; raises ConfigError for every contradiction."""
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     given = read_ds_config(launch.deepspeed)
-    resolved = resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
+    try:
+        resolved = resolve(given, launch.config, place.world_size, Device(device.type, has_bf16))
+    except JsonProblems as wrong:
+        check_ds_config(wrong.resolved, wrong.problems)  # raises with what DeepSpeed refuses besides
+        raise
     check_ds_config(resolved)
     return resolved
 

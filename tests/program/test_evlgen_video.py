@@ -12,11 +12,10 @@ import pytest
 from data_prep.drawn.moving_scenes import MovingOptions, write_moving
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
-from pipeline.census import known_vocabulary
 from pipeline.config.command_line import parse_command_line
+from pipeline.dry_run.counting import counted, known_vocabulary, valueless
 from pipeline.evaluate import main as evaluate
 from pipeline.generate import main as generate
-from pipeline.plan import counted, valueless
 from pipeline.plan import main as plan
 from pipeline.recording.run_log import LOG_NAME, read_log
 from pipeline.reporting.page import report_or_warn

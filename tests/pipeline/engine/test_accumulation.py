@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config, GuardConfig
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
 from pipeline.distributed.places import Place
 from pipeline.incidents.guard import Guard
 from tests.forked_ranks import run_ranks

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
 from tests.forked_ranks import run_ranks
 from tests.rounding import TINY
 from tests.tiny_flm import flm_batch, tiny_flm

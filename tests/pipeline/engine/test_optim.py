@@ -49,6 +49,26 @@ def test_every_parameter_is_in_one_group() -> None:
     assert by_name["cross"]["lr"] == 10 and by_name["rest"]["lr"] == 2
 
 
+def test_the_vision_tower_may_have_a_rate_of_its_own() -> None:
+    """Alone of all parameters, in whatever group they are; at 1 the groups are those without it."""
+    tower = {"net.vision.blocks.0.weight": "rest", "net.vision.blocks.0.bias": "rest", "net.vision.gate": "cross"}
+    others = {"net.top.weight": "cross", "net.embedding.weight": "rest", "net.visionary.weight": "rest"}
+    named = {name: torch.nn.Parameter(torch.ones(1)) for name in [*tower, *others]}
+    decays = lambda name, _: not name.endswith("bias")  # noqa: E731
+    group_of = (tower | others).__getitem__
+    groups = parameter_groups(named.items(), group_of, decays, OptimConfig(lr_mult_vision=0.1, lr_mult_cross=5.0))
+    set_learning_rate(groups, 2.0)
+    names = {id(parameter): name for name, parameter in named.items()}
+    rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    of_group = {"rest": 2.0, "cross": 10.0}
+    expected = {name: of_group[group] * (0.1 if name in tower else 1.0) for name, group in (tower | others).items()}
+    assert rates == pytest.approx(expected)
+    of_tower = {"rest_vision", "rest_vision_no_decay", "cross_vision"}
+    assert {group["name"] for group in groups} == {"rest", "cross", *of_tower}
+    plain = parameter_groups(named.items(), group_of, decays, OptimConfig())
+    assert [group["name"] for group in plain] == ["rest", "rest_no_decay", "cross"]
+
+
 def test_unknown_group_is_refused() -> None:
     model = TinyObjective()
     with pytest.raises(ValueError, match="is in group 'tail'; expected one of rest, cross, head"):

@@ -12,7 +12,7 @@ from model.batch import Row
 from model.decode.mask_predict import mask_predict
 from model.decode.search import beam, greedy
 from model.decode.stream import decoder_of
-from pipeline.config.ds_config import read_ds_config, resolve
+from pipeline.deepspeed_json.ds_config import read_ds_config, resolve
 from tests.forked_ranks import run_ranks
 from tests.pipeline.engine.test_engine import CPU, REPOSITORY, global_loss, micro_batches, tiny_config
 from tests.tiny_flm import captioner, images

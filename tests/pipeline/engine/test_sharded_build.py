@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.checkpoint.files import weights_hash
-from pipeline.config.ds_config import read_ds_config, resolve
+from pipeline.deepspeed_json.ds_config import read_ds_config, resolve
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
 from pipeline.engine.engine import TrainEngine, build_device, prepare_deepspeed

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config.command_line import DS_CONFIGS
-from pipeline.config.ds_config import Device, read_ds_config, resolve
 from pipeline.config.options import Config
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
 from pipeline.planning.activations import Activations
 from pipeline.planning.counts import Parameters, count_parameters
 from pipeline.planning.memory import CHECKPOINT_COPY, CPU, CUDA, HEAP_BLOCK, Memory, Platform, Zero, memory_of, zero_of

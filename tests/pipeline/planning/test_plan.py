@@ -10,7 +10,8 @@ import pytest
 from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import ConfigError
-from pipeline.plan import counted, main, valueless
+from pipeline.dry_run.counting import counted, valueless
+from pipeline.plan import main
 from pipeline.planning.configurations import between, micro_batch_sizes
 from pipeline.planning.counts import text_lengths
 

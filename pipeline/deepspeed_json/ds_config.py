@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.ds_schema import AUTO, type_problems, unsupported, without_nulls
 from pipeline.config.options import Config, ConfigError, OptimConfig, accumulation_steps, leaves
+from pipeline.deepspeed_json.ds_schema import AUTO, type_problems, unsupported, without, without_nulls
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def resolve(given: dict[str, Any], config: Config, world_size: int, device: Device) -> dict[str, Any]:
     """The JSON DeepSpeed gets: no "auto" left, ``gradient_clipping`` written (DeepSpeed clips at 1.0 without it).
 
-    Raises ConfigError with everything that is wrong: with the types of the values first, then with the values.
+    Raises:
+        JsonProblems: everything that is wrong with it.
     """
     resolved = without_nulls(copy.deepcopy(given))
-    _refuse(list(type_problems(resolved)))
-    problems = list(unsupported(resolved))
+    wrong = list(type_problems(resolved))
+    resolved = without(resolved, (key for key, _ in wrong))
+    problems = [f"{key}: {problem}" for key, problem in wrong]
+    problems += unsupported(resolved)
     problems += _resolve_sizes(resolved, config.optim, world_size)
     problems += _resolve_zero(resolved)
     problems += _resolve_precision(resolved, config.train.precision, device)
@@ -64,14 +67,18 @@ def resolve(given: dict[str, Any], config: Config, world_size: int, device: Devi
     left = [key for key, value in leaves(resolved) if value == AUTO]
     if left:
         problems.append(f'the recipe does not own {", ".join(left)}; write values instead of "auto"')
-    _refuse(problems)
+    if problems:
+        raise JsonProblems(problems, resolved)
     return resolved
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
+class JsonProblems(ConfigError):
+    """Everything that is wrong with a DeepSpeed JSON; ``resolved`` is what is right of it."""
+
+    def __init__(self, problems: list[str], resolved: dict[str, Any]) -> None:
         several = f"{len(problems)} things to mend: " if len(problems) > 1 else ""
-        raise ConfigError(f"--deepspeed: {several}{' | '.join(problems)}")
+        super().__init__(f"--deepspeed: {several}{' | '.join(problems)}")
+        self.problems, self.resolved = problems, resolved
 
 
 def _resolve_sizes(resolved: dict[str, Any], optim: OptimConfig, world_size: int) -> Iterator[str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.ds_config import Device, read_ds_config, resolve
-from pipeline.config.ds_schema import KEYS
 from pipeline.config.options import Config, ConfigError, OptimConfig
+from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
+from pipeline.deepspeed_json.ds_schema import KEYS
 
 CPU, GPU = Device("cpu", has_bf16=True), Device("cuda", has_bf16=True)
 CONFIG = Config(optim=OptimConfig(batch_size=8, micro_batch_size=4))

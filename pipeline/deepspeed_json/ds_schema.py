@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 AUTO = "auto"
@@ -86,8 +86,10 @@ def without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def type_problems(given: Mapping[str, Any], keys: Mapping[str, Any] = KEYS, prefix: str = "") -> Iterator[str]:
-    """What is wrong with the types of ``given``, a problem a key; "auto" is of every type but a section's."""
+def type_problems(
+    given: Mapping[str, Any], keys: Mapping[str, Any] = KEYS, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with the types of ``given``: each key with its problem; "auto" is of every type but a section's."""
     for name, kind in keys.items():
         value = given.get(name)
         is_section = kind is dict or isinstance(kind, Mapping)
@@ -95,12 +97,22 @@ def type_problems(given: Mapping[str, Any], keys: Mapping[str, Any] = KEYS, pref
             continue
         if not is_section and not _is_of(value, kind):
             expected = _IN_WORDS[kind] if isinstance(kind, type) else f"one of {', '.join(kind)}"
-            yield f"{prefix}{name}: found {_shown(value)}, expected {expected}"
+            yield f"{prefix}{name}", f"found {_shown(value)}, expected {expected}"
         elif is_section and not isinstance(value, dict):
             example = json.dumps(_example(name))
-            yield f"{prefix}{name}: found {_shown(value)}, expected an object like {example}"
+            yield f"{prefix}{name}", f"found {_shown(value)}, expected an object like {example}"
         elif isinstance(kind, Mapping):
             yield from type_problems(value, kind, f"{prefix}{name}.")
+
+
+def without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """``tree`` without the dotted ``keys``."""
+    dropped = set(keys)
+    return {
+        key: without(value, dropped, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in dropped
+    }
 
 
 def unsupported(given: Mapping[str, Any]) -> Iterator[str]:

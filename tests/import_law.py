@@ -73,6 +73,8 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
             *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "recording", "tasks"),
             *("finetuning", "stored_features", "pictures"),
         ),
+        "batching": (),
+        "serving": ("config", "batching"),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("cluster", "staging", "stored_features", "tasks.task", "tasks.evaluation", "reporting.page"),
@@ -80,7 +82,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("reporting", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
-            "planning",
+            *("planning", "batching", "serving"),
         ),
     },
 }
@@ -107,7 +109,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "programs": tuple(
-            "train evaluate generate features replay report convert census plan restart status health".split()
+            "train evaluate generate features replay report convert census plan serve restart status health".split()
         )
     },
 }
@@ -152,6 +154,7 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "wandb": {"pipeline/recording/trackers.py"},
     "py3langid": {"data_prep/caption_language.py"},
     "pyspark": {"data_prep/parts/engines.py"},
+    "uvicorn": {"pipeline/serving/running.py", "pipeline/serving/connections.py"},
     "av": {"data_prep/video/decoding.py", "data_prep/video/encoding.py"},
 }
 NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

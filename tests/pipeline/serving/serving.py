@@ -1,4 +1,4 @@
-"""A server with the fake model in a process of its own, for tests: started, asked, and always ended."""
+"""A server with the fake model in a fork of the tests: started, asked, and always ended."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import numpy as np
 import psutil
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+from tests.forked_command import Forked, fork
+from tests.pipeline.serving import fake_model
+
 BOUNDARY = "a-boundary"
 
 
 class Served:
     """A running server."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
-        self.process, self.port, self.address = process, port, f"http://127.0.0.1:{port}/"
+    def __init__(self, process: Forked, printed: TextIO) -> None:
+        self.process, self.printed, self.port = process, printed, 0
 
     def get(self, path: str, headers: Mapping[str, str] = {}) -> tuple[int, bytes]:
         return self.send("GET", path, b"", headers)
@@ -75,6 +74,16 @@ class Served:
             assert time.monotonic() < until, f"{name} is {found}, expected {value}"
             time.sleep(0.02)
 
+    def read_line(self, seconds: float = 60) -> str:
+        assert select.select([self.printed], [], [], seconds)[0], f"nothing printed within {seconds} s"
+        return self.printed.readline()
+
+    def end(self, number: int = signal.SIGTERM, seconds: float = 20) -> tuple[int, str]:
+        """Send a signal; the exit code and what was printed since."""
+        self.process.send_signal(number)
+        code = self.process.wait(seconds)
+        return code, self.printed.read()
+
     def memory_bytes(self) -> int:
         """Resident now."""
         return psutil.Process(self.process.pid).memory_info().rss
@@ -82,39 +91,29 @@ class Served:
 
 @contextmanager
 def served(folder: Path, *options: str, environment: Mapping[str, str] = {}, ready: bool = True) -> Iterator[Served]:
-    """A server of ``folder`` on a free port, as soon as it is ``ready``."""
-    command = [sys.executable, "-m", "tests.pipeline.serving.fake_model", str(folder), "--port", "0", *options]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        line = read_line(process)
-        found = re.search(r"127\.0\.0\.1:(\d+)|0\.0\.0\.0:(\d+)", line)
-        assert found, line + process.stdout.read()
-        if ready:
-            assert "serving a fake model at" in (line := read_line(process)), line + process.stdout.read()
-        yield Served(process, int(found[1] or found[2]))
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    """A server of ``folder`` on a free port, as soon as it is ``ready``, in a fork of this process."""
+    arguments = [str(folder), "--port", "0", *options]
+    output, into = os.pipe()
 
+    def run() -> int:
+        os.environ.update(environment)
+        return fake_model.main(arguments)
 
-def read_line(process: subprocess.Popen[str], seconds: float = 60) -> str:
-    assert select.select([process.stdout], [], [], seconds)[0], f"nothing printed within {seconds} s"
-    return process.stdout.readline()
-
-
-def end(one: Served, number: int = signal.SIGTERM, seconds: float = 20) -> tuple[int, str]:
-    """Send a signal; the exit code and what was printed since."""
-    one.process.send_signal(number)
-    code = one.process.wait(seconds)
-    return code, one.process.stdout.read()
+    process = Forked(arguments, fork(run, into, into))
+    os.close(into)
+    with os.fdopen(output) as printed:
+        one = Served(process, printed)
+        try:
+            line = one.read_line()
+            found = re.search(r"\d\.\d:(\d+)/", line)
+            assert found, line + printed.read()
+            one.port = int(found[1])
+            if ready:
+                assert "serving a fake model at" in (line := one.read_line()), line + printed.read()
+            yield one
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
 
 
 def multipart(image: bytes | None, fields: Mapping[str, str | list[str]] = {}) -> bytes:
@@ -131,12 +130,4 @@ def multipart(image: bytes | None, fields: Mapping[str, str | list[str]] = {}) -
 def picture(colour: str = "red", size: tuple[int, int] = (40, 30), form: str = "PNG") -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", size, colour).save(stream, form)
-    return stream.getvalue()
-
-
-def noise(side: int) -> bytes:
-    """A PNG of about 3 * side * side bytes."""
-    stream = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
     return stream.getvalue()

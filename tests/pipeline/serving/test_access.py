@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.serve import main
 from pipeline.serving.gate import is_loopback
-from tests.forked_command import finish
 from tests.pipeline.serving.serving import Served, picture, served
 
 TOKEN = "0123456789abcdef"
@@ -83,10 +82,13 @@ def test_a_published_name_is_known_beside_loopback(tmp_path: Path) -> None:
         (["--host", "no.such.name.invalid"], "--host no.such.name.invalid"),
     ],
 )
-def test_what_may_not_be_served_is_refused_in_one_line(tmp_path: Path, options: list[str], says: str) -> None:
+def test_what_may_not_be_served_is_refused_in_one_line(
+    tmp_path: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
 
-    done = finish([sys.executable, "-m", "pipeline.serve", str(tmp_path), "--port", "0", *options], tmp_path)
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done
+    assert main([str(tmp_path), "--port", "0", *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1, error
 
 
 def test_loopback() -> None:

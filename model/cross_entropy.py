@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk_size: int, memory: KeptMemory | None
     ):
-        lowest_M = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+        lowest_M = torch.full((hidden.shape[0],), float("-inf"), dtype=torch.float32, device=hidden.device)
         maximum_M = largest_other_M = lowest_M  # so far: of all logits, of all but the label's
         total_M = torch.zeros_like(maximum_M)
         label_logit_M = torch.zeros_like(maximum_M)

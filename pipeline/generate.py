@@ -26,6 +26,7 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 from data_prep.program import run_program  # noqa: E402
+from pipeline.checkpoint.files import run_of  # noqa: E402
 from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
@@ -39,7 +40,6 @@ from pipeline.tasks.captioning import (  # noqa: E402
     items_of_corpora,
     items_of_files,
     load_captioner,
-    run_of,
     write_samples,
 )
 

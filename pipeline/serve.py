@@ -62,9 +62,9 @@ def serve(options: argparse.Namespace, token: str | None) -> int:
 
 def load(options: argparse.Namespace) -> Model:
     """The model of the command line."""
-    import openflm
+    from pipeline.using.model import load_model
 
-    return openflm.load(options.folder, device=options.device, dtype=options.dtype)
+    return load_model(options.folder, options.device, options.dtype)
 
 
 def _need_packages() -> None:

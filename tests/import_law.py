@@ -13,7 +13,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "connectors": ("core", "merge", "vision.tower"),
         "plans": ("core", "language.text_form"),
         "language": ("core",),
-        "networks": ("core", "vision", "connectors", "language"),
+        "networks": ("core", "vision", "merge", "connectors", "language"),
         "objectives": ("core", "plans", "networks", "decode"),
         "decode": ("core", "plans", "networks"),
         "scoring": ("core", "networks"),
@@ -75,6 +75,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "batching": (),
         "serving": ("config", "batching"),
+        "using": (*("config", "data", "checkpoint", "weights", "loading", "pictures", "tasks", "finetuning"),),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("cluster", "staging", "stored_features", "tasks.task", "tasks.evaluation", "reporting.page"),
@@ -82,9 +83,10 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("reporting", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
-            *("planning", "batching", "serving"),
+            *("planning", "using", "batching", "serving"),
         ),
     },
+    "openflm": {"door": ()},
 }
 FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
@@ -92,7 +94,10 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             *("batch", "config", "masks", "attention", "layers", "dropout", "cross_entropy", "heads"),
             *("torchvision_shim", "census", "frozen", "learning_rate_groups", "recomputing"),
         ),
-        "networks": ("towers", "flm", "one_stream", "evlgen", "qformer", "flops", "attention_maps"),
+        "networks": (
+            *("towers", "flm", "one_stream", "evlgen", "qformer", "flops", "attention_maps", "merge_maps"),
+            "text_states",
+        ),
         "programs": ("build",),
     },
     "data_prep": {
@@ -112,6 +117,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
             "train evaluate generate features replay report convert census plan serve restart status health".split()
         )
     },
+    "openflm": {"door": ("commands",)},
 }
 LARGE_WINGS: dict[str, str] = {}  # wing of more than MAX_WING_LINES lines -> why
 MAY_IMPORT = {
@@ -124,8 +130,9 @@ MAY_IMPORT = {
             for name in ("manifest", "shard_members", "images", "video", "program", "vqa_answers", "stores")
         ),
     },
+    "openflm": {"pipeline.using"},
 }
-OURS = {"model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}
+OURS = {"openflm", "model", "data_prep", "pipeline", "benchmarks", "scripts", "tests"}
 FOREIGN_TO = {
     "model": {
         "deepspeed",
@@ -140,6 +147,7 @@ FOREIGN_TO = {
     },
     "data_prep": {"torch", "torchvision", "deepspeed", "open_clip", "timm"},
     "pipeline": {"img2dataset"},
+    "openflm": {"torch", "numpy", "PIL", "deepspeed"},
 }
 CONFINED = {  # module -> the only files of the three packages that touch it
     "torch.distributed": {

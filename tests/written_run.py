@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from model.frozen import frozen_tensors
 from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
+from pipeline.checkpoint.restore import describe_frozen
 from pipeline.checkpoint.state import RunState
 from pipeline.config.command_line import load_config
 from pipeline.data.tokenizer import tokenizer_of
 from pipeline.finetuning.table import task_of
 from pipeline.tasks.task import Task
+from pipeline.weights.sources import load_frozen_parts
 
 TINY = """
 model:
@@ -25,19 +28,30 @@ data: {{paths: ["{data}"], max_text_length: 20}}
 
 
 def write_run(
-    run: Path, data: Path, settings: str = TINY, task: Task | None = None, fingerprint: Mapping[str, Any] | None = None
+    run: Path,
+    data: Path,
+    settings: str = TINY,
+    task: Task | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    spread: float = 1.0,
 ) -> Path:
-    """``run`` with config.yaml, ``settings`` with {data} filled in, and step 1 of the model of its task."""
+    """``run`` with config.yaml, ``settings`` with {data} filled in, and step 1 of the model of its task.
+
+    Matrices are multiplied by ``spread``: above 1 outputs depend visibly on inputs.
+    """
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(settings.format(data=data))
     config = load_config(run)
     torch.manual_seed(0)
     objective = (task or task_of(config)).build(config, tokenizer_of(config).vocabulary)
+    load_frozen_parts(objective, config.model)
     folder = run / "checkpoints" / "step_00000001.tmp"
     folder.mkdir(parents=True)
-    writer = PartWriter(folder, rank=0)
+    writer, frozen = PartWriter(folder, rank=0), frozen_tensors(objective)
     for name, parameter in objective.named_parameters():
-        writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": parameter.detach()}))
-    state = RunState(step=1, fingerprint=dict(fingerprint or {}))
+        if name not in frozen:
+            value = parameter.detach() * (spread if parameter.ndim > 1 else 1.0)
+            writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": value}))
+    state = RunState(step=1, fingerprint=dict(fingerprint or {}), frozen=describe_frozen(objective))
     publish(folder, checkpoint_path(run, 1), dataclasses.asdict(state), writer.finish())
     return run

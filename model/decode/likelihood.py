@@ -35,6 +35,21 @@ def log_probabilities(
     Returns:
         fp32 [B].
     """
+    return _sums(objective, tokens, captions, max_tokens, num_prompt)[0]
+
+
+def mean_log_probabilities(
+    objective: nn.Module, tokens: Tensor, captions: Sequence[Sequence[int]], num_prompt: int = 0
+) -> Tensor:
+    """Log probability a token of one caption an image, its end among them, fp32 [B]; arguments as above."""
+    sums, counts = _sums(objective, tokens, captions, 1 + max(map(len, captions)), num_prompt)
+    return sums / torch.tensor(counts, device=sums.device)
+
+
+def _sums(
+    objective: nn.Module, tokens: Tensor, captions: Sequence[Sequence[int]], max_tokens: int, num_prompt: int
+) -> tuple[Tensor, list[int]]:
+    """Log probability of each caption fp32 [B], and of how many tokens that is."""
     net = objective.net
     images = torch.zeros((len(captions), 1), dtype=torch.uint8)  # a plan asks for their number only
     planned = _of_language_model if isinstance(net, EVLGen) else _of_stream
@@ -48,7 +63,7 @@ def log_probabilities(
         torch.tensor(counts, device=tokens.device),
         output_size=sum(counts),
     )
-    return losses.new_zeros(len(captions)).index_add(0, caption_M, -losses)
+    return losses.new_zeros(len(captions)).index_add(0, caption_M, -losses), counts
 
 
 def _of_stream(

@@ -53,7 +53,7 @@ def mask_predict(
     batch = _hidden_captions(images, lengths, vocabulary)
     plan, tokens = batch.plan, encode_images(net, images)
     is_word = plan.text == vocabulary.mask_id
-    log_probability = torch.zeros(plan.text.shape, device=images.device)
+    log_probability = torch.zeros(plan.text.shape, dtype=torch.float32, device=images.device)
     for iteration in range(iterations):
         num_hidden = [length * (iterations - iteration) // iterations for length in lengths] * len(images)
         if not any(num_hidden):

@@ -66,7 +66,9 @@ def ranked_beam(
     (num_images, vocabulary), device = scores.shape, scores.device
     ends = torch.tensor(decoder.end_ids, device=device)
     first = torch.arange(num_images, device=device)[:, None]
-    sums = torch.zeros(num_images, 1, device=device)  # log probability of each beam, the largest first
+    sums = torch.zeros(
+        num_images, 1, dtype=torch.float32, device=device
+    )  # log probability of each beam, the largest first
     words = torch.full((num_images, 1, num_words), decoder.end_ids[0], device=device)
     kept = _Kept(num_images, beams, words)
     for number in range(num_words):
@@ -106,7 +108,7 @@ class _Kept:
 
     def __init__(self, num_images: int, beams: int, words: Tensor) -> None:
         """``words``: [B, 1, N] that no word was chosen of."""
-        self.values = torch.full((num_images, beams), NEVER, device=words.device)
+        self.values = torch.full((num_images, beams), NEVER, dtype=torch.float32, device=words.device)
         self.words = words.expand(-1, beams, -1).clone()
         self.done = torch.zeros(num_images, dtype=torch.bool, device=words.device)
 

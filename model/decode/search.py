@@ -6,7 +6,7 @@ the end. Legend: B images, K beams, G = B*K sequences, V vocabulary, N words tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Protocol
 
@@ -86,6 +86,19 @@ def greedy(
 
 
 @torch.no_grad()
+def greedy_steps(
+    decoder: Decoder, max_tokens: int = 30, min_tokens: int = 0, repetition_penalty: float = 1.0
+) -> Iterator[list[list[int]]]:
+    """What :func:`greedy` has found of each image's sequence after every step, the whole last; the host waits for each.
+
+    Args, words and errors as of :func:`greedy`.
+    """
+    best = lambda scores, _: scores.argmax(-1)  # noqa: E731
+    for words in _steps(decoder, max_tokens, min_tokens, best, alone, repetition_penalty):
+        yield sequences(decoder, torch.stack(words, 1))
+
+
+@torch.no_grad()
 def nucleus(
     decoder: Decoder,
     max_tokens: int,
@@ -140,17 +153,36 @@ def _one_by_one(
     all_agree: Callable[[bool], bool],
     repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """One sequence an image: ``choose`` takes scores [B, V] and the number of the word, and gives the word [B]."""
+    """One sequence an image, by ``_steps``."""
+    words = []
+    for words in _steps(decoder, max_tokens, min_tokens, choose, all_agree, repetition_penalty):  # noqa: B007
+        pass
+    return sequences(decoder, torch.stack(words, 1))
+
+
+def _steps(
+    decoder: Decoder,
+    max_tokens: int,
+    min_tokens: int,
+    choose: Callable[[Tensor, int], Tensor],
+    all_agree: Callable[[bool], bool],
+    repetition_penalty: float,
+) -> Iterator[list[Tensor]]:
+    """The words int64 [B] so far, after every step; the same list each time.
+
+    ``choose`` takes scores [B, V] and the number of the word, and gives the word [B].
+    """
     num_words = room(decoder, max_tokens, min_tokens)
     held_back = min_tokens - len(decoder.prompt)  # so many words may not be an end
     words = [choose(_endless(decoder, decoder.start(), held_back > 0), 0)]
     finished = _ends(decoder, words[0])
+    yield words
     while len(words) < num_words and not all_agree(bool(finished.all())):
         scores = penalised(decoder.step(words[-1]), torch.stack(words, 1), repetition_penalty)
         scores = _endless(decoder, scores, held_back > len(words))
         words.append(choose(scores, len(words)))
         finished = finished | _ends(decoder, words[-1])
-    return sequences(decoder, torch.stack(words, 1))
+        yield words
 
 
 @torch.no_grad()
@@ -183,7 +215,9 @@ def beam(
         raise ValueError(f"beams is {beams}, expected at least 1")
     ends = torch.tensor(decoder.end_ids, device=device)
     first = torch.arange(num_images, device=device)[:, None]
-    sums = torch.zeros(num_images, 1, device=device)  # log probability of each beam, the largest first
+    sums = torch.zeros(
+        num_images, 1, dtype=torch.float32, device=device
+    )  # log probability of each beam, the largest first
     words = torch.full((num_images, 1, num_words), decoder.end_ids[0], device=device)
     best = torch.full((num_images,), float("-inf"), dtype=torch.float64, device=device)
     best_words = words[:, 0]

@@ -60,9 +60,10 @@ class Classification(nn.Module):
         return self.judge(batch)[1]
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        """fp32 [M, C] of all texts of the batch, known target or not, in the order of their rows."""
-        return self.judge(batch)[0]
+    def logits(self, batch: Batch, tokens: Tensor | None = None) -> Tensor:
+        """fp32 [M, C] of all texts of the batch, known target or not, in the order of their rows; ``tokens``
+        [B*I, P, D] of the images, where they are encoded already."""
+        return self._logits(batch, batch.terms["read"], tokens)
 
     @torch.no_grad()
     def judge(self, batch: Batch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
@@ -77,8 +78,9 @@ class Classification(nn.Module):
         """int64 [M]: which sample of the batch each text of ``logits`` belongs to."""
         return batch.plan.image_of_row[batch.terms["read"].target] // self.num_images
 
-    def _logits(self, batch: Batch, term: Term) -> Tensor:
-        states = getattr(self.net(batch), term.source).index_select(0, term.position.flatten())
+    def _logits(self, batch: Batch, term: Term, tokens: Tensor | None = None) -> Tensor:
+        output = self.net(batch) if tokens is None else self.net.fuse(batch.plan, tokens)
+        states = getattr(output, term.source).index_select(0, term.position.flatten())
         features = self.net.pooler(states).unflatten(0, (-1, self.num_images)).flatten(1)  # [M, I*D]
         return self.get_submodule(self._head)(features).float()
 

@@ -65,6 +65,11 @@ class Pretraining(nn.Module):
                 results[name] = self._classify(getattr(self, f"{name}_head"), _selected(output, term), term.target)
         return results
 
+    def match(self, features: Tensor) -> Tensor:
+        """Log odds fp32 [M] that the text of CLS features [M, D] is its image's own, by image-text matching."""
+        logits = self.itm_head(self.net.pooler(features)).float()
+        return logits[:, 1] - logits[:, 0]
+
     def _classify(self, head: nn.Module, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(self.net.pooler(features)).float()
         return F.cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target

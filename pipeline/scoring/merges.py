@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.evlgen import EVLGen
-from model.merge.apply import membership
-from model.merge.schedule import tokens_after
+from model.merge_maps import patch_groups
 from model.vision.tower import Grid
 from pipeline.tasks.captioning import thumbnail
 
@@ -26,17 +25,15 @@ def merge_pictures(net: nn.Module, image: Tensor, grid: Grid | None) -> list[dic
     if grid is None or not isinstance(net, EVLGen) or not net.connector.merges:
         return []
     device = next(net.connector.parameters()).device
-    plans = net.connector.trace(net.features(image[None, None].to(device))).plans
-    num_tokens = net.vision.num_tokens
-    left = tokens_after(num_tokens, [0 if plan is None else plan.merged.shape[1] for plan in plans])
+    groups_of = patch_groups(net, image[None, None].to(device), grid)
     patches = _patches(image, grid)
     found = []
-    for layer in _chosen(len(plans)):
-        groups = membership(plans[: layer + 1], 1, num_tokens)[0, grid.leading :].cpu()
-        shown = _in_groups(patches, groups, left[layer]).unflatten(0, (grid.height, grid.width))
+    for layer in _chosen(len(groups_of)):
+        groups, left = groups_of[layer]
+        shown = _in_groups(patches, groups.cpu(), left).unflatten(0, (grid.height, grid.width))
         pixels = torch.nn.functional.interpolate(shown.permute(2, 0, 1)[None], size=image.shape[1:], mode="nearest")
         picture = pixels[0].round().to(torch.uint8)
-        found.append({"layer": layer + 1, "tokens": left[layer], "thumbnail": thumbnail(picture)})
+        found.append({"layer": layer + 1, "tokens": left, "thumbnail": thumbnail(picture)})
     return found
 
 

@@ -18,6 +18,7 @@ from pipeline.config.recipes import RUN_CONFIG
 from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizer_source import tokenizer_source
+from pipeline.tasks import trained_run
 from pipeline.tasks.task import Task
 from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_import, load_whole
 from pipeline.weights.starting import load_trained
@@ -120,11 +121,8 @@ def _asked(request: Request) -> list[str]:
 
 def use_files_of_run(subject: Subject, task: Task) -> None:
     """Point the options of the task, unless they are given, at the files that the run keeps for its model."""
-    for name, option in getattr(task, "run_files", {}).items():
-        has_it = subject.run is not None and subject.same_task and (subject.run / name).is_file()
-        if has_it and option not in subject.given:
-            section, _, field = option.partition(".")
-            setattr(getattr(subject.config, section), field, str(subject.run / name))
+    if subject.run is not None and subject.same_task:
+        trained_run.use_files_of_run(subject.config, task, subject.run, subject.given)
 
 
 def load_weights(subject: Subject, objective: nn.Module) -> None:

@@ -23,7 +23,7 @@ from pipeline.serving.gate import Access, Gate
 from pipeline.serving.service import Service
 
 FURTHER_CONNECTIONS = 512  # open at once, besides those of the requests that are taken in
-CLOSING_SECONDS = 5  # for connections to close once all is answered
+CLOSING_SECONDS = 3  # for connections to close once all is answered
 
 
 def listen(host: str, port: int) -> socket.socket:

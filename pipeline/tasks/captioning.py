@@ -21,22 +21,20 @@ from data_prep.manifest import write_atomically
 from data_prep.video.decoding import is_video
 from model.build import build_captioning, build_objective
 from model.decode.mask_predict import ITERATIONS, mask_predict
-from model.decode.search import greedy, nucleus
+from model.decode.search import greedy, greedy_steps, nucleus
 from model.decode.stream import decoder_of
 from model.plans.builder import row_generator
-from pipeline.checkpoint.files import run_of
-from pipeline.checkpoint.restore import resolve
-from pipeline.config.command_line import load_config
 from pipeline.config.options import Config, reads_by_language_model
 from pipeline.config.task_options import CaptioningOptions
 from pipeline.data.order import mix_words
 from pipeline.data.shard_reader import Corpus, RawSample
-from pipeline.data.tokenizer import TextTokenizer, clean_caption, tokenizer_of
+from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
 from pipeline.pictures.pictures import Pictures, pictures_of
 from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import summarise
 from pipeline.tasks.searching import BEAMS
+from pipeline.tasks.trained_run import TrainedRun, read_run
 from pipeline.weights.starting import load_trained
 
 SAMPLES_NAME = "samples.json"
@@ -95,7 +93,21 @@ class Captioner:
             ids = mask_predict(self.objective, images, self.lengths)
         else:
             ids = self._search(decoder_of(self.objective, images, self.prompt), len(images), first)
-        return [clean_caption(self.tokenizer.decode(row[self.num_hidden :]), full_stop=False) for row in ids]
+        return [self._text(row) for row in ids]
+
+    @torch.inference_mode()
+    def caption_steps(self, pixels: Tensor) -> Iterator[str]:
+        """The caption of an image or clip, uint8 [I, 3, S, S], as greedy search has it after each token; of an mlm
+        model, which writes all words at once, the whole alone."""
+        if self.objective.name == "mlm":
+            yield from self.caption([pixels])
+            return
+        decoder = decoder_of(self.objective, pixels[None].to(self.device), self.prompt)
+        for ids in greedy_steps(decoder, self.max_tokens, self.min_tokens, self.repetition_penalty):
+            yield self._text(ids[0])
+
+    def _text(self, ids: list[int]) -> str:
+        return clean_caption(self.tokenizer.decode(ids[self.num_hidden :]), full_stop=False)
 
     def _search(self, decoder: Any, count: int, first: int) -> list[list[int]]:
         if self.nucleus is not None:
@@ -141,22 +153,38 @@ def load_captioner(
         ValueError: the run, its checkpoint or its tokenizer is missing or damaged, an option does not fit the
             objective, or there are no lengths and no training data; one line that says which.
     """
-    checkpoint = resolve(run)
-    config = load_config(run_of(checkpoint))
-    copy = run_of(checkpoint) / "tokenizer"
-    tokenizer = tokenizer_of(config, copy if copy.is_dir() else None)
+    found = read_run(run)
+    objective = _built(found.config, found.tokenizer)
+    captioner = captioner_of(found, objective, device, beams, max_tokens, prompt, lengths, nucleus)
+    load_trained(objective, found.config.model, found.checkpoint)
+    objective.eval().to(device)
+    return captioner
+
+
+def captioner_of(
+    run: TrainedRun,
+    objective: nn.Module,
+    device: torch.device,
+    beams: int | None = None,
+    max_tokens: int | None = None,
+    prompt: str = "",
+    lengths: Sequence[int] | None = None,
+    nucleus: Nucleus | None = None,
+) -> Captioner:
+    """A captioner of a run's ``objective``, in evaluation mode on ``device`` when it captions; else as
+    :func:`load_captioner`."""
+    config, tokenizer = run.config, run.tokenizer
     longest = config.data.max_text_length
-    objective = _built(config, tokenizer)
     most = min(max_tokens or longest - 2, longest - 2)  # words without <s> and </s>
     if objective.name == "mlm":
         if (beams or 1) > 1 or prompt or nucleus:
             raise ValueError(
-                f"{run} is an mlm model: no --beams, no --nucleus and no --prompt; --lengths is what it can be told"
+                f"{run.folder} is an mlm model: no --beams, no --nucleus and no --prompt; --lengths is what it can be"
+                " told"
             )
         lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
     elif lengths is not None:
-        raise ValueError(f"--lengths is for mlm models, {run} is one of {objective.name}; use --max-tokens")
-    load_trained(objective, config.model, checkpoint)
+        raise ValueError(f"--lengths is for mlm models, {run.folder} is one of {objective.name}; use --max-tokens")
     own, options = "", config.task
     penalty, repetition, rules, least = 1.0, 1.0, "beam", 0
     if isinstance(options, CaptioningOptions):
@@ -169,11 +197,11 @@ def load_captioner(
                 nucleus = Nucleus(options.top_p, options.temperature, config.train.seed)
     words = " ".join(part for part in (own, prompt) if part)
     return Captioner(
-        objective=objective.eval().to(device),
+        objective=objective,
         tokenizer=tokenizer,
         pictures=pictures_of(config, exact=True),
         device=device,
-        checkpoint=checkpoint,
+        checkpoint=run.checkpoint,
         beams=beams or 1,
         length_penalty=penalty,
         max_tokens=most,
@@ -237,11 +265,7 @@ def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item
     for path in paths:
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
         try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise UnusableSample(name, f"file larger than {MAX_FILE_BYTES // 2**20} MiB")
-            pixels = _pixels_of_file(data, name, captioner.pictures)
+            pixels = pixels_of_bytes(read_bounded(path, name), name, captioner.pictures)
         except IsADirectoryError:
             print(f"skipped {name}: a folder; name the image files in it, like {name}/*.jpg", file=sys.stderr)
             continue
@@ -254,7 +278,16 @@ def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item
         yield Item(name, pixels, [], {})
 
 
-def _pixels_of_file(data: bytes, name: str, pictures: Pictures) -> Tensor:
+def read_bounded(path: Path, name: str) -> bytes:
+    """The bytes of a file; raises OSError, and UnusableSample for too many of them."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise UnusableSample(name, f"file larger than {MAX_FILE_BYTES // 2**20} MiB")
+    return data
+
+
+def pixels_of_bytes(data: bytes, name: str, pictures: Pictures) -> Tensor:
     """uint8 [I, 3, S, S]; raises UnusableSample, also for a clip where images are wanted and the other way round."""
     clip = is_video(data)
     if clip and pictures.num_frames is None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from data_prep.vqa_answers import normalise
 from model.batch import Batch, Row
-from model.decode.search import greedy
+from model.decode.language import LanguageDecoder
+from model.decode.search import alone, greedy
 from model.decode.stream import decoder_of
 from model.plans.builder import row_generator
 from pipeline.config.options import Config, ConfigError, reads_by_language_model
@@ -28,7 +29,6 @@ from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Pr
 RELEASED_WORDS = 50  # of a question at most
 
 About = Callable[[RawSample], dict[str, Any]]
-Write = Callable[[nn.Module, Batch, list[list[int]]], tuple[list[list[int]], Any]]
 
 
 @dataclass(frozen=True)
@@ -182,32 +182,37 @@ def passes(
 ) -> list[EvaluationPass]:
     """Every question once: the loss of one of its answers, and the answer that the model writes."""
     maker = preparation.maker
-    write = _by_language_model if reads_by_language_model(config) else _by_stream
     return [
         EvaluationPass(
             eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin, config.task.images),
             placeholder_batch(preparation),
-            partial(_measure, maker, partial(write, config, maker, ranks.all_agree)),
+            partial(_measure, config, maker, ranks.all_agree),
             ("caption_loss", "targets"),
             partial(_values, summarise),
         )
     ]
 
 
-def _measure(maker: AnswerRows, write: Write, objective: nn.Module, batch: Batch) -> Measurement:
+def _measure(
+    config: Config, maker: AnswerRows, all_agree: Callable[[bool], bool], objective: nn.Module, batch: Batch
+) -> Measurement:
     notes = batch.notes or [None] * len(batch.images)
     questions = [[] if note is None else note["_question"] for note in notes]
-    written, loss = write(objective, batch, questions)
+    written, loss = _written_with_loss(config, maker, all_agree, objective, batch, questions)
     predictions = []
     for number, position in enumerate(batch.positions):
         if notes[number] is not None:  # an unusable sample has none
-            words = written[number][: maker.max_answer_tokens]
-            answer = clean_caption(maker.tokenizer.decode(words), full_stop=False)
-            predictions.append({"position": position, "key": batch.keys[number], **notes[number], "answer": answer})
+            about = {"position": position, "key": batch.keys[number], **notes[number]}
+            predictions.append(about | {"answer": answer_text(maker, written[number])})
     return Measurement({"caption_loss": loss, "targets": batch.counts["caption"]}, predictions)
 
 
-def _by_stream(
+def answer_text(maker: AnswerRows, words: Sequence[int]) -> str:
+    """The answer that written token ids are."""
+    return clean_caption(maker.tokenizer.decode(list(words[: maker.max_answer_tokens])), full_stop=False)
+
+
+def _written_with_loss(
     config: Config,
     maker: AnswerRows,
     all_agree: Callable[[bool], bool],
@@ -215,28 +220,49 @@ def _by_stream(
     batch: Batch,
     questions: list[list[int]],
 ) -> tuple[list[list[int]], Tensor]:
-    """Answers of the l2r stream, which reads a question word by word, and the sum of losses."""
-    most = maker.most_read - 1 + maker.max_answer_tokens
-    read = own_words(questions).to(batch.images.device)
-    found = greedy(decoder_of(objective, batch.images), most, all_agree, read)
-    return [words[len(read) :] for words, read in zip(found, questions, strict=True)], objective.score(batch)[
-        "caption"
-    ][0]
-
-
-def _by_language_model(
-    config: Config,
-    maker: AnswerRows,
-    all_agree: Callable[[bool], bool],
-    objective: nn.Module,
-    batch: Batch,
-    questions: list[list[int]],
-) -> tuple[list[list[int]], Tensor]:
-    """Answers of a language model, which reads an image and a question at once, and the sum of losses."""
+    """Answers, and the sum of losses; a language model's image tokens are computed once for both."""
+    if not reads_by_language_model(config):
+        written = by_stream(maker, objective, batch.images, questions, all_agree)
+        return written, objective.score(batch)["caption"][0]
     tokens = objective.net.encode_each_once(batch.images)
-    decoder = decoder_of(objective, batch.images, tokens=tokens, questions=questions)
-    found = most_probable(config.task, decoder, maker.max_answer_tokens, all_agree)
-    return found, objective.score(batch, tokens)["caption"][0]
+    written = by_language_model(config, maker, objective, tokens, questions, all_agree)
+    return written, objective.score(batch, tokens)["caption"][0]
+
+
+def write_answers(
+    config: Config, maker: AnswerRows, objective: nn.Module, images: Tensor, questions: list[list[int]]
+) -> list[list[int]]:
+    """Token ids of the answer to each question, of which ``maker`` gave the ids; images uint8 [B, I, 3, S, S]."""
+    if not reads_by_language_model(config):
+        return by_stream(maker, objective, images, questions)
+    return by_language_model(config, maker, objective, objective.net.encode_each_once(images), questions)
+
+
+def by_stream(
+    maker: AnswerRows,
+    objective: nn.Module,
+    images: Tensor,
+    questions: list[list[int]],
+    all_agree: Callable[[bool], bool] = alone,
+) -> list[list[int]]:
+    """Answers of the l2r stream, which reads a question word by word."""
+    most = maker.most_read - 1 + maker.max_answer_tokens
+    read = own_words(questions).to(images.device)
+    found = greedy(decoder_of(objective, images), most, all_agree, read)
+    return [words[len(read) :] for words, read in zip(found, questions, strict=True)]
+
+
+def by_language_model(
+    config: Config,
+    maker: AnswerRows,
+    objective: nn.Module,
+    tokens: Tensor,
+    questions: list[list[int]],
+    all_agree: Callable[[bool], bool] = alone,
+) -> list[list[int]]:
+    """Answers of a language model, which reads image ``tokens`` and a question at once."""
+    decoder = LanguageDecoder(objective.net, tokens, questions=questions)
+    return most_probable(config.task, decoder, maker.max_answer_tokens, all_agree)
 
 
 def own_words(sequences: Sequence[Sequence[int]]) -> Tensor:

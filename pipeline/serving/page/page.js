@@ -172,17 +172,23 @@ async function wordMaps(text) {
   const found = await (await call("attention", form({ text }))).json();
   if (signal.aborted || !found.words.length) return;
   maps = found;
-  at("caption").replaceChildren();
+  const line = at("caption");
+  let rest = text;
+  line.replaceChildren();
   found.words.forEach((word, number) => {
+    const place = rest.indexOf(word);
+    if (place < 0) return;
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = word;
+    button.dataset.number = number;
     button.setAttribute("aria-label", `${word}: show where it looked`);
     for (const kind of ["pointerenter", "focus", "click"]) button.addEventListener(kind, () => lightWord(number));
     for (const kind of ["pointerleave", "blur"]) button.addEventListener(kind, hideOverlay);
-    const joined = number === 0 || /^[.,;:!?'’)]/.test(word);
-    at("caption").append(joined ? "" : " ", button);
+    line.append(rest.slice(0, place), button);
+    rest = rest.slice(place + word.length);
   });
+  line.append(rest);
   show("hint");
 }
 
@@ -213,7 +219,7 @@ function lightWord(number) {
   context.imageSmoothingQuality = "high";
   context.drawImage(small, left, top, side, side);
   canvas.classList.add("shown");
-  at("caption").querySelectorAll("button").forEach((one, place) => one.classList.toggle("lit", place === number));
+  at("caption").querySelectorAll("button").forEach((one) => one.classList.toggle("lit", one.dataset.number === String(number)));
 }
 
 function drawMerges() {

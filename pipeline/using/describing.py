@@ -1,0 +1,104 @@
+"""Features of images and texts, where words looked in an image, which of its patches became one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention_maps import on_grid, word_attention
+from model.evlgen import EVLGen
+from model.merge_maps import patch_groups
+from model.objectives.captioning import Captioning
+from model.text_states import mean_text_states
+from model.vision.tower import Grid, grid_of
+from pipeline.using.reading import cls_features, read, reads_texts
+from pipeline.using.trained import Trained
+
+
+@torch.no_grad()
+def features_of(trained: Trained, pixels: Tensor | None, texts: Sequence[str]) -> dict[str, Tensor]:
+    """fp32 on the host, of pixels uint8 [B, I, 3, S, S] "tokens" [B, P, W] and "image" [B, W], of texts "text" [B, D],
+    of both "pair" [B, D] where the model has CLS features; raises ValueError for texts without a text tower."""
+    found: dict[str, Tensor] = {}
+    if pixels is not None:
+        tokens = trained.tower_tokens(pixels).float()
+        found |= {"tokens": tokens, "image": tokens.mean(1)}
+    if len(texts):
+        if not reads_texts(trained):
+            raise ValueError(
+                f"a model of objective {trained.run.config.objective.name} has no text tower: its language model reads"
+                " texts behind an image; leave texts out, or use a model of flm, mlm, ar or prefixlm"
+            )
+        found["text"] = mean_text_states(trained.objective.net, read(trained, texts, num_images=1).plan)
+    has_cls = not isinstance(trained.objective, Captioning) and trained.num_images == 1
+    if pixels is not None and len(texts) and has_cls:
+        features = cls_features(trained, trained.encode(pixels), texts)
+        found["pair"] = trained.objective.net.pooler(features).float()
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def no_features(trained: Trained) -> dict[str, np.ndarray]:
+    """Those of no images."""
+    tower = trained.objective.net.vision
+    num_tokens = trained.num_images * tower.num_tokens
+    shapes = {"tokens": (0, num_tokens, tower.width), "image": (0, tower.width)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def attention_of(trained: Trained, pixels: Tensor, text: str) -> tuple[list[str], np.ndarray]:
+    """The words of a text and where each looked in its image, fp32 [words, rows, columns], the mean over heads, top
+    layers and its tokens; of a captioner, where it looked to write the word."""
+    if not reads_texts(trained) or trained.num_images > 1:
+        why = f"judges {trained.num_images} images together" if reads_texts(trained) else "reads images as words"
+        raise ValueError(f"no attention of words over an image: this model {why}; use one of flm, mlm, ar or prefixlm")
+    grid = _grid(trained)
+    batch = read(trained, [text])
+    batch.images = pixels.to(trained.device)
+    found = on_grid(word_attention(trained.objective.net, batch)[0].float(), grid).cpu()
+    shift = int(isinstance(trained.objective, Captioning))  # a word is predicted from the state before it
+    ids, tokenizer = batch.plan.text[0, : int(batch.plan.lengths[0])].tolist(), trained.run.tokenizer
+    words, maps = [], []
+    for places in _by_word(ids, tokenizer.vocabulary):
+        word = tokenizer.decode([ids[place] for place in places])
+        looked = [found[place - shift] for place in places if found[place - shift].any()]
+        if word and looked:
+            words.append(word)
+            maps.append(torch.stack(looked).mean(0))
+    return words, torch.stack(maps).numpy() if maps else np.zeros((0, grid.height, grid.width), np.float32)
+
+
+def merges_of(trained: Trained, pixels: Tensor) -> np.ndarray:
+    """int64 [rows, columns]: in which token each patch of the image, uint8 [1, I, 3, S, S], ended."""
+    net = trained.objective.net
+    if not isinstance(net, EVLGen) or not net.connector.merges:
+        raise ValueError(
+            "this model merges no patches; use one of objective evlgen with model.connector.name tomeformer or tome"
+        )
+    grid = _grid(trained)
+    cells, _ = patch_groups(net, pixels.to(trained.device), grid)[-1]
+    return cells.view(grid.height, grid.width).cpu().numpy()
+
+
+def _grid(trained: Trained) -> Grid:
+    grid = grid_of(trained.objective.net.vision)
+    if grid is None:
+        name = trained.run.config.model.vision.name
+        raise ValueError(f"where the tokens of the vision tower {name} stand in the image is not known: no map of it")
+    return grid
+
+
+def _by_word(ids: Sequence[int], vocabulary: object) -> list[list[int]]:
+    """Places of the tokens of each word, special tokens left out; every token by itself where nothing marks words."""
+    found: list[list[int]] = []
+    starts = vocabulary.word_starts
+    for place, token in enumerate(ids):
+        if token in vocabulary.special_ids or token >= vocabulary.size:
+            continue
+        if found and starts and not starts[token]:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found

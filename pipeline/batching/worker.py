@@ -15,7 +15,7 @@ from pipeline.batching.metrics import Metrics
 from pipeline.batching.model import Abilities, Model, abilities_of
 
 LOG = logging.getLogger("pipeline.serving")
-BACKGROUND_SECONDS = 1.0  # the index goes on at least so often while requests wait
+BACKGROUND_PAUSES = 4  # while others wait, the background rests so many times as long as its last step took
 Batch = Callable[[Model, Sequence[Any]], Sequence[Any]]
 
 
@@ -71,7 +71,7 @@ class Worker:
         self._requests: deque[_Request] = deque()
         self._streams: list[Stream] = []
         self._background: Stream | None = None
-        self._background_ran = 0.0
+        self._background_until = 0.0  # it rests
         self._changed = threading.Condition()
         self._is_ended = False
         self._thread: threading.Thread | None = None
@@ -168,9 +168,10 @@ class Worker:
             one.answer.set_result(answer)
 
     def _advance_background(self, model: Model) -> None:
-        busy = self._requests or self._streams
-        if self._background is None or busy and time.monotonic() - self._background_ran < BACKGROUND_SECONDS:
+        began = time.monotonic()
+        if self._background is None or (self._requests or self._streams) and began < self._background_until:
             return
         if not self._background.step(model):
             self._background = None
-        self._background_ran = time.monotonic()
+        ended = time.monotonic()
+        self._background_until = ended + BACKGROUND_PAUSES * (ended - began)

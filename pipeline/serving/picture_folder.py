@@ -8,7 +8,8 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from pipeline.serving.uploads import Limits, decode
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 MAX_PICTURES = 100_000
-PICTURES_AT_ONCE = 32  # a request waits for so many at most
+MOST_AT_ONCE = 32  # pictures that are indexed in a step
+STEP_SECONDS = 0.5  # that a step takes about, as a request may wait for it
 SIZES = {"small": 320, "large": 1024}  # longer side of what is shown, px
 
 
@@ -61,22 +63,29 @@ class PictureFolder:
         with self._lock:
             self._total = len(names)
         yield
-        for begin in range(0, len(names), PICTURES_AT_ONCE):
-            pictures: list[tuple[str, Image.Image]] = []
-            for name in names[begin : begin + PICTURES_AT_ONCE]:
-                try:
-                    pictures.append((name, decode(self._read(name), self._limits.pixels)))
-                except (HTTPException, OSError):
-                    with self._lock:
-                        self._refused += 1
-            if pictures:
-                index = model.index([image for _, image in pictures])
-                with self._lock:
-                    self._parts.append((len(self._names), index))
-                    self._names += [name for name, _ in pictures]
+        begin, count = 0, 4
+        while begin < len(names):
+            began = time.monotonic()
+            self._index(model, names[begin : begin + count])
+            begin, seconds = begin + count, time.monotonic() - began
+            count = max(1, count // 2) if seconds > STEP_SECONDS else min(2 * count, MOST_AT_ONCE)
             yield
         with self._lock:
             self._is_done = True
+
+    def _index(self, model: Model, names: Sequence[str]) -> None:
+        pictures: list[tuple[str, Image.Image]] = []
+        for name in names:
+            try:
+                pictures.append((name, decode(self._read(name), self._limits.pixels)))
+            except (HTTPException, OSError):
+                with self._lock:
+                    self._refused += 1
+        if pictures:
+            index = model.index([image for _, image in pictures])
+            with self._lock:
+                self._parts.append((len(self._names), index))
+                self._names += [name for name, _ in pictures]
 
     def searching(self, text: str, top: int) -> Iterator[list[Found]]:
         """The ``top`` best of what has been looked through, more with each step."""

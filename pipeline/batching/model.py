@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,6 @@ class Index(Protocol):
 class Model(Protocol):
     """A trained model. A question it can't be asked is a ValueError of one line."""
 
-    abilities: frozenset[str]  # of "caption", "answer", "match", "features"
     name: str
     task: str
     objective: str
@@ -73,7 +72,8 @@ class Abilities:
 
 
 def abilities_of(model: Model) -> Abilities:
-    """Asks the model where its ``abilities`` do not say: by a grey picture, which makes the first call the slow one."""
+    """What the model can do with single pictures: it is asked everything about a grey one, which makes that first call
+    the slow one. Raises ValueError if it can do nothing."""
     grey = Image.new("RGB", (64, 64), "grey")
 
     def is_able(ask: Callable[[], object]) -> bool:
@@ -83,12 +83,16 @@ def abilities_of(model: Model) -> Abilities:
             return False
         return True
 
-    can_match = "match" in model.abilities
-    return Abilities(
-        caption="caption" in model.abilities and is_able(lambda: model.caption([grey], max_tokens=2)),
-        answer="answer" in model.abilities,
-        match=can_match,
-        search=can_match and is_able(lambda: model.index([grey]).search("a picture", 1)),
+    found = Abilities(
+        caption=is_able(lambda: model.caption([grey], max_tokens=2)),
+        answer=is_able(lambda: model.answer([grey], ["what is this"])),
+        match=is_able(lambda: model.match([grey], ["a picture"])),
+        search=is_able(lambda: model.index([grey]).search("a picture", 1)),
         attention=is_able(lambda: model.attention(grey, "a picture")),
         merges=is_able(lambda: model.merges(grey)),
     )
+    if not any(astuple(found)):
+        raise ValueError(
+            f"{model.name}, task {model.task}: this model says nothing of single pictures; serve one that captions"
+        )
+    return found

@@ -10,7 +10,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -23,6 +23,7 @@ from tests.forked_command import Forked, fork
 from tests.pipeline.serving import fake_model
 
 BOUNDARY = "a-boundary"
+Main = Callable[[list[str]], int]
 
 
 class Served:
@@ -90,14 +91,19 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *options: str, environment: Mapping[str, str] = {}, ready: bool = True) -> Iterator[Served]:
-    """A server of ``folder`` on a free port, as soon as it is ``ready``, in a fork of this process."""
+def served(
+    folder: Path, *options: str, environment: Mapping[str, str] = {}, ready: bool = True, main: Main = fake_model.main
+) -> Iterator[Served]:
+    """A server of ``folder`` on a free port, as soon as it is ``ready``, in a fork of this process.
+
+    ``main`` is the program, by default with the fake model.
+    """
     arguments = [str(folder), "--port", "0", *options]
     output, into = os.pipe()
 
     def run() -> int:
         os.environ.update(environment)
-        return fake_model.main(arguments)
+        return main(arguments)
 
     process = Forked(arguments, fork(run, into, into))
     os.close(into)
@@ -109,7 +115,7 @@ def served(folder: Path, *options: str, environment: Mapping[str, str] = {}, rea
             assert found, line + printed.read()
             one.port = int(found[1])
             if ready:
-                assert "serving a fake model at" in (line := one.read_line()), line + printed.read()
+                assert "serving " in (line := one.read_line()), line + printed.read()
             yield one
         finally:
             process.send_signal(signal.SIGKILL)

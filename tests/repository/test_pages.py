@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "checkpoints", "data")))
 PAGES += tuple(f"docs/{name}.md" for name in ("faults", "incidents", "launchers", "machines", "resume", "runbook"))
-PAGES += tuple(f"docs/{name}.md" for name in ("scale", "scaling", "security", "speedrun"))
+PAGES += tuple(f"docs/{name}.md" for name in ("scale", "scaling", "security", "serve", "speedrun"))
 
 
 def named_files(text: str) -> list[str]:

@@ -87,7 +87,8 @@ class Server:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
         def loaded(error: Exception | None) -> None:
-            loop.call_soon_threadsafe(self._loaded, error, address, told)
+            with contextlib.suppress(RuntimeError):  # ended meanwhile
+                loop.call_soon_threadsafe(self._loaded, error, address, told)
 
         print(f"loading; {address}health says when it is done", flush=True)
         self._service.worker.start(self._load, loaded)
@@ -101,7 +102,6 @@ class Server:
     def _told(self, told: asyncio.Event) -> None:
         if told.is_set():  # twice: at once
             self._server.should_exit = self._server.force_exit = True
-            self._service.uploads.taken = 0
         self._service.state = "ending"
         told.set()
 
@@ -121,7 +121,7 @@ class Server:
         """Until all that was taken in is answered, no longer than one request may take."""
         self._service.state = "ending"
         until = time.monotonic() + self._service.limits.seconds
-        while self._service.uploads.taken and time.monotonic() < until:
+        while self._service.uploads.taken and time.monotonic() < until and not self._server.force_exit:
             await asyncio.sleep(0.02)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from fastapi import HTTPException
@@ -56,7 +57,12 @@ class Service:
     async def values(self, request: Request, open_values: Callable[[Model], Iterator[Any]]) -> AsyncIterator[Any]:
         """What a stream of the model gives, as it comes. Raises as ``ask`` does."""
         loop, received = asyncio.get_running_loop(), asyncio.Queue()
-        stream = Stream(open_values, lambda value: loop.call_soon_threadsafe(received.put_nowait, value))
+
+        def give(value: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed, so the server is ending
+                loop.call_soon_threadsafe(received.put_nowait, value)
+
+        stream = Stream(open_values, give)
         self.worker.add_stream(stream)
         deadline = time.monotonic() + self.limits.seconds
         try:

@@ -114,7 +114,7 @@ class Uploads:
     async def read_body(self, request: Request, most: int = MAX_TEXT_BYTES) -> bytes:
         """The whole body of at most ``most`` bytes; never holds more. Raises HTTPException as ``read`` does."""
         announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > most:
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > most):
             raise self._too_large(most)
         body = bytearray()
         try:

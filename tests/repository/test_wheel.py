@@ -13,7 +13,13 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("model", "data_prep", "pipeline")
-DATA = ("pipeline/recipes", "pipeline/reporting/templates", "data_prep/reporting/templates", "pipeline/ds_configs", "pipeline/serving/page")
+DATA = (
+    "pipeline/recipes",
+    "pipeline/reporting/templates",
+    "data_prep/reporting/templates",
+    "pipeline/ds_configs",
+    "pipeline/serving/page",
+)
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
 

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 from PIL import Image
@@ -29,7 +30,7 @@ Main = Callable[[list[str]], int]
 class Served:
     """A running server."""
 
-    def __init__(self, process: Forked, printed: TextIO) -> None:
+    def __init__(self, process: Forked, printed: RawIOBase) -> None:
         self.process, self.printed, self.port = process, printed, 0
 
     def get(self, path: str, headers: Mapping[str, str] = {}) -> tuple[int, bytes]:
@@ -76,14 +77,23 @@ class Served:
             time.sleep(0.02)
 
     def read_line(self, seconds: float = 60) -> str:
-        assert select.select([self.printed], [], [], seconds)[0], f"nothing printed within {seconds} s"
-        return self.printed.readline()
+        """The next line that was printed; "" at the end. Byte by byte, as nothing may wait unseen in a buffer."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self.printed], [], [], seconds)[0], f"after {seconds} s only {line!r} was printed"
+            if not (byte := self.printed.read(1)):
+                break
+            line += byte
+        return line.decode()
+
+    def read_rest(self) -> str:
+        return self.printed.read().decode()
 
     def end(self, number: int = signal.SIGTERM, seconds: float = 20) -> tuple[int, str]:
         """Send a signal; the exit code and what was printed since."""
         self.process.send_signal(number)
         code = self.process.wait(seconds)
-        return code, self.printed.read()
+        return code, self.read_rest()
 
     def memory_bytes(self) -> int:
         """Resident now."""
@@ -107,15 +117,15 @@ def served(
 
     process = Forked(arguments, fork(run, into, into))
     os.close(into)
-    with os.fdopen(output) as printed:
+    with os.fdopen(output, "rb", buffering=0) as printed:
         one = Served(process, printed)
         try:
             line = one.read_line()
             found = re.search(r"\d\.\d:(\d+)/", line)
-            assert found, line + printed.read()
+            assert found, line + one.read_rest()
             one.port = int(found[1])
             if ready:
-                assert "serving " in (line := one.read_line()), line + printed.read()
+                assert "serving " in (line := one.read_line()), line + one.read_rest()
             yield one
         finally:
             process.send_signal(signal.SIGKILL)

@@ -27,6 +27,11 @@ def test_health_is_bad_until_the_model_is_loaded(tmp_path: Path) -> None:
         assert server.send("POST", "/caption", picture(), IMAGE)[0] == 200
 
 
+def test_a_signal_while_it_loads_ends_it(tmp_path: Path) -> None:
+    with served(tmp_path, environment={"SECONDS_TO_LOAD": "1"}, ready=False) as server:
+        assert server.end() == (0, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_what_runs_and_refuses_what_is_new(tmp_path: Path, number: int) -> None:
     found: list[tuple[int, bytes]] = []
@@ -37,7 +42,7 @@ def test_a_signal_finishes_what_runs_and_refuses_what_is_new(tmp_path: Path, num
         server.process.send_signal(number)
         server_is_ending(server)
         assert server.send("POST", "/caption", picture(), IMAGE)[0] == 503
-        code, printed = server.process.wait(20), server.printed.read()
+        code, printed = server.process.wait(20), server.read_rest()
         asking.join(20)
     assert code == 0 and printed == ""
     assert found[0][0] == 200 and json.loads(found[0][1])["caption"].startswith("a red thing")

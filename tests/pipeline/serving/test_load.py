@@ -59,7 +59,7 @@ def test_a_request_that_waits_too_long_is_told_so(tmp_path: Path) -> None:
 
 def test_who_went_away_is_not_answered(tmp_path: Path) -> None:
     options = "--batch-size 1".split()
-    with served(tmp_path, *options, environment={"SECONDS_A_CALL": "0.5"}) as server:
+    with served(tmp_path, *options, environment={"SECONDS_A_CALL": "2"}) as server:
         head = (
             f"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(picture())}"
         )

@@ -111,8 +111,8 @@ def rejected_line(rejection: Rejection, again: dict[str, Any] | None = None) -> 
 class SplitWriter:
     """Context manager that writes a split into a hidden folder and renames it to ``split_dir`` when it is complete.
 
-    An exception (Ctrl-C included) removes the hidden folder and leaves ``split_dir`` as it was. Raises PrepError when
-    ``split_dir`` holds a finished split and ``overwrite`` is not given.
+    An exception (Ctrl-C included) removes what was made, empty folders above it too, and leaves ``split_dir`` as it
+    was. Raises PrepError when ``split_dir`` holds a finished split and ``overwrite`` is not given.
     """
 
     def __init__(
@@ -138,11 +138,12 @@ class SplitWriter:
         self.folder = self._split_dir.parent / f".{self._split_dir.name}.{os.getpid()}.part"
 
     def __enter__(self) -> SplitWriter:
+        self._new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True)
         try:
             self._written = ShardFolder(self.folder, **self._kind)
         except OSError:
-            self.folder.rmdir()
+            self._remove()
             raise
         return self
 
@@ -183,7 +184,13 @@ class SplitWriter:
         finally:
             if not complete:
                 self._written.abandon()
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for above in self._new[1:]:
+            with contextlib.suppress(OSError):  # others have begun to write there
+                above.rmdir()
 
     def _finish(self) -> None:
         self._written.close()

@@ -15,6 +15,8 @@ MODULES = {
     "convert": "pipeline.convert",
     "features": "pipeline.features",
     "status": "pipeline.status",
+    "export": "pipeline.export",
+    "serve": "pipeline.serve",
 }
 
 
@@ -23,6 +25,6 @@ def start(module: str) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-train, data, evaluate, generate, report, plan, convert, features, status = (
+train, data, evaluate, generate, report, plan, convert, features, status, export, serve = (
     partial(start, module) for module in MODULES.values()
 )

@@ -20,9 +20,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: not pipeline/, whose names shadow others
 
 from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once  # noqa: E402
+from pipeline.host.keyboard import keep_launcher_from_keys  # noqa: E402
+from pipeline.host.threads import wait_briefly  # noqa: E402
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds to import
+    keep_launcher_from_keys()
+    wait_briefly()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
@@ -38,7 +42,7 @@ from pipeline.distributed.places import Place, discover  # noqa: E402
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code, but on several ranks, where the process ends with it."""
-    stop = StopRequest().listen(at_once=True)
+    stop = StopRequest(ends="after this batch").listen(at_once=True)
     place = None
     try:
         place = discover(os.environ)
@@ -80,6 +84,7 @@ class _Work:
         self.stop.poll_from_here()
         values = carry_out(self._evaluation)
         if values is None:
+            ranks.say("stopped; the same command goes on", error=True)
             return EXIT_REQUEUE
         ranks.say(json.dumps({name: round(value, 6) for name, value in values.items()}, indent=1))
         subject = self._evaluation.subject
@@ -113,9 +118,9 @@ def _alone(work: _Work, place: Place) -> int:
 
 def _together(work: _Work, place: Place) -> int:
     from pipeline.distributed.connecting import connect_ranks
-    from pipeline.distributed.host_cores import share_cores
     from pipeline.distributed.rendezvous import MEETING_SECONDS, SILENCE, meet
     from pipeline.distributed.watch import Watch
+    from pipeline.host.threads import share_cores
 
     outlive_readers()
     meeting = meet(place)
@@ -125,8 +130,7 @@ def _together(work: _Work, place: Place) -> int:
         watch.wait_for_all(MEETING_SECONDS)
         device = _device("cpu") if work.device == "cpu" else None
         ranks = connect_ranks(place, work.stop, meeting, watch.own_address, SILENCE, device)
-        if line := share_cores(ranks.agreement):
-            ranks.say(line, error=True)
+        ranks.say("\n".join(share_cores(ranks.agreement).lines), error=True)
         code = work.do(ranks, meeting.store)
     except BaseException as error:  # said, and the process ended: the other ranks would wait for this one for ever
         work.stop.ignore()  # a launcher signals the ranks that are left

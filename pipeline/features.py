@@ -12,12 +12,17 @@ Exit codes: 0 done, 2 configuration, 75 told to stop.
 from __future__ import annotations
 
 from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once
+from pipeline.host.keyboard import keep_launcher_from_keys
+from pipeline.host.threads import wait_briefly
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds to import
+    keep_launcher_from_keys()
+    wait_briefly()
 
 import argparse  # noqa: E402
 import os  # noqa: E402
+import sys  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -36,7 +41,7 @@ from pipeline.stored_features.writing import open_tower, unwritten, write_shard 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments, words = _parser().parse_known_args(argv)
-    stop = StopRequest().listen(at_once=True)
+    stop = StopRequest(ends="after this shard").listen(at_once=True)
     try:
         return _write(arguments, words, stop)
     except BrokenPipeError:
@@ -64,6 +69,8 @@ def _write(arguments: argparse.Namespace, words: list[str], stop: StopRequest) -
     done = 0
     for shard in mine:
         if stop.requested:
+            if place.is_main:
+                print("stopped; the same command goes on", file=sys.stderr)
             return EXIT_REQUEUE
         write_shard(shard, config, tower, device, arguments.batch_size or _batch_size(device))
         done += shard.samples

@@ -1,7 +1,9 @@
 """Captions images with the model of a run.
 
-    python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file
+    python -m pipeline.generate --run RUN IMAGE...                           one caption per image, or video, file; of
+                                                                             folders all that are in them
     python -m pipeline.generate --run RUN --data DIR --split dev --samples N   held-out samples, scored, for the report
+    python -m pipeline.generate --run RUN --data DIR --split test --results FILE   all captions, in COCO's results form
 
 Models that predict from left to right (flm, ar, prefixlm, and all that were fine-tuned on captioning) write word by
 word; pretrained mlm models by Mask-Predict, which tries each of the ``--lengths``.
@@ -12,9 +14,11 @@ Exit codes: 0 done, 2 nothing to caption or a wrong command line, 75 told to sto
 from __future__ import annotations
 
 from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once
+from pipeline.host.threads import wait_briefly
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds to import
+    wait_briefly()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
@@ -23,14 +27,15 @@ from collections.abc import Iterator  # noqa: E402
 from itertools import takewhile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import torch  # noqa: E402
-
 from data_prep.program import run_program  # noqa: E402
 from pipeline.checkpoint.files import run_of  # noqa: E402
 from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
 from pipeline.data.shard_reader import open_corpora  # noqa: E402
 from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
+from pipeline.pictures.folders import CLIPS, PICTURES, files_of  # noqa: E402
+from pipeline.reporting.formats import spoken  # noqa: E402
+from pipeline.tasks.caption_scores import in_words  # noqa: E402
 from pipeline.tasks.captioning import (  # noqa: E402
     SAMPLES_NAME,
     Captioner,
@@ -40,8 +45,12 @@ from pipeline.tasks.captioning import (  # noqa: E402
     items_of_corpora,
     items_of_files,
     load_captioner,
+    write_results,
     write_samples,
 )
+from pipeline.using.trained import usable_device  # noqa: E402
+
+DEFAULT_SAMPLES = 256
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     if bool(arguments.images) == bool(arguments.data):
         print("error: give image files or --data DIR, one of the two", file=sys.stderr)
         return 2
-    stop = StopRequest().listen(at_once=True)
+    if arguments.results and not arguments.data:
+        print(
+            "error: --results is for --data DIR; of image files --json --output FILE writes the captions",
+            file=sys.stderr,
+        )
+        return 2
+    stop = StopRequest(ends="after the images that were read").listen(at_once=True)
     try:
         return _caption(arguments, stop)
     except BrokenPipeError:
@@ -67,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
     captioner = load_captioner(
         arguments.run,
-        _device(arguments.device),
+        usable_device(arguments.device, "--device"),
         arguments.beams,
         arguments.max_tokens,
         arguments.prompt,
@@ -77,6 +92,8 @@ def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
     stop.poll_from_here()
     done = (_caption_split if arguments.data else _caption_files)(arguments, captioner, stop)
     if stop.requested:
+        done = "what was printed is done" if arguments.images else "nothing is written"
+        print(f"stopped: {done}; the same command begins anew", file=sys.stderr)
         return EXIT_REQUEUE
     if not done:
         print("error: no usable image", file=sys.stderr)
@@ -87,15 +104,6 @@ def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
 def _until_stopped(items: Iterator[Item], stop: StopRequest) -> Iterator[Item]:
     """No more items once told to stop: those that were read are captioned."""
     return takewhile(lambda _: not stop.requested, items)
-
-
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device that is not here
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"--device {name}: not usable here ({reason}); cpu always is") from None
 
 
 def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:
@@ -110,7 +118,8 @@ def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:
 
 
 def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
-    items = _until_stopped(items_of_files(arguments.images, captioner), stop)
+    files = files_of(arguments.images, PICTURES if captioner.pictures.num_frames is None else CLIPS)
+    items = _until_stopped(items_of_files(files, captioner), stop)
     stream = open(arguments.output, "w", encoding="utf-8") if arguments.output else sys.stdout  # noqa: SIM115
     count = 0
     try:
@@ -127,7 +136,8 @@ def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: St
 def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
     """How many samples were captioned; where it was told to stop, nothing is written of them."""
     corpora = open_corpora(arguments.data, arguments.split, videos=captioner.pictures.num_frames is not None)
-    items = _until_stopped(items_of_corpora(corpora, arguments.samples, captioner), stop)
+    count = arguments.samples or (sum(map(len, corpora)) if arguments.results else DEFAULT_SAMPLES)
+    items = _until_stopped(items_of_corpora(corpora, count, captioner), stop)
     captioned = list(caption_items(captioner, items, arguments.batch_size))
     if stop.requested or not captioned:
         return 0
@@ -136,13 +146,17 @@ def _caption_split(arguments: argparse.Namespace, captioner: Captioner, stop: St
     protocol = f"{captioner.search}, {len(captioned)} {kind} of {names}, checkpoint {captioner.checkpoint.name}."
     path = arguments.output or run_of(captioner.checkpoint) / SAMPLES_NAME
     summary = write_samples(path, captioned, arguments.shown, protocol)
+    if arguments.results:
+        write_results(arguments.results, captioned)
     if arguments.json:
-        print(json.dumps({"protocol": protocol, **summary}))
+        print(json.dumps({"protocol": protocol, "scoring": summary.protocol, **summary.values}))
     else:
-        print(protocol)
-        for name, value in summary.items():
-            print(f"  {name.replace('_', ' ')}: {f'{100 * value:.1f} %' if isinstance(value, float) else value}")
+        print(" ".join(filter(None, [protocol, summary.protocol])))
+        for name, value in summary.values.items():
+            print(f"  {spoken(name)}: {in_words(name, value)}")
         print(path)
+        if arguments.results:
+            print(arguments.results)
     return len(captioned)
 
 
@@ -150,14 +164,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.generate", description="Caption images with the model of a run.", allow_abbrev=False
     )
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files to caption, or video files")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="images or videos to caption, or folders")
     parser.add_argument("--run", type=Path, required=True, help="run folder, or one of its checkpoint folders")
     parser.add_argument("--data", nargs="+", metavar="DIR", help="caption prepared samples instead of image files")
     parser.add_argument("--split", default="dev", help="split to take them from (default: dev)")
     parser.add_argument(
-        "--samples", type=whole_number(), default=256, help="how many, over the whole split (default: 256)"
+        "--samples",
+        type=whole_number(),
+        metavar="N",
+        help=f"how many, over the whole split (default: {DEFAULT_SAMPLES}, with --results all)",
     )
     parser.add_argument("--shown", type=whole_number(), default=24, help="how many the report shows (default: 24)")
+    results_help = "also write all captions there, as COCO's results files are: image_id and caption of each"
+    parser.add_argument("--results", type=Path, metavar="FILE", help=results_help)
     beams_help = "beam search of this width; 1 is greedy (default, but for runs of captioning: as their options say)"
     parser.add_argument("--beams", type=whole_number(), help=beams_help)
     nucleus_help = "sample each word from the most probable ones that hold TOP_P of the probability (1: from all)"

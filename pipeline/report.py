@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from data_prep.program import run_program
-from pipeline.reporting.comparison import COMPARISON_NAME, write_comparison
-from pipeline.reporting.page import ReportError, write_report
+from pipeline.comparing.page import COMPARISON_NAME, write_comparison
+from pipeline.reporting.page import write_report
+from pipeline.reporting.reading import ReportError
 from pipeline.reporting.scores import table_of_scores
 
 

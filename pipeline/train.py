@@ -10,12 +10,18 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: not pipeline/, whose names shadow others
 
 from pipeline.distributed.preempt import Stopped, StopRequest, end_at_once  # noqa: E402
+from pipeline.host.keyboard import keep_launcher_from_keys  # noqa: E402
+from pipeline.host.threads import BusyCores, share_cores, wait_briefly  # noqa: E402
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds to import
+    keep_launcher_from_keys()
+    wait_briefly()
 
 import faulthandler  # noqa: E402
 import os  # noqa: E402
+import shutil  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -70,6 +76,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     Raises:
         ValueError: the ranks do not meet.
     """
+    busy = BusyCores()
     import torch
 
     if not torch.cuda.is_available():
@@ -80,6 +87,7 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
     from pipeline.distributed.rendezvous import MEETING_SECONDS, meet
     from pipeline.distributed.watch import Watch
 
+    is_new = place.is_main and not launch.output.exists()
     faulthandler.enable()  # an abort inside a library, as NCCL's after a timeout, shows where every thread is
     meeting = meet(place)
     watch = Watch(place, meeting.store, meeting.address)
@@ -93,7 +101,6 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         if place.world_size > 1 or not (sys.stdin and sys.stdin.isatty()):  # somebody may sit at a debugger
             heartbeats.start()
         from pipeline.distributed.connecting import connect_ranks
-        from pipeline.distributed.host_cores import share_cores
         from pipeline.finetuning.table import task_of
         from pipeline.training.loop import train
         from pipeline.training.session import resolve_ds_config, set_up
@@ -104,8 +111,10 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         if place.world_size > 1:
             check_prepared(launch)
         ranks.say(describe(launch))
-        if line := share_cores(ranks.agreement):
-            ranks.say(line)
+        workers = launch.config.data.num_workers if ranks.device.type == "cuda" else 0
+        threads = share_cores(ranks.agreement, busy, workers)
+        ranks.say("\n".join(threads.lines))
+        ranks = replace(ranks, threads=threads._asdict())
         prepared = set_up(launch, ds_config, task or task_of(launch.config), ranks)
         stop.poll_from_here()
         session, prepared.pulse = prepared, pulse
@@ -113,6 +122,8 @@ def run(launch: Launch, place: Place, stop: StopRequest, task: Any = None) -> in
         code = train(session)
     except BaseException as error:  # said, and the process ended: the other ranks would wait for this one for ever
         stop.ignore()  # a launcher signals the ranks that are left
+        if is_new and isinstance(error, Stopped) and error.by_keyboard:
+            shutil.rmtree(launch.output, ignore_errors=True)  # nobody asks it how this attempt ended
         known = None if session is None else session.batches.failure(error)
         watch.end_by(known or error, setting_up=session is None)
     watch.finish(code, ranks.agreement.wait, session.reason)

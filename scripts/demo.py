@@ -28,8 +28,8 @@ sys.path[0] = str(ROOT)
 from data_prep.parallel import default_workers  # noqa: E402
 from pipeline.distributed.launching import launched_ranks  # noqa: E402
 from pipeline.recording.run_log import LOG_NAME, read_log  # noqa: E402
+from pipeline.reporting.formats import number as as_text  # noqa: E402
 from pipeline.reporting.page import held_out_rows  # noqa: E402
-from pipeline.reporting.page import number as as_text  # noqa: E402
 
 PYTHON = "python"  # in printed commands; they are run by the interpreter of this file
 

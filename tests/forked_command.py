@@ -131,8 +131,6 @@ def fork(function: Callable[[], int | None], out: int | None = None, error: int 
 def warm() -> None:
     """Imports here, once for every fork, what a training loads."""
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler
-    import matplotlib.backends.backend_svg
-    import matplotlib.figure  # noqa: F401
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     import pipeline.training.loop  # noqa: F401

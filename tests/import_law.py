@@ -41,7 +41,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "repairing": ("border", "splits", "checks"),
         "reporting": ("border", "images", "video", "splits", "checks"),
         "tokenizer": ("border", "splits", "checks"),
-        "options": ("border", "splits", "video", "annotations", "sources", "downloading", "stores"),
+        "options": ("border", "splits", "video", "annotations", "sources", "downloading", "stores", "uploads"),
         "upkeep": ("border", "splits", "stores", "uploads", "checks", "similar", "repairing", "reporting", "options"),
         "verbs": (
             *("border", "video", "splits", "annotations", "video_sets", "sources", "downloading", "drawn", "foreign"),
@@ -50,20 +50,25 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("border", "splits", "video", "stores.failures", "verbs.table"),
     },
     "pipeline": {
-        "config": (),
+        "exported": (),
+        "config": ("exported",),
         "metrics": (),
         "planning": ("config",),
         "distributed": ("config",),
+        "host": ("distributed",),
         "data": ("config",),
-        "checkpoint": ("config", "distributed"),
+        "checkpoint": ("config", "distributed", "exported"),
         "cluster": ("config", "distributed", "checkpoint.folders", "recording.run_log"),
         "staging": ("config", "distributed", "data"),
         "incidents": ("config", "checkpoint"),
         "engine": ("config", "distributed", "checkpoint", "incidents"),
         "recording": (),
-        "reporting": ("config", "incidents", "recording"),
+        "reporting": (
+            *("config", "incidents", "recording", "cluster.restarts", "cluster.last_words", "distributed.endings"),
+        ),
+        "comparing": ("config", "recording", "reporting", "checkpoint.folders"),
         "language_weights": (),
-        "weights": ("config", "distributed", "data", "checkpoint", "language_weights"),
+        "weights": ("config", "distributed", "data", "checkpoint", "language_weights", "exported"),
         "stored_features": ("config", "distributed", "data", "checkpoint.files", "weights.sources"),
         "pictures": ("config", "data"),
         "loading": ("config", "distributed", "data", "recording", "stored_features", "pictures"),
@@ -71,7 +76,10 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "finetuning": ("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "tasks"),
         "scoring": (
             *("config", "metrics", "distributed", "data", "checkpoint", "weights", "loading", "recording", "tasks"),
-            *("finetuning", "stored_features", "pictures"),
+            *("finetuning", "stored_features", "pictures", "exported"),
+        ),
+        "exporting": (
+            *("config", "data", "checkpoint", "exported", "weights", "loading", "pictures", "tasks", "finetuning"),
         ),
         "batching": (),
         "serving": ("config", "batching"),
@@ -82,8 +90,8 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
-            *("reporting", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring", "cluster"),
-            *("planning", "using", "batching", "serving"),
+            *("reporting", "comparing", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring"),
+            *("cluster", "planning", "host", "pictures", "exporting", "using", "batching", "serving"),
         ),
     },
     "openflm": {"door": ()},
@@ -96,7 +104,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "networks": (
             *("towers", "flm", "one_stream", "evlgen", "qformer", "flops", "attention_maps", "merge_maps"),
-            "text_states",
+            *("text_states", "language_attention"),
         ),
         "programs": ("build",),
     },
@@ -114,7 +122,7 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "programs": tuple(
-            "train evaluate generate features replay report convert census plan serve restart status health".split()
+            "train evaluate generate features replay report convert export census plan serve restart status health".split()
         )
     },
     "openflm": {"door": ("commands",)},

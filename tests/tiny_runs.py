@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -30,9 +32,9 @@ model:
 objective: {{name: evlgen}}
 """
 LEFT = {"tomeformer": 7, "tome": 7}  # tokens that merging leaves; others make 4
-READS = 'tokenizer: "{data}/tokenizer", '
-DATA = 'data: {{paths: ["{data}/SET"], READSmax_text_length: LENGTH, fast_decode: false, num_workers: 0FRAMES}}\n'
 CONNECTORS = ("tomeformer", "tome", "qformer", "perceiver", "pooling", "pixel_shuffle")
+RELEASED = TOWERS.replace("model:\n", "model:\n  behaviour: released\n")
+FIRST_STAGE = LANGUAGE.replace("CONNECTOR", "qformer").split("  language")[0] + "objective: {{name: qformer_stage1}}\n"
 KINDS = {  # kind -> (model, objective, task, set of data)
     **{name: (TOWERS, f"{{{{name: {name}}}}}", "{{name: pretraining}}", "captions") for name in ("flm", "mlm", "ar")},
     "prefixlm": (TOWERS, "{{name: prefixlm}}", "{{name: pretraining}}", "captions"),
@@ -43,6 +45,9 @@ KINDS = {  # kind -> (model, objective, task, set of data)
     "snli_ve": (TOWERS, "{{name: flm}}", "{{name: snli_ve}}", "snli_ve"),
     "retrieval": (TOWERS, "{{name: flm}}", "{{name: retrieval}}", "captions"),
     **{f"evlgen_{name}": (LANGUAGE.replace("CONNECTOR", name), "", "", "captions") for name in CONNECTORS},
+    "flm_released": (RELEASED, "{{name: flm}}", "{{name: pretraining}}", "captions"),
+    "captioning_released": (RELEASED, "{{name: flm}}", "{{name: captioning, max_tokens: 12}}", "captions"),
+    "qformer_stage1": (FIRST_STAGE, "", "", "captions"),
     "evlgen_vqa": (LANGUAGE.replace("CONNECTOR", "tome"), "", "{{name: okvqa, max_answer_tokens: 4}}", "vqa"),
     "evlgen_video": (LANGUAGE.replace("CONNECTOR", "pooling"), "", "", "moving"),
 }
@@ -70,19 +75,17 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def write_kind(run: Path, data: Path, kind: str, more: str = "") -> Path:
-    """``run`` of a kind of KINDS on the ``data`` of ``write_data``, with the files of its task; ``more`` settings."""
+def write_kind(run: Path, data: Path, kind: str, fingerprint: Mapping[str, Any] | None = None) -> Path:
+    """``run`` of a kind of KINDS on the ``data`` of ``write_data``, with the files of its task."""
     model, objective, task, name = KINDS[kind]
     left = next((number for name, number in LEFT.items() if f"name: {name}," in model), 4)
-    settings = (
-        model.replace("NUM", str(left))
-        + (f"objective: {objective}\n" if objective else "")
-        + (f"task: {task}\n" if task else "")
-    )
-    words = DATA.replace("SET", name).replace("READS", READS if model == TOWERS else "")
-    words = words.replace("LENGTH", "20" if model == TOWERS else "50")
-    settings += words.replace("FRAMES", ", frames: 3" if name == "moving" else "") + more
-    write_run(run, data, settings, spread=4.0)
-    if name == "vqa" and kind == "vqa":
+    has_own_tokenizer = "language:" in model
+    of_data = [f'paths: ["{{data}}/{name}"]', f"max_text_length: {50 if has_own_tokenizer else 20}"]
+    of_data += ["fast_decode: false", "num_workers: 0"] + (["frames: 3"] if name == "moving" else [])
+    of_data += [] if has_own_tokenizer else ['tokenizer: "{data}/tokenizer"']
+    settings = model.replace("NUM", str(left)) + f"data: {{{{{', '.join(of_data)}}}}}\n"
+    settings += (f"objective: {objective}\n" if objective else "") + (f"task: {task}\n" if task else "")
+    write_run(run, data, settings, fingerprint=fingerprint, spread=4.0)
+    if kind == "vqa":
         shutil.copy(data / "vqa" / "answers.json", run)
     return run

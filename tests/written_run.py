@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from model.frozen import frozen_tensors
+from model.weights.start import named_tensors
 from pipeline.checkpoint.files import PartWriter, Piece, checkpoint_path, publish
 from pipeline.checkpoint.restore import describe_frozen
 from pipeline.checkpoint.state import RunState
@@ -45,13 +46,14 @@ def write_run(
     torch.manual_seed(0)
     objective = (task or task_of(config)).build(config, tokenizer_of(config).vocabulary)
     load_frozen_parts(objective, config.model)
+    frozen = frozen_tensors(objective)
     folder = run / "checkpoints" / "step_00000001.tmp"
     folder.mkdir(parents=True)
-    writer, frozen = PartWriter(folder, rank=0), frozen_tensors(objective)
-    for name, parameter in objective.named_parameters():
+    writer = PartWriter(folder, rank=0)
+    for name, value in named_tensors(objective):
         if name not in frozen:
-            value = parameter.detach() * (spread if parameter.ndim > 1 else 1.0)
-            writer.add(Piece(name, 0, tuple(parameter.shape), {"weight": value}))
+            wide = isinstance(value, torch.nn.Parameter) and value.ndim > 1
+            writer.add(Piece(name, 0, tuple(value.shape), {"weight": value.detach() * (spread if wide else 1.0)}))
     state = RunState(step=1, fingerprint=dict(fingerprint or {}), frozen=describe_frozen(objective))
     publish(folder, checkpoint_path(run, 1), dataclasses.asdict(state), writer.finish())
     return run

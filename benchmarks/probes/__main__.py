@@ -37,7 +37,7 @@ from pipeline.loading.open_data import open_held_out
 from pipeline.metrics.cider import cider_d
 from pipeline.recording.step_lines import StepLines
 from pipeline.recording.step_lines import step_of as step_of_line
-from pipeline.tasks.caption_scores import summarise
+from pipeline.tasks.caption_scores import exact_share, is_drawn, summarise
 from pipeline.tasks.captioning import Captioner, caption_items, load_captioner
 from pipeline.weights.starting import load_starting_weights
 
@@ -173,8 +173,9 @@ def _read(train: Tensor, asked: list[Reader], test: Tensor, asked_test: list[Rea
 def _caption(captioner: Captioner, data: ProbeData) -> dict[str, Any]:
     """Captions by the model's own way of decoding, against the references of the image."""
     captioned = list(caption_items(captioner, iter(data.captioned), IMAGES_AT_A_TIME))
-    summary = summarise([(caption, item.references, item.meta) for item, caption in captioned])
-    values = {"caption_exact_match": summary["exact_match"]}
+    scored = [(caption, item.references, item.meta) for item, caption in captioned]
+    summary = summarise([one for one in scored if is_drawn(one[2])]).values
+    values = {"caption_exact_match": exact_share(scored)}
     if "main_colour_and_shape_share" in summary:
         values["caption_main_object"] = summary["main_colour_and_shape_share"]
     if max(len(item.references) for item, _ in captioned) > 1:

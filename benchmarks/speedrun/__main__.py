@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.probes import __main__ as probes
-from benchmarks.speedrun.curves import read_run
+from benchmarks.speedrun import finetuning
+from benchmarks.speedrun.curves import Run, read_run
 from benchmarks.speedrun.jobs import ROOT, Job, Stopped, run_jobs
 from benchmarks.speedrun.options import parse, probe_words, shared_words, shown
 from benchmarks.speedrun.plan import (
@@ -32,9 +33,11 @@ from benchmarks.speedrun.plan import (
     cost_of,
     costs_from,
     costs_to,
+    hours_of_training,
     identity,
     read_json,
     steps_within,
+    too_few_steps,
     write_json,
 )
 from benchmarks.speedrun.report import Findings, write_report
@@ -54,6 +57,7 @@ from pipeline.recording.run_log import LOG_NAME, read_log
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 _OF_THE_REPORT = ("command", "git_revision", "git_changed")  # of an environment: said of the trainings instead
+NEIGHBOURS = "neighbours.json"
 DONE = "done.json"  # in a run folder: trained to the end and probed
 SHOW_SECONDS = 60.0
 ALWAYS = {  # of every training
@@ -95,6 +99,8 @@ class Speedrun:
         data = self.rows[0].config.data
         tokenizer = load_tokenizer(tokenizer_source(Config(data=data)))
         check_models(self.rows, tokenizer.vocabulary)
+        for row in self.rows:
+            finetuning.check(arguments.finetune, row.config)
         corpora = open_corpora([path for path, _ in weighted_paths(data)], data.train_split)
         held_out = open_held_out(self.rows[0].config)
         if not held_out:
@@ -102,6 +108,7 @@ class Speedrun:
                 f"no split {data.eval_split!r} in {', '.join(data.paths)}; the probes need held-out images: prepare it"
             )
         self.corpora = {f"{c.name}/{c.manifest.split}": [len(c), c.fingerprint] for c in [*corpora, *held_out]}
+        self.several_captions = all(len(corpus) >= 2 * corpus.manifest.samples for corpus in held_out)
         self.tokenizer = tokenizer.fingerprint
         note = self.output / "speedrun.json"
         if arguments.report_only and not note.is_file():
@@ -113,6 +120,7 @@ class Speedrun:
     def run(self) -> int:
         """Calibrate, train and probe what is not done yet, report."""
         stop = StopRequest().listen()
+        self._say_how_long()
         failures = [] if self.budget.kind == "steps" else self.calibrate(stop)
         if failures:
             return self.report(failures)
@@ -121,10 +129,20 @@ class Speedrun:
         due = [(row, seed) for row, seed in every if not (self.run_folder(row, seed) / DONE).is_file()]
         for row in self.rows:
             print(f"{row.name}: {steps[row.name]} steps{self._expected(row)}", flush=True)
+            if line := too_few_steps(row.name, steps[row.name]):
+                print(line, file=sys.stderr, flush=True)
         print(f"{len(every)} trainings, {len(every) - len(due)} of them done", flush=True)
         jobs = [self.training(row, seed) for row, seed in due]
         failures = self._run(jobs, stop, done=len(every) - len(due))
-        return self.report(failures)
+        return self.report(failures + self.ask_neighbours(stop))
+
+    def _say_how_long(self) -> None:
+        """What the whole command takes, before anything is started."""
+        arguments, rows, seeds = self.arguments, len(self.rows), len(self.arguments.seeds)
+        hours = hours_of_training(self.budget, self.rows, seeds, arguments.jobs)
+        how = f"{rows} rows x {seeds} seeds, {arguments.jobs} at a time"
+        told = f"about {hours:.1f} hours of training" if hours is not None else f"{self.budget} of training for each"
+        print(f"{told} ({how}), besides calibration and probes; --only ROW... and --seeds make it less", flush=True)
 
     def calibrate(self, stop: StopRequest) -> list[str]:
         """Measure what each row costs, unless that is known; rows of equal options share it. Returns what failed."""
@@ -146,6 +164,19 @@ class Speedrun:
             self.costs[row.name] = self.costs[distinct[repr(sorted(row.options.items()))].name]
         write_json(self.output / "calibration.json", costs_to(self.costs))
         return []
+
+    def ask_neighbours(self, stop: StopRequest) -> list[str]:
+        """Score captions that need no language model, once, where a frozen tower says which images are alike."""
+        finished = [self.run_folder(row, seed) for row in self.rows for seed in self.arguments.seeds]
+        finished = [folder for folder in finished if (folder / DONE).is_file()]
+        frozen = all(row.config.model.vision.frozen for row in self.rows)
+        if not finished or not frozen or not self.several_captions or (self.output / NEIGHBOURS).is_file():
+            return []
+        words = ["--run", str(finished[0]), "--output", str(self.output / NEIGHBOURS)]
+        words += ["--caption-images", str(self.arguments.caption_images)]
+        command = [sys.executable, "-m", "benchmarks.probes.neighbours", *words]
+        output = (self.output / NEIGHBOURS).with_suffix(".out")
+        return self._run([Job(label="captions of neighbours", commands=[command], output=output)], stop)
 
     def steps(self, row: Row) -> int:
         return steps_within(self.budget, row, self.costs.get(row.name), self.arguments.evaluations)
@@ -186,6 +217,7 @@ class Speedrun:
             commands=[
                 self._train(row, folder, settings),
                 self._probe(folder),
+                *self._finetune(row, folder, seed),
             ],
             output=folder.with_suffix(".out"),
             work=steps * (self.costs[row.name].step_seconds if row.name in self.costs else 1.0),
@@ -204,8 +236,7 @@ class Speedrun:
         for row in self.rows:
             seeds = [seed for seed in self.arguments.seeds if (self.run_folder(row, seed) / DONE).is_file()]
             if seeds:
-                size, beat = row.config.optim.batch_size, self.beat(row)
-                runs[row.name] = [read_run(self.run_folder(row, seed), row.name, seed, size, beat) for seed in seeds]
+                runs[row.name] = [self._read(row, seed) for seed in seeds]
         if runs:
             findings = Findings(self.rows, runs, self.costs, self._facts(), failures, self.target_rows)
             print(write_report(self.output, findings))
@@ -213,6 +244,13 @@ class Speedrun:
         for failure in failures or ([] if runs else ["no training has been finished and probed yet"]):
             print(f"error: {failure}", file=sys.stderr, flush=True)
         return EXIT_FAILED if failures or not runs else EXIT_DONE
+
+    def _read(self, row: Row, seed: int) -> Run:
+        folder = self.run_folder(row, seed)
+        step_seconds = self.costs[row.name].step_seconds if self.arguments.clock == "calibrated" else None
+        run = read_run(folder, row.name, seed, row.config.optim.batch_size, self.beat(row), step_seconds)
+        run.last.probes |= finetuning.scores(folder)
+        return run
 
     def _unequal_starts(self) -> list[str]:
         """What is wrong where, of runs that asked for the same weights, some got them from a hub and some did not."""
@@ -249,6 +287,15 @@ class Speedrun:
     def _probe(self, folder: Path) -> list[str]:
         return [sys.executable, "-m", "benchmarks.probes", "--run", str(folder), *probe_words(self.arguments)]
 
+    def _finetune(self, row: Row, folder: Path, seed: int) -> list[list[str]]:
+        return [
+            command
+            for one in self.arguments.finetune
+            for command in finetuning.commands(
+                one, folder, row.config, {**ALWAYS, "train.seed": seed}, self.arguments.finetune_samples
+            )
+        ]
+
     def _run(self, jobs: list[Job], stop: StopRequest, done: int = 0) -> list[str]:
         threads = max(1, usable_cores() // (self.arguments.jobs * self.arguments.ranks))
         return run_jobs(jobs, self.arguments.jobs, threads, stop, Display(jobs, done))
@@ -261,6 +308,9 @@ class Speedrun:
         if not self.arguments.keep_checkpoints:
             for path in published(folder)[:-1]:
                 remove(path)
+            for one in self.arguments.finetune:
+                for path in published(folder / finetuning.FOLDER / one.name):
+                    remove(path)
 
     def _expected(self, row: Row) -> str:
         cost = self.costs.get(row.name)
@@ -274,6 +324,12 @@ class Speedrun:
         arguments = self.arguments
         named = ("evaluations", "jobs", "ranks", *(f"{name}_images" for name, _, _ in probes.IMAGES))
         fixed = {name: getattr(arguments, name) for name in named}
+        if arguments.finetune:
+            fixed |= {
+                "neighbours": read_json(self.output / NEIGHBOURS),
+                "finetune": [str(one) for one in arguments.finetune],
+                "finetune_samples": arguments.finetune_samples,
+            }
         return {"budget": str(self.budget), **fixed, "data": self.corpora, "tokenizer": self.tokenizer}
 
     def _facts(self) -> dict[str, Any]:
@@ -289,6 +345,9 @@ class Speedrun:
             "evaluations": arguments.evaluations,
             "jobs": arguments.jobs,
             "ranks": arguments.ranks,
+            "clock": arguments.clock,
+            "neighbours": read_json(self.output / NEIGHBOURS),
+            "finetune": [str(one) for one in arguments.finetune],
             "recipe": find_recipe(arguments.recipe).stem,
             "data": ", ".join(f"{name} ({size} pairs)" for name, (size, _) in self.corpora.items()),
             "machine": machine,

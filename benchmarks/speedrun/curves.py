@@ -19,6 +19,10 @@ PROBES = {  # in the order of the report: the higher the better, all of them
     "caption_exact_match": "captions equal to a reference",
     "caption_cider_d": "captions, CIDEr-D",
     "caption_cider_d_gain": "captions, CIDEr-D above other images' references",
+    "finetuned_cider_d": "fine-tuned captions, CIDEr-D",
+    "finetuned_cider_d_gain": "fine-tuned captions, CIDEr-D above other images' references",
+    "finetuned_mean_recall": "fine-tuned retrieval, mean recall",
+    "finetuned_accuracy": "fine-tuned answers, accuracy",
 }
 AXES = {"seconds": "training time, s", "tflop": "TFLOP", "samples": "samples seen"}
 
@@ -49,10 +53,13 @@ class Run:
         return self.points[-1]
 
 
-def read_run(folder: Path, row: str, seed: int, batch_size: int, every: int) -> Run:
-    """The curve of a finished run folder: a point every so many steps. What a bad step left for its replay is none."""
+def read_run(folder: Path, row: str, seed: int, batch_size: int, every: int, step_seconds: float | None = None) -> Run:
+    """The curve of a finished run folder: a point every so many steps. What a bad step left for its replay is none.
+
+    With ``step_seconds``, what a step costs, time is the number of steps times that, else as the run's log has it.
+    """
     records = read_log(folder / LOG_NAME)
-    clock = clock_of([record for record in records if record["kind"] == "train"], batch_size)
+    clock = clock_of([record for record in records if record["kind"] == "train"], batch_size, step_seconds)
     run = Run(row, seed)
     for record in read_probes(folder):
         if record["step"] % every:
@@ -71,7 +78,9 @@ def read_run(folder: Path, row: str, seed: int, batch_size: int, every: int) -> 
     return run
 
 
-def clock_of(records: Iterable[Mapping[str, Any]], batch_size: int) -> dict[int, tuple[float, float]]:
+def clock_of(
+    records: Iterable[Mapping[str, Any]], batch_size: int, step_seconds: float | None = None
+) -> dict[int, tuple[float, float]]:
     """step -> (seconds of training, TFLOP of forward and backward) until then; evaluations and saves are not in it.
 
     A log line speaks of the steps since the line before it.
@@ -79,7 +88,7 @@ def clock_of(records: Iterable[Mapping[str, Any]], batch_size: int) -> dict[int,
     clock, step, seconds, tflop = {0: (0.0, 0.0)}, 0, 0.0, 0.0
     for record in records:
         steps = record["step"] - step
-        seconds += steps * record["step_seconds"]
+        seconds += steps * (step_seconds or record["step_seconds"])
         tflop += steps * batch_size * record["gflop_per_sample"] / 1000
         step = record["step"]
         clock[step] = (seconds, tflop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.probes.__main__ import IMAGES
@@ -58,6 +59,21 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         default=40,
         help="steps of the trainings that time a row (default: 40)",
     )
+    add(
+        "--finetune",
+        nargs="+",
+        metavar="RECIPE=STEPS",
+        default=[],
+        type=_finetuning,
+        help="recipes of tasks to fine-tune each training's last checkpoint by, and score (flickr8k_caption=150)",
+    )
+    add("--finetune-samples", type=count, default=300, help="held-out samples that score a fine-tuning (default: 300)")
+    add(
+        "--clock",
+        choices=("measured", "calibrated"),
+        default="measured",
+        help="time of a training: as it was, or its steps at the cost of calibration, where other work goes on beside",
+    )
     add("--keep-checkpoints", action="store_true", help="keep probed checkpoints, not only the last of each run")
     add("--report-only", action="store_true", help="train nothing, write the report of what is finished")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -65,7 +81,34 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
         parser.error(f"--seeds: found {arguments.seeds}, expected different numbers of at least 0")
     arguments.words, arguments.budget = words, _budget(arguments)
+    if arguments.clock == "calibrated" and arguments.budget.kind != "minutes":
+        parser.error("--clock calibrated is for --budget-minutes: no other budget is calibrated in seconds")
+    if len({one.recipe for one in arguments.finetune}) < len(arguments.finetune):
+        parser.error(f"--finetune: found {' '.join(map(str, arguments.finetune))}, expected different recipes")
     return arguments
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A recipe of a task, and for how many steps each training's last checkpoint is fine-tuned by it."""
+
+    recipe: str
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe}={self.steps}"
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return Path(self.recipe).stem
+
+
+def _finetuning(text: str) -> Finetuning:
+    recipe, _, steps = text.rpartition("=")
+    if not recipe or not steps.isdecimal() or not int(steps):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected RECIPE=STEPS, such as flickr8k_caption=150")
+    return Finetuning(recipe, int(steps))
 
 
 def shared_words(arguments: argparse.Namespace) -> list[str]:

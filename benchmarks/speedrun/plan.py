@@ -14,6 +14,7 @@ from data_prep.manifest import write_atomically
 from pipeline.config.options import ConfigError, flatten
 
 ROUNDS = 3  # of calibration, where time is what is measured
+FEW_STEPS = 100  # below, a model of the recipe demo has learnt nothing that the probes see
 DROPPED_LINES = 2  # of a calibration's log: kernels warm up, loaders start
 _NOT_COMPARED = {"data.paths", "train.steps", "train.seed"}
 
@@ -58,6 +59,23 @@ def steps_within(budget: Budget, row: Row, cost: Cost | None, evaluations: int) 
             f"{evaluations} evaluations; give at least {needed:.3g}, or fewer --evaluations"
         )
     return steps
+
+
+def hours_of_training(budget: Budget, rows: Iterable[Row], seeds: int, jobs: int) -> float | None:
+    """Hours that the trainings of these rows take, ``jobs`` at a time; None where the budget is not one of time."""
+    if budget.kind != "minutes":
+        return None
+    return sum(budget.amount * row.budget_share for row in rows) * seeds / 60 / jobs
+
+
+def too_few_steps(name: str, steps: int) -> str | None:
+    """What is to be said of a row whose trainings are too short to tell rows apart; None where they are not."""
+    if steps >= FEW_STEPS:
+        return None
+    return (
+        f"warning: row {name} trains for {steps} steps, fewer than {FEW_STEPS}: expect scores of chance and targets "
+        "that are not reached; give more of the budget"
+    )
 
 
 def cost_of(rounds: Sequence[Iterable[Mapping[str, Any]]]) -> Cost:

@@ -25,6 +25,12 @@ from benchmarks.speedrun.plan import Cost, write_json
 from benchmarks.speedrun.rows import Row
 
 TABLE, PLOT, RESULTS = "table.md", "curves.svg", "results.json"
+WITHOUT_MODEL = {  # scores of benchmarks/probes/neighbours.py
+    "random_caption": "a random training caption",
+    "nearest_caption": "the nearest training image's",
+    "consensus": "the consensus of the 15 nearest",
+    "person": "a person's against the others of the image",
+}
 RATIO_AXES = {"seconds": "time", "tflop": "operations", "samples": "samples"}
 
 
@@ -88,6 +94,9 @@ def as_markdown(findings: Findings) -> str:
             f"VQA without the image (the most frequent answer of each type of question): {100 * blind[0]:.1f} %. "
             "Image-text matching by chance: 50 %."
         )
+    if neighbours := facts.get("neighbours"):
+        shown = ", ".join(f"{WITHOUT_MODEL[name]} {value:.3f}" for name, value in neighbours.items())
+        parts.append(f"Captions without a language model, CIDEr-D on the same images: {shown}.")
     skipped = {probe: reason for run in _all(findings) for probe, reason in run.skipped.items()}
     parts += [f"Not measured: {probe} ({reason})." for probe, reason in skipped.items()]
     parts += _against_target(findings, probes)

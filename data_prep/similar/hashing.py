@@ -90,7 +90,7 @@ def _hash_shard(split_dir: Path, manifest: Manifest, max_pixels: int, shard: Sha
     with open(split_dir / shard.file, "rb") as stream:
         for number, row in enumerate(samples.index[samples.first_rows]):
             found = [span for span in spans_of(row, manifest, manifest.fields) if span is not None]
-            keys.append(key_before(stream, found[0][0], f"{split_dir / shard.file}").encode("utf-8", "surrogateescape"))
+            keys.append(key_before(stream, found[0][0], manifest, shard.file).encode("utf-8", "surrogateescape"))
             for image, span in enumerate(spans_of(row, manifest, fields)):
                 place = number * len(fields) + image
                 if span is None:

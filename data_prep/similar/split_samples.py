@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.manifest import Manifest, ManifestError, Shard, index_columns, open_index
 from data_prep.record import PrepError
+from data_prep.shard_members import foreign_key, key_and_suffix
 
 KEY_BYTES = 100  # as a tar's header has room for
 
@@ -52,12 +53,18 @@ def image_fields(split_dir: Path, manifest: Manifest) -> tuple[str, ...]:
     return found
 
 
-def key_before(stream: IO[bytes], offset: int, where: str) -> str:
-    """The key of the member whose content begins at ``offset``; raises ManifestError for what is no tar header."""
+def key_before(stream: IO[bytes], offset: int, manifest: Manifest, file: str) -> str:
+    """The key of the sample whose first member's content begins at ``offset`` in shard ``file``, as training names it.
+
+    Raises ManifestError for what is no tar header.
+    """
     stream.seek(offset - tarfile.BLOCKSIZE)
     header = stream.read(tarfile.BLOCKSIZE)
     try:
         name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
     except tarfile.TarError as error:
-        raise ManifestError(f"{where}: no member at byte {offset} ({error}); the index is damaged") from error
-    return name.rpartition("/")[2].partition(".")[0]
+        raise ManifestError(f"{file}: no member at byte {offset} ({error}); the index is damaged") from error
+    if manifest.caption_key is None:
+        return name.rpartition("/")[2].partition(".")[0]
+    found = key_and_suffix(name)
+    return name if found is None else foreign_key(manifest.split, file, found[0])

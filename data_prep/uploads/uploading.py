@@ -42,15 +42,20 @@ def plan_upload(source: Path, target: Address) -> list[Upload]:
     Of a split those that its manifest names and others that are no shards; hidden files and folders stay. Raises
     PrepError where nothing is prepared, ManifestError for a split that is not whole.
     """
-    if lists_folders(target.url) is False or target.url.startswith("hf://"):
-        hint = "`hf upload`" if target.url.startswith("hf://") else "the server's own means"
-        raise PrepError(f"{target}: cannot be written by this program; use {hint}, or a store like s3://BUCKET/FOLDER")
+    refuse_unwritable(target)
     if not source.is_dir():
         raise PrepError(f"{source}: no such folder; name a prepared split, corpus or root")
     found = sorted(_files(source, target), key=lambda one: one.source.name == MANIFEST_NAME)
     if not found or found[-1].source.name != MANIFEST_NAME:
         raise PrepError(f"{source}: nothing prepared here; name a split, a corpus or a root of corpora")
     return found
+
+
+def refuse_unwritable(target: Address) -> None:
+    """Raises PrepError for an address that this program cannot write to."""
+    if lists_folders(target.url) is False or target.url.startswith("hf://"):
+        hint = "`hf upload`" if target.url.startswith("hf://") else "the server's own means"
+        raise PrepError(f"{target}: cannot be written by this program; use {hint}, or a store like s3://BUCKET/FOLDER")
 
 
 def upload_files(plan: list[Upload], overwrite: bool, say: Callable[[str], None] = print) -> Uploaded:

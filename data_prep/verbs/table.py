@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data_prep.options.origin_hints import with_origins
 from data_prep.options.shared import Verb
+from data_prep.options.store_outputs import with_store_outputs
 from data_prep.upkeep.checks import add_info, add_overlap, add_verify, run_info, run_overlap, run_verify
 from data_prep.upkeep.doctor import add_doctor, run_doctor
 from data_prep.upkeep.report import add_report, run_report
@@ -39,4 +40,4 @@ _VERBS: dict[str, Verb] = {
     "overlap": ("name images of training splits that stand in held-out splits", add_overlap, run_overlap),
     **SIMILAR_VERBS,
 }
-VERBS = with_origins(_VERBS)
+VERBS = with_store_outputs(with_origins(_VERBS))

@@ -49,8 +49,8 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint folder RUN/checkpoints/step_N."""
-    return checkpoint.parent.parent
+    """The run folder of a checkpoint folder RUN/checkpoints/step_N; an exported folder is its own."""
+    return checkpoint if step_of(checkpoint) is None else checkpoint.parent.parent
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:

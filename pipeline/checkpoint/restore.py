@@ -30,6 +30,8 @@ from pipeline.checkpoint.reading import Reader
 from pipeline.checkpoint.state import RunState, TrainingState
 from pipeline.checkpoint.verify import newest_whole
 from pipeline.distributed.ranks import Agreement
+from pipeline.exported import folder as exported
+from pipeline.exported.tensors import ExportedWeights
 
 
 def find(run: Path, agreement: Agreement, is_main: bool) -> Path | None:
@@ -94,7 +96,7 @@ def load(path: Path, engine: TrainingState, agreement: Agreement | None = None) 
 def read_state(path: Path) -> RunState:
     """The run state of a checkpoint; raises CheckpointError for one that this program cannot have written."""
     try:
-        content = json.loads(read_json_bytes(path / STATE))
+        content = exported.run_state(path) if exported.is_exported(path) else json.loads(read_json_bytes(path / STATE))
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -112,7 +114,8 @@ def read_state(path: Path) -> RunState:
             raise CheckpointError(f"{path}: state.json has {name} {found!r}, expected {expected.__name__}")
     if state.frozen is not None and not _refers_to_weights(state.frozen):
         raise CheckpointError(f"{path}: state.json has frozen {state.frozen!r}, expected source, names and sha256")
-    if state.step != step_of(path) or min(state.samples_seen, state.optimizer_steps, state.skipped_steps) < 0:
+    counters = (state.samples_seen, state.optimizer_steps, state.skipped_steps)
+    if step_of(path) not in (None, state.step) or min(counters) < 0:
         raise CheckpointError(f"{path}: state.json is of step {state.step}, sample {state.samples_seen}")
     return state
 
@@ -123,14 +126,17 @@ def _refers_to_weights(frozen: dict[str, Any]) -> bool:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder meant by a run folder (its newest valid one) or by a checkpoint folder itself.
+    """The checkpoint folder meant by a run folder (its newest valid one) or itself; an exported folder means itself.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    if exported.is_exported(path):
+        if reason := exported.defect(path):
+            raise CheckpointError(f"{path}: {reason}; {exported.AGAIN}")
+        return path
     if step_of(path) is not None:
-        reason = defect(path)
-        if reason is not None:
+        if reason := defect(path):
             raise CheckpointError(f"{path}: {reason}; use another checkpoint")
         return path
     if path.is_file():
@@ -167,7 +173,7 @@ def weights_in(path: Path, frozen: Mapping[str, Tensor] | None = None) -> dict[s
             f"referred to (first: {saved['names'][0]}); load that source too"
         )
     _refuse_other_frozen(path, saved, found)
-    reader = Reader(path, kinds=("weight",))
+    reader = ExportedWeights(path) if exported.is_exported(path) else Reader(path, kinds=("weight",))
     return dict(reader.read_all("weight")) | dict(frozen or {})
 
 
@@ -182,7 +188,7 @@ def load_into(model: nn.Module, path: Path) -> None:
     """
     frozen = frozen_tensors(model)
     _refuse_other_frozen(path, read_state(path).frozen, describe_frozen(model))
-    reader = Reader(path, kinds=("weight",))
+    reader = ExportedWeights(path) if exported.is_exported(path) else Reader(path, kinds=("weight",))
     own = [*model.named_parameters(), *persistent_buffers(model)]  # a shared tensor once, as checkpoints have it
     expected = {name: tuple(value.shape) for name, value in own if name not in frozen}
     fix = "restore the config.yaml and tokenizer it was trained with"
@@ -192,8 +198,7 @@ def load_into(model: nn.Module, path: Path) -> None:
 
 def describe_frozen(model: nn.Module) -> dict[str, Any] | None:
     """Source, names and SHA-256 of what is not trained; None when all is."""
-    frozen = frozen_tensors(model)
-    if not frozen:
+    if not (frozen := frozen_tensors(model)):
         return None
     return {"source": frozen_source(model), "names": sorted(frozen), "sha256": weights_hash(frozen)}
 

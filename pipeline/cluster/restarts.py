@@ -46,14 +46,20 @@ class Decision(NamedTuple):
     excluded: list[str]  # nodes to keep out of the next attempt
 
 
-def begin(run: Path, step: int, hosts: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Note that an attempt at a run begins, after ``step``, with a rank on each of ``hosts``.
+def begin(
+    run: Path,
+    step: int,
+    hosts: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+    topology: Mapping[str, Any] | None = None,
+) -> None:
+    """Note that an attempt at a run begins, after ``step``, with a rank on each of ``hosts``, in that ``topology``.
 
     Rank 0 calls it, once the run is its own.
     """
     (run / heartbeats.NAME).unlink(missing_ok=True)
     record = {"event": "begin", "job": job_name(environment), "attempt": attempt_number(environment)}
-    _append(run, record | {"step": step, "hosts": list(hosts)})
+    _append(run, record | {"step": step, "hosts": list(hosts), "topology": dict(topology or {})})
 
 
 def conclude(run: Path, end: End, limits: Limits) -> Decision:

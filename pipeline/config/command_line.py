@@ -25,6 +25,9 @@ from pipeline.config.recipes import (
     recipe_names,
     without_other_choices,
 )
+from pipeline.exported.folder import AGAIN, is_exported
+from pipeline.exported.folder import CONFIG as EXPORTED_CONFIG
+from pipeline.exported.settings import exported_settings
 
 DEFAULT_RECIPE = "flm_base_4m"
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"  # in a checkout a link to the folder that users name
@@ -94,12 +97,18 @@ def _sources(
 
 
 def load_config(run: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Config:
-    """The resolved configuration of a run folder (or of a config.yaml), with other values by dotted option.
+    """The resolved configuration of a run folder (or of a config.yaml, or of an exported folder), with other values by
+    dotted option.
 
     Raises:
         ConfigError: no such run, or a change of an option that its objective or task does not have.
     """
     path = run / RUN_CONFIG if run.is_dir() else run
+    if not path.is_file() and is_exported(run):
+        try:
+            return config_of(exported_settings(run), run / EXPORTED_CONFIG, changes)
+        except ValueError as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(f"{run}: {error}; {AGAIN}") from None
     if not path.is_file():
         raise ConfigError(f"{run}: found no config.yaml; expected the folder of a run (--output of pipeline/train.py)")
     return config_of(read_yaml(path), path, changes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ class Ranks:
     device: torch.device
     agreement: Agreement
     stop: StopRequest
+    threads: Mapping[str, Any] = field(default_factory=dict)  # how this rank shares the cores of its host, on record
 
     def say(self, line: str, error: bool = False) -> None:
         """Print a line once, on the main rank."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.reporting.page import evaluations_of
+from pipeline.reporting.reading import evaluations_of
 
 _HEAD = ("run", "evaluation", "step", "score", "value", "standard error")
 

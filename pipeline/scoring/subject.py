@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from data_prep.manifest import file_sha256
 from pipeline.checkpoint.files import MANIFEST, run_of, step_of
-from pipeline.checkpoint.restore import read_state, resolve
+from pipeline.checkpoint.restore import resolve
 from pipeline.config.command_line import changed_options, load_config
-from pipeline.config.options import Config, ConfigError, flatten, validate
+from pipeline.config.options import Config, ConfigError, validate
 from pipeline.config.recipes import RUN_CONFIG
 from pipeline.config.task_options import names_of_scoring
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizer_source import tokenizer_source
+from pipeline.exported.folder import MANIFEST as EXPORTED
+from pipeline.exported.folder import is_exported
 from pipeline.tasks import trained_run
 from pipeline.tasks.task import Task
 from pipeline.weights.sources import IMPORT_RECIPE, IMPORTED, import_config, is_import, load_whole
@@ -74,7 +75,8 @@ def find_subject(request: Request) -> Subject:
         raise ConfigError(f"{request.run} is an imported model, no run: --output FOLDER says where its scorecards go")
     path = request.run if imported else resolve(request.run)
     run = None if imported else run_of(path)
-    settings = path / IMPORT_RECIPE if run is None else run / RUN_CONFIG
+    exported = is_exported(path)
+    settings = path / IMPORT_RECIPE if run is None else path if exported else run / RUN_CONFIG
     own = import_config(path) if run is None else load_config(run)
     name = request.task or own.task.name
     given = changed_options(request.options)
@@ -86,7 +88,7 @@ def find_subject(request: Request) -> Subject:
     return Subject(
         path=path,
         step=step_of(path),
-        sha256=file_sha256(path / (IMPORTED if run is None else MANIFEST)),
+        sha256=file_sha256(path / (IMPORTED if run is None else EXPORTED if exported else MANIFEST)),
         run=run,
         config=config,
         tokenizer=copy if copy and copy.is_dir() else tokenizer_source(config if run is None else own),
@@ -139,16 +141,6 @@ def load_weights(subject: Subject, objective: nn.Module) -> None:
 
 def refuse_other_training(subject: Subject, task: Task, tokenizer: TextTokenizer) -> None:
     """Raise ConfigError where words or classes are not those that the checkpoint was trained with."""
-    trained = read_state(subject.path).fingerprint.get("data", {}) if subject.run is not None else {}
-    found: dict[str, Any] = {"tokenizer": tokenizer.fingerprint}
-    if subject.same_task and hasattr(task, "fingerprint"):
-        found |= task.fingerprint(subject.config)
-    options = dict(flatten(subject.config))
-    places = {name: str(subject.tokenizer) for name in ("tokenizer",)}
-    places |= {Path(name).stem: options[option] for name, option in getattr(task, "run_files", {}).items()}
-    for name, value in found.items():
-        if trained.get(name, value) != value:
-            raise ConfigError(
-                f"{subject.path} was trained with another {name} (sha256 {trained[name]}) than "
-                f"{places.get(name, name)} ({value}); restore the one it was trained with"
-            )
+    if subject.run is not None:
+        of_classes = task if subject.same_task else None
+        trained_run.refuse_other_training(subject.path, subject.config, of_classes, tokenizer, subject.tokenizer)

@@ -7,7 +7,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from pipeline.data.tokenizer import TextTokenizer, clean_caption
 from pipeline.data.transforms import UnusableSample
 from pipeline.pictures.pictures import Pictures, pictures_of
 from pipeline.tasks.caption_lengths import training_lengths
-from pipeline.tasks.caption_scores import summarise
+from pipeline.tasks.caption_scores import Summary, summarise
 from pipeline.tasks.searching import BEAMS
 from pipeline.tasks.trained_run import TrainedRun, read_run
 from pipeline.weights.starting import load_trained
@@ -256,7 +257,7 @@ def caption_items(captioner: Captioner, items: Iterator[Item], batch_size: int) 
         yield from zip(batch, captioner.caption([one.pixels for one in batch], first), strict=True)
 
 
-def items_of_files(paths: Sequence[Path], captioner: Captioner) -> Iterator[Item]:
+def items_of_files(paths: Iterable[Path], captioner: Captioner) -> Iterator[Item]:
     """The readable images among ``paths``, or clips where the run is one of clips; each of the others is one line on
     stderr.
 
@@ -328,18 +329,36 @@ def thumbnail(pixels: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def write_samples(path: Path, captioned: list[tuple[Item, str]], shown: int, protocol: str) -> dict[str, Any]:
-    """Writes samples.json, read by the report; returns its summary."""
+def write_samples(path: Path, captioned: list[tuple[Item, str]], shown: int, protocol: str) -> Summary:
+    """Writes samples.json, read by the report: ``shown`` samples, the summary of all; returns that summary."""
     summary = summarise([(caption, item.references, item.meta) for item, caption in captioned])
     samples = [
         {
             "key": item.name,
             "references": item.references,
             "caption": caption,
+            "cider_d": score,
             "thumbnail": thumbnail(item.pixels[len(item.pixels) // 2]),
             "meta": {name: item.meta[name] for name in ("main_colour", "main_shape") if name in item.meta},
         }
-        for item, caption in captioned[:shown]
+        for (item, caption), score in zip(captioned[:shown], summary.per_caption[:shown], strict=True)
     ]
-    write_atomically(path, json.dumps({"protocol": protocol, "summary": summary, "samples": samples}))
+    protocol = " ".join(filter(None, [protocol, summary.protocol and f"{summary.protocol}."]))
+    write_atomically(path, json.dumps({"protocol": protocol, "summary": summary.values, "samples": samples}))
     return summary
+
+
+def write_results(path: Path, captioned: Sequence[tuple[Item, str]]) -> int:
+    """Writes all captions in the form of COCO's results files, in the order of the samples; returns how many.
+
+    An image is named by its ``image_id`` where the corpus has one, else by its key. Raises ValueError for an image
+    that is there twice, as evaluators would take one caption of the two.
+    """
+    entries = [{"image_id": item.meta.get("image_id", item.name), "caption": caption} for item, caption in captioned]
+    number, count = Counter(entry["image_id"] for entry in entries).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"image_id {number!r} is captioned {count} times, expected each image once; caption one corpus at a time"
+        )
+    write_atomically(path, json.dumps(entries, ensure_ascii=False))
+    return len(entries)

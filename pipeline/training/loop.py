@@ -36,7 +36,8 @@ def train(s: Session) -> int:
             s.reason = f"told to stop by {s.ranks.stop.signal_name or 'a signal to another rank'}"
         if code in (EXIT_DONE, EXIT_REQUEUE):
             _save(s, reason="end")
-        if not _wait_for_save(s) and code == EXIT_DONE:
+        was_saved = _wait_for_save(s)
+        if not was_saved and code == EXIT_DONE:
             s.reason, code = f"the checkpoint of step {s.state.step} was not written", EXIT_MEND
     finally:
         progress.close()
@@ -44,6 +45,9 @@ def train(s: Session) -> int:
         records.sample_keys.close()
     if s.config.tracking.report and s.ranks.place.is_main:
         report_or_warn(records.output, sys.stdout)
+    if code == EXIT_REQUEUE:
+        saved = f"saved step {s.state.step}" if was_saved else f"step {s.state.step} is not saved (see above)"
+        s.ranks.say(f"{saved}; the same command goes on")
     return code
 
 

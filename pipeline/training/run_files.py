@@ -41,6 +41,7 @@ def write_run_files(
         "starting_weights": starting or _recorded_start(output / "environment.json"),
         "better": {score.name: "higher" if score.higher_is_better else "lower" for score in scores},
         "sources": launch.sources,
+        "threads": dict(ranks.threads),
         **describe_environment(ranks.device),
     }
     (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")

@@ -150,7 +150,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     hosts = agreement.gather(host_name())
     if place.is_main:
         _announce(opened, state, census, engine, changes, starting)
-        begin_attempt(launch.output, state.step, hosts)
+        begin_attempt(launch.output, state.step, hosts, topology=state.topology)
         write_run_files(launch, ds_config, ranks, census.total, engine.precision, starting, scores)
         copy_files(getattr(task, "run_files", {}), config, launch.output)
         cut_back_sample_keys(launch.output, state.step)

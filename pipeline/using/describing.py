@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from model.attention_maps import on_grid, word_attention
+from model.batch import Row
 from model.evlgen import EVLGen
+from model.language_attention import language_attention, token_areas
 from model.merge_maps import patch_groups
 from model.objectives.captioning import Captioning
+from model.objectives.evlgen import ImageToText
 from model.text_states import mean_text_states
 from model.vision.tower import Grid, grid_of
-from pipeline.using.reading import cls_features, read, reads_texts
+from pipeline.using.reading import cls_features, read, reads_texts, words_of
 from pipeline.using.trained import Trained
 
 
@@ -29,8 +32,8 @@ def features_of(trained: Trained, pixels: Tensor | None, texts: Sequence[str]) -
     if len(texts):
         if not reads_texts(trained):
             raise ValueError(
-                f"a model of objective {trained.run.config.objective.name} has no text tower: its language model reads"
-                " texts behind an image; leave texts out, or use a model of flm, mlm, ar or prefixlm"
+                f"a model of objective {trained.run.config.objective.name} has no text tower, which reads texts by"
+                " themselves; leave texts out, or use a model of flm, mlm, ar or prefixlm"
             )
         found["text"] = mean_text_states(trained.objective.net, read(trained, texts, num_images=1).plan)
     has_cls = not isinstance(trained.objective, Captioning) and trained.num_images == 1
@@ -49,25 +52,52 @@ def no_features(trained: Trained) -> dict[str, np.ndarray]:
 
 
 def attention_of(trained: Trained, pixels: Tensor, text: str) -> tuple[list[str], np.ndarray]:
-    """The words of a text and where each looked in its image, fp32 [words, rows, columns], the mean over heads, top
-    layers and its tokens; of a captioner, where it looked to write the word."""
-    if not reads_texts(trained) or trained.num_images > 1:
-        why = f"judges {trained.num_images} images together" if reads_texts(trained) else "reads images as words"
-        raise ValueError(f"no attention of words over an image: this model {why}; use one of flm, mlm, ar or prefixlm")
-    grid = _grid(trained)
-    batch = read(trained, [text])
-    batch.images = pixels.to(trained.device)
-    found = on_grid(word_attention(trained.objective.net, batch)[0].float(), grid).cpu()
-    shift = int(isinstance(trained.objective, Captioning))  # a word is predicted from the state before it
-    ids, tokenizer = batch.plan.text[0, : int(batch.plan.lengths[0])].tolist(), trained.run.tokenizer
-    words, maps = [], []
-    for places in _by_word(ids, tokenizer.vocabulary):
-        word = tokenizer.decode([ids[place] for place in places])
-        looked = [found[place - shift] for place in places if found[place - shift].any()]
+    """The words of a text and where each looked in its image, fp32 [words, rows, columns], the mean over heads, layers
+    that read the image and its tokens; of a model that writes, where it looked to write the word."""
+    if trained.num_images > 1 or not (reads_texts(trained) or isinstance(trained.objective, ImageToText)):
+        why = f"judges {trained.num_images} images together" if trained.num_images > 1 else "is of objective"
+        why += "" if trained.num_images > 1 else f" {trained.run.config.objective.name}"
+        raise ValueError(f"no attention of words over an image: this model {why}; use one that reads a single image")
+    grid, pixels = _grid(trained), pixels.to(trained.device)
+    places, ids, maps = (_of_tower if reads_texts(trained) else _of_language_model)(trained, pixels, text, grid)
+    maps, tokenizer = maps.cpu(), trained.run.tokenizer
+    words, found = [], []
+    for of_word in _by_word(places, ids, tokenizer.vocabulary.word_starts):
+        word = tokenizer.decode([ids[place] for place in of_word])
+        looked = [maps[place] for place in of_word if maps[place].any()]
         if word and looked:
             words.append(word)
-            maps.append(torch.stack(looked).mean(0))
-    return words, torch.stack(maps).numpy() if maps else np.zeros((0, grid.height, grid.width), np.float32)
+            found.append(torch.stack(looked).mean(0))
+    return words, torch.stack(found).numpy() if found else np.zeros((0, grid.height, grid.width), np.float32)
+
+
+Looked = tuple[list[int], list[int], Tensor]  # places of the words' tokens, ids of all, maps fp32 [T, rows, columns]
+
+
+def _of_tower(trained: Trained, pixels: Tensor, text: str, grid: Grid) -> Looked:
+    batch = read(trained, [text])
+    batch.images = pixels
+    maps = on_grid(word_attention(trained.objective.net, batch)[0].float(), grid)
+    if isinstance(trained.objective, Captioning):  # a word is predicted from the state before it
+        maps = torch.cat([torch.zeros_like(maps[:1]), maps[:-1]])
+    ids, vocabulary = batch.plan.text[0, : int(batch.plan.lengths[0])].tolist(), trained.run.tokenizer.vocabulary
+    hidden = {*vocabulary.special_ids}
+    return [place for place, one in enumerate(ids) if one not in hidden and one < vocabulary.size], ids, maps
+
+
+def _of_language_model(trained: Trained, pixels: Tensor, text: str, grid: Grid) -> Looked:
+    """By the patches that each token of the image is made of."""
+    objective, config = trained.objective, trained.run.config
+    form, length = objective.net.form, config.data.max_text_length
+    words = trained.run.tokenizer.encode(words_of(trained, text, "text"), length + 2)[1:-1]
+    words = words[: length - len(form.begin) - len(form.end)]
+    row = Row([*form.begin, *words, *form.end], 0, 0, "pair")
+    areas = token_areas(objective.net, pixels, grid)
+    batch = objective.planner(torch.zeros(1, 1, 3, 1, 1, dtype=torch.uint8), [row]).to(trained.device)
+    batch.images = pixels
+    maps = (language_attention(objective.net, batch) @ areas).unflatten(1, (grid.height, grid.width))
+    first = len(form.begin)
+    return list(range(first, first + len(words))), row.token_ids, maps
 
 
 def merges_of(trained: Trained, pixels: Tensor) -> np.ndarray:
@@ -90,14 +120,11 @@ def _grid(trained: Trained) -> Grid:
     return grid
 
 
-def _by_word(ids: Sequence[int], vocabulary: object) -> list[list[int]]:
-    """Places of the tokens of each word, special tokens left out; every token by itself where nothing marks words."""
+def _by_word(places: Sequence[int], ids: Sequence[int], starts: bytes) -> list[list[int]]:
+    """Places of the tokens of each word; every token by itself where nothing marks words."""
     found: list[list[int]] = []
-    starts = vocabulary.word_starts
-    for place, token in enumerate(ids):
-        if token in vocabulary.special_ids or token >= vocabulary.size:
-            continue
-        if found and starts and not starts[token]:
+    for place in places:
+        if found and starts and not starts[ids[place]]:
             found[-1].append(place)
         else:
             found.append([place])

@@ -23,8 +23,12 @@ from pipeline.using.trained import Trained, open_trained
 GIVEN_BY = {  # ability -> what a model was trained for that has it
     "caption": "task captioning, or pretraining with objective flm, ar, prefixlm, mlm or evlgen",
     "answer": "task vqa, gqa, okvqa, nlvr2 or snli_ve",
-    "match": "task retrieval, nlvr2, snli_ve or captioning, or pretraining",
+    "match": "task retrieval, nlvr2, snli_ve or captioning, or pretraining with objective flm, ar, prefixlm or evlgen",
     "features": "any task",
+}
+OF_PROGRAM = {  # what messages call by an option of the generate program -> the argument of ``caption``
+    **{"--lengths 8 10 12": "lengths=[8, 10, 12]", "--lengths": "lengths", "--max-tokens": "max_tokens"},
+    **{"no --beams, no --nucleus and no --prompt": "no beams and no prompt"},
 }
 Images = Any  # a PIL image, a uint8 array [H, W, 3], a path, the bytes of a file; or a list of these
 
@@ -211,9 +215,12 @@ class Model:
     def attention(self, image: Any, text: str) -> tuple[list[str], np.ndarray]:
         """The words of a text and where each looked in the image, float32 [words, rows, columns].
 
-        A map holds the share of each patch, the mean over heads and layers that read the image; what a word took from a
-        class token is in no patch. Raises ValueError for a model that reads an image as words (evlgen), or whose vision
-        tower has no known grid.
+        A map holds the share of each patch in what a word took, the mean over heads and layers: from the image, or with
+        evlgen from the image and the words before. What it took from a class token is in no patch.
+
+        Raises:
+            ValueError: images are judged together (nlvr2), where tokens stand in the image is not known, or they are
+                queries (qformer, perceiver).
         """
         return describing.attention_of(self._trained, self._one(image)[None], text)
 
@@ -248,8 +255,10 @@ class Model:
         try:
             captioner = captioner_of(run, objective, device, beams, max_tokens, prompt, lengths)
         except ValueError as error:  # the words of the program's options
-            said = str(error).replace("--lengths 8 10 12", "lengths=[8, 10, 12]")
-            raise ValueError(said.replace("--max-tokens", "max_tokens").replace("--", "")) from error
+            said = str(error)
+            for option, argument in OF_PROGRAM.items():
+                said = said.replace(option, argument)
+            raise ValueError(said) from error
         if captioner.lengths:
             self._lengths.setdefault(max_tokens, captioner.lengths)
         return captioner

@@ -20,7 +20,8 @@ def words_of(trained: Trained, text: str, name: str) -> str:
     """A text as training cleans it; raises ValueError, calling it ``name``, for no text and for one without a word."""
     if not isinstance(text, str):
         raise ValueError(f"{name}: expected a text (str), found a {type(text).__name__}")
-    cleaned = clean_caption(text, trained.run.config.model.behaviour == "released")
+    full_stop = trained.run.config.model.behaviour == "released" and not isinstance(trained.objective, Classification)
+    cleaned = clean_caption(text, full_stop)
     if not cleaned:
         raise ValueError(f"{name} is empty; give at least one word")
     return cleaned

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from model.evlgen import EVLGen
 from model.qformer import QFormerPairs
 from model.vision.tower import tokens_of
+from pipeline.checkpoint.files import STATE
 from pipeline.finetuning.table import task_of
 from pipeline.pictures.pictures import Pictures, pictures_of
-from pipeline.tasks.trained_run import TrainedRun, read_run, use_files_of_run
+from pipeline.tasks.trained_run import TrainedRun, read_run, refuse_other_training, use_files_of_run
 from pipeline.weights.starting import load_trained
 
 DTYPES = {
@@ -66,6 +67,8 @@ def open_trained(folder: Path, device: Any = None, dtype: Any = None) -> Trained
             run = read_run(folder)
             task = task_of(run.config)
             use_files_of_run(run.config, task, run.folder)
+            if (run.checkpoint / STATE).is_file():
+                refuse_other_training(run.checkpoint, run.config, task, run.tokenizer, run.tokenizer.source)
             objective = task.build(run.config, run.tokenizer.vocabulary)
             load_trained(objective, run.config.model, run.checkpoint)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from pipeline.checkpoint import restore
 from pipeline.checkpoint.files import CheckpointError, run_of
 from pipeline.config.command_line import load_config
 from pipeline.config.options import Config
+from pipeline.exported.folder import is_exported
+from pipeline.exported.settings import tower_file
 from pipeline.language_weights.loading import load_language
 from pipeline.weights.external import load_external
 from pipeline.weights.files import read_state_dict
@@ -140,12 +143,19 @@ def load_vision_tower(tower: nn.Module, config: ModelConfig) -> Loaded:
         ValueError: they can't be had or do not fit.
     """
     found = {}
+    if config.weights and (file := _exported_tower(Path(config.weights))) is not None:
+        return load_vision(tower, dataclasses.replace(config.vision, pretrained=str(file)))
     if config.weights:
         named = read_model(config.weights).items()
         found = {name.removeprefix(TOWER): value for name, value in named if name.startswith(TOWER)}
     if not found or all(".temporal." in name for name in found):  # an imported EVLGen is what was trained only
         return load_vision(tower, config.vision)
     return start_from(tower, found, source=f"model.weights {config.weights}", fresh=OF_VIDEO)
+
+
+def _exported_tower(folder: Path) -> Path | None:
+    """The weights of a frozen tower where ``folder`` is an exported one that holds them, else None."""
+    return tower_file(folder) if is_exported(folder) else None
 
 
 def read_model(weights: str, languages: Mapping[str, LanguageModel] = MappingProxyType({})) -> dict[str, Tensor]:

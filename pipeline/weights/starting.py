@@ -21,12 +21,13 @@ from model.torchvision_shim import ensure_torchvision
 from model.vision.clip import VisionTower
 from model.weights.start import Loaded
 from model.weights.towers import refuse_other_network
-from pipeline.checkpoint.files import run_of, step_of
+from pipeline.checkpoint.files import run_of
 from pipeline.checkpoint.restore import load_into
 from pipeline.config.options import ConfigError
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.distributed.places import Place
 from pipeline.distributed.ranks import Agreement
+from pipeline.exported.folder import is_exported
 from pipeline.language_weights.loading import load_connector, load_language
 from pipeline.weights.external import published_files
 from pipeline.weights.hub import Hub, HubError
@@ -285,8 +286,9 @@ def _refuse_other_tokens(source: str, tokenizer: TextTokenizer, hub: Hub) -> Non
 def _refuse_other_tokens_of_run(weights: str, tokenizer: TextTokenizer) -> None:
     """The same for ``model.weights``, a run folder or a checkpoint folder in it."""
     folder = Path(weights)
-    run = folder if step_of(folder) is None else run_of(folder)
-    _refuse_tokens_other_than(run / "tokenizer", tokenizer, f"model.weights {weights}")
+    run = run_of(folder)
+    copy = run if is_exported(run) else run / "tokenizer"
+    _refuse_tokens_other_than(copy, tokenizer, f"model.weights {weights}")
 
 
 def _refuse_tokens_other_than(folder: Path, tokenizer: TextTokenizer, source: str) -> None:

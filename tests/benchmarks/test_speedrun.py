@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,13 +13,25 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.speedrun import finetuning
 from benchmarks.speedrun.__main__ import Speedrun, main
 from benchmarks.speedrun.curves import Point, Run, clock_of, reached, time_to_target
 from benchmarks.speedrun.jobs import Job, Stopped, run_jobs
-from benchmarks.speedrun.options import parse
-from benchmarks.speedrun.plan import ROUNDS, Budget, Cost, accept_command, calibration_order, cost_of, steps_within
+from benchmarks.speedrun.options import Finetuning, parse
+from benchmarks.speedrun.plan import (
+    ROUNDS,
+    Budget,
+    Cost,
+    accept_command,
+    calibration_order,
+    cost_of,
+    hours_of_training,
+    steps_within,
+    too_few_steps,
+)
 from benchmarks.speedrun.rows import FOLDER, Row, check_models, load_rows
 from model.config import Vocabulary
+from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError, OptimConfig
 from pipeline.distributed.preempt import SIGNALS, StopRequest
 from tests.tiny_corpus import make_corpus
@@ -47,6 +60,20 @@ def test_steps_fill_the_budget_and_evaluations_divide_them(budget: Budget, share
 def test_a_budget_too_small_says_how_much_is_needed() -> None:
     with pytest.raises(ConfigError, match="row flm: 0.01 minutes last for 0.8 steps.*give at least 0.0625"):
         steps_within(Budget("minutes", 0.01), row(0.4), Cost(0.3, 2.0), evaluations=5)
+
+
+def test_the_hours_of_the_whole_command_are_known_before_it_begins() -> None:
+    """README's line: 10 minutes for each of eight rows, two of them with 0.4 and 0.6 of it, and three seeds."""
+    rows = load_rows("objectives", DEMO, None)
+    shares = [1.0] * (len(rows) - 2) + [0.4, 0.6]
+    assert hours_of_training(Budget("minutes", 10), rows, 3, 1) == pytest.approx(10 * sum(shares) * 3 / 60)
+    assert hours_of_training(Budget("minutes", 10), rows, 3, 2) == pytest.approx(10 * sum(shares) * 3 / 120)
+    assert hours_of_training(Budget("steps", 10), rows, 3, 1) is None
+
+
+def test_trainings_too_short_to_tell_rows_apart_are_said() -> None:
+    assert too_few_steps("flm", 100) is None
+    assert too_few_steps("flm", 15).startswith("warning: row flm trains for 15 steps")
 
 
 def test_the_cost_is_the_lower_quartile_without_the_first_lines() -> None:
@@ -380,3 +407,60 @@ def test_mistakes_are_one_line(data, tmp_path, capsys) -> None:
     assert left.value.code == 2
     assert main([*words, "--report-only"]) == 2
     assert "found no speedrun to report on" in capsys.readouterr().err
+
+
+def test_a_calibrated_clock_does_not_see_what_else_ran() -> None:
+    lines = [{"step": 5, "step_seconds": 9.0, "gflop_per_sample": 2.0}]
+    assert clock_of(lines, batch_size=4) == {0: (0.0, 0.0), 5: (45.0, 0.04)}
+    assert clock_of(lines, batch_size=4, step_seconds=0.5) == {0: (0.0, 0.0), 5: (2.5, 0.04)}
+
+
+class TestFinetuning:
+    def test_it_keeps_the_model_data_and_objective_of_the_training_and_takes_the_recipe_for_the_rest(self) -> None:
+        options = ["--recipe", "flickr8k_flm", "--data", "somewhere", "--data.tokenizer", "words"]
+        options += [
+            "--objective.name",
+            "ar",
+            "--model.text.width",
+            "128",
+            "--objective.itm_weight",
+            "0.5",
+            "--optim.learning_rate",
+            "7",
+        ]
+        config = parse_command_line(options).config
+        train, score = finetuning.commands(
+            Finetuning("flickr8k_caption", 9), Path("run"), config, {"train.seed": 3}, 50
+        )
+        launch = parse_command_line(train[2:])
+        found = launch.config
+        assert found.model == dataclasses.replace(config.model, weights="run")
+        assert (found.objective.name, found.data.tokenizer, found.data.paths) == ("ar", "words", ["somewhere"])
+        assert (found.train.steps, found.train.seed, found.task.name) == (9, 3, "captioning")
+        assert (
+            found.optim.learning_rate == parse_command_line(["--recipe", "flickr8k_caption"]).config.optim.learning_rate
+        )
+        assert score[-4:] == ["--run", str(launch.output), "--samples", "50"]
+
+    def test_scores_are_read_from_scorecards_by_task(self, tmp_path: Path) -> None:
+        for task, metrics in {
+            "captioning": {"cider_d": 0.5, "cider_d_wrong_image": 0.125, "loss": 2.0},
+            "retrieval": {"mean_recall": 0.25},
+        }.items():
+            card = tmp_path / "finetuned" / task / "evaluations" / "one" / "scorecard.json"
+            card.parent.mkdir(parents=True)
+            card.write_text(json.dumps({"task": task, "metrics": metrics}))
+        expected = {"finetuned_cider_d": 0.5, "finetuned_cider_d_gain": 0.375, "finetuned_mean_recall": 0.25}
+        assert finetuning.scores(tmp_path) == expected
+
+    @pytest.mark.parametrize(("word", "message"), [("flm_tiny=5", "is of task pretraining"), ("nothing=5", "nothing")])
+    def test_a_recipe_that_can_not_be_is_refused_first(self, word: str, message: str) -> None:
+        recipe, steps = word.split("=")
+        with pytest.raises(ConfigError, match=message):
+            finetuning.check([Finetuning(recipe, int(steps))], parse_command_line(["--recipe", "demo"]).config)
+
+    @pytest.mark.parametrize("word", ["flickr8k_caption", "flickr8k_caption=0", "=5", "flickr8k_caption=many"])
+    def test_it_wants_a_recipe_and_steps(self, word: str, capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit):
+            parse(["--data", "d", "--output", "o", "--steps", "5", "--finetune", word], "")
+        assert "expected RECIPE=STEPS" in capsys.readouterr().err

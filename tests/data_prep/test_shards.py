@@ -119,7 +119,11 @@ def test_interruption_leaves_nothing_behind_and_the_old_split_in_place(tmp_path)
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "c" / "train", interrupted())
-    assert list((tmp_path / "c").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "c").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "c" / "train", interrupted())
+    assert list((tmp_path / "c").iterdir()) == [], "a folder that was there stays"
     write(tmp_path / "c" / "train", records(2))
     before = digest(tmp_path / "c" / "train")
     with pytest.raises(KeyboardInterrupt):
@@ -145,7 +149,7 @@ def test_nothing_usable_and_too_low_a_yield_write_nothing(tmp_path):
     items = [*records(1), *(Rejection("http_404", str(i)) for i in range(8))]
     with pytest.raises(LowYieldError, match="20.0%.*8 http_404"):
         fill_split(SplitWriter(tmp_path / "c" / "train", "c", "train"), items, Limits(), 1, min_yield=0.5)
-    assert list((tmp_path / "c").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_accepts_what_was_written_and_info_describes_it(tmp_path):
@@ -243,7 +247,7 @@ def test_a_record_with_another_number_of_images_is_named(tmp_path, wanted, given
     items = [Record(f"k{n}", (jpeg(),) * count, ("x",)) for n, count in enumerate((wanted, given))]
     with pytest.raises(PrepError, match=rf"record k1 has {given} image\(s\), expected {wanted}"):
         write(tmp_path / "c" / "train", items, num_images=wanted)
-    assert not list((tmp_path / "c").iterdir())
+    assert not (tmp_path / "c").exists()
 
 
 def test_what_is_of_a_caption_stands_beside_the_captions(tmp_path):

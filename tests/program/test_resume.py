@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.changes import describe_changes, refuse_fewer_steps, schedule_settings
+from pipeline.cluster.restarts import read_attempts
 from pipeline.config.options import Config, ConfigError, TrainConfig
 from pipeline.recording.sample_keys import read_sample_keys
+from pipeline.reporting.page import write_report
 from tests.program.test_program import SHORT, finish, program, work  # noqa: F401 (a fixture)
 
 OPTIONS = [*SHORT, "--train.steps", "6", "--train.eval_every", "2", "--train.save_every", "2", "--train.keep_last", "9"]
@@ -54,6 +56,10 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(work: Path, whole: Pat
     assert raw_log(run) == raw_log(whole)
     assert read_sample_keys(run) == read_sample_keys(whole)
     assert (run / "unusable.jsonl").read_text() == bad[0]
+    attempts = read_attempts(run)
+    assert [one["step"] for one in attempts] == [0, 4] and attempts[1]["topology"]["world_size"] == 1
+    assert attempts[1]["topology"].keys() >= {"zero_stage", "precision"}
+    assert "after a pause of" in write_report(run).read_text(), "the report marks the resume"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from data_prep.record import Record, Rejection
 from data_prep.reporting.charts import histogram, stacked_bar
 from data_prep.reporting.contact_sheet import contact_sheet, repeated_images
 from tests.data_prep.checks.splits import jpeg, records, write_split, write_unchecked
+from tests.pipeline.reporting.markup import Markup
 
 
 class Page(HTMLParser):
@@ -63,6 +64,7 @@ def test_the_page_shows_everything_and_loads_nothing(tmp_path):
     assert page.tags.count("svg") == html.count('<svg role="img" aria-label="') == 2 * 5
     assert page.tags.count("img") == 7 + 2 and None not in page.alts and "" not in page.alts
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html and '<html lang="en">' in html
+    assert Markup(html).faults == []
     assert html == report(tmp_path / "c", "--samples", 50), "equal splits give equal bytes"
 
 

@@ -201,7 +201,7 @@ def test_a_link_that_another_file_system_refuses(tmp_path, monkeypatch, capsys):
     assert take_in(tmp_path / "in", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert "cross-device" in message and "--copy" in message and message.count("\n") == 1
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert take_in(tmp_path / "in", tmp_path / "out", "--copy") == 0
 
 

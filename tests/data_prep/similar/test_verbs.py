@@ -17,6 +17,8 @@ from data_prep.filters import REASONS, Limits
 from data_prep.manifest import Shard, file_sha256, find_splits, index_columns, read_manifest, write_manifest
 from data_prep.similar import hash_files
 from data_prep.similar.hash_files import FOLDER, open_hashes
+from pipeline.data.shard_reader import open_corpora
+from tests.data_prep.foreign.shards import triples, write_tar
 from tests.data_prep.similar.photos import cropped, jpeg, photo, write_split
 
 FAST = ["--workers", "1"]
@@ -332,3 +334,14 @@ def test_an_image_that_cannot_be_decoded_is_counted_and_has_no_hash(capsys, tmp_
     assert code == 0 and "without a hash: 1 (flat, two-tone or unreadable, of which unreadable 1)" in out
     found = open_hashes(split / FOLDER)
     assert [int(value) != 0 for value in found.hashes] == [False, True] and found.digests.all()
+
+
+def test_samples_of_shards_of_another_program_are_named_as_in_training(capsys, tmp_path):
+    """Keys repeat from shard to shard there."""
+    for name in ("00000", "00001"):
+        write_tar(tmp_path / "in" / f"{name}.tar", triples(range(2)))
+    assert run(capsys, "webdataset", "--input", tmp_path / "in", "--output", tmp_path / "cc", *FAST)[0] == 0
+    assert run(capsys, "hashes", tmp_path / "cc", *FAST)[0] == 0
+    hashes, (corpus,) = open_hashes(tmp_path / "cc" / "train" / FOLDER), open_corpora([tmp_path / "cc"], "train")
+    assert [hashes.key(row) for row in range(4)] == [corpus.read(row).key for row in range(4)]
+    assert len({hashes.key(row) for row in range(4)}) == 4

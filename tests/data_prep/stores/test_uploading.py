@@ -132,3 +132,61 @@ def test_a_split_in_a_store_reads_as_on_a_disk(split: Path, target: Address) -> 
     assert [there.read(row) for row in range(len(there))] == [here.read(row) for row in range(len(here))]
     assert [there.read_text(row) for row in (3, 0)] == [here.read_text(row) for row in (3, 0)]
     assert (there.first_rows() == here.first_rows()).all()
+
+
+class TestOutputInAStore:
+    """``--output s3://...`` of a verb."""
+
+    def test_synth_writes_both_corpora_there_and_leaves_nothing_here(
+        self, target: Address, tmp_path: Path, monkeypatch, capsys
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        sizes = ["--train", "6", "--dev", "2", "--test", "2", "--image-size", "32", "--workers", "1"]
+        place = target / "drawn"
+        assert main(["synth", *sizes, "--output", "data/drawn"]) == 0
+        assert main(["synth", *sizes, "--output", str(place)]) == 0
+        for name, split in (("drawn", "train"), ("drawn", "dev"), ("drawn_pairs", "train")):
+            there = load_manifest(target / name / split)
+            assert there.fingerprint() == load_manifest(tmp_path / "data" / name / split).fingerprint()
+        assert f"{place}: " in capsys.readouterr().out
+        assert not [path for path in (tmp_path / "data" / ".uploads").rglob("*") if path.is_file()]
+
+    def test_a_split_that_is_there_is_refused_before_the_work(self, split: Path, target: Address, capsys) -> None:
+        assert main(["upload", str(split.parent), str(target)]) == 0
+        command = ["parquet", "--input", "missing.parquet", "--split", "train", "--output", str(target)]
+        assert main(command) == 2
+        assert "a split is there; give --overwrite" in capsys.readouterr().err
+
+    def test_what_failed_to_arrive_is_kept_and_goes_on(self, target: Address, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        sizes = [
+            "--train",
+            "4",
+            "--dev",
+            "2",
+            "--test",
+            "2",
+            "--image-size",
+            "32",
+            "--workers",
+            "1",
+            "--pair-share",
+            "0",
+        ]
+        command = ["synth", *sizes, "--output", str(target / "drawn")]
+        with monkeypatch.context() as broken:
+            broken.setattr(uploading, "_bring", refuse)
+            assert main(command) == 2
+        assert [path for path in (tmp_path / "data" / ".uploads").rglob("manifest.json")]
+        assert main([*command, "--overwrite"]) == 0
+        assert load_manifest(target / "drawn" / "train").samples == 4
+
+    @pytest.mark.parametrize("place", ["https://example.org/data", "hf://datasets/a/b"])
+    def test_a_place_that_can_not_be_written_is_refused_first(self, place: str, tmp_path: Path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert main(["synth", "--train", "4", "--output", place]) == 2
+        assert "cannot be written by this program" in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
+def refuse(one: uploading.Upload) -> bool:
+    raise PrepError(f"{one.target}: no")

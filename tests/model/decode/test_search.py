@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.decode.search import beam, greedy, nucleus
+from model.decode.search import beam, greedy, greedy_steps, nucleus
 from model.decode.stream import decoder_of
 from tests.tiny_flm import VOCABULARY, images, tiny_flm
 
@@ -292,6 +292,17 @@ def test_one_beam_is_greedy_where_no_caption_ends() -> None:
     found = beam(TableDecoder(scores, 5), 7, beams=1)
     assert found == greedy(TableDecoder(scores, 5), 7)
     assert [len(caption) for caption in found] == [7] * 5
+
+
+@pytest.mark.parametrize("prompt", [(), (3,)])
+def test_steps_of_a_greedy_search_grow_into_what_it_finds(prompt: tuple[int, ...]) -> None:
+    for seed in range(20):
+        scores = random_scores(seed, 7, 1.0, 0.0)
+        expected = greedy(TableDecoder(scores, 3, prompt), 8, min_tokens=2, repetition_penalty=1.3)
+        steps = list(greedy_steps(TableDecoder(scores, 3, prompt), 8, 2, 1.3))
+        assert steps[-1] == expected and torch.is_grad_enabled()
+        for number, step in enumerate(steps):
+            assert step == [words[: len(prompt) + number + 1] for words in expected]
 
 
 def test_of_equal_captions_the_first_is_kept() -> None:

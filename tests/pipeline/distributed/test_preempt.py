@@ -14,6 +14,8 @@ from pipeline.distributed import preempt
 from pipeline.distributed.preempt import Stopped, StopRequest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+FIRST_CTRL_C = "SIGINT: stopping after this step; Ctrl-C again ends it at once, without saving\n"
+SECOND_CTRL_C = "SIGINT again: ended without saving; the same command goes on\n"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -52,9 +54,22 @@ def end_of(process: subprocess.Popen) -> tuple[int, str]:
 def test_second_ctrl_c_ends_at_once() -> None:
     process = start("preempt.StopRequest().listen()\nprint('ready')\nimport time\nwhile True: time.sleep(60)")
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "SIGINT: stopping after this step\n"
+    assert process.stderr.readline() == FIRST_CTRL_C
     process.send_signal(signal.SIGINT)
-    assert end_of(process) == (130, "")
+    assert end_of(process) == (130, SECOND_CTRL_C)
+
+
+def test_a_signal_to_a_process_that_is_being_forked_is_not_the_parents() -> None:
+    """Launchers signal a whole group: a loader process that is just starting must not make it look like two."""
+    program = (
+        "import os, signal, sys, time\n"
+        "os.register_at_fork(after_in_child=lambda: time.sleep(1))\n"  # before the hook of the request
+        "stop = preempt.StopRequest().listen()\nprint('ready')\nchild = os.fork()\n"
+        "if child == 0: os._exit(7)\n"
+        "time.sleep(0.3)\nos.kill(child, signal.SIGINT)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 and not stop.requested"
+    )
+    assert end_of(start(program)) == (0, "")
 
 
 def test_before_the_first_step_a_signal_raises_at_once_and_once() -> None:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.reporting.evaluations import read_evaluations, shadows
-from pipeline.reporting.page import ReportError, write_report
+from pipeline.reporting.page import write_report
+from pipeline.reporting.reading import ReportError
 from tests.pipeline.reporting.test_report import Page, fake_run, picture
 
 HOSTILE = '"><script>alert(1)</script>&amp;'
@@ -96,7 +97,9 @@ def test_the_page_shows_evaluations_and_loads_nothing(tmp_path: Path) -> None:
     assert html.count("data:image/png;base64,") == 4 + 2 * 4 and html.count("data:image/jpeg;base64,") == 8 + 4 + 2
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([\w-]+)', html)) <= set(ids)
-    assert 'aria-label="Recall of captioning-easy-dev-step_12"' in html and "number of candidates looked at" in html
+    assert (
+        'aria-label="Recall of captioning-easy-dev-step_12 by k,' in html and "number of candidates looked at" in html
+    )
 
 
 def test_nothing_of_an_evaluation_becomes_markup(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.evaluate import main as evaluate
 from pipeline.generate import main
 from pipeline.reporting.page import write_report
 from pipeline.tasks.caption_lengths import QUANTILES
-from pipeline.tasks.captioning import Captioner, load_captioner
+from pipeline.tasks.captioning import Captioner, Item, load_captioner, write_results
 from tests.tiny_corpus import make_corpus
 from tests.written_run import TINY, write_run
 
@@ -51,6 +51,20 @@ def test_a_runs_own_search_is_taken_whole_or_not_at_all(run: Path) -> None:
     for beams, expected in ((None, (2, "released_beam", 0.5, 1.5)), (3, (3, "beam", 1.0, 1.0))):
         found = load_captioner(folder, torch.device("cpu"), beams=beams)
         assert (found.beams, found.beam_rules, found.length_penalty, found.repetition_penalty) == expected
+
+
+@pytest.mark.slow
+def test_a_folder_is_captioned_picture_by_picture(run: Path, image: Path, tmp_path: Path, capsys) -> None:
+    """Sorted, with those below, without what is no picture, which is counted."""
+    folder = tmp_path / "pictures"
+    for name in ("b.png", "a.PNG", "below/c.png", "notes.txt", ".hidden/d.png"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(image, folder / name)
+    assert main(["--run", str(run), str(folder), "--max-tokens", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    names = [json.loads(line)["file"] for line in captured.out.splitlines()]
+    assert names == [str(folder / name) for name in ("a.PNG", "b.png", "below/c.png")]
+    assert f"{folder}: 3 files taken, 1 skipped for their endings" in captured.err
 
 
 @pytest.mark.slow
@@ -116,12 +130,11 @@ def test_unusable_files_are_named_and_the_rest_is_captioned(
     empty, text = tmp_path / "empty.jpg", tmp_path / "text.jpg"
     empty.touch()
     text.write_text("no image")
-    bad = [str(empty), str(text), str(tmp_path / "absent.jpg"), str(tmp_path)]
+    bad = [str(empty), str(text), str(tmp_path / "absent.jpg")]
     assert main(["--run", str(run), *bad, str(image)]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1
     assert [line.split(": ")[0] for line in err.splitlines()] == [f"skipped {path}" for path in bad]
-    assert f"{tmp_path}: a folder; name the image files in it" in err
     assert main(["--run", str(run), *bad]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no usable image"
 
@@ -159,6 +172,34 @@ def test_held_out_samples_for_the_report(run: Path, capsys: pytest.CaptureFixtur
     assert "data:image/jpeg;base64," in write_report(run).read_text()
     assert main([*options, "--json", "--samples", "1000"]) == 0
     assert json.loads(capsys.readouterr().out)["captions"] == 12  # the whole split, nothing twice
+
+
+def test_all_captions_in_the_form_of_coco_results(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each image of the split once, in its order, whatever the batch; the report still shows few."""
+    data, found = run.parent / "data", []
+    for size in ("5", "32"):
+        results = tmp_path / f"results{size}.json"
+        options = ["--data", str(data), "--split", "dev", "--shown", "2", "--batch-size", size]
+        assert main(["--run", str(run), *options, "--results", str(results), "--output", str(tmp_path / "s.json")]) == 0
+        found.append(json.loads(results.read_text()))
+    (corpus,) = open_corpora([data], "dev")
+    keys = list(dict.fromkeys(corpus.read(row).key for row in range(len(corpus))))
+    assert [set(entry) for entry in found[0]] == [{"image_id", "caption"}] * len(keys)
+    assert [entry["image_id"] for entry in found[0]] == keys and found[0] == found[1]
+    assert len(json.loads((tmp_path / "s.json").read_text())["samples"]) == 2
+    capsys.readouterr()
+    assert main(["--run", str(run), *options, "--samples", "3", "--results", str(results)]) == 0
+    assert len(json.loads(results.read_text())) == 3
+
+
+def test_results_name_images_as_their_corpus_does_and_none_twice(tmp_path: Path) -> None:
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    items = [Item(f"key{n}", pixels, ["a"], {"image_id": 7 + n} if n < 2 else {}) for n in range(3)]
+    captioned = [(item, f"caption {number}") for number, item in enumerate(items)]
+    assert write_results(tmp_path / "r.json", captioned) == 3
+    assert [one["image_id"] for one in json.loads((tmp_path / "r.json").read_text())] == [7, 8, "key2"]
+    with pytest.raises(ValueError, match="image_id 8 is captioned 2 times, expected each image once"):
+        write_results(tmp_path / "r.json", [*captioned, captioned[1]])
 
 
 def test_a_run_keeps_captioning_when_its_data_is_gone(run: Path, image: Path, tmp_path: Path) -> None:
@@ -239,6 +280,7 @@ def test_mlm_without_its_data_asks_for_lengths(
         (["--run", "MLM", "IMAGE", "--beams", "2"], "no --beams, no --nucleus and no --prompt"),
         (["--run", "MLM", "IMAGE", "--prompt", "a"], "no --beams, no --nucleus and no --prompt"),
         (["--run", "RUN", "IMAGE", "--beams", "2", "--nucleus", "0.5"], "--beams and --nucleus"),
+        (["--run", "RUN", "IMAGE", "--results", "x.json"], "--results is for --data DIR"),
         (["--run", "RUN", "IMAGE", "--temperature", "2"], "are for --nucleus TOP_P"),
     ],
 )

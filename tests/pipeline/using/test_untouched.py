@@ -70,7 +70,7 @@ print("as it was")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_a_fresh_process_is_as_it_was(model_of: Callable[[str], Model], tiny_data: Path) -> None:
     kinds = ("flm", "mlm", "captioning", "vqa", "evlgen_tome")
     for kind in kinds:

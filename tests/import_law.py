@@ -82,7 +82,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
             *("config", "data", "checkpoint", "exported", "weights", "loading", "pictures", "tasks", "finetuning"),
         ),
         "batching": (),
-        "serving": ("config", "batching"),
+        "serving": ("config", "batching", "using.model"),
         "using": (*("config", "data", "checkpoint", "weights", "loading", "pictures", "tasks", "finetuning"),),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
@@ -121,8 +121,9 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("__main__",),
     },
     "pipeline": {
-        "programs": tuple(
-            "train evaluate generate features replay report convert export census plan serve restart status health".split()
+        "programs": (
+            *("train", "evaluate", "generate", "features", "replay", "report", "convert", "export", "census", "plan"),
+            *("serve", "restart", "status", "health"),
         )
     },
     "openflm": {"door": ("commands",)},

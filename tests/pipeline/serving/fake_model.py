@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_prep.program import run_program
 from pipeline import serve
+from pipeline.serving import starting
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -95,7 +96,7 @@ def load(options: object) -> FakeModel:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    serve.load = load
+    starting.load = load
     return serve.main(arguments)
 
 

@@ -107,7 +107,7 @@ def test_a_language_model_whose_patches_are_merged(tmp_path: Path, data: Path) -
     run = write_kind(tmp_path / "run", data, "evlgen_tome")
     model = openflm.load(run, device="cpu")
     with serve(run) as server:
-        assert {"caption", "merges"} <= abilities(server) and "attention" not in abilities(server)
+        assert {"caption", "merges"} <= abilities(server) and "answer" not in abilities(server)
         assert server.post("/caption", jpeg(2)) == (200, {"caption": model.caption(jpeg(2))})
         assert server.post("/merges", jpeg(2)) == (200, {"merges": model.merges(jpeg(2)).tolist()})
 

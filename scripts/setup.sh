@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates or refreshes .venv so that it holds requirements.txt; returns at once when it already does.
 #
-#   scripts/setup.sh --test-tools   only the programs that tests use where they are there (Slurm, munge, shellcheck)
+#   scripts/setup.sh --test-tools   only the programs that tests use where they are there (Slurm, munge, shellcheck, Chromium)
 #   scripts/setup.sh            environment variables: PYTHON (interpreter to use), TORCH_INDEX (pip index for torch)
 #
 # Missing system packages are installed with apt where that needs no password; otherwise one line says which and how.
@@ -90,6 +90,9 @@ ensure_test_tools() { # tests that need them are skipped without, and say so
     PATH=$PATH:/usr/sbin:/sbin command -v slurmctld >/dev/null || missing+=(slurm-wlm munge)
     [ ${#missing[@]} -eq 0 ] || RUNLEVEL=1 apt_install "${missing[@]}" || # 1: no daemon is started
         say "tests that need ${missing[*]} are skipped; install with: sudo apt-get install ${missing[*]}"
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
+        apt_install chromium || # on its own: not every distribution has it
+        say "tests that need chromium are skipped; install with: sudo apt-get install chromium"
 }
 
 fingerprint() { { "$1" -V; cat requirements.txt; echo $MPICH; } | sha256sum | cut -d' ' -f1; }

@@ -83,6 +83,8 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "exporting": (
             *("config", "data", "checkpoint", "exported", "weights", "loading", "pictures", "tasks", "finetuning"),
         ),
+        "batching": (),
+        "serving": ("config", "batching", "using.model"),
         "using": (*("config", "data", "checkpoint", "weights", "loading", "pictures", "tasks", "finetuning"),),
         "training": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
@@ -96,7 +98,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": (
             *("config", "distributed", "data", "checkpoint", "incidents", "engine", "recording", "weights", "loading"),
             *("reporting", "comparing", "stored_features", "tasks", "finetuning", "training", "metrics", "scoring"),
-            *("cluster", "planning", "host", "pictures", "exporting", "using"),
+            *("cluster", "planning", "host", "pictures", "exporting", "using", "batching", "serving"),
             *("deepspeed_json", "dry_run"),
         ),
     },
@@ -127,8 +129,9 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "programs": ("__main__",),
     },
     "pipeline": {
-        "programs": tuple(
-            "train evaluate generate features replay report convert export census plan restart status health".split()
+        "programs": (
+            *("train", "evaluate", "generate", "features", "replay", "report", "convert", "export", "census", "plan"),
+            *("serve", "restart", "status", "health"),
         )
     },
     "openflm": {"door": ("commands",)},
@@ -176,6 +179,7 @@ CONFINED = {  # module -> the only files of the three packages that touch it
     "wandb": {"pipeline/recording/trackers.py"},
     "py3langid": {"data_prep/caption_language.py"},
     "pyspark": {"data_prep/parts/engines.py"},
+    "uvicorn": {"pipeline/serving/running.py", "pipeline/serving/connections.py"},
     "av": {"data_prep/video/decoding.py", "data_prep/video/encoding.py"},
 }
 NEEDS_SHIM = {"torchvision", "timm", "open_clip"}

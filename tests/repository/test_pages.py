@@ -11,7 +11,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "checkpoints", "data")))
 PAGES += tuple(f"docs/{name}.md" for name in ("faults", "incidents", "launchers", "machines", "resume", "runbook"))
-PAGES += tuple(f"docs/{name}.md" for name in ("export", "how_do_i", "scale", "scaling", "security", "speedrun", "use"))
+PAGES += tuple(f"docs/{name}.md" for name in ("export", "how_do_i", "scale", "scaling", "security", "serve"))
+PAGES += tuple(f"docs/{name}.md" for name in ("speedrun", "use"))
 
 
 def named_files(text: str) -> list[str]:

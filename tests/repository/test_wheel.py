@@ -26,6 +26,7 @@ from tests.tiny_runs import write_data, write_kind
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("openflm", "model", "data_prep", "pipeline")
 DATA = ("pipeline/recipes", "pipeline/reporting/templates", "data_prep/reporting/templates", "pipeline/ds_configs")
+DATA += ("pipeline/serving/page",)
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
 

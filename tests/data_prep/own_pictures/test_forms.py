@@ -175,7 +175,7 @@ WRITTEN = {  # as a row writes it -> the file that is meant
     "one.jpg": "dir/One.JPG",
     "photos/dir/One.JPG": "dir/One.JPG",  # from where the table stands
     "C:\\Users\\me\\dir\\One.JPG": "dir/One.JPG",
-    "/home/me/two.png": "two.png",
+    "/x/me/two.png": "two.png",
     unicodedata.normalize("NFD", "café.jpg"): "café.jpg",
     "two.jpeg": None,  # it is a PNG
     "other.jpeg": "other.jpg",

@@ -133,7 +133,11 @@ ADVICE: list[tuple[Json, list[str], str, Callable[[Json, list[str]], None]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "words", "advice", "fix"), ADVICE, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("given", "words", "advice", "fix"),
+    ADVICE,
+    ids=lambda value: value.__name__ if callable(value) else str(value)[:50],
+)
 def test_advice_that_is_followed_once_succeeds(
     given: Json, words: list[str], advice: str, fix: Callable[[Json, list[str]], None], tmp_path: Path
 ) -> None:

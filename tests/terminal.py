@@ -45,7 +45,9 @@ def type_into(
                 return shown
         raise AssertionError(f"not at its end after {seconds:g} s:\n{shown}")
     finally:
-        os.close(terminal)  # which hangs up on whoever is left
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+        os.close(terminal)
+        for number in [int(path.name) for path in Path("/proc").glob("[0-9]*")]:
+            with suppress(ProcessLookupError):
+                if os.getsid(number) == process:  # whoever was started from this terminal and is left
+                    os.kill(number, signal.SIGKILL)
         os.waitpid(process, 0)

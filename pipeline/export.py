@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without-frozen", action="store_true", help=frozen)
     tower = "write vision_tower/ by the names of its library, for a trained tower too"
     parser.add_argument("--vision-tower", action="store_true", help=tower)
-    parser.add_argument("--onnx", action="store_true", help="vision_tower.onnx too (pip install 'openflm[onnx]')")
+    parser.add_argument("--onnx", action="store_true", help="vision_tower.onnx too (pip install '.[onnx]')")
     parser.add_argument("--torch-export", action="store_true", help="vision_tower.pt2 too, of torch.export")
     parser.add_argument(
         "--licence", "--license", metavar="ID", help="identifier of the hub for the card, like apache-2.0"

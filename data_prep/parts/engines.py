@@ -159,7 +159,7 @@ def make_by_spark(plan: Plan, options: PartOptions, watch: Watch, processes: int
     try:
         from pyspark import SparkConf, SparkContext
     except ImportError as error:
-        raise PrepError("--engine spark needs PySpark, which is not installed; pip install 'openflm[spark]'") from error
+        raise PrepError("--engine spark needs PySpark, which is not installed; pip install '.[spark]'") from error
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     conf = (

@@ -44,7 +44,7 @@ def refuse_without_onnx() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(f"--onnx needs {name}: pip install 'openflm[onnx]'") from error
+            raise ConfigError(f"--onnx needs {name}: pip install '.[onnx]'") from error
 
 
 def tolerance(tower: nn.Module) -> float:

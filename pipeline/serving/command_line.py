@@ -32,7 +32,7 @@ def need_packages() -> None:
             import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"serving needs {error.name}, which is not installed; install it with: pip install 'openflm[serve]'"
+            f"serving needs {error.name}, which is not installed; install it with: pip install '.[serve]'"
         ) from None
 
 

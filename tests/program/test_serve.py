@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("uvicorn", reason="serving needs its packages: pip install 'openflm[serve]'")
-pytest.importorskip("fastapi", reason="serving needs its packages: pip install 'openflm[serve]'")
+pytest.importorskip("uvicorn", reason="serving needs its packages: pip install '.[serve]'")
+pytest.importorskip("fastapi", reason="serving needs its packages: pip install '.[serve]'")
 
 import openflm  # noqa: E402
 from pipeline.serve import main  # noqa: E402

@@ -118,7 +118,7 @@ def test_tasks_of_an_array_make_the_same_split_and_the_last_seals_it(server, tab
 @pytest.mark.slow
 def test_spark_makes_the_same_split(server, table, expected, tmp_path) -> None:
     if importlib.util.find_spec("pyspark") is None:
-        pytest.skip("PySpark is not installed: pip install 'openflm[spark]'")
+        pytest.skip("PySpark is not installed: pip install '.[spark]'")
     if shutil.which("java") is None:
         pytest.skip("Java is not installed, which Spark needs")
     words = arguments(table, tmp_path / "web", "--engine", "spark", "--processes", "2")

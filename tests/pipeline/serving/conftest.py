@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="serving needs its packages: pip install 'openflm[serve]'")
-pytest.importorskip("fastapi", reason="serving needs its packages: pip install 'openflm[serve]'")
+pytest.importorskip("uvicorn", reason="serving needs its packages: pip install '.[serve]'")
+pytest.importorskip("fastapi", reason="serving needs its packages: pip install '.[serve]'")
 
 from tests.pipeline.serving.serving import Served, picture, served  # noqa: E402
 

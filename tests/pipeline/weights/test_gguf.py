@@ -21,7 +21,7 @@ WIDTH, LAYERS = 32, 2
 
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
     """A random Llama of bytes; returns its tensors by GGUF's names."""
-    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (pip install openflm[gguf])")
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (pip install '.[gguf]')")
     generator = np.random.default_rng(0)
     words = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     writer = gguf.GGUFWriter(path, "llama")

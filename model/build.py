@@ -210,6 +210,8 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
     if model.vision.temporal is not None:
         raise ValueError(f"model.vision.temporal {model.vision.temporal} is for objective.name evlgen; use null")
     _check_frozen_tower(model)
+    if objective.name == "flm" and objective.query_rate != 1 and model.behaviour == "released":
+        raise ValueError("objective.query_rate below 1 has no released behaviour; use model.behaviour default")
     if objective.name == "prefixlm" and model.behaviour == "released":
         raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
     if objective.name == "mlm" and objective.whole_words and not vocabulary.word_starts:

@@ -267,6 +267,8 @@ class FLMOptions(PairOptions):
     Args:
         corruption_rate: share of a caption's words hidden from each target, itself included; 0 hides it only.
         span_placement: uniform places the hidden span anywhere around its target, centred around it.
+        query_rate: share of a caption's words that are reconstructed, at least one, drawn anew each time; the streams
+            predict all of them.
         l2r_weight: weight of the forward language-model loss.
         r2l_weight: weight of the reverse language-model loss.
     """
@@ -274,12 +276,14 @@ class FLMOptions(PairOptions):
     name: Literal["flm"] = "flm"
     corruption_rate: float = 0.0
     span_placement: Literal["uniform", "centred"] = "uniform"
+    query_rate: float = 1.0
     l2r_weight: float = 1.0
     r2l_weight: float = 1.0
 
     def check(self) -> None:
         super().check()
         self._expect("corruption_rate", 0 <= self.corruption_rate <= 1, "0 to 1")
+        self._expect("query_rate", 0 < self.query_rate <= 1, "above 0 and at most 1")
         for name in ("l2r_weight", "r2l_weight"):
             self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number, 0 or more")
 

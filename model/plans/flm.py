@@ -15,6 +15,7 @@ from model.config import Vocabulary
 from model.plans.builder import PlanBuilder, matched_rows, padded_length, round_up, row_generator
 from model.plans.spans import centred_spans, centred_word_spans, uniform_spans
 
+QUERY_STREAM = 2  # of a row's generator
 LANGUAGE_TERMS = {"flm": ("queries", "token"), "l2r": ("l2r", "token"), "r2l": ("r2l", "token")}
 
 
@@ -22,9 +23,9 @@ LANGUAGE_TERMS = {"flm": ("queries", "token"), "l2r": ("l2r", "token"), "r2l": (
 class FLMPlanner:
     """Plans FLM batches of the default behaviour (docs/architecture.md, "Two behaviours of FLM").
 
-    Targets: ``flm`` words 1..n-2 from their queries; ``l2r`` tokens 1..n-1 from the state before; ``r2l`` words 1..n-2
-    from the state after; ``itm`` the CLS query of rows that have a negative caption, and of that caption. Read rows
-    have a CLS query too, and all states.
+    Targets: ``flm`` words 1..n-2, or ``query_rate`` of them, from their queries; ``l2r`` tokens 1..n-1 from the state
+    before; ``r2l`` words 1..n-2 from the state after; ``itm`` the CLS query of rows that have a negative caption, and
+    of that caption. Read rows have a CLS query too, and all states.
     """
 
     vocabulary: Vocabulary
@@ -32,6 +33,7 @@ class FLMPlanner:
     negative_share: float
     full_stop: bool = False
     centred: bool = False
+    query_rate: float = 1.0
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """images uint8 [B, I, 3, H, W]; any row may read any image."""
@@ -55,7 +57,9 @@ class FLMPlanner:
         r2l = builder.add_states("r2l", number, np.arange(r2l_start, length))
         place = centred_word_spans if self.centred else uniform_spans
         spans = place(length, self.corruption_rate, row_generator(row.seed))
-        builder.add_targets("flm", builder.add_queries(number, words, spans), ids[words])
+        chosen = _drawn(len(words), self.query_rate, row.seed)
+        queries = builder.add_queries(number, words[chosen], spans[chosen])
+        builder.add_targets("flm", queries, ids[words[chosen]])
         builder.add_targets("l2r", l2r[: length - 1], ids[1:])
         builder.add_targets("r2l", r2l[2 - r2l_start :], ids[words])
 
@@ -98,6 +102,15 @@ class ReleasedPlanner:
         builder.add_targets("flm", builder.add_queries(number, targets[seen], spans[seen]), ids[targets[seen]])
         builder.add_targets("l2r", l2r[targets[:-1]], ids[2:])
         builder.add_targets("r2l", r2l[2:], ids[np.arange(1, stop - 1)])
+
+
+def _drawn(count: int, rate: float, seed: int) -> np.ndarray:
+    """Which of ``count`` things are taken, in order: on average ``rate`` of them, at least one of any."""
+    if rate == 1 or count == 0:
+        return np.arange(count)
+    generator = row_generator(seed, QUERY_STREAM)
+    number = max(1, int(rate * count + generator.random()))
+    return np.sort(generator.choice(count, number, replace=False))
 
 
 def add_cls_query(builder: PlanBuilder, row: Row, number: int) -> np.ndarray:

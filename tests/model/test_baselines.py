@@ -313,6 +313,7 @@ def test_captions_of_one_token_are_learnt_from(name: str, targets: int, rate: fl
         (dict(name="mlm", prediction_rate=0.0), "objective.prediction_rate is 0.0"),
         (dict(name="prefixlm", prefix_share=1.0), "objective.prefix_share is 1.0"),
         (dict(corruption_rate=-0.1), "objective.corruption_rate is -0.1"),
+        (dict(query_rate=0.0), "objective.query_rate is 0.0, expected above 0"),
     ],
 )
 def test_rates_out_of_range_are_refused(options: dict, message: str) -> None:
@@ -320,9 +321,11 @@ def test_rates_out_of_range_are_refused(options: dict, message: str) -> None:
         build_objective(tiny_config(), objective_options(**options), VOCABULARY, MAX_TEXT_LENGTH)
 
 
-def test_prefixlm_has_no_released_behaviour() -> None:
+def test_what_has_no_released_behaviour_is_refused() -> None:
     with pytest.raises(ValueError, match="prefixlm has no released behaviour"):
         tiny_flm("released", name="prefixlm")
+    with pytest.raises(ValueError, match="query_rate below 1 has no released behaviour"):
+        tiny_flm("released", query_rate=0.5)
 
 
 def test_a_longer_prefix_than_the_caption_leaves_one_word_to_predict() -> None:

@@ -95,6 +95,26 @@ def test_targets_of_the_default_behaviour():
     assert targets["flm"] == words and targets["r2l"] == words and targets["l2r"] == sorted(words + ends)
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.25, 0.5, 0.9])
+def test_a_share_of_the_words_is_reconstructed(rate: float) -> None:
+    """Each equally often, at least one; states, streams' targets and the spans of those left are what they were."""
+    whole, part = planner(), FLMPlanner(VOCABULARY, 0.3, negative_share=0.5, query_rate=rate)
+    num_words, samples = 6, 2000
+    counts = np.zeros(num_words)
+    for seed in range(samples):
+        rows = [Row(caption(num_words, 1), 0, seed=seed, role="pair")]
+        expected, found = whole(images(1), rows), part(images(1), rows)
+        queries = found.plan.query_index
+        counts[queries.numpy() - 1] += 1
+        assert torch.equal(found.plan.query_span, expected.plan.query_span[queries - 1])
+        assert torch.equal(found.terms["flm"].target, found.plan.text.flatten()[queries])
+        for name in ("l2r", "r2l"):
+            assert torch.equal(found.terms[name].target, expected.terms[name].target)
+            assert torch.equal(getattr(found.plan, f"{name}_index"), getattr(expected.plan, f"{name}_index"))
+    share = max(rate, 1 / num_words)
+    assert np.abs(counts / samples - share).max() < 5 * np.sqrt(share * (1 - share) / samples)
+
+
 def test_negatives_and_placeholders_carry_no_language_targets():
     rows = [*pair_rows([caption(4, 1), caption(6, 2)]), Row(caption(5, 3), 1, seed=7, role="negative")]
     batch = planner()(images(2), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 
 def program_parser(module: str, doc: str) -> argparse.ArgumentParser:
@@ -19,29 +19,39 @@ def program_parser(module: str, doc: str) -> argparse.ArgumentParser:
     )
 
 
-def whole_number(least: int = 1) -> Callable[[str], int]:
+@dataclass(frozen=True)
+class whole_number:  # noqa: N801  it stands where types of options stand
     """The type of an option that takes a whole number of at least ``least``, 0 or more."""
 
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least {least}")
+    least: int = 1
+
+    def __call__(self, text: str) -> int:
+        if not text.isdecimal() or int(text) < self.least:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {self}")
         return int(text)
 
-    return parse
+    def __repr__(self) -> str:
+        return f"a whole number of at least {self.least}"
 
 
-def number(unit: str = "", zero: bool = False, most: float = math.inf) -> Callable[[str], float]:
+@dataclass(frozen=True)
+class number:  # noqa: N801
     """The type of an option that takes a finite number above 0, also 0 if it may be ``zero``, of at most ``most``."""
 
-    def parse(text: str) -> float:
+    unit: str = ""
+    zero: bool = False
+    most: float = math.inf
+
+    def __call__(self, text: str) -> float:
         try:
             found = float(text)
         except ValueError:
             found = math.nan
-        if not (0 < found < math.inf or zero and found == 0) or found > most:
-            kind = f"a number of {unit}" if unit else "a number"
-            bounds = ("of at least 0" if zero else "above 0") + (f", at most {most:g}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected {kind} {bounds}")
+        if not (0 < found < math.inf or self.zero and found == 0) or found > self.most:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {self}")
         return found
 
-    return parse
+    def __repr__(self) -> str:
+        kind = f"a number of {self.unit}" if self.unit else "a number"
+        bounds = "of at least 0" if self.zero else "above 0"
+        return f"{kind} {bounds}" + (f", at most {self.most:g}" if self.most < math.inf else "")

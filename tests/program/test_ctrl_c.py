@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_ctrl_c_saves_says_so_and_the_prompt_waits(tmp_path: Path, name: str) ->
     if shutil.which(words[0], path=path) is None:
         pytest.skip(f"{words[0]} is not installed")
     make_corpus(tmp_path / "data", train=64, dev=8)
-    command = f"{' '.join(words)} {REPOSITORY / 'pipeline' / 'train.py'} {OPTIONS}; echo code $?"
+    command = f"{shlex.join([*words, str(REPOSITORY / 'pipeline' / 'train.py')])} {OPTIONS}; echo code $?"
     shown = type_into(command, [("held out after step 0", CTRL_C)], tmp_path, {"PATH": path, **PATIENT})
     saved, _ = newest_valid(tmp_path / "run")
     assert saved is not None, shown

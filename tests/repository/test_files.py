@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,13 @@ def test_no_path_of_somebodys_machine() -> None:
             continue
         found += [f"{path.relative_to(REPOSITORY)}: {match.group()}" for match in private.finditer(text)]
     assert not found
+
+
+def test_extras_have_names_that_any_pip_finds_and_are_those_that_are_named() -> None:
+    """pip up to 23.2 looks for ``a_b`` where the metadata have ``a-b``, and installs nothing, with a warning."""
+    extras = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    assert all(name.isalnum() and name == name.lower() for name in extras)
+    files = [path for path in repository_files() if path.suffix in (".md", ".py", ".yaml", ".sh")]
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    named = {name for text in texts for name in re.findall(r"pip install (?:-e )?'\.\[(\w+)\]'", text)}
+    assert named and named <= extras, named - extras

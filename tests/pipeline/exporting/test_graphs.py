@@ -68,5 +68,5 @@ def test_a_graph_that_gives_other_tokens_is_refused(tmp_path: Path, monkeypatch:
 
 def test_without_onnx_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"--onnx needs onnxruntime: pip install 'openflm\[onnx\]'"):
+    with pytest.raises(ConfigError, match=r"--onnx needs onnxruntime: pip install '\.\[onnx\]'"):
         graphs.refuse_without_onnx()

@@ -161,7 +161,7 @@ def test_images_in_an_archive(kind, tmp_path):
 
 def test_compressed_captions(tmp_path):
     photos(tmp_path / "photos")
-    put(tmp_path / "c.csv.gz", gzip.compress(table(tmp_path / "c.csv").read_bytes()))
+    put(tmp_path / "c.csv.gz", gzip.compress(table(tmp_path / "c.csv").read_bytes(), mtime=0))
     assert local(tmp_path, "--captions", tmp_path / "c.csv.gz") == 0
     assert prepared(tmp_path / "out") == CAPTIONS
 
@@ -273,7 +273,7 @@ def test_columns_that_are_not_clear_are_refused_with_the_header_and_the_option(
         ("c.json", b"[" * 100_000, "not readable as JSON"),
         ("c.json", b"[1, 2]", "a list without objects, expected a list of objects"),
         ("c.jsonl", b"\x93\n" * 90, "no column is called as one that holds the image; found: none"),
-        ("c.csv.gz", gzip.compress(b"file,caption\n" * 99)[:40], "cannot be read"),
+        ("c.csv.gz", gzip.compress(b"file,caption\n" * 99, mtime=0)[:40], "cannot be read"),
         ("c.csv", b"file,caption\nhttps://h/1.jpg,a dog\n", "`python -m data_prep urls` downloads addresses"),
         ("c.csv", b"file,caption\n", "(3) the rows? it holds no row"),
     ],

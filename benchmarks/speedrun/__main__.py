@@ -13,7 +13,6 @@ import argparse
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from benchmarks.probes import __main__ as probes
 from benchmarks.speedrun import finetuning
 from benchmarks.speedrun.curves import Run, read_run
+from benchmarks.speedrun.display import Display
 from benchmarks.speedrun.jobs import ROOT, Job, Stopped, run_jobs
 from benchmarks.speedrun.options import parse, probe_words, shared_words, shown
 from benchmarks.speedrun.plan import (
@@ -59,7 +59,6 @@ EXIT_DONE, EXIT_FAILED = 0, 1
 _OF_THE_REPORT = ("command", "git_revision", "git_changed")  # of an environment: said of the trainings instead
 NEIGHBOURS = "neighbours.json"
 DONE = "done.json"  # in a run folder: trained to the end and probed
-SHOW_SECONDS = 60.0
 ALWAYS = {  # of every training
     "train.eval_every": 0,
     "train.save_minutes": 0,
@@ -325,11 +324,7 @@ class Speedrun:
         named = ("evaluations", "jobs", "ranks", *(f"{name}_images" for name, _, _ in probes.IMAGES))
         fixed = {name: getattr(arguments, name) for name in named}
         if arguments.finetune:
-            fixed |= {
-                "neighbours": read_json(self.output / NEIGHBOURS),
-                "finetune": [str(one) for one in arguments.finetune],
-                "finetune_samples": arguments.finetune_samples,
-            }
+            fixed["finetune"] = [*map(str, arguments.finetune), arguments.finetune_samples]
         return {"budget": str(self.budget), **fixed, "data": self.corpora, "tokenizer": self.tokenizer}
 
     def _facts(self) -> dict[str, Any]:
@@ -364,37 +359,6 @@ class Speedrun:
                 for note in noted
             }
         )
-
-
-class Display:
-    """Says every so often what runs, how far it is, and how long the rest will take."""
-
-    def __init__(self, jobs: Sequence[Job], done: int) -> None:
-        self._total, self._began, self._shown = len(jobs) + done, time.monotonic(), time.monotonic()
-        self._first_left = self._left([], jobs)
-        self._running: list[str] = []
-
-    def __call__(self, running: Sequence[Job], waiting: Sequence[Job]) -> None:
-        labels = [job.label for job in running]
-        now = time.monotonic()
-        if labels == self._running and now - self._shown < SHOW_SECONDS:
-            return
-        self._running, self._shown = labels, now
-        left = self._left(running, waiting)
-        rate = (self._first_left - left) / (now - self._began) if now > self._began else 0.0
-        parts = [f"[{self._total - len(waiting) - len(running)}/{self._total} done]"]
-        parts += [f"{job.label}: {job.begun():.0%}" for job in running]
-        parts += [f"ETA {_time(left / rate)}"] if rate > 0 else []
-        print(" | ".join(parts), flush=True)
-
-    @staticmethod
-    def _left(running: Sequence[Job], waiting: Sequence[Job]) -> float:
-        return sum(job.work * (1 - job.begun()) for job in [*running, *waiting])
-
-
-def _time(seconds: float) -> str:
-    hours, minutes = divmod(int(seconds / 60 + 0.999), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def _last_step(folder: Path) -> int:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.speedrun import finetuning
-from benchmarks.speedrun.__main__ import Speedrun, main
+from benchmarks.speedrun.__main__ import NEIGHBOURS, Speedrun, main
 from benchmarks.speedrun.curves import Point, Run, clock_of, reached, time_to_target
-from benchmarks.speedrun.jobs import Job, Stopped, run_jobs
-from benchmarks.speedrun.options import Finetuning, parse
+from benchmarks.speedrun.jobs import Stopped
+from benchmarks.speedrun.options import parse
 from benchmarks.speedrun.plan import (
     ROUNDS,
     Budget,
@@ -31,9 +28,9 @@ from benchmarks.speedrun.plan import (
 )
 from benchmarks.speedrun.rows import FOLDER, Row, check_models, load_rows
 from model.config import Vocabulary
-from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError, OptimConfig
-from pipeline.distributed.preempt import SIGNALS, StopRequest
+from pipeline.distributed.preempt import SIGNALS
+from tests.benchmarks.test_speedrun_jobs import python
 from tests.tiny_corpus import make_corpus
 
 DEMO = ["--recipe", "demo"]
@@ -206,52 +203,6 @@ def test_another_command_in_the_same_folder_is_refused_by_name(tmp_path: Path) -
         accept_command(path, {"budget": "10 minutes"}, [0])
 
 
-def python(*words: str) -> list[str]:
-    return [sys.executable, "-c", *words]
-
-
-def test_jobs_run_side_by_side_in_order_and_failures_end_nothing_else(tmp_path: Path) -> None:
-    finished = []
-    chain = [python("print('one')"), python("print('two')")]
-    broken = [python("print('ill'); raise SystemExit(3)"), python("print('never')")]
-    jobs = [
-        Job("first", chain, tmp_path / "a" / "first.out", finish=lambda: finished.append("first")),
-        Job("second", broken, tmp_path / "second.out", finish=lambda: finished.append("second")),
-        Job("third", [python("import os; print(os.environ['OMP_NUM_THREADS'])")], tmp_path / "third.out"),
-    ]
-    failures = run_jobs(jobs, 2, 7, StopRequest())
-    assert finished == ["first"] and (tmp_path / "a" / "first.out").read_text() == "one\ntwo\n"
-    assert len(failures) == 1 and failures[0].startswith("second ended with exit code 3")
-    assert str(tmp_path / "second.out") in failures[0] and failures[0].endswith("ill")
-    assert (tmp_path / "third.out").read_text() == "7\n"
-
-
-SLEEPER = """
-import pathlib, signal, sys, time
-def told(number, frame):
-    pathlib.Path(sys.argv[1]).write_text("told")
-    raise SystemExit(75)
-signal.signal(signal.SIGTERM, told)
-pathlib.Path(sys.argv[1]).write_text("ready")
-time.sleep(60)
-"""
-
-
-def test_being_told_to_stop_is_passed_on(tmp_path: Path) -> None:
-    note, stop = tmp_path / "note", StopRequest()
-
-    def tell() -> None:
-        while not note.exists() or note.read_text() != "ready":
-            time.sleep(0.02)
-        stop.signal_name = "SIGINT"
-
-    threading.Thread(target=tell, daemon=True).start()
-    jobs = [Job("a", [python(SLEEPER, str(note))], tmp_path / "a.out"), Job("b", [python("1")], tmp_path / "b.out")]
-    with pytest.raises(Stopped) as stopped:
-        run_jobs(jobs, 1, 1, stop)
-    assert stopped.value.exit_code == 130 and note.read_text() == "told" and not (tmp_path / "b.out").exists()
-
-
 STAND_IN = """
 import json, pathlib, sys, time
 what, folder, settings = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -415,52 +366,12 @@ def test_a_calibrated_clock_does_not_see_what_else_ran() -> None:
     assert clock_of(lines, batch_size=4, step_seconds=0.5) == {0: (0.0, 0.0), 5: (2.5, 0.04)}
 
 
-class TestFinetuning:
-    def test_it_keeps_the_model_data_and_objective_of_the_training_and_takes_the_recipe_for_the_rest(self) -> None:
-        options = ["--recipe", "flickr8k_flm", "--data", "somewhere", "--data.tokenizer", "words"]
-        options += [
-            "--objective.name",
-            "ar",
-            "--model.text.width",
-            "128",
-            "--objective.itm_weight",
-            "0.5",
-            "--optim.learning_rate",
-            "7",
-        ]
-        config = parse_command_line(options).config
-        train, score = finetuning.commands(
-            Finetuning("flickr8k_caption", 9), Path("run"), config, {"train.seed": 3}, 50
-        )
-        launch = parse_command_line(train[2:])
-        found = launch.config
-        assert found.model == dataclasses.replace(config.model, weights="run")
-        assert (found.objective.name, found.data.tokenizer, found.data.paths) == ("ar", "words", ["somewhere"])
-        assert (found.train.steps, found.train.seed, found.task.name) == (9, 3, "captioning")
-        assert (
-            found.optim.learning_rate == parse_command_line(["--recipe", "flickr8k_caption"]).config.optim.learning_rate
-        )
-        assert score[-4:] == ["--run", str(launch.output), "--samples", "50"]
-
-    def test_scores_are_read_from_scorecards_by_task(self, tmp_path: Path) -> None:
-        for task, metrics in {
-            "captioning": {"cider_d": 0.5, "cider_d_wrong_image": 0.125, "loss": 2.0},
-            "retrieval": {"mean_recall": 0.25},
-        }.items():
-            card = tmp_path / "finetuned" / task / "evaluations" / "one" / "scorecard.json"
-            card.parent.mkdir(parents=True)
-            card.write_text(json.dumps({"task": task, "metrics": metrics}))
-        expected = {"finetuned_cider_d": 0.5, "finetuned_cider_d_gain": 0.375, "finetuned_mean_recall": 0.25}
-        assert finetuning.scores(tmp_path) == expected
-
-    @pytest.mark.parametrize(("word", "message"), [("flm_tiny=5", "is of task pretraining"), ("nothing=5", "nothing")])
-    def test_a_recipe_that_can_not_be_is_refused_first(self, word: str, message: str) -> None:
-        recipe, steps = word.split("=")
-        with pytest.raises(ConfigError, match=message):
-            finetuning.check([Finetuning(recipe, int(steps))], parse_command_line(["--recipe", "demo"]).config)
-
-    @pytest.mark.parametrize("word", ["flickr8k_caption", "flickr8k_caption=0", "=5", "flickr8k_caption=many"])
-    def test_it_wants_a_recipe_and_steps(self, word: str, capsys: pytest.CaptureFixture) -> None:
-        with pytest.raises(SystemExit):
-            parse(["--data", "d", "--output", "o", "--steps", "5", "--finetune", word], "")
-        assert "expected RECIPE=STEPS" in capsys.readouterr().err
+def test_what_was_found_meanwhile_does_not_make_it_another_command(data: Path, tmp_path: Path) -> None:
+    """Captions of neighbours are scored at the end; other fine-tunings are another command."""
+    words = ["--steps", "20", "--evaluations", "1", "--finetune"]
+    speedrun(data, tmp_path, *words, "coco_caption=2")
+    (tmp_path / NEIGHBOURS).write_text('{"person": 0.9}')
+    again = speedrun(data, tmp_path, *words, "coco_caption=2")
+    assert again._facts()["neighbours"] == {"person": 0.9}
+    with pytest.raises(ConfigError, match="belongs to another command"):
+        speedrun(data, tmp_path, *words, "coco_caption=3")

@@ -49,8 +49,8 @@ def _uploading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
             return run(args)
         refuse_unwritable(target)
         overwrite = getattr(args, "overwrite", False)
-        _refuse_what_is_there(target, getattr(args, "split", None), overwrite)
         above = args.staging / hashlib.sha256(target.url.encode()).hexdigest()[:12]
+        _refuse_early(args, above, target, overwrite)
         args.output = above / target.name
         code = run(args)
         if code == 0 and not getattr(args, "dry_run", False):
@@ -60,20 +60,42 @@ def _uploading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
     return uploaded
 
 
-def _refuse_what_is_there(target: Address, split: str | None, overwrite: bool) -> None:
-    """Before hours of work: the upload would refuse it at its end."""
-    if split and not overwrite and is_split(target / split):
+def _refuse_early(args: argparse.Namespace, above: Path, target: Address, overwrite: bool) -> None:
+    """Before hours of work, what would be refused at its end; names what an earlier command did not bring to its end.
+
+    Raises:
+        PrepError: with the reason and what to do.
+    """
+    if getattr(args, "engine", None) == "array":
+        raise PrepError(
+            f"--engine array with --output {target}: no task is the last to know; give a folder that all tasks share, "
+            "then `python -m data_prep upload`"
+        )
+    if overwrite:
+        return
+    for corpus, _ in _finished(above):
+        raise PrepError(
+            f"{corpus}: prepared by an earlier command that was not uploaded to its end; `python -m data_prep upload "
+            f"{corpus} {target.parent / corpus.name}` goes on, --overwrite prepares it anew"
+        )
+    split = getattr(args, "split", None)
+    if split and is_split(target / split):
         raise PrepError(f"{target / split}: a split is there; give --overwrite to replace it, or another --output")
 
 
+def _finished(above: Path) -> list[tuple[Path, list[Path]]]:
+    """Corpora below ``above`` with their finished splits, those that have any."""
+    corpora = sorted(path for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
+    found = [
+        (corpus, [path for path in sorted(corpus.rglob("*")) if path.is_dir() and is_split(path)]) for corpus in corpora
+    ]
+    return [(corpus, splits) for corpus, splits in found if splits]
+
+
 def _bring(above: Path, target: Address, overwrite: bool) -> None:
-    """Upload every corpus in ``above`` beside ``target``, then remove it here."""
-    for corpus in sorted(path for path in above.iterdir() if path.is_dir()):
+    """Upload every finished split in ``above``, its corpus beside ``target``, then remove it here."""
+    for corpus, splits in _finished(above):
         place = target.parent / corpus.name
-        splits = [path for path in [corpus, *corpus.rglob("*")] if path.is_dir() and is_split(path)]
-        if not splits:
-            print(f"{corpus}: no finished split yet; the command that ends it uploads it to {place}")
-            continue
         done = upload_files(plan_upload(corpus, place), overwrite)
         print(f"{place}: {done.written} files written ({done.bytes / 2**20:.1f} MiB), {done.there} were there already")
         for split in splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,29 +158,26 @@ class TestOutputInAStore:
         assert main(command) == 2
         assert "a split is there; give --overwrite" in capsys.readouterr().err
 
-    def test_what_failed_to_arrive_is_kept_and_goes_on(self, target: Address, tmp_path: Path, monkeypatch) -> None:
+    def test_what_failed_to_arrive_is_kept_and_named(
+        self, target: Address, tmp_path: Path, monkeypatch, capsys
+    ) -> None:
         monkeypatch.chdir(tmp_path)
-        sizes = [
-            "--train",
-            "4",
-            "--dev",
-            "2",
-            "--test",
-            "2",
-            "--image-size",
-            "32",
-            "--workers",
-            "1",
-            "--pair-share",
-            "0",
-        ]
+        sizes = "--train 4 --dev 2 --test 2 --image-size 32 --workers 1 --pair-share 0".split()
         command = ["synth", *sizes, "--output", str(target / "drawn")]
         with monkeypatch.context() as broken:
             broken.setattr(uploading, "_bring", refuse)
             assert main(command) == 2
         assert [path for path in (tmp_path / "data" / ".uploads").rglob("manifest.json")]
+        capsys.readouterr()
+        assert main(command) == 2
+        advice = re.search("`python -m data_prep (.*?)`", capsys.readouterr().err).group(1)
+        assert main(advice.split()) == 0 and load_manifest(target / "drawn" / "train").samples == 4
         assert main([*command, "--overwrite"]) == 0
-        assert load_manifest(target / "drawn" / "train").samples == 4
+        assert not [path for path in (tmp_path / "data" / ".uploads").rglob("manifest.json")]
+
+    def test_tasks_of_an_array_do_not_upload(self, target: Address, capsys) -> None:
+        command = ["urls", "--input", "missing.tsv", "--engine", "array", "--output", str(target)]
+        assert main(command) == 2 and "then `python -m data_prep upload`" in capsys.readouterr().err
 
     @pytest.mark.parametrize("place", ["https://example.org/data", "hf://datasets/a/b"])
     def test_a_place_that_can_not_be_written_is_refused_first(self, place: str, tmp_path: Path, monkeypatch, capsys):

@@ -13,18 +13,16 @@ import torch
 
 from data_prep.program import run_program
 from model.census import parameter_census
-from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import fail
 from pipeline.dry_run.counting import known_vocabulary
 from pipeline.finetuning.table import task_of
-from pipeline.weights.packaged import use_packaged_weights
+from pipeline.weights.packaged import parse_settings
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     try:
-        config = parse_command_line(sys.argv[1:] if argv is None else argv).config
-        use_packaged_weights(config)
+        config = parse_settings(sys.argv[1:] if argv is None else argv).config
         vocabulary, words = known_vocabulary(config)
         with torch.device("meta"):
             objective = task_of(config).build(config, vocabulary)

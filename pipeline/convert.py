@@ -22,10 +22,10 @@ from pathlib import Path
 
 from data_prep.program import run_program
 from model.weights.released_evlgen import RELEASED_MERGES
-from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import fail
 from pipeline.weights.gguf import import_gguf
 from pipeline.weights.importing import export_flm, import_evlgen, import_flm
+from pipeline.weights.packaged import parse_settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.verb == "import-flm":
             import_flm(arguments.source, arguments.target, arguments.text_heads)
         elif arguments.verb == "import-evlgen":
-            config = parse_command_line(["--recipe", arguments.recipe]).config
+            config = parse_settings(["--recipe", arguments.recipe]).config
             import_evlgen(arguments.source, arguments.target, config, arguments.merges)
         elif arguments.verb == "import-gguf":
             import_gguf(arguments.source, arguments.target)

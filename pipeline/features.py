@@ -27,7 +27,6 @@ import sys  # noqa: E402
 import torch  # noqa: E402
 
 from data_prep.program import run_program  # noqa: E402
-from pipeline.config.command_line import parse_command_line  # noqa: E402
 from pipeline.config.options import ConfigError, fail  # noqa: E402
 from pipeline.config.program_options import whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
@@ -36,7 +35,7 @@ from pipeline.distributed.endings import EXIT_REQUEUE, say  # noqa: E402
 from pipeline.distributed.places import discover  # noqa: E402
 from pipeline.recording.progress import Progress  # noqa: E402
 from pipeline.stored_features.writing import open_tower, unwritten, write_shard  # noqa: E402
-from pipeline.weights.packaged import use_packaged_weights  # noqa: E402
+from pipeline.weights.packaged import parse_settings  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(arguments: argparse.Namespace, words: list[str], stop: StopRequest) -> int:
     given = any(word.partition("=")[0] == "--data.features" for word in words)
-    config = parse_command_line(words + ([] if given else ["--data.features", "float16"])).config
-    use_packaged_weights(config)
+    config = parse_settings(words + ([] if given else ["--data.features", "float16"])).config
     if config.data.features is None:
         raise ConfigError("--data.features null: expected float16 or bfloat16, the dtype that is written")
     place, device = choose_device(discover(os.environ))

@@ -22,7 +22,7 @@ from typing import NoReturn
 from torch import nn
 
 from data_prep.program import run_program
-from pipeline.config.command_line import DS_CONFIGS, Launch, parse_command_line
+from pipeline.config.command_line import DS_CONFIGS, Launch
 from pipeline.config.options import ConfigError, fail, in_batch_negatives
 from pipeline.config.program_options import number, whole_number
 from pipeline.deepspeed_json.ds_config import Device, read_ds_config, resolve
@@ -35,6 +35,7 @@ from pipeline.planning.counts import TEXT_TOKENS, Work, count_parameters
 from pipeline.planning.memory import zero_of
 from pipeline.planning.speed import Machine
 from pipeline.planning.summary import GIB, Subject, as_plain, as_text
+from pipeline.weights.packaged import parse_settings
 
 COUNTED = 16, 64  # samples of the two micro-batches that others are told from
 OFFERED = ("zero1", "zero2", "zero3", "zero0", "zero2_offload", "zero3_offload")  # of ds_configs/
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     try:
         options, training = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-        machine, launch = machine_of(options), parse_command_line(training)
+        machine, launch = machine_of(options), parse_settings(training)
         named = any(word.split("=")[0] == "--deepspeed" for word in training)
         run = CountedRun(launch, options, [launch.deepspeed] if named else [DS_CONFIGS / f"{n}.json" for n in OFFERED])
         found = run.configurations(machine)

@@ -28,14 +28,14 @@ from typing import Any  # noqa: E402
 
 from data_prep.manifest import ManifestError, find_splits, is_prepared  # noqa: E402
 from data_prep.program import outlive_readers  # noqa: E402
-from pipeline.config.command_line import Launch, describe, parse_command_line  # noqa: E402
+from pipeline.config.command_line import Launch, describe  # noqa: E402
 from pipeline.config.dry_run_options import DryRun, take_dry_run  # noqa: E402
 from pipeline.config.options import ConfigError, weighted_paths  # noqa: E402
 from pipeline.data.tokenizer_source import tokenizer_source  # noqa: E402
 from pipeline.distributed.endings import say  # noqa: E402
 from pipeline.distributed.host_memory import keep_freed_memory  # noqa: E402
 from pipeline.distributed.places import Place, discover  # noqa: E402
-from pipeline.weights.packaged import use_packaged_weights  # noqa: E402
+from pipeline.weights.packaged import parse_settings  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         place = discover(os.environ)
         options, words = take_dry_run(sys.argv[1:] if argv is None else argv)
-        launch = parse_command_line(words)
-        use_packaged_weights(launch.config)
+        launch = parse_settings(words)
         if options is not None:
             return look_ahead(launch, options, place, stop)
         if place.world_size == 1:  # of several ranks each says, once they are connected, what it does not find

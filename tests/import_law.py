@@ -118,7 +118,8 @@ FILES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "data_prep": {
         "border": (
-            *("manifest", "listed_files", "sample_fields", "shard_members", "shard_table", "program", "vqa_answers"),
+            *("manifest", "npy", "listed_files", "sample_fields", "shard_members", "shard_table", "program"),
+            "vqa_answers",
         ),
         "images": ("images",),
         "splits": (
@@ -144,7 +145,7 @@ MAY_IMPORT = {
         "model",
         *(
             f"data_prep.{name}"
-            for name in ("manifest", "shard_members", "images", "video", "program", "vqa_answers", "stores")
+            for name in ("manifest", "npy", "shard_members", "images", "video", "program", "vqa_answers", "stores")
         ),
     },
     "openflm": {"pipeline.using"},

@@ -18,7 +18,6 @@ from data_prep.checks.measure import measure_split
 from data_prep.checks.tar_walk import sample_starts, walk_headers
 from data_prep.checks.verify import DROPPED, Problem, dropped_samples
 from data_prep.manifest import (
-    INDEX_DAMAGE,
     Manifest,
     Shard,
     index_columns,
@@ -26,6 +25,7 @@ from data_prep.manifest import (
     write_atomically,
     write_manifest,
 )
+from data_prep.npy import load_array
 from data_prep.passport import PASSPORT
 from data_prep.record import Rejection
 from data_prep.repairing.diagnosis import COUNTS_ARE_WRONG, INDEX_IS_LOST, SAMPLE_IS_LOST, SHARD_IS_LOST, Diagnosis
@@ -120,8 +120,8 @@ def _give_up(shard: Shard, why: str, rows: int, repair: _Repair) -> None:
 def _load(path: Path, manifest: Manifest) -> np.ndarray | None:
     """An index with whatever number of rows; None where it is none of this split."""
     try:
-        index = np.load(path, allow_pickle=False)
-    except (OSError, *INDEX_DAMAGE):
+        index = load_array(path)
+    except (OSError, ValueError):
         return None
     width = index_columns(manifest.fields).width
     return index if index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == width else None

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import features
 
-from data_prep.manifest import INDEX_DAMAGE, load_manifest, sync_directory, write_atomically
+from data_prep.manifest import load_manifest, sync_directory, write_atomically
+from data_prep.npy import load_array
 from data_prep.record import PrepError
 from data_prep.similar.pictures import PICTURE_BYTES, VERSION
 from data_prep.similar.split_samples import KEY_BYTES
@@ -77,7 +78,7 @@ def open_hashes(folder: Path) -> HashSet:
             found = f"hashes of version {content.get('hash_version')!r}, this program makes {VERSION}"
             raise PrepError(f"{folder}: {found}; make them anew by `python -m data_prep hashes SPLIT`")
         about = About(**content)
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if about.samples else None) for name in ARRAYS}
+        arrays = {name: load_array(folder / f"{name}.npy", mapped=True) for name in ARRAYS}
         count = about.samples * about.num_images
         expected = {"hashes": (count,), "digests": (count, 2), "keys": (about.samples,)}
         expected["pictures"] = (count, PICTURE_BYTES)
@@ -86,7 +87,7 @@ def open_hashes(folder: Path) -> HashSet:
                 raise ValueError(f"{name}.npy holds {arrays[name].shape}, expected {shape}")
     except PrepError:
         raise
-    except (OSError, *INDEX_DAMAGE) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise PrepError(f"{folder}: no readable hashes ({error}); make them by `python -m data_prep hashes`") from error
     return HashSet(folder, about, arrays)
 

@@ -12,8 +12,8 @@ from data_prep.stores.failures import StoreError, StoreMissing, StoreShort
 from data_prep.stores.kept_files import open_kept
 from data_prep.stores.requests import entries_of, lists_folders, read_range, size_of
 
-LISTED_FROM = 64  # shards; for fewer each file is asked for by itself
 MAX_HEADER_BYTES = 4096  # of an index
+LISTED_FROM = 64  # shards; for fewer each file is asked for by itself
 THREADS = 16
 
 

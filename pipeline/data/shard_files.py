@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import time
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import INDEX_DAMAGE, MANIFEST_NAME, Manifest, Shard, index_columns
+from data_prep.manifest import MANIFEST_NAME, Manifest, Shard, index_columns
+from data_prep.npy import MAX_HEADER_BYTES, parse_header
 from data_prep.stores.address import Address
 from data_prep.stores.failures import StoreError
 from pipeline.data.open_shards import (
@@ -33,7 +33,6 @@ PATIENCE_SECONDS = 20.0  # retries of all files of a process in vain; after that
 FOLDER_SECONDS = 8.0  # retries of the folder of a split, before the run ends
 MAX_LOST_IN_A_ROW = 16  # shards, none of them readable, before the whole split counts as lost
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 0.5
-_HEADER_BYTES = 4096  # of an index; its header takes 128
 
 
 class LostCorpus(DataError):
@@ -185,15 +184,11 @@ def open_plain_file(path: Path) -> tuple[int, int]:
 def _first_row(descriptor: int, num_bytes: int, expected: tuple[int, int]) -> int:
     """Byte offset of the first row of an index; raises ShardError if it is not int64 of the expected shape."""
     try:
-        head = io.BytesIO(os.pread(descriptor, _HEADER_BYTES, 0))
-        version = np.lib.format.read_magic(head)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, by_columns, dtype = read_header[version](head)
+        header = parse_header(os.pread(descriptor, MAX_HEADER_BYTES, 0))
     except OSError as error:
         raise refused(error, UNREADABLE) from None
-    except INDEX_DAMAGE:
+    except ValueError:
         raise ShardError(BAD_INDEX) from None
-    fits = shape == expected and dtype == np.dtype("<i8") and not by_columns
-    if not fits or num_bytes < head.tell() + expected[0] * expected[1] * 8:
+    if header.shape != expected or header.dtype != np.int64 or header.by_columns or num_bytes < header.end:
         raise ShardError(BAD_INDEX)
-    return head.tell()
+    return header.start

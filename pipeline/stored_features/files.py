@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import write_atomically
+from data_prep.npy import MAX_HEADER_BYTES, parse_header
 from data_prep.stores.address import Address
 from pipeline.config.options import ConfigError
 from pipeline.data.open_shards import DataError
@@ -169,14 +170,12 @@ class _ShardFile:
         self._path, self._row_bytes = path, 2 * math.prod(shape[1:])
         try:
             self._file = open(path, "rb")
-            version = np.lib.format.read_magic(self._file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            found, by_column, dtype = read_header[version](self._file)
-        except (OSError, ValueError, KeyError) as error:
+            header = parse_header(self._file.read(MAX_HEADER_BYTES))
+        except (OSError, ValueError) as error:
             raise self._lost(str(error)) from None
-        if found != shape or dtype != np.uint16 or by_column:
-            raise self._lost(f"holds {dtype} {found}, expected uint16 {shape}")
-        self._start = self._file.tell()
+        if header.shape != shape or header.dtype != np.uint16 or header.by_columns:
+            raise self._lost(f"holds {header.dtype} {header.shape}, expected uint16 {shape}")
+        self._start = header.start
 
     def read(self, row: int, out: Tensor) -> None:
         """One row into ``out``, uint8 of as many bytes."""

@@ -284,8 +284,8 @@ BROKEN_HEADERS = (b"{'descr': '<i8', 'shape': (3, 7", b"  {\n x", b"'" * 60, b"(
 
 
 @pytest.mark.parametrize("text", BROKEN_HEADERS)
-def test_a_header_of_an_index_that_numpy_cannot_parse_is_a_broken_index(tmp_path, text):
-    """Invariant 7: numpy reads the header as Python source, and raises what a parser raises."""
+def test_a_damaged_header_of_an_index_is_a_broken_index(tmp_path, text):
+    """Invariant 7: also where numpy, which reads the header as Python source, raises what a parser raises."""
     manifest = make_split(tmp_path / "train")
     index = tmp_path / "train" / "00000.index.npy"
     content = index.read_bytes()
@@ -318,7 +318,7 @@ def test_an_index_with_objects_is_not_unpickled(tmp_path):
     """Invariant 7."""
     manifest = make_split(tmp_path / "train")
     np.save(tmp_path / "train" / "00000.index.npy", np.array([{}, print], dtype=object), allow_pickle=True)
-    with pytest.raises(ManifestError, match="not a readable index .*objects"):
+    with pytest.raises(ManifestError, match=r"not a readable index .*\|O"):
         open_index(tmp_path / "train", manifest, manifest.shards[0])
 
 

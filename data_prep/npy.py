@@ -1,7 +1,7 @@
 """Reads .npy files of numbers and bytes without parsing Python source, as which numpy reads their headers.
 
-On Python 3.11 threads can't do that at the same time: one counter serves them all, and SystemError is raised where it is
-found to be wrong (python/cpython issue 106905). Nor does a damaged header reach a parser that was made for programs.
+On Python 3.11 threads can't do that at the same time: one counter serves all of them, and SystemError is raised where
+it turns out wrong (python/cpython issue 106905). Nor does a damaged header reach a parser that was made for programs.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def build_evlgen(model: ModelConfig, vocabulary: Vocabulary, max_text_length: in
     """
     name = model.language.name
     _refuse_idle(model, "evlgen", "text", "reconstructor")
-    _check_frozen_tower(model)
+    _check_tower_of_connector(model)
     check_lora(model.language)
     settings = language_settings(name)
     if model.language.own_dropout:
@@ -98,7 +98,7 @@ def build_qformer(
     """The first stage of a Q-Former with random weights; raises as :func:`build_objective`."""
     objective.check()
     _refuse_idle(model, objective.name, "text", "reconstructor", "language")
-    _check_frozen_tower(model)
+    _check_tower_of_connector(model)
     _check_tokens(vocabulary, max_text_length)
     refusals = [
         ("model.connector.name", model.connector.name, "qformer"),
@@ -209,6 +209,8 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
     _refuse_idle(model, objective.name, "connector", "language")
     if model.vision.temporal is not None:
         raise ValueError(f"model.vision.temporal {model.vision.temporal} is for objective.name evlgen; use null")
+    if model.vision.standardise and model.behaviour == "released":
+        raise ValueError("model.vision.standardise has no released behaviour; use model.behaviour default")
     _check_frozen_tower(model)
     if objective.name == "flm" and objective.query_rate != 1 and model.behaviour == "released":
         raise ValueError("objective.query_rate below 1 has no released behaviour; use model.behaviour default")
@@ -264,6 +266,14 @@ def _check_own_dropout(model: ModelConfig, settings: Any) -> None:
         raise ValueError(
             f"model.language.own_dropout has no effect: model.language.name {model.language.name} has no dropout; use"
             " false"
+        )
+
+
+def _check_tower_of_connector(model: ModelConfig) -> None:
+    _check_frozen_tower(model)
+    if model.vision.standardise:
+        raise ValueError(
+            "model.vision.standardise has no effect: the norm of a connector is model.connector.standardise; use that"
         )
 
 

@@ -41,6 +41,9 @@ class VisionConfig:
         temporal: how the frames of a video tell each other what they show, in every block: released as EVLGen's
             release, blind to their order; ordered, which is not; null not at all (not of LIBRARY/NAME). It is trained
             where the tower is frozen too.
+        standardise: put a norm behind the tower that begins with channels of mean 0 and variance 1 over the first
+            training images: with features of a trained tower, flm, mlm, ar and prefixlm learn faster (not of released
+            behaviour; evlgen has model.connector.standardise).
     """
 
     name: str | None = "ViT-B-32-quickgelu"
@@ -57,6 +60,7 @@ class VisionConfig:
     stage: int | None = None
     layout: Literal["clip", "eva"] = "clip"
     temporal: Literal["released", "ordered"] | None = None
+    standardise: bool = False
 
 
 @dataclass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig, Vocabulary
 from model.heads import Pooler
 from model.layers import BottomLayer, TextEmbedding, TopLayer, initial_std
 from model.learning_rate_groups import declare_group
+from model.vision.channel_norm import ChannelNorm
 from model.vision.tower import build_tower, tokens_of
 
 
@@ -27,12 +29,13 @@ def add_towers(net: nn.Module, config: ModelConfig, vocabulary: Vocabulary, num_
     net.embedding = TextEmbedding(text, vocabulary.size, vocabulary.pad_id)
     net.bottom = nn.ModuleList(BottomLayer(text) for _ in range(text.bottom_layers))
     net.text_projection = nn.Linear(text.width, text.width)
+    net.image_norm = ChannelNorm(net.vision.width) if config.vision.standardise else nn.Identity()
     net.image_projection = nn.Linear(net.vision.width, text.width)
     net.type_embedding = nn.Embedding(1 + num_images, text.width)  # l2r text, image, second image ..
     net.top = nn.ModuleList(TopLayer(text) for _ in range(text.top_layers))
     net.pooler = Pooler(text.width)
     declare_group("rest", net.vision, net.embedding, net.bottom, net.type_embedding)
-    declare_group("cross", net.text_projection, net.image_projection, net.top, net.pooler)
+    declare_group("cross", net.text_projection, net.image_norm, net.image_projection, net.top, net.pooler)
 
 
 def reset_parameters(net: nn.Module, keep: tuple[str, ...] = ()) -> None:
@@ -57,7 +60,14 @@ def encode_images(net: nn.Module, images: Tensor) -> Tensor:
     num_images, num_types = images.shape[1], net.type_embedding.num_embeddings
     if num_images >= num_types:
         raise ValueError(f"samples have {num_images} images, the network knows {num_types - 1}; build it for as many")
-    tokens = net.image_projection(tokens_of(net.vision, images).to(net.type_embedding.weight.dtype))
+    tokens = tokens_of(net.vision, images).to(net.type_embedding.weight.dtype)
+    tokens = net.image_projection(net.image_norm(tokens))
     if num_images == 1:
         return tokens + net.type_embedding.weight[1]
     return (tokens.unflatten(0, (-1, num_images)) + net.type_embedding.weight[1 : 1 + num_images, None]).flatten(0, 1)
+
+
+@torch.no_grad()
+def fit_image_norm(net: nn.Module, images: Tensor) -> None:
+    """Fits the norm behind the tower (``VisionConfig.standardise``) to training images, as of :func:`encode_images`."""
+    net.image_norm.standardise(tokens_of(net.vision, images))

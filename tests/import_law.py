@@ -10,7 +10,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "core": ("cpu.door",),
         "vision": ("core",),
         "merge": (),
-        "connectors": ("core", "merge", "vision.tower"),
+        "connectors": ("core", "merge", "vision.tower", "vision.channel_norm"),
         "plans": ("core", "language.text_form"),
         "language": ("core",),
         "networks": ("core", "vision", "merge", "connectors", "language"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from model.config import ConnectorConfig
@@ -17,10 +16,10 @@ from model.connectors.tome import Merged, TokenMerging
 from model.connectors.tomeformer import TomeFormer
 from model.layers import initial_std
 from model.merge.schedule import constant_merges, merges_to_budget, tokens_after
+from model.vision.channel_norm import ChannelNorm
 from model.vision.tower import Grid
 
 MERGING = ("tomeformer", "tome")
-MOST_ENLARGED, TINY = 10.0, 1e-6  # of a norm's weight, over that of a channel of mean deviation; a deviation
 
 
 class Connector(nn.Module):
@@ -47,7 +46,7 @@ class Connector(nn.Module):
         _check(config, num_tokens, grid)
         self.config, self.num_image_tokens = config, num_tokens
         self.has_class_token = grid is not None and grid.leading > 0
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.norm = ChannelNorm(width)
         self.regroup = _regroup(config, grid)
         self.input = nn.Linear(width if self.regroup is None else self.regroup.width(width), config.width)
         bodies = {"tomeformer": TomeFormer, "qformer": QFormer, "perceiver": Perceiver}
@@ -75,20 +74,6 @@ class Connector(nn.Module):
         for name in ("token_type", "queries"):
             if hasattr(self.body, name):
                 nn.init.normal_(getattr(self.body, name), std=std)
-
-    @torch.no_grad()
-    def standardise(self, tokens: Tensor) -> None:
-        """Sets weight and bias of the norm: over ``tokens`` [B, P, W] each of its channels has mean 0 and variance 1.
-
-        Features of a trained tower differ little from image to image: most of each token is what all have in common,
-        which a norm over channels leaves in. A channel that is nearly constant is enlarged tenfold at most.
-        """
-        self.norm.reset_parameters()
-        channels = self.norm(tokens.to(self.norm.weight)).double().flatten(0, 1)
-        deviation = channels.std(0, correction=0)
-        weight = 1 / deviation.clamp(min=max(float(deviation.mean()) / MOST_ENLARGED, TINY))
-        self.norm.weight.copy_(weight)
-        self.norm.bias.copy_(-channels.mean(0) * weight)
 
     def forward(self, tokens: Tensor, num_tokens: int | None = None) -> Tensor:
         """[B, P, W] -> [B, Q, L]; where tokens are merged, any number of them is left that ``num_tokens`` asks for."""

@@ -56,7 +56,7 @@ class ImageToText(nn.Module):
         """
         features = self.net.features(images)
         if fresh and self.net.connector.config.standardise:
-            self.net.connector.standardise(features)
+            self.net.connector.norm.standardise(features)
         self.net.scale_prefix(features)
 
     def fresh_from(self, names: Collection[str]) -> list[str]:

@@ -44,7 +44,7 @@ class QFormerStage1(nn.Module):
     def begin_with(self, images: Tensor, fresh: bool) -> None:
         """As of :class:`model.objectives.evlgen.ImageToText`; there is no last layer here."""
         if fresh and self.net.connector.config.standardise:
-            self.net.connector.standardise(self.net.features(images))
+            self.net.connector.norm.standardise(self.net.features(images))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sum of losses of each term, fp32 scalars with gradient."""

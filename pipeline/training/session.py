@@ -55,7 +55,7 @@ from pipeline.staging.starting import start_staging
 from pipeline.stored_features.opening import feature_source
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Score, Task, texts_of
 from pipeline.training.run_files import copy_files, write_run_files
-from pipeline.weights.starting import describe_start, fit_connector, load_frozen, load_starting_weights
+from pipeline.weights.starting import describe_start, fit_to_images, load_frozen, load_starting_weights
 
 
 @dataclass
@@ -145,7 +145,7 @@ def set_up(launch: Launch, ds_config: dict[str, Any], task: Task, ranks: Ranks) 
     preparation = replace(task.preparation(config, objective, opened.data.tokenizer), features=features)
     if starting is not None:
         images = partial(first_images, config, opened.data, preparation)
-        fit_connector(objective, config.model, starting, images, place, agreement)
+        fit_to_images(objective, config.model, starting, images, place, agreement)
     lock = _lock(launch.output, ranks, opened.lock)  # of a new run only now: a mistake before this leaves no folder
     census = parameter_census(objective)
     prepare_deepspeed(ranks.device)

@@ -36,6 +36,7 @@ from pipeline.weights.files import read_state_dict
 IMPORTED, IMPORT_RECIPE = "weights.safetensors", "recipe.yaml"  # in the folder of an imported model
 HEAD = r"(?!net\.).+"  # whatever is not of the network: what a task or objective puts on top
 TOWER, LANGUAGE = "net.vision.", "net.language."
+IMAGE_NORM = "net.image_norm.weight"
 OF_VIDEO = (r"blocks\.\d+\.temporal\..+",)  # begins anew in a tower of images
 MAY_BEGIN = (HEAD, *(re.escape(TOWER) + pattern for pattern in OF_VIDEO))
 
@@ -133,6 +134,10 @@ def _start_from_state(
     source = f"model.weights {weights}"
     dropped = [HEAD, *getattr(objective, "not_read", ())]
     released = getattr(getattr(objective, "net", None), "released", False)
+    ours = dict(objective.named_parameters())
+    if (IMAGE_NORM in ours) != (IMAGE_NORM in state):
+        found, setting = ("has no", "false") if IMAGE_NORM in ours else ("has a", "true")
+        raise ValueError(f"{source} {found} norm behind its vision tower; set model.vision.standardise {setting}")
     return start_from(objective, state, head_rules(state), source, fresh, dropped, (*head_resizes(released), *resizes))
 
 

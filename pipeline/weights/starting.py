@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from model.objectives.evlgen import OUTPUT, ImageToText
 from model.objectives.pretraining import Pretraining
 from model.qformer import QFormerPairs
 from model.torchvision_shim import ensure_torchvision
+from model.towers import fit_image_norm
 from model.vision.clip import VisionTower
 from model.weights.start import Loaded
 from model.weights.towers import refuse_other_network
@@ -86,7 +88,7 @@ def load_starting_weights(
     return _on_rank_0(load, place, agreement)
 
 
-def fit_connector(
+def fit_to_images(
     objective: nn.Module,
     config: ModelConfig,
     starting: dict[str, dict[str, Any]],
@@ -94,16 +96,25 @@ def fit_connector(
     place: Place,
     agreement: Agreement,
 ) -> None:
-    """Fit what is random of rank 0's connector to the first images of training (``begin_with`` of its objective).
+    """Fit what is random behind rank 0's vision tower to the first images of training.
 
-    Nothing is done for other objectives, in released behaviour, and where a run's connector goes on as it is.
+    That is the connector (``begin_with`` of its objective) or the norm of ``VisionConfig.standardise``. Nothing is done
+    in released behaviour, and where what a run has learnt goes on as it is.
     """
     fresh = "connector" in starting
     of_run = starting.get("model", {}).get("names") or {}
-    if config.behaviour == "default" and (fresh or OUTPUT in of_run.get("fresh", ())):
-        was_training = objective.training
-        _on_rank_0(lambda: objective.eval().begin_with(first_images(), fresh), place, agreement)
-        objective.train(was_training)
+    if config.behaviour != "default":
+        return
+    if fresh or OUTPUT in of_run.get("fresh", ()):
+        fit = partial(objective.begin_with, fresh=fresh)
+    elif config.vision.standardise and "model" not in starting:
+        fit = partial(fit_image_norm, objective.net)
+    else:
+        return
+    was_training = objective.training
+    objective.eval()
+    _on_rank_0(lambda: fit(first_images()), place, agreement)
+    objective.train(was_training)
 
 
 def load_frozen(objective: nn.Module, config: ModelConfig, place: Place, agreement: Agreement) -> None:

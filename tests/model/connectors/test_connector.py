@@ -141,19 +141,3 @@ def test_pixel_shuffle_keeps_every_number() -> None:
 def test_what_does_not_fit_is_one_line(options: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=f"^model.connector.*{error}"):
         connector(**options)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_standardised_channels(name: str) -> None:
-    """Whatever the tokens have in common, and whatever was there before; where all are constant nothing is enlarged
-    without bound."""
-    model = connector(name=name).double()
-    common, scale = torch.randn(1, 1, WIDTH).double() * 10, torch.rand(WIDTH).double() + 0.5
-    tokens = torch.randn(40, 25, WIDTH).double() * scale + common
-    torch.nn.init.normal_(model.norm.weight)
-    model.standardise(tokens)
-    channels = model.norm(tokens).flatten(0, 1)
-    torch.testing.assert_close(channels.mean(0), torch.zeros(WIDTH).double(), rtol=0, atol=DOUBLE)
-    torch.testing.assert_close(channels.std(0, correction=0), torch.ones(WIDTH).double(), rtol=0, atol=DOUBLE)
-    model.standardise(torch.zeros(2, 25, WIDTH).double())
-    assert model.norm.weight.isfinite().all() and model.norm.bias.isfinite().all()

@@ -212,8 +212,14 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
     if model.vision.standardise and model.behaviour == "released":
         raise ValueError("model.vision.standardise has no released behaviour; use model.behaviour default")
     _check_frozen_tower(model)
-    if objective.name == "flm" and objective.query_rate != 1 and model.behaviour == "released":
-        raise ValueError("objective.query_rate below 1 has no released behaviour; use model.behaviour default")
+    if objective.name == "flm" and model.behaviour == "released":
+        news = {
+            "objective.query_rate below 1": objective.query_rate != 1,
+            "objective.stream_rate below 1": objective.stream_rate != 1,
+            "model.reconstructor.boundary_states": model.reconstructor.boundary_states,
+        }
+        if asked := [option for option, is_asked in news.items() if is_asked]:
+            raise ValueError(f"{asked[0]} has no released behaviour; use model.behaviour default")
     if objective.name == "prefixlm" and model.behaviour == "released":
         raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
     if objective.name == "mlm" and objective.whole_words and not vocabulary.word_starts:

@@ -97,10 +97,14 @@ class ReconstructorConfig:
     Args:
         bottom_layers: at most text.bottom_layers; null means all.
         top_layers: at most text.top_layers; null means all.
+        boundary_states: a query begins, in front of its first layer of each half, with the states beside what is hidden
+            from it: the last one that it reads of the l2r stream and the first one of the r2l stream. Not of released
+            behaviour.
     """
 
     bottom_layers: int | None = None
     top_layers: int | None = None
+    boundary_states: bool = False
 
 
 @dataclass
@@ -271,8 +275,8 @@ class FLMOptions(PairOptions):
     Args:
         corruption_rate: share of a caption's words hidden from each target, itself included; 0 hides it only.
         span_placement: uniform places the hidden span anywhere around its target, centred around it.
-        query_rate: share of a caption's words that are reconstructed, at least one, drawn anew each time; the streams
-            predict all of them.
+        query_rate: share of a caption's words that are reconstructed, at least one, drawn anew each time.
+        stream_rate: the same of the words that each stream predicts; all their states are computed whatever it is.
         l2r_weight: weight of the forward language-model loss.
         r2l_weight: weight of the reverse language-model loss.
     """
@@ -281,13 +285,15 @@ class FLMOptions(PairOptions):
     corruption_rate: float = 0.0
     span_placement: Literal["uniform", "centred"] = "uniform"
     query_rate: float = 1.0
+    stream_rate: float = 1.0
     l2r_weight: float = 1.0
     r2l_weight: float = 1.0
 
     def check(self) -> None:
         super().check()
         self._expect("corruption_rate", 0 <= self.corruption_rate <= 1, "0 to 1")
-        self._expect("query_rate", 0 < self.query_rate <= 1, "above 0 and at most 1")
+        for name in ("query_rate", "stream_rate"):
+            self._expect(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
         for name in ("l2r_weight", "r2l_weight"):
             self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number, 0 or more")
 

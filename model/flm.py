@@ -43,6 +43,7 @@ class FLM(nn.Module):
         text = config.text
         num_bottom, num_top = _reconstructor_depth(config)
         self.released = config.behaviour == "released"
+        self.boundary_states = config.reconstructor.boundary_states
         self.vocabulary = vocabulary
         self.dropout = text.dropout
         add_towers(self, config, vocabulary, num_images)
@@ -69,10 +70,12 @@ class FLM(nn.Module):
         images = images.flatten(0, 1)
         states, queries = self._embed(plan, streams).split([len(streams.index), len(plan.query_index)])
         recompute = self.recompute and self.training
+        beside = _beside_spans(plan, streams.index, streams.is_r2l) if self.boundary_states else None
         skip = len(self.bottom) - len(self.reconstructor_bottom)
         for number, layer in enumerate(self.bottom):
             states = run(layer, states, attend_text, recompute=recompute)
             if number >= skip:
+                queries = _begun(queries, states, beside if number == skip else None)
                 reader = self.reconstructor_bottom[number - skip]
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
 
@@ -83,6 +86,7 @@ class FLM(nn.Module):
         for number, layer in enumerate(self.top):
             states = run(layer, states, attend_text, images, attend_images, recompute=recompute)
             if number >= skip:
+                queries = _begun(queries, states, beside if number == skip else None)
                 reader = self.reconstructor_top[number - skip]
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
         return Features(*streams.split(states), queries)
@@ -142,6 +146,27 @@ class _Streams:
         """[N1+N2, D] -> l2r [N1, D], r2l [N2, D], each in the order of its index."""
         l2r, r2l = states.index_select(0, self._order.argsort()).tensor_split([self._num_l2r])
         return l2r, r2l
+
+
+def _beside_spans(plan: TextPlan, index: Tensor, is_r2l: Tensor) -> Tensor:
+    """Which packed states stand beside what is hidden from each query, int64 [2, Q]: the last that it reads of the l2r
+    stream and the first of the r2l stream; for CLS queries, from which nothing is hidden, those that know all words.
+
+    ``index`` and ``is_r2l`` [N1+N2] are the order of the packed states.
+    """
+    num_rows, num_positions = plan.text.shape
+    place = index.new_zeros(2, num_rows * num_positions)
+    place[is_r2l.long(), index] = torch.arange(len(index), device=index.device)
+    row_start = plan.query_index // num_positions * num_positions
+    lo, hi = plan.query_span.unbind(1)
+    return torch.stack([place[0, row_start + lo - 1], place[1, row_start + hi + 1]])
+
+
+def _begun(queries: Tensor, states: Tensor, beside: Tensor | None) -> Tensor:
+    """Queries [Q, D] with the states [N1+N2, D] ``beside`` what is hidden from them added, if that is given."""
+    if beside is None:
+        return queries
+    return queries + states.index_select(0, beside[0]) + states.index_select(0, beside[1])
 
 
 def _reconstructor_depth(config: ModelConfig) -> tuple[int, int]:

@@ -26,9 +26,8 @@ def flm(
         planner = ReleasedPlanner(vocabulary, objective.corruption_rate, max_text_length)
     else:
         centred = objective.span_placement == "centred"
-        planner = FLMPlanner(
-            vocabulary, objective.corruption_rate, share, centred=centred, query_rate=objective.query_rate
-        )
+        rates = {"query_rate": objective.query_rate, "stream_rate": objective.stream_rate}
+        planner = FLMPlanner(vocabulary, objective.corruption_rate, share, centred=centred, **rates)
     total = 1 + objective.l2r_weight + objective.r2l_weight
     weights = {"flm": 1 / total, "l2r": objective.l2r_weight / total, "r2l": objective.r2l_weight / total}
     return Parts(FLM(model, vocabulary, num_images), planner, weights)

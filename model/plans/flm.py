@@ -15,7 +15,7 @@ from model.config import Vocabulary
 from model.plans.builder import PlanBuilder, matched_rows, padded_length, round_up, row_generator
 from model.plans.spans import centred_spans, centred_word_spans, uniform_spans
 
-QUERY_STREAM = 2  # of a row's generator
+QUERY_STREAM, L2R_STREAM, R2L_STREAM = 2, 3, 4  # of a row's generator
 LANGUAGE_TERMS = {"flm": ("queries", "token"), "l2r": ("l2r", "token"), "r2l": ("r2l", "token")}
 
 
@@ -24,8 +24,8 @@ class FLMPlanner:
     """Plans FLM batches of the default behaviour (docs/architecture.md, "Two behaviours of FLM").
 
     Targets: ``flm`` words 1..n-2, or ``query_rate`` of them, from their queries; ``l2r`` tokens 1..n-1 from the state
-    before; ``r2l`` words 1..n-2 from the state after; ``itm`` the CLS query of rows that have a negative caption, and
-    of that caption. Read rows have a CLS query too, and all states.
+    before, ``r2l`` words 1..n-2 from the state after, or ``stream_rate`` of them; ``itm`` the CLS query of rows that
+    have a negative caption, and of that caption. Read rows have a CLS query too, and all states.
     """
 
     vocabulary: Vocabulary
@@ -34,6 +34,7 @@ class FLMPlanner:
     full_stop: bool = False
     centred: bool = False
     query_rate: float = 1.0
+    stream_rate: float = 1.0
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """images uint8 [B, I, 3, H, W]; any row may read any image."""
@@ -57,11 +58,13 @@ class FLMPlanner:
         r2l = builder.add_states("r2l", number, np.arange(r2l_start, length))
         place = centred_word_spans if self.centred else uniform_spans
         spans = place(length, self.corruption_rate, row_generator(row.seed))
-        chosen = _drawn(len(words), self.query_rate, row.seed)
+        chosen = _drawn(len(words), self.query_rate, row.seed, QUERY_STREAM)
         queries = builder.add_queries(number, words[chosen], spans[chosen])
         builder.add_targets("flm", queries, ids[words[chosen]])
-        builder.add_targets("l2r", l2r[: length - 1], ids[1:])
-        builder.add_targets("r2l", r2l[2 - r2l_start :], ids[words])
+        forward = _drawn(length - 1, self.stream_rate, row.seed, L2R_STREAM)
+        builder.add_targets("l2r", l2r[forward], ids[1:][forward])
+        reverse = _drawn(len(words), self.stream_rate, row.seed, R2L_STREAM)
+        builder.add_targets("r2l", r2l[2 - r2l_start :][reverse], ids[words][reverse])
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,11 @@ class ReleasedPlanner:
         builder.add_targets("r2l", r2l[2:], ids[np.arange(1, stop - 1)])
 
 
-def _drawn(count: int, rate: float, seed: int) -> np.ndarray:
+def _drawn(count: int, rate: float, seed: int, stream: int) -> np.ndarray:
     """Which of ``count`` things are taken, in order: on average ``rate`` of them, at least one of any."""
     if rate == 1 or count == 0:
         return np.arange(count)
-    generator = row_generator(seed, QUERY_STREAM)
+    generator = row_generator(seed, stream)
     number = max(1, int(rate * count + generator.random()))
     return np.sort(generator.choice(count, number, replace=False))
 

@@ -314,6 +314,7 @@ def test_captions_of_one_token_are_learnt_from(name: str, targets: int, rate: fl
         (dict(name="prefixlm", prefix_share=1.0), "objective.prefix_share is 1.0"),
         (dict(corruption_rate=-0.1), "objective.corruption_rate is -0.1"),
         (dict(query_rate=0.0), "objective.query_rate is 0.0, expected above 0"),
+        (dict(stream_rate=1.5), "objective.stream_rate is 1.5, expected above 0 and at most 1"),
     ],
 )
 def test_rates_out_of_range_are_refused(options: dict, message: str) -> None:

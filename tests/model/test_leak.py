@@ -29,15 +29,17 @@ def moved(objective, batch: Batch, row: int, position: int, base: dict[str, torc
     return {name: (changed[name] - base[name]).abs().amax(1) for name in base}
 
 
+@pytest.mark.parametrize("boundary", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize("num_words", [1, 2, 3, 5, 9, 16])
-def test_default_behaviour_never_leaks(num_words: int, rate: float):
+def test_default_behaviour_never_leaks(num_words: int, rate: float, boundary: bool):
     """Invariant 3, in a batch with a longer and a shorter row so that padding is in play.
 
     Every feature that predicts something must stand still when a token it may not know changes, and must move when a
     token it may know changes (otherwise the test could not fail).
     """
     objective = tiny_flm(corruption_rate=rate).double()
+    objective.net.boundary_states = boundary
     rows = pair_rows([caption(num_words, 1), caption(num_words + 3, 2), caption(1, 3)])
     batch = objective.planner(images(3), rows)
     base = features(objective, batch)

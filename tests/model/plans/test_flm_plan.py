@@ -115,6 +115,27 @@ def test_a_share_of_the_words_is_reconstructed(rate: float) -> None:
     assert np.abs(counts / samples - share).max() < 5 * np.sqrt(share * (1 - share) / samples)
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.5])
+def test_streams_predict_a_share_of_the_words(rate: float) -> None:
+    """Each equally often, at least one, right ones; states, queries and spans are what they were."""
+    whole, part = planner(), FLMPlanner(VOCABULARY, 0.3, negative_share=0.5, stream_rate=rate)
+    num_words, samples = 6, 2000
+    counts = {"l2r": np.zeros(num_words + 2), "r2l": np.zeros(num_words + 2)}
+    for seed in range(samples):
+        rows = [Row(caption(num_words, 1), 0, seed=seed, role="pair")]
+        expected, found = whole(images(1), rows).plan, part(images(1), rows)
+        for field in ("l2r_index", "r2l_index", "query_index", "query_span"):
+            assert torch.equal(getattr(found.plan, field), getattr(expected, field))
+        for name, offset in (("l2r", 1), ("r2l", -1)):
+            predicted = getattr(found.plan, f"{name}_index")[found.terms[name].position] + offset
+            counts[name][predicted.numpy()] += 1
+            assert torch.equal(found.terms[name].target, found.plan.text.flatten()[predicted])
+    for name, places in (("l2r", np.arange(1, num_words + 2)), ("r2l", np.arange(1, num_words + 1))):
+        share = max(rate, 1 / len(places))
+        assert np.abs(counts[name][places] / samples - share).max() < 5 * np.sqrt(share * (1 - share) / samples)
+        assert counts[name].sum() == counts[name][places].sum()
+
+
 def test_negatives_and_placeholders_carry_no_language_targets():
     rows = [*pair_rows([caption(4, 1), caption(6, 2)]), Row(caption(5, 3), 1, seed=7, role="negative")]
     batch = planner()(images(2), rows)

@@ -97,9 +97,9 @@ class ReconstructorConfig:
     Args:
         bottom_layers: at most text.bottom_layers; null means all.
         top_layers: at most text.top_layers; null means all.
-        boundary_states: a query begins, in front of its first layer of each half, with the states beside what is hidden
-            from it: the last one that it reads of the l2r stream and the first one of the r2l stream. Not of released
-            behaviour.
+        boundary_states: the states beside what is hidden from a query, the last one that it reads of the l2r stream and
+            the first one of the r2l stream, are added to it in front of its first layer of each half and behind its
+            last. Not of released behaviour.
     """
 
     bottom_layers: int | None = None

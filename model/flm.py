@@ -75,7 +75,7 @@ class FLM(nn.Module):
         for number, layer in enumerate(self.bottom):
             states = run(layer, states, attend_text, recompute=recompute)
             if number >= skip:
-                queries = _begun(queries, states, beside if number == skip else None)
+                queries = _with_states(queries, states, beside if number == skip else None)
                 reader = self.reconstructor_bottom[number - skip]
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
 
@@ -86,10 +86,10 @@ class FLM(nn.Module):
         for number, layer in enumerate(self.top):
             states = run(layer, states, attend_text, images, attend_images, recompute=recompute)
             if number >= skip:
-                queries = _begun(queries, states, beside if number == skip else None)
+                queries = _with_states(queries, states, beside if number == skip else None)
                 reader = self.reconstructor_top[number - skip]
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
-        return Features(*streams.split(states), queries)
+        return Features(*streams.split(states), _with_states(queries, states, beside))
 
     def stream_masks(self, plan: TextPlan) -> Tensor:
         """Which states see each other, bool [2, R, T, T]: l2r, r2l."""
@@ -162,7 +162,7 @@ def _beside_spans(plan: TextPlan, index: Tensor, is_r2l: Tensor) -> Tensor:
     return torch.stack([place[0, row_start + lo - 1], place[1, row_start + hi + 1]])
 
 
-def _begun(queries: Tensor, states: Tensor, beside: Tensor | None) -> Tensor:
+def _with_states(queries: Tensor, states: Tensor, beside: Tensor | None) -> Tensor:
     """Queries [Q, D] with the states [N1+N2, D] ``beside`` what is hidden from them added, if that is given."""
     if beside is None:
         return queries

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.probes.data import ProbeData, Reader, Split, choose
+from benchmarks.probes.data import ProbeData, Reader, Split, choose, encoded
 from benchmarks.probes.logistic import Reading, read
 from model.batch import Row
 from model.build import build_objective
@@ -73,6 +73,8 @@ def probe_run(run: Path, train_images: int, test_images: int, caption_images: in
     config = load_config(run)
     captioner = load_captioner(due[-1], device)
     data = choose(*_open(config), captioner, train_images, test_images, caption_images)
+    if config.model.vision.frozen:
+        data = encoded(data, captioner)
     lines = StepLines(run / NAME)
     if 0 not in done:
         untrained = dataclasses.replace(captioner, objective=_untrained(run, config, captioner).eval().to(device))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
+
+from model.vision.tower import tokens_of
 from pipeline.data.shard_reader import Corpus
 from pipeline.data.tokenizer import clean_caption
 from pipeline.tasks.captioning import Captioner, Item, items_of_corpora
@@ -83,6 +86,25 @@ def choose(
         readers = [Reader(image, q["question"], classes.get(q["answer"], UNKNOWN)) for image, q in questions]
         made.append(Split(items, _pairs(items), readers, [str(q.get("type", "")) for _, q in questions]))
     return ProbeData(*made, answers, captioned)
+
+
+@torch.inference_mode()
+def encoded(data: ProbeData, captioner: Captioner, at_a_time: int = 32) -> ProbeData:
+    """The same with the tokens [I, P, W] of a frozen vision tower in the place of pixels: they are the same for all
+    checkpoints, and the tower is most of what a probe costs on a CPU."""
+    tower, known = captioner.objective.net.vision, {}
+
+    def of(items: list[Item]) -> list[Item]:
+        new = [item for item in items if id(item) not in known]
+        for first in range(0, len(new), at_a_time):
+            part = new[first : first + at_a_time]
+            pixels = torch.stack([item.pixels for item in part]).to(captioner.device)
+            tokens = tokens_of(tower, pixels).unflatten(0, pixels.shape[:2]).cpu()
+            known.update({id(item): item._replace(pixels=one) for item, one in zip(part, tokens, strict=True)})
+        return [known[id(item)] for item in items]
+
+    train, test = (replace(split, items=of(split.items)) for split in (data.train, data.test))
+    return replace(data, train=train, test=test, captioned=of(data.captioned))
 
 
 def _evenly(items: list[Item], count: int) -> list[Item]:

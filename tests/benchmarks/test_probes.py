@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.probes.__main__ import _untrained, features_of, measure, probe_run
-from benchmarks.probes.data import UNKNOWN, ProbeData, Reader, Split, _questions, choose
+from benchmarks.probes.data import UNKNOWN, ProbeData, Reader, Split, _questions, choose, encoded
 from benchmarks.probes.logistic import fit, read
 from model.batch import Row
 from model.build import build_objective
@@ -18,7 +18,7 @@ from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.transforms import clip_transform
 from pipeline.pictures.pictures import Pictures
-from pipeline.tasks.captioning import Captioner, Item
+from pipeline.tasks.captioning import Captioner, Item, caption_items
 from tests.rounding import TINY
 from tests.tiny_corpus import make_corpus
 
@@ -129,6 +129,24 @@ def test_features_stand_in_the_order_of_what_is_asked(data: Path, name: str) -> 
         alone = model.objective.features(model.objective.planner(images, [Row(ids, 0, 0, "read")]))[0]
         assert torch.allclose(features[number], alone, rtol=TINY, atol=TINY)
         assert not torch.allclose(features[number - 1], alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flm", "mlm"])
+def test_a_frozen_tower_encodes_each_image_once_for_all_checkpoints(data: Path, name: str) -> None:
+    model = captioner(data, name)
+    plain, tower, seen = chosen(data, model), model.objective.net.vision, []
+    tower.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    once = encoded(plain, model)
+    assert sum(seen) == len({one.name for one in (*plain.train.items, *plain.test.items, *plain.captioned)})
+    for split, other in ((once.train, plain.train), (once.test, plain.test)):
+        del seen[:]
+        found = features_of(model, split)
+        assert not seen
+        for mine, theirs in zip(found, features_of(model, other), strict=True):
+            assert torch.allclose(mine, theirs, rtol=TINY, atol=TINY)
+    del seen[:]
+    texts = [text for _, text in caption_items(model, iter(once.captioned), 4)]
+    assert not seen and texts == [text for _, text in caption_items(model, iter(plain.captioned), 4)]
 
 
 @pytest.mark.slow

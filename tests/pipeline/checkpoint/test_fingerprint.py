@@ -68,6 +68,7 @@ def setting(name: str, value: object) -> Callable[[Config], None]:
         ("optim.batch_size", 8, "optim.batch_size 4 -> 8"),
         ("objective.negative_share", 0.125, "objective.negative_share"),
         ("objective.negatives", "in_batch_hard", "objective.negatives corpus -> in_batch_hard"),
+        ("objective.itc_weight", 0.1, "objective.itc_weight 0.0 -> 0.1"),
     ],
 )
 def test_another_model_or_batch_is_never_accepted(folder: Path, name: str, value: object, named: str) -> None:

@@ -1,4 +1,4 @@
-"""The contrastive term through the programs: ranks, resume, evaluation, what starts from such a run, its export."""
+"""The contrastive term through the programs: resume, evaluation, what starts from such a run, its export."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(run: Path, work: Path, *more: Any, ranks: int = 1, steps: int = STEPS) -> None:
+def start(run: Path, work: Path, *more: Any, steps: int = STEPS) -> None:
     words = [*SHORT, "--data", work / "data", "--output", run, "--train.steps", steps, "--train.eval_every", 0]
     words += [
         "--train.eval_samples",
@@ -47,7 +47,7 @@ def start(run: Path, work: Path, *more: Any, ranks: int = 1, steps: int = STEPS)
         "--model.text.dropout",
         0,
     ]
-    assert run_ranks(ranks, train, [str(word) for word in [*words, *more]]) == [0] * ranks
+    assert run_ranks(1, train, [str(word) for word in [*words, *more]]) == [0]
 
 
 def logged(run: Path, kind: str) -> list[dict[str, float]]:
@@ -56,17 +56,15 @@ def logged(run: Path, kind: str) -> list[dict[str, float]]:
     return [{name: line[name] for name in line if "loss" in name or "accuracy" in name} for line in lines]
 
 
-def test_stopped_and_resumed_it_is_the_same_run_and_on_more_ranks_too(work: Path, tmp_path: Path) -> None:
-    """Invariant 2, bit for bit; ranks at the same micro-batch but for rounding."""
+def test_stopped_and_resumed_it_is_the_same_run(work: Path, tmp_path: Path) -> None:
+    """Invariant 2, bit for bit."""
     start(tmp_path / "parts", work, *ON, steps=2)
     start(tmp_path / "parts", work, *ON)
     assert logged(tmp_path / "parts", "train") == logged(work / "run", "train")
     ends = [Reader(checkpoint_path(run, STEPS)) for run in (tmp_path / "parts", work / "run")]
     for name in ends[0].shapes("weight"):
         assert (ends[0].read("weight", name) == ends[1].read("weight", name)).all(), name
-    start(tmp_path / "ranks", work, *ON, ranks=2)
-    for found, expected in zip(logged(tmp_path / "ranks", "train"), logged(work / "run", "train"), strict=True):
-        assert found["itc_loss"] > 0.1 and found == pytest.approx(expected, abs=1e-4)
+    assert all(line["itc_loss"] > 0.1 for line in logged(work / "run", "train"))
 
 
 def test_it_is_evaluated_as_other_terms_are(work: Path) -> None:

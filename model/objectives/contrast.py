@@ -1,7 +1,7 @@
 """The contrastive term of pretraining: pooled texts and images of a micro-batch find each other.
 
 Radford et al. 2021, "CLIP" (arXiv 2103.00020), section 2.3, for the symmetric loss and the learned temperature. Legend:
-C contrasted pairs, B images, D width.
+C contrasted pairs, B images, D width, E width of what is compared.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ class PooledSimilarity(nn.Module):
 
     def forward(self, texts: Tensor, images: Tensor) -> Tensor:
         """[C, D], [B, D] -> fp32 [C, B]."""
-        texts = F.normalize(self.text_projection(texts).float(), dim=-1)
-        images = F.normalize(self.image_projection(images).float(), dim=-1)
-        return texts @ images.T * scale(self.log_scale)
+        return self.embed_texts(texts) @ self.embed_images(images).T * scale(self.log_scale)
+
+    def embed_texts(self, texts: Tensor) -> Tensor:
+        """[C, D] -> fp32 [C, E], of length 1."""
+        return F.normalize(self.text_projection(texts).float(), dim=-1)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, D] -> fp32 [B, E], of length 1."""
+        return F.normalize(self.image_projection(images).float(), dim=-1)
 
 
 def first_log_scale() -> nn.Parameter:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Role = Literal["pair", "negative", "placeholder", "read"]
-Kind = Literal["token", "class", "soft", "feature"]
+Kind = Literal["token", "class", "soft", "feature", "contrast"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Term(NamedTuple):
     ``position`` int64 [M] points into the output of the network named ``source``; int64 [M, I] where a target is
     predicted from I states side by side. ``target`` is int64 [M] tokens of
     the vocabulary (kind "token") or classes ("class"), or fp32 [M, C] distributions over classes ("soft"). Kind
-    "feature" has no loss: ``target`` int64 [M] is the number of the row that a feature is wanted of.
+    "feature" has no loss: ``target`` int64 [M] is the number of the row that a feature is wanted of. Kind "contrast":
+    ``position`` int64 [M] are rows, ``target`` bool [M, B*I] is True where an image is wrong for the row's text.
     """
 
     source: str

@@ -19,6 +19,7 @@ from model.objectives.pretraining import Pretraining
 from model.objectives.qformer_stage1 import QFormerStage1
 from model.objectives.ranking import Ranking
 from model.objectives.table import OBJECTIVES
+from model.plans.contrast import ContrastPlanner
 from model.plans.hard_negatives import HardNegatives
 from model.plans.tasks import ClassKind
 from model.qformer import QFormerPairs
@@ -47,6 +48,8 @@ def build_objective(
     parts = build_parts(model, objective, vocabulary, max_text_length, 0.0 if in_batch else share)
     if in_batch:
         parts = parts._replace(planner=HardNegatives(parts.planner, share))
+    if objective.itc_weight:
+        parts = parts._replace(planner=ContrastPlanner(parts.planner))
     return Pretraining(model, objective, *parts)
 
 
@@ -209,19 +212,9 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
     _refuse_idle(model, objective.name, "connector", "language")
     if model.vision.temporal is not None:
         raise ValueError(f"model.vision.temporal {model.vision.temporal} is for objective.name evlgen; use null")
-    if model.vision.standardise and model.behaviour == "released":
-        raise ValueError("model.vision.standardise has no released behaviour; use model.behaviour default")
     _check_frozen_tower(model)
-    if objective.name == "flm" and model.behaviour == "released":
-        news = {
-            "objective.query_rate below 1": objective.query_rate != 1,
-            "objective.stream_rate below 1": objective.stream_rate != 1,
-            "model.reconstructor.boundary_states": model.reconstructor.boundary_states,
-        }
-        if asked := [option for option, is_asked in news.items() if is_asked]:
-            raise ValueError(f"{asked[0]} has no released behaviour; use model.behaviour default")
-    if objective.name == "prefixlm" and model.behaviour == "released":
-        raise ValueError("objective.name prefixlm has no released behaviour; use model.behaviour default")
+    if model.behaviour == "released":
+        _refuse_news(model, objective)
     if objective.name == "mlm" and objective.whole_words and not vocabulary.word_starts:
         raise ValueError(
             "objective.whole_words needs a tokenizer whose tokens show where a word begins (byte-level BPE, WordPiece"
@@ -235,6 +228,21 @@ def _check(model: ModelConfig, objective: ObjectiveOptions, vocabulary: Vocabula
             f"data.max_text_length {max_text_length} needs {max_text_length + 2} positions,"
             f" model.text.max_positions is {model.text.max_positions}; raise it"
         )
+
+
+def _refuse_news(model: ModelConfig, objective: ObjectiveOptions) -> None:
+    """Raises ValueError for an option that the release does not know."""
+    is_flm = objective.name == "flm"
+    news = {
+        "model.vision.standardise": model.vision.standardise,
+        "objective.name prefixlm": objective.name == "prefixlm",
+        f"objective.itc_weight {objective.itc_weight:g}": objective.itc_weight,
+        "objective.query_rate below 1": is_flm and objective.query_rate != 1,
+        "objective.stream_rate below 1": is_flm and objective.stream_rate != 1,
+        "model.reconstructor.boundary_states": is_flm and model.reconstructor.boundary_states,
+    }
+    if asked := [option for option, is_asked in news.items() if is_asked]:
+        raise ValueError(f"{asked[0]} has no released behaviour; use model.behaviour default")
 
 
 def _check_tokens(vocabulary: Vocabulary, max_text_length: int) -> None:

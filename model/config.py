@@ -249,7 +249,7 @@ class QFormerStage1Options(ObjectiveOptions):
 
 @dataclass
 class PairOptions(ObjectiveOptions):
-    """What flm, mlm, ar and prefixlm have in common. Total = language loss + itm_weight*itm.
+    """What flm, mlm, ar and prefixlm have in common. Total = language loss + itm_weight*itm + itc_weight*itc.
 
     Args:
         itm_weight: weight of image-text matching, which trains the CLS feature; ignored by released behaviour.
@@ -257,14 +257,22 @@ class PairOptions(ObjectiveOptions):
         negatives: corpus draws that caption from the whole corpus, so no number depends on who shares a micro-batch;
             in_batch_hard takes the one of the same micro-batch that resembles the sample's own most, so results depend
             on optim.micro_batch_size (not on the number of ranks while that stays).
+        itc_weight: weight of the contrast of texts and images of a micro-batch, each read by itself: means of the
+            words' states behind the bottom half and of the image's tokens; 0 leaves it out. Results then depend on
+            optim.micro_batch_size. Not of released behaviour.
+        itc_width: width of the space in which they are compared.
     """
 
     itm_weight: float = 0.1
     negative_share: float = 0.0625
     negatives: Literal["corpus", "in_batch_hard"] = "corpus"
+    itc_weight: float = 0.0
+    itc_width: int = 256
 
     def check(self) -> None:
-        self._expect("itm_weight", 0 <= self.itm_weight < float("inf"), "a number, 0 or more")
+        for name in ("itm_weight", "itc_weight"):
+            self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number, 0 or more")
+        self._expect("itc_width", self.itc_width >= 1, "1 or more")
         self._expect("negative_share", 0 <= self.negative_share <= 1, "0 to 1")
 
 

@@ -23,11 +23,17 @@ from model.towers import add_towers, encode_images, reset_parameters
 
 
 class Features(NamedTuple):
-    """Outputs of the network: ``l2r`` [N1, D] and ``r2l`` [N2, D] in the order of their index, ``queries`` [Q, D]."""
+    """Outputs of the network: ``l2r`` [N1, D] and ``r2l`` [N2, D] in the order of their index, ``queries`` [Q, D].
+
+    What was before text met image: ``bottom`` [N1+N2, D], all states behind the bottom half in the order of
+    :func:`model.text_states.packed_index`, and ``images`` [B*I, P, D], the projected tokens.
+    """
 
     l2r: Tensor
     r2l: Tensor
     queries: Tensor
+    bottom: Tensor
+    images: Tensor
 
 
 class FLM(nn.Module):
@@ -67,7 +73,7 @@ class FLM(nn.Module):
         """The text side, given projected tokens [B*I, P, D] of all images."""
         streams = _Streams(plan)
         attend_text, attend_states, attend_images = self._attentions(plan, streams, *images.shape[:2])
-        images = images.flatten(0, 1)
+        tokens = images.flatten(0, 1)
         states, queries = self._embed(plan, streams).split([len(streams.index), len(plan.query_index)])
         recompute = self.recompute and self.training
         beside = _beside_spans(plan, streams.index, streams.is_r2l) if self.boundary_states else None
@@ -80,16 +86,17 @@ class FLM(nn.Module):
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
 
         l2r_type, r2l_type = self.type_embedding.weight[0], self.stream_embedding.weight[0]
+        bottom = states
         states = self.text_projection(states) + torch.where(streams.is_r2l[:, None], r2l_type, l2r_type)
         queries = self.text_projection(queries) + self.stream_embedding.weight[1]
         skip = len(self.top) - len(self.reconstructor_top)
         for number, layer in enumerate(self.top):
-            states = run(layer, states, attend_text, images, attend_images, recompute=recompute)
+            states = run(layer, states, attend_text, tokens, attend_images, recompute=recompute)
             if number >= skip:
                 queries = _with_states(queries, states, beside if number == skip else None)
                 reader = self.reconstructor_top[number - skip]
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
-        return Features(*streams.split(states), _with_states(queries, states, beside))
+        return Features(*streams.split(states), _with_states(queries, states, beside), bottom, images)
 
     def stream_masks(self, plan: TextPlan) -> Tensor:
         """Which states see each other, bool [2, R, T, T]: l2r, r2l."""

@@ -15,13 +15,21 @@ from model.config import ModelConfig
 from model.vision.tower import Tower
 
 
-def forward_macs(config: ModelConfig, tower: Tower, vocabulary_size: int, batch: Batch, streams: int) -> dict[str, int]:
-    """Multiply-accumulates of one forward pass of pretraining, by part of the model; FLM has 2 ``streams``."""
-    square = config.text.width**2
-    targets = {kind: sum(len(t.target) for t in batch.terms.values() if t.kind == kind) for kind in ("token", "class")}
+def forward_macs(
+    config: ModelConfig, tower: Tower, vocabulary_size: int, batch: Batch, streams: int, contrast_width: int = 0
+) -> dict[str, int]:
+    """Multiply-accumulates of one forward pass of pretraining, by part of the model; FLM has 2 ``streams``.
+
+    ``contrast_width`` of the space where pooled texts and images are compared, 0 where they are not.
+    """
+    square, num_images = config.text.width**2, batch.images.shape[0] * batch.images.shape[1]
+    kinds = ("token", "class", "contrast")
+    targets = {kind: sum(len(t.target) for t in batch.terms.values() if t.kind == kind) for kind in kinds}
+    contrasted = targets["contrast"]
     return network_macs(config, tower, batch, streams) | {
         "lm_head": targets["token"] * (square + config.text.width * vocabulary_size),
         "matching": targets["class"] * (square + 2 * config.text.width),
+        "contrast": ((contrasted + num_images) * config.text.width + contrasted * num_images) * contrast_width,
     }
 
 

@@ -19,9 +19,15 @@ from model.towers import add_towers, encode_images, reset_parameters
 
 
 class StreamFeatures(NamedTuple):
-    """Output of the network: ``l2r`` [N, D], the states of the one stream in the order of its index."""
+    """Output of the network: ``l2r`` [N, D], the states of the one stream in the order of its index.
+
+    What was before text met image: ``bottom`` [N, D], the states behind the bottom half, in the same order, and
+    ``images`` [B*I, P, D], the projected tokens.
+    """
 
     l2r: Tensor
+    bottom: Tensor
+    images: Tensor
 
 
 class OneStream(nn.Module):
@@ -55,16 +61,17 @@ class OneStream(nn.Module):
         rate = self.dropout if self.training else 0.0
         attend_text = text_attention(packing, packing, mask, num_rows, rate)
         attend_images = image_attention(packing, plan.image_of_row, plan.num_paired, num_images, num_tokens, rate)
-        images = images.flatten(0, 1)
+        tokens = images.flatten(0, 1)
         states = self.embedding(plan.text.flatten()[plan.l2r_index], plan.l2r_index % num_positions)
         states = dropout(states, self.dropout) if self.training else states
         recompute = self.recompute and self.training
         for layer in self.bottom:
             states = run(layer, states, attend_text, recompute=recompute)
+        bottom = states
         states = self.text_projection(states) + self.type_embedding.weight[0]
         for layer in self.top:
-            states = run(layer, states, attend_text, images, attend_images, recompute=recompute)
-        return StreamFeatures(states)
+            states = run(layer, states, attend_text, tokens, attend_images, recompute=recompute)
+        return StreamFeatures(states, bottom, images)
 
     def stream_masks(self, plan: TextPlan) -> Tensor:
         """Which states see each other, bool [1, R, T, T]."""

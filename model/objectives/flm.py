@@ -19,7 +19,7 @@ def flm(
 ) -> Parts:
     """Reconstruction of all words and the two language-model losses (specification section 5).
 
-    Total = (flm + a l2r + b r2l) / (1 + a + b) + c itm, each a mean over its targets.
+    Total = (flm + a l2r + b r2l) / (1 + a + b) + c itm + d itc, each a mean over its targets.
     """
     planner: Planner
     if model.behaviour == "released":
@@ -27,7 +27,10 @@ def flm(
     else:
         centred = objective.span_placement == "centred"
         rates = {"query_rate": objective.query_rate, "stream_rate": objective.stream_rate}
-        planner = FLMPlanner(vocabulary, objective.corruption_rate, share, centred=centred, **rates)
+        every_word = objective.itc_weight > 0
+        planner = FLMPlanner(
+            vocabulary, objective.corruption_rate, share, centred=centred, every_word=every_word, **rates
+        )
     total = 1 + objective.l2r_weight + objective.r2l_weight
     weights = {"flm": 1 / total, "l2r": objective.l2r_weight / total, "r2l": objective.r2l_weight / total}
     return Parts(FLM(model, vocabulary, num_images), planner, weights)

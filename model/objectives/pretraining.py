@@ -11,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batch import Batch, Planner, Term, TextPlan
+from model.batch import Batch, Planner, Term
 from model.config import ModelConfig, ObjectiveOptions
 from model.flops import forward_macs, training_flops
 from model.heads import LanguageModelHead, MatchingHead
 from model.learning_rate_groups import declared_group
+from model.objectives.contrast import PooledSimilarity, contrast
+from model.text_states import mean_of_words, packed_index
 
 
 class Pretraining(nn.Module):
     """A network with a vocabulary head for its language terms and image-text matching for its CLS feature.
 
+    With ``objective.itc_weight`` also the contrast of texts and images, each pooled before they meet.
     ``term_weights`` holds the factor of each term's mean, which the caller takes over all ranks.
     """
 
@@ -40,6 +43,10 @@ class Pretraining(nn.Module):
         if model.behaviour == "default":
             self.term_weights["itm"] = objective.itm_weight
             self.itm_head = MatchingHead(model.text.width)
+        self.itc_head: PooledSimilarity | None = None
+        if objective.itc_weight:
+            self.term_weights["itc"] = objective.itc_weight
+            self.itc_head = PooledSimilarity(model.text.width, objective.itc_width)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sum of losses of each term, fp32 scalars with gradient."""
@@ -63,7 +70,23 @@ class Pretraining(nn.Module):
         for name, term in batch.terms.items():
             if term.kind == "class":
                 results[name] = self._classify(getattr(self, f"{name}_head"), _selected(output, term), term.target)
+            if term.kind == "contrast":
+                results[name] = self._contrast(output, batch, term)
         return results
+
+    def _contrast(self, output: Any, batch: Batch, term: Term) -> tuple[Tensor, Tensor]:
+        """Of the rows of ``term`` [M], which this micro-batch's images may be wrong for."""
+        texts, images = self.pooled(output, batch)
+        scores = self.itc_head(texts.index_select(0, term.position), images)
+        return contrast(scores, term.target, batch.plan.image_of_row.index_select(0, term.position))
+
+    def pooled(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What ``itc`` compares, in the dtype of the network: of each row the mean over its words of the states behind
+        the bottom half (FLM: of both streams) [R, D], of each image the mean over its projected tokens [B*I, D].
+        """
+        texts = mean_of_words(output.bottom, packed_index(batch.plan), batch.plan)
+        images = output.images.mean(1, dtype=torch.float32)
+        return texts.to(output.bottom.dtype), images.to(output.images.dtype)
 
     def match(self, features: Tensor) -> Tensor:
         """Log odds fp32 [M] that the text of CLS features [M, D] is its image's own, by image-text matching."""
@@ -88,15 +111,15 @@ class Pretraining(nn.Module):
         if term is None:
             raise ValueError('no features to compute: no row of the batch has the role "read"')
         output, plan = self.net(batch), batch.plan
-        streams = [(output.l2r, plan.l2r_index)]
-        if self.name == "flm":
-            streams.append((output.r2l, plan.r2l_index))
-        return torch.cat([_selected(output, term).float(), _mean_of_words(streams, plan)[term.target]], dim=1)
+        states = torch.cat([output.l2r, output.r2l]) if self.name == "flm" else output.l2r
+        words = mean_of_words(states, torch.cat([plan.l2r_index, plan.r2l_index]), plan)
+        return torch.cat([_selected(output, term).float(), words[term.target]], dim=1)
 
     def flops(self, batch: Batch) -> int:
         """Floating-point operations of forward and backward on the batch (see :mod:`model.flops`)."""
         streams = 2 if self.name == "flm" else 1
-        macs = forward_macs(self.config, self.net.vision, self.net.vocabulary.size, batch, streams)
+        width = 0 if self.itc_head is None else self.itc_head.text_projection.out_features
+        macs = forward_macs(self.config, self.net.vision, self.net.vocabulary.size, batch, streams, width)
         return training_flops(self.config, macs)
 
     def parameter_group(self, name: str) -> str:
@@ -116,14 +139,3 @@ class Pretraining(nn.Module):
 def _selected(output: Any, term: Term) -> Tensor:
     """The states [M, D] that a term's targets are predicted from."""
     return getattr(output, term.source).index_select(0, term.position)
-
-
-def _mean_of_words(streams: list[tuple[Tensor, Tensor]], plan: TextPlan) -> Tensor:
-    """Mean of the states of each row's words, fp32 [R, D], from streams ([N, D] states, int64 [N] flat positions)."""
-    num_rows, num_positions = plan.text.shape
-    total = plan.text.new_zeros((num_rows, streams[0][0].shape[1]), dtype=torch.float32)
-    for states, index in streams:
-        row, position = index // num_positions, index % num_positions
-        is_word = (position >= 1) & (position < plan.lengths[row] - 1)
-        total = total.index_add(0, row, states.float() * is_word[:, None])
-    return total / (len(streams) * (plan.lengths - 2)).clamp(min=1)[:, None]

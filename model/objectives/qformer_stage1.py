@@ -5,8 +5,6 @@ Li et al. 2023, "BLIP-2" (arXiv 2301.12597), section 3.2. Legend: P pairs, Q que
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,10 +14,9 @@ from model.config import QFormerStage1Options
 from model.heads import LanguageModelHead, MatchingHead
 from model.layers import initial_std
 from model.learning_rate_groups import declared_group
+from model.objectives.contrast import first_log_scale, scale
 from model.plans.image_text import ImageTextPlanner
 from model.qformer import Pairs, QFormerPairs
-
-FIRST_TEMPERATURE, MAX_SCALE = 0.07, 100.0  # as CLIP's
 
 
 class QFormerStage1(nn.Module):
@@ -107,7 +104,7 @@ class Similarity(nn.Module):
         super().__init__()
         self.image_projection = nn.Linear(width, embedding_width)
         self.text_projection = nn.Linear(width, embedding_width)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / FIRST_TEMPERATURE)]))
+        self.log_scale = first_log_scale()
         for linear in (self.image_projection, self.text_projection):
             nn.init.normal_(linear.weight, std=initial_std(width))
             nn.init.zeros_(linear.bias)
@@ -117,7 +114,7 @@ class Similarity(nn.Module):
         images = F.normalize(self.image_projection(queries).float(), dim=-1)
         texts = F.normalize(self.text_projection(first).float(), dim=-1)
         nearest = (images.flatten(0, 1) @ texts.T).unflatten(0, images.shape[:2]).amax(1)
-        return nearest * self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
+        return nearest * scale(self.log_scale)
 
 
 def _contrast(scores: Tensor, apart: Tensor, contrasted: Tensor) -> tuple[Tensor, Tensor]:

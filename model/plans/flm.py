@@ -25,7 +25,8 @@ class FLMPlanner:
 
     Targets: ``flm`` words 1..n-2, or ``query_rate`` of them, from their queries; ``l2r`` tokens 1..n-1 from the state
     before, ``r2l`` words 1..n-2 from the state after, or ``stream_rate`` of them; ``itm`` the CLS query of rows that
-    have a negative caption, and of that caption. Read rows have a CLS query too, and all states.
+    have a negative caption, and of that caption. Read rows have a CLS query too, and all states. With ``every_word``
+    each word has its state in both streams, whoever reads it.
     """
 
     vocabulary: Vocabulary
@@ -35,6 +36,7 @@ class FLMPlanner:
     centred: bool = False
     query_rate: float = 1.0
     stream_rate: float = 1.0
+    every_word: bool = False
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
         """images uint8 [B, I, 3, H, W]; any row may read any image."""
@@ -53,7 +55,7 @@ class FLMPlanner:
         """Targets of a pair. Without a CLS query nobody reads the l2r state of `</s>`, nor r2l's of `<s>` and w1."""
         ids, length = np.array(row.token_ids), len(row.token_ids)
         words = np.arange(1, length - 1)
-        l2r_stop, r2l_start = (length, 0) if all_states else (length - 1, 2)
+        l2r_stop, r2l_start = (length, 0) if all_states else (length - 1, 1 if self.every_word else 2)
         l2r = builder.add_states("l2r", number, np.arange(l2r_stop))
         r2l = builder.add_states("r2l", number, np.arange(r2l_start, length))
         place = centred_word_spans if self.centred else uniform_spans

@@ -261,7 +261,8 @@ def validate(config: Config) -> None:
     chosen = in_batch_negatives(config)
     if chosen is not None and config.optim.micro_batch_size < 2:
         option, _, value = chosen.partition(" ")
-        other = "another --objective.name" if option == "objective.name" else f"--{option} corpus"
+        without = {"objective.name": "another --objective.name", "objective.itc_weight": "--objective.itc_weight 0"}
+        other = without.get(option, f"--{option} corpus")
         raise ConfigError(
             f"{option} {value} finds no other caption in an optim.micro_batch_size of 1; use 2 or more, or {other}"
         )
@@ -298,6 +299,8 @@ def in_batch_negatives(config: Config) -> str | None:
         return "objective.name qformer_stage1"
     if config.task.name == "pretraining" and getattr(config.objective, "negatives", None) == "in_batch_hard":
         return "objective.negatives in_batch_hard"
+    if config.task.name == "pretraining" and getattr(config.objective, "itc_weight", 0):
+        return f"objective.itc_weight {config.objective.itc_weight:g}"
     return "task.negatives in_batch" if getattr(config.task, "negatives", None) == "in_batch" else None
 
 

@@ -56,12 +56,12 @@ class Pretraining:
     ) -> list[EvaluationPass]:
         """With the own image, then with another sample's: there, what the image tells is lost.
 
-        A match of text and image means nothing with another image, so the second pass leaves out classes.
+        A match of text and image means nothing with another image, so the second pass has the terms of words alone.
         """
         placeholder = placeholder_batch(preparation)
-        classes = {name for name, term in placeholder.terms.items() if term.kind == "class"}
+        of_pairs = {name for name, term in placeholder.terms.items() if term.kind != "token"}
         weights = objective.term_weights
-        of_language = {name: weight for name, weight in weights.items() if name not in classes}
+        of_language = {name: weight for name, weight in weights.items() if name not in of_pairs}
         return [
             held_out_pass(
                 eval_loader(config, list(held_out), preparation, ranks.place, ranks.pin, images),

@@ -24,11 +24,17 @@ from pipeline.using.trained import Trained
 @torch.no_grad()
 def features_of(trained: Trained, pixels: Tensor | None, texts: Sequence[str]) -> dict[str, Tensor]:
     """fp32 on the host, of pixels uint8 [B, I, 3, S, S] "tokens" [B, P, W] and "image" [B, W], of texts "text" [B, D],
-    of both "pair" [B, D] where the model has CLS features; raises ValueError for texts without a text tower."""
+    of both "pair" [B, D] where the model has CLS features. Of a model that contrasts both also "image_embedding" and
+    "text_embedding" [B, E]. Raises ValueError for texts without a text tower."""
+    head = getattr(trained.objective, "itc_head", None)
+    encoded = None
     found: dict[str, Tensor] = {}
     if pixels is not None:
         tokens = trained.tower_tokens(pixels).float()
         found |= {"tokens": tokens, "image": tokens.mean(1)}
+        if head is not None:
+            encoded = trained.encode(pixels)
+            found["image_embedding"] = head.embed_images(encoded.mean((1, 2), dtype=torch.float32).to(encoded.dtype))
     if len(texts):
         if not reads_texts(trained):
             raise ValueError(
@@ -36,9 +42,11 @@ def features_of(trained: Trained, pixels: Tensor | None, texts: Sequence[str]) -
                 " themselves; leave texts out, or use a model of flm, mlm, ar or prefixlm"
             )
         found["text"] = mean_text_states(trained.objective.net, read(trained, texts, num_images=1).plan)
+        if head is not None:
+            found["text_embedding"] = head.embed_texts(found["text"].to(head.text_projection.weight.dtype))
     has_cls = not isinstance(trained.objective, Captioning) and trained.num_images == 1
     if pixels is not None and len(texts) and has_cls:
-        features = cls_features(trained, trained.encode(pixels), texts)
+        features = cls_features(trained, trained.encode(pixels) if encoded is None else encoded, texts)
         found["pair"] = trained.objective.net.pooler(features).float()
     return {name: value.cpu() for name, value in found.items()}
 
@@ -48,6 +56,9 @@ def no_features(trained: Trained) -> dict[str, np.ndarray]:
     tower = trained.objective.net.vision
     num_tokens = trained.num_images * tower.num_tokens
     shapes = {"tokens": (0, num_tokens, tower.width), "image": (0, tower.width)}
+    head = getattr(trained.objective, "itc_head", None)
+    if head is not None:
+        shapes["image_embedding"] = (0, head.image_projection.out_features)
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 

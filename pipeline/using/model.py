@@ -191,7 +191,9 @@ class Model:
             of images "tokens" [B, P, W], those of the vision tower (of a clip their mean over its frames; of images
             that are judged together one after the other), and "image" [B, W], their mean; of texts "text" [B, D], the
             mean of their words' states before they meet an image; of both "pair" [B, D], the pooled CLS feature of each
-            text with its image, where the model has one. Something given alone is a batch of one.
+            text with its image, where the model has one. Of a model pretrained with ``objective.itc_weight`` also
+            "image_embedding" and "text_embedding" [B, E], of length 1: their product is large where a text fits an
+            image. Something given alone is a batch of one.
 
         Raises:
             ValueError: texts for a model without a text tower (evlgen), or neither images nor texts.

@@ -180,7 +180,9 @@ def test_training_with_hardly_any_dropout_equals_training_without(name: str):
             sums = objective(batch)
             gradients = torch.autograd.grad(sum(sums.values()), tuple(objective.parameters()), allow_unused=True)
         results.append([*sums.values(), *(each for each in gradients if each is not None)])
-        logits = objective.lm_head.logits(torch.cat([*objective.net(batch)]))
+        output = objective.net(batch)
+        states = torch.cat([getattr(output, term.source) for term in batch.terms.values()])
+        logits = objective.lm_head.logits(states)
         largest = max(largest, logits.abs().max().item())
     tolerance = 4 * largest * torch.finfo(torch.float32).eps
     for by_rows, through_grid, without in zip(*results, strict=True):

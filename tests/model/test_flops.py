@@ -33,6 +33,20 @@ def test_forward_cost_agrees_with_pytorchs_counter(monkeypatch, name: str, strea
     assert objective.flops(batch) == 3 * expected
 
 
+def test_the_contrast_costs_its_projections_and_similarities(monkeypatch):
+    """What PyTorch's counter finds more, to the operation."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
+    counts, totals = [], []
+    for options in ({}, {"itc_weight": 0.1, "itc_width": 48}):
+        objective = tiny_flm(name="mlm", **options)
+        batch = objective.planner(images(3), pair_rows([caption(5), caption(9), caption(2)]))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            objective(batch)
+        counts.append(counter.get_total_flops())
+        totals.append(objective.flops(batch))
+    assert counts[1] - counts[0] == 2 * (6 * 32 * 48 + 9 * 48) == (totals[1] - totals[0]) / 3
+
+
 def test_a_frozen_tower_costs_its_forward_pass_only(monkeypatch):
     """Two thirds of the tower's share go, within 1 % of PyTorch's count."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)

@@ -68,6 +68,7 @@ def setting(name: str, value: object) -> Callable[[Config], None]:
         ("optim.batch_size", 8, "optim.batch_size 4 -> 8"),
         ("objective.negative_share", 0.125, "objective.negative_share"),
         ("objective.negatives", "in_batch_hard", "objective.negatives corpus -> in_batch_hard"),
+        ("objective.itc_weight", 0.1, "objective.itc_weight 0.0 -> 0.1"),
     ],
 )
 def test_another_model_or_batch_is_never_accepted(folder: Path, name: str, value: object, named: str) -> None:
@@ -105,7 +106,7 @@ def test_what_is_about_speed_or_place_is_no_difference(folder: Path, tmp_path: P
         assert resume(saved, folder, setting(name, value)) == {}
 
 
-@pytest.mark.parametrize("task", ["pretraining", "retrieval"])
+@pytest.mark.parametrize("task", ["pretraining", "contrast", "retrieval"])
 def test_the_micro_batch_counts_where_negatives_come_from_it(folder: Path, task: str) -> None:
     """Invariant 2."""
 
@@ -113,6 +114,8 @@ def test_the_micro_batch_counts_where_negatives_come_from_it(folder: Path, task:
         config.optim.micro_batch_size = size
         if task == "retrieval":
             config.task = task_options("retrieval", negatives="in_batch")
+        elif task == "contrast":
+            config.objective.itc_weight = 0.1
         else:
             config.objective.negatives = "in_batch_hard"
 

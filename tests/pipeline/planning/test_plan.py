@@ -138,6 +138,7 @@ def test_lengths_of_texts_have_the_mean(mean: float) -> None:
         ["--objective.name", "mlm"],
         ["--objective.name", "prefixlm", "--data.texts_per_image", "3"],
         ["--objective.negatives", "in_batch_hard"],
+        ["--objective.itc_weight", "0.1", "--data.texts_per_image", "2"],
         ["--model.behaviour", "released", "--model.text.dropout", "0.1"],
     ],
     ids=lambda words: "-".join(word for word in words if not word.startswith("--")),

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Decoding = Literal["greedy", "beam", "released_beam", "nucleus"]
+CaptionDecoding = Literal["greedy", "beam", "released_beam", "nucleus", "both_ways"]
+
+NEEDS_R2L = "another one with task.r2l_weight 0, which leaves no reverse stream; train with --task.r2l_weight 1"
 
 
 def scoring(default: Any) -> Any:
@@ -127,29 +130,42 @@ class CaptioningOptions(TaskOptions):
     Args:
         prompt: words that every caption starts with; they are read, not predicted.
         decoding: how captions are searched for when they are scored; released_beam goes by the rules of transformers'
-            beam search, by which EVLGen's release decoded.
-        beams: width of the beam search.
+            beam search, by which EVLGen's release decoded; both_ways, of flm, takes of all beams the one that the
+            reverse stream finds probable too.
+        beams: width of the beam search; both_ways chooses among as many captions.
         length_penalty: a beam is worth its log probability over its length to this power.
         repetition_penalty: above 1 makes a word that is there already less probable; EVLGen's release has 1.5 with
             Vicuna. Not of nucleus.
+        l2r_score_weight: of the log probability by the forward stream, in both_ways.
+        r2l_score_weight: the same of the reverse stream, which needs task.r2l_weight.
+        reconstruction_score_weight: the same of the reconstructor, each word from all the others; it needs
+            task.reconstruction_weight.
         top_p: nucleus samples from the fewest most probable tokens that hold this much probability.
         temperature: divides the scores that nucleus samples from.
         max_tokens: longest caption in tokens.
         min_tokens: no caption ends before it has so many, the prompt's included.
+        r2l_weight: of the reverse stream's loss in training, beside the 1 of the forward stream's; 0 leaves that stream
+            out of the network. Of flm in default behaviour only.
+        reconstruction_weight: the same of the reconstructor; it needs r2l_weight.
         self_critical: train on the CIDEr-D of sampled captions, over that of the greedy one.
         document_frequencies: file of document frequencies for that reward; null counts the training captions.
     """
 
     name: Literal["captioning"] = "captioning"
     prompt: str = ""
-    decoding: Decoding = scoring("greedy")
+    decoding: CaptionDecoding = scoring("greedy")
     beams: PositiveInt = scoring(3)
     length_penalty: NonNegativeFloat = scoring(1.0)
     repetition_penalty: PositiveFloat = scoring(1.0)
+    l2r_score_weight: NonNegativeFloat = scoring(1.0)
+    r2l_score_weight: NonNegativeFloat = scoring(1.0)
+    reconstruction_score_weight: NonNegativeFloat = scoring(0.0)
     top_p: PositiveFloat = scoring(0.9)
     temperature: PositiveFloat = scoring(1.0)
     max_tokens: PositiveInt = scoring(30)
     min_tokens: NonNegativeInt = scoring(0)
+    r2l_weight: NonNegativeFloat = 0.0
+    reconstruction_weight: NonNegativeFloat = 0.0
     self_critical: bool = False
     document_frequencies: str | None = None
 
@@ -158,6 +174,9 @@ class CaptioningOptions(TaskOptions):
         most = f"at most task.max_tokens ({self.max_tokens})"
         self._expect("min_tokens", self.min_tokens <= self.max_tokens, most)
         _check_search(self)
+        has_r2l = self.r2l_weight > 0
+        self._expect("reconstruction_weight", has_r2l or not self.reconstruction_weight, "0 with task.r2l_weight 0")
+        self._expect("decoding", has_r2l or self.decoding != "both_ways", NEEDS_R2L)
 
 
 @dataclass

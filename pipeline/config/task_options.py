@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Decoding = Literal["greedy", "beam", "released_beam", "nucleus"]
-CaptionDecoding = Literal["greedy", "beam", "released_beam", "nucleus", "both_ways"]
-
+Decoding = Literal["greedy", "beam", "released_beam", "nucleus", "both_ways"]
+ANSWER_SEARCHES = ("greedy", "beam", "released_beam")
 NEEDS_R2L = "another one with task.r2l_weight 0, which leaves no reverse stream; train with --task.r2l_weight 1"
 
 
@@ -66,7 +65,8 @@ class VQAOptions(TextsOfImagesOptions):
         question_prompt: what is read of a question that is answered in words, {} for the question itself; null is what
             its language model is asked by (evlgen), or else the question alone.
         decoding: how texts are searched for when they are scored; released_beam goes by the rules of transformers' beam
-            search, by which EVLGen's release decoded. Answers: greedy, and with evlgen one of the beams.
+            search, by which EVLGen's release decoded; both_ways takes of all beams the caption that the reverse stream
+            of flm finds probable too. Answers: greedy, and with evlgen beam or released_beam too.
         beams: width of the beam search.
         length_penalty: a beam is worth its log probability over its length to this power.
         repetition_penalty: above 1 makes a word that is there already less probable; EVLGen's release has 1.5 with
@@ -86,7 +86,7 @@ class VQAOptions(TextsOfImagesOptions):
     def check(self) -> None:
         prompt = self.question_prompt
         self._expect("question_prompt", prompt is None or prompt.count("{}") == 1, "a text that holds {} once")
-        self._expect("decoding", self.decoding != "nucleus", "greedy, beam or released_beam for answers")
+        self._expect("decoding", self.decoding in ANSWER_SEARCHES, "greedy, beam or released_beam for answers")
         _check_search(self)
 
 
@@ -130,8 +130,8 @@ class CaptioningOptions(TaskOptions):
     Args:
         prompt: words that every caption starts with; they are read, not predicted.
         decoding: how captions are searched for when they are scored; released_beam goes by the rules of transformers'
-            beam search, by which EVLGen's release decoded; both_ways, of flm, takes of all beams the one that the
-            reverse stream finds probable too.
+            beam search, by which EVLGen's release decoded; both_ways takes of all beams the one that the reverse stream
+            of flm finds probable too.
         beams: width of the beam search; both_ways chooses among as many captions.
         length_penalty: a beam is worth its log probability over its length to this power.
         repetition_penalty: above 1 makes a word that is there already less probable; EVLGen's release has 1.5 with
@@ -153,7 +153,7 @@ class CaptioningOptions(TaskOptions):
 
     name: Literal["captioning"] = "captioning"
     prompt: str = ""
-    decoding: CaptionDecoding = scoring("greedy")
+    decoding: Decoding = scoring("greedy")
     beams: PositiveInt = scoring(3)
     length_penalty: NonNegativeFloat = scoring(1.0)
     repetition_penalty: PositiveFloat = scoring(1.0)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data_prep.tokenizer import train_tokenizer
+from model.decode.both_ways import ScoreWeights
 from pipeline import generate
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
@@ -51,6 +52,28 @@ def test_a_runs_own_search_is_taken_whole_or_not_at_all(run: Path) -> None:
     for beams, expected in ((None, (2, "released_beam", 0.5, 1.5)), (3, (3, "beam", 1.0, 1.0))):
         found = load_captioner(folder, torch.device("cpu"), beams=beams)
         assert (found.beams, found.beam_rules, found.length_penalty, found.repetition_penalty) == expected
+
+
+def test_an_flm_run_may_caption_both_ways(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--run", str(run), str(image), "--max-tokens", "6"]
+    found = []
+    for more in (["--beams", "3"], ["--both-ways", "--score-weights", "1", "0", "0"], ["--both-ways"]):
+        assert main([*words, *more]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1], "the forward stream alone is beam search"
+    assert main([*words, "--both-ways", "--beams", "9", "--score-weights", "0", "1", "1"]) == 0
+    assert capsys.readouterr().out != found[0]
+    captioner = load_captioner(run, torch.device("cpu"), score_weights=ScoreWeights())
+    assert captioner.search == "Both ways, 3 beams, weights 1, 1, 0 (l2r, r2l, reconstruction)"
+
+
+@pytest.mark.slow
+def test_a_captioning_run_that_decodes_both_ways_captions_so(run: Path) -> None:
+    task = "task: {{name: captioning, decoding: both_ways, beams: 4, r2l_weight: 1.0, r2l_score_weight: 0.5}}\n"
+    folder = write_run(run.parent / "both_ways", run.parent / "data", TINY + task)
+    found = load_captioner(folder, torch.device("cpu"))
+    assert (found.beams, found.score_weights) == (4, ScoreWeights(1.0, 0.5, 0.0))
+    assert load_captioner(folder, torch.device("cpu"), beams=2).score_weights is None
 
 
 @pytest.mark.slow
@@ -110,7 +133,7 @@ def test_beams_prompt_and_length(run: Path, image: Path, capsys: pytest.CaptureF
     assert captioner.max_tokens == 18  # max_text_length without <s> and </s>
 
 
-@pytest.mark.parametrize("search", [[], ["--nucleus", "0.9", "--seed", "3"], ["--beams", "2"]])
+@pytest.mark.parametrize("search", [[], ["--nucleus", "0.9", "--seed", "3"], ["--beams", "2"], ["--both-ways"]])
 def test_batching_changes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, search: list[str]) -> None:
     """Invariant 5."""
     files = []
@@ -282,10 +305,20 @@ def test_mlm_without_its_data_asks_for_lengths(
         (["--run", "RUN", "IMAGE", "--beams", "2", "--nucleus", "0.5"], "--beams and --nucleus"),
         (["--run", "RUN", "IMAGE", "--results", "x.json"], "--results is for --data DIR"),
         (["--run", "RUN", "IMAGE", "--temperature", "2"], "are for --nucleus TOP_P"),
+        (["--run", "RUN", "IMAGE", "--score-weights", "1", "1", "0"], "--score-weights is for --both-ways"),
+        (["--run", "RUN", "IMAGE", "--both-ways", "--nucleus", "0.5"], "--both-ways and --nucleus"),
+        (["--run", "MLM", "IMAGE", "--both-ways"], "nor --both-ways"),
+        (["--run", "CAPTIONING", "IMAGE", "--both-ways"], "needs the r2l stream of FLM, this model of captioning has"),
     ],
 )
 def test_mistakes_are_one_line(
-    run: Path, image: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+    run: Path,
+    captioning_run: Path,
+    image: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     other = tmp_path / "other"
     if "OTHER" in arguments:
@@ -293,7 +326,7 @@ def test_mistakes_are_one_line(
         config = (run / "config.yaml").read_text()
         (other / "config.yaml").write_text(config.replace("bottom_layers: 1", "bottom_layers: 2"))
     places = {"RUN": run, "IMAGE": image, "DATA": run.parent / "data", "ABSENT": tmp_path / "absent", "OTHER": other}
-    places["MLM"] = run.parent / "mlm"
+    places |= {"MLM": run.parent / "mlm", "CAPTIONING": captioning_run}
     assert main([str(places.get(word, word)) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

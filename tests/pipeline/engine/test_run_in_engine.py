@@ -35,7 +35,7 @@ def captions_of(objective, rank: int, all_agree) -> tuple[dict[str, list[list[in
     pictures = images(3 - rank, seed=[4, 7][rank])
     if objective.name == "mlm":
         return {"mask_predict": mask_predict(objective, images(2, seed=rank), [2, 5], iterations=3)}, {}
-    waited = dict.fromkeys(("greedy", "beam", "prompted", "both_ways"), 0)
+    waited = dict.fromkeys(("greedy", "beam", "prompted"), 0)
 
     def agree(name: str) -> Any:
         def all_done(done: bool) -> bool:
@@ -52,7 +52,7 @@ def captions_of(objective, rank: int, all_agree) -> tuple[dict[str, list[list[in
     }
     if objective.name == "flm":  # candidates are scored in two passes
         tokens, weights = objective.net.encode(pictures), ScoreWeights(1, 1, 1)
-        search = (MAX_TOKENS, 5, 1.0, weights, agree("both_ways"))
+        search = (MAX_TOKENS, 5, 1.0, weights, all_agree)
         captions["both_ways"] = both_ways(objective, decoder_of(objective, pictures), tokens, *search)
     return captions, waited
 

@@ -21,7 +21,7 @@ from pipeline.evaluate import main as evaluate
 from pipeline.generate import main
 from pipeline.reporting.page import write_report
 from pipeline.tasks.caption_lengths import QUANTILES
-from pipeline.tasks.captioning import Captioner, Item, load_captioner, write_results
+from pipeline.tasks.captioning import Captioner, Item, items_of_corpora, load_captioner, write_results
 from tests.tiny_corpus import make_corpus
 from tests.written_run import TINY, write_run
 
@@ -65,6 +65,28 @@ def test_an_flm_run_may_caption_both_ways(run: Path, image: Path, capsys: pytest
     assert capsys.readouterr().out != found[0]
     captioner = load_captioner(run, torch.device("cpu"), score_weights=ScoreWeights())
     assert captioner.search == "Both ways, 3 beams, weights 1, 1, 0 (l2r, r2l, reconstruction)"
+
+
+@pytest.mark.slow
+def test_a_pretrained_flm_is_scored_both_ways(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With its own reverse stream and reconstructor; by the same search as its captioner's."""
+    monkeypatch.setenv("PATH", "")  # no scores that need Java, which take long
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    words = ["--run", str(run), "--task", "captioning", "--samples", "4", "--task.decoding", "both_ways"]
+    words += ["--task.r2l_weight", "1", "--task.max_tokens", "6"]
+    assert evaluate([*words, "--task.reconstruction_score_weight", "1"]) == 2
+    assert "this model of captioning has no reconstructor; use 0" in capsys.readouterr().err
+    words += ["--task.reconstruction_weight", "1", "--task.reconstruction_score_weight", "0.5"]
+    assert evaluate(words) == 0
+    [card] = (run / "evaluations").glob("captioning-*-both_ways/scorecard.json")
+    lines = (card.parent / "predictions.jsonl").read_text().splitlines()
+    found = {one["key"]: one["caption"] for one in map(json.loads, lines)}
+    captioner = load_captioner(run, torch.device("cpu"), None, 6, score_weights=ScoreWeights(1.0, 1.0, 0.5))
+    items = list(items_of_corpora(open_corpora([str(run.parent / "data")], "dev"), 12, captioner))
+    captions = dict(zip([one.name for one in items], captioner.caption([one.pixels for one in items]), strict=True))
+    assert len(found) == 4 and found == {key: captions[key] for key in found}
 
 
 @pytest.mark.slow

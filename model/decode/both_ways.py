@@ -1,6 +1,6 @@
-"""Captions that both directions of FLM find probable: beam search from left to right, its beams scored by the others.
+"""Captions that both directions of FLM find probable: beams of the l2r stream, scored by the r2l stream too.
 
-Legend: B images, N candidates of an image, R rows, P image tokens, D width.
+Legend: B images, N candidates of an image, P image tokens, D width.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _one_pass(
     planner: BothWaysPlanner,
     parts: dict[str, float],
 ) -> Tensor:
-    """fp32 [N * B], the first candidate of all images first: as many rows at the start as there are images, each of its
-    own, read the images' keys and values without a copy."""
+    """As above of a few candidates, fp32 [N * B], the first of all images before the second: the first B rows read the
+    images' keys and values without a copy."""
     net, vocabulary = objective.net, objective.net.vocabulary
     rows = [
         Row([vocabulary.bos_id, *words, vocabulary.eos_id], image, 0)

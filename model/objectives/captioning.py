@@ -63,15 +63,15 @@ class Captioning(nn.Module):
         released = model.behaviour == "released"
         if self_critical and released:
             raise ValueError("task.self_critical has no released behaviour; use model.behaviour default")
-        if r2l_weight:
+        weights = {"r2l": r2l_weight, "flm": reconstruction_weight}
+        self.directions = {name: weight for name, weight in weights.items() if weight}  # beside that of captioning
+        if self.directions:
             _check_directions(objective.name, released, self_critical)
             model = model if reconstruction_weight else _without_reconstructor(model)
         self.config, self.self_critical = model, self_critical
         self.form = caption_form(vocabulary, released)
         leaks = released and objective.name == "flm"
         vocabulary = self.form.vocabulary
-        self.directions = {"r2l": r2l_weight, "flm": reconstruction_weight} if r2l_weight else {}
-        self.directions = {name: weight for name, weight in self.directions.items() if weight}
         if self.directions:
             self.net = FLM(model, vocabulary)
             self._spans = objective.corruption_rate, objective.span_placement == "centred"

@@ -16,7 +16,7 @@ OPTIONS_OF = {
     "beam": ("beams", "length_penalty"),
     "released_beam": ("beams", "length_penalty"),
     "nucleus": ("top_p", "temperature"),
-    "both_ways": (*("beams", "length_penalty", "l2r_score_weight", "r2l_score_weight", "reconstruction_score_weight"),),
+    "both_ways": ("beams", "length_penalty", "l2r_score_weight", "r2l_score_weight", "reconstruction_score_weight"),
 }
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from model.batch import Row
-from model.build import build_captioning, build_objective
+from model.build import build_captioning
 from model.config import objective_options
 from model.decode import both_ways as module
 from model.decode.both_ways import ScoreWeights, both_ways, check_both_ways, other_log_probabilities
 from model.decode.search import beam, best_beams
 from model.decode.stream import decoder_of
 from model.objectives.pretraining import Pretraining
+from model.plans.flm import FLMPlanner
 from tests.rounding import TINY
 from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, captioner, images, tiny_config
 
@@ -30,10 +31,7 @@ def log_p_of_word(objective: Pretraining, picture: Tensor, words: list[int], num
     """
     shown = [17 if how == "r2l" and k <= number or k == number else word for k, word in enumerate(words)]
     row = Row([VOCABULARY.bos_id, *shown, VOCABULARY.eos_id], 0, 0)
-    planner = build_objective(
-        tiny_config(), objective_options("flm", corruption_rate=0.0), VOCABULARY, MAX_TEXT_LENGTH
-    ).planner
-    batch = planner(picture, [row])
+    batch = FLMPlanner(VOCABULARY, corruption_rate=0.0, negative_share=0.0)(picture, [row])
     term = batch.terms[how]
     states = getattr(objective.net(batch), term.source)[term.position]
     logits = objective.lm_head.logits(states)[number]

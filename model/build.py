@@ -194,6 +194,8 @@ def build_captioning(
     vocabulary: Vocabulary,
     max_text_length: int = 50,
     self_critical: bool = False,
+    r2l_weight: float = 0.0,
+    reconstruction_weight: float = 0.0,
 ) -> Captioning:
     """The objective captioning with random weights, for a network pretrained by ``objective``; raises as the above."""
     if objective.name not in OBJECTIVES:
@@ -201,7 +203,8 @@ def build_captioning(
             f"objective.name {objective.name} writes no captions: use task.name pretraining; evlgen starts from it"
         )
     _check(model, objective, vocabulary, max_text_length)
-    built = Captioning(model, objective, vocabulary, max_text_length, self_critical)
+    weights = r2l_weight, reconstruction_weight
+    built = Captioning(model, objective, vocabulary, max_text_length, self_critical, *weights)
     if model.vision.frozen:
         freeze(built.net.vision, source=model.weights or model.vision.pretrained)
     return built

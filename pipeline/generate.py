@@ -28,6 +28,7 @@ from itertools import takewhile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from data_prep.program import run_program  # noqa: E402
+from model.decode.both_ways import ScoreWeights  # noqa: E402
 from pipeline.checkpoint.files import run_of  # noqa: E402
 from pipeline.config.program_options import number, whole_number  # noqa: E402
 from pipeline.data.open_shards import DataError  # noqa: E402
@@ -88,6 +89,7 @@ def _caption(arguments: argparse.Namespace, stop: StopRequest) -> int:
         arguments.prompt,
         arguments.lengths,
         _nucleus(arguments),
+        _score_weights(arguments),
     )
     stop.poll_from_here()
     done = (_caption_split if arguments.data else _caption_files)(arguments, captioner, stop)
@@ -115,6 +117,18 @@ def _nucleus(arguments: argparse.Namespace) -> Nucleus | None:
     if arguments.beams:
         raise ValueError("--beams and --nucleus: two ways of searching; leave one out")
     return Nucleus(arguments.nucleus, arguments.temperature or 1.0, arguments.seed or 0)
+
+
+def _score_weights(arguments: argparse.Namespace) -> ScoreWeights | None:
+    """What decoding both ways weighs by, where it is asked for; raises ValueError for options that do not fit."""
+    weights = arguments.score_weights
+    if not arguments.both_ways:
+        if weights is not None:
+            raise ValueError("--score-weights is for --both-ways; give that too")
+        return None
+    if arguments.nucleus:
+        raise ValueError("--both-ways and --nucleus: two ways of searching; leave one out")
+    return ScoreWeights(*weights) if weights is not None else ScoreWeights()
 
 
 def _caption_files(arguments: argparse.Namespace, captioner: Captioner, stop: StopRequest) -> int:
@@ -179,6 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, metavar="FILE", help=results_help)
     beams_help = "beam search of this width; 1 is greedy (default, but for runs of captioning: as their options say)"
     parser.add_argument("--beams", type=whole_number(), help=beams_help)
+    both_help = "of an FLM's beams take the one that its reverse stream finds probable too (default: of 3 beams)"
+    parser.add_argument("--both-ways", action="store_true", help=both_help)
+    weights_help = (
+        "how much count the log probabilities by the forward stream, the reverse stream and the reconstructor"
+    )
+    weights_help += " in --both-ways (default: 1 1 0)"
+    names = ("L2R", "R2L", "RECONSTRUCTION")
+    parser.add_argument("--score-weights", type=number(zero=True), nargs=3, metavar=names, help=weights_help)
     nucleus_help = "sample each word from the most probable ones that hold TOP_P of the probability (1: from all)"
     parser.add_argument("--nucleus", type=number(most=1), metavar="TOP_P", help=nucleus_help)
     parser.add_argument(

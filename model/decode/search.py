@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -208,6 +208,35 @@ def beam(
     Raises:
         ValueError: as :func:`greedy`, and for less than one beam.
     """
+    found = best_beams(decoder, 1, max_tokens, beams, length_penalty, all_agree, min_tokens, repetition_penalty)
+    return [best.words for [best] in found]
+
+
+class Found(NamedTuple):
+    """A sequence: its word ids, prompt included and end token left out, and what it is worth by the search."""
+
+    words: list[int]
+    value: float
+
+
+@torch.no_grad()
+def best_beams(
+    decoder: Decoder,
+    count: int,
+    max_tokens: int = 30,
+    beams: int = 3,
+    length_penalty: float = 1.0,
+    all_agree: Callable[[bool], bool] = alone,
+    min_tokens: int = 0,
+    repetition_penalty: float = 1.0,
+) -> list[list[Found]]:
+    """The ``count`` best sequences of each image, the best first, by the search of :func:`beam`.
+
+    An image is done when none of its beams can become better than the last of them. Where fewer are found the rest have
+    the value -inf and no words.
+
+    Args and errors as of :func:`beam`.
+    """
     num_words = room(decoder, max_tokens, min_tokens)
     scores = decoder.start()
     (num_images, vocabulary), device = scores.shape, scores.device
@@ -219,26 +248,25 @@ def beam(
         num_images, 1, dtype=torch.float32, device=device
     )  # log probability of each beam, the largest first
     words = torch.full((num_images, 1, num_words), decoder.end_ids[0], device=device)
-    best = torch.full((num_images,), float("-inf"), dtype=torch.float64, device=device)
-    best_words = words[:, 0]
+    best = _Best(count, words)
     for number in range(num_words):
         length = len(decoder.prompt) + number + 1
         of_word = scores.log_softmax(-1).view(num_images, -1, vocabulary)
         total = penalised(of_word, words[:, :, :number], repetition_penalty).add_(sums[:, :, None])
         if length > min_tokens:
-            best, best_words = _better(best, best_words, total[:, :, ends].amax(-1), length**length_penalty, words)
+            best.add(total[:, :, ends].amax(-1), length**length_penalty, words)
         total[:, :, ends] = float("-inf")
         sums, flat = total.flatten(1).topk(min(beams, total.shape[1] * vocabulary))
         parents, ids = flat // vocabulary, flat % vocabulary
         words = words[first, parents]
         words[:, :, number] = ids
         hope = sums[:, 0].double() / max((length + 1) ** length_penalty, max_tokens**length_penalty)
-        if length == max_tokens or all_agree(bool((best >= hope).all())):
+        if length == max_tokens or all_agree(bool((best.values[:, -1] >= hope).all())):
             break
         decoder.select((first * total.shape[1] + parents).flatten())
         scores = decoder.step(ids.flatten())
-    _, best_words = _better(best, best_words, sums, max_tokens**length_penalty, words)
-    return sequences(decoder, best_words)
+    best.add(sums, max_tokens**length_penalty, words)
+    return best.found(decoder)
 
 
 def penalised(scores: Tensor, words: Tensor, penalty: float) -> Tensor:
@@ -253,12 +281,30 @@ def penalised(scores: Tensor, words: Tensor, penalty: float) -> Tensor:
     return scores.scatter(-1, words, torch.where(found > 0, found / penalty, found * penalty))
 
 
-def _better(best: Tensor, best_words: Tensor, sums: Tensor, divisor: float, words: Tensor) -> tuple[Tensor, Tensor]:
-    """``best`` fp64 [B] and its words [B, N], replaced where ``sums`` [B, K] / ``divisor`` holds a larger value."""
-    value, beam = (sums.double() / divisor).max(1)  # the first of equals
-    found = words[torch.arange(len(beam), device=beam.device), beam]
-    better = value > best
-    return torch.where(better, value, best), torch.where(better[:, None], found, best_words)
+class _Best:
+    """The ``count`` best sequences so far of each image: ``values`` fp64 [B, count], the largest first and of equals
+    the one found first, and their words int64 [B, count, N]."""
+
+    def __init__(self, count: int, words: Tensor) -> None:
+        """``words``: [B, 1, N] that no word was chosen of."""
+        shape = len(words), count
+        self.values = torch.full(shape, float("-inf"), dtype=torch.float64, device=words.device)
+        self._words = words.expand(-1, count, -1)
+
+    def add(self, sums: Tensor, divisor: float, words: Tensor) -> None:
+        """Sequences ``words`` [B, K, N] of log probability ``sums`` [B, K]."""
+        values = torch.cat([self.values, sums.double() / divisor], dim=1)
+        ordered, chosen = values.sort(dim=1, descending=True, stable=True)
+        count = self.values.shape[1]
+        rows = torch.arange(len(chosen), device=chosen.device)[:, None]
+        self.values = ordered[:, :count]
+        self._words = torch.cat([self._words, words], dim=1)[rows, chosen[:, :count]]
+
+    def found(self, decoder: Decoder) -> list[list[Found]]:
+        """Of each image, in their order."""
+        texts, values = sequences(decoder, self._words.flatten(0, 1)), self.values.flatten().tolist()
+        count, each = self.values.shape[1], [Found(*one) for one in zip(texts, values, strict=True)]
+        return [each[start : start + count] for start in range(0, len(each), count)]
 
 
 def room(decoder: Decoder, max_tokens: int, min_tokens: int = 0) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,13 +61,7 @@ class Pretraining(nn.Module):
     def _losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Loss fp32 [M] and correctness bool [M] of every target; one pass of the vocabulary head for all terms."""
         output = self.net(batch)
-        tokens = {name: term for name, term in batch.terms.items() if term.kind == "token"}
-        losses, correct = self.lm_head(
-            torch.cat([_selected(output, term) for term in tokens.values()]),
-            torch.cat([term.target for term in tokens.values()]),
-        )
-        sizes = [len(term.target) for term in tokens.values()]
-        results = dict(zip(tokens, zip(losses.split(sizes), correct.split(sizes), strict=True), strict=True))
+        results = token_losses(self.lm_head, output, batch.terms)
         for name, term in batch.terms.items():
             if term.kind == "class":
                 results[name] = self._classify(getattr(self, f"{name}_head"), _selected(output, term), term.target)
@@ -134,6 +129,17 @@ class Pretraining(nn.Module):
         # optimizer a gradient of zeros, so that it is decayed, by 6 % over 30,000 steps. Nothing reads it meanwhile.
         """
         return parameter.ndim > 1
+
+
+def token_losses(head: LanguageModelHead, output: Any, terms: Mapping[str, Term]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Loss fp32 [M] and correctness bool [M] of every target of the terms of kind "token", by one pass of the head."""
+    tokens = {name: term for name, term in terms.items() if term.kind == "token"}
+    losses, correct = head(
+        torch.cat([_selected(output, term) for term in tokens.values()]),
+        torch.cat([term.target for term in tokens.values()]),
+    )
+    sizes = [len(term.target) for term in tokens.values()]
+    return dict(zip(tokens, zip(losses.split(sizes), correct.split(sizes), strict=True), strict=True))
 
 
 def _selected(output: Any, term: Term) -> Tensor:

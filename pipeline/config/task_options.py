@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Decoding = Literal["greedy", "beam", "released_beam", "nucleus"]
+Decoding = Literal["greedy", "beam", "released_beam", "nucleus", "both_ways"]
+ANSWER_SEARCHES = ("greedy", "beam", "released_beam")
+NEEDS_R2L = "another one with task.r2l_weight 0, which leaves no reverse stream; train with --task.r2l_weight 1"
 
 
 def scoring(default: Any) -> Any:
@@ -63,7 +65,8 @@ class VQAOptions(TextsOfImagesOptions):
         question_prompt: what is read of a question that is answered in words, {} for the question itself; null is what
             its language model is asked by (evlgen), or else the question alone.
         decoding: how texts are searched for when they are scored; released_beam goes by the rules of transformers' beam
-            search, by which EVLGen's release decoded. Answers: greedy, and with evlgen one of the beams.
+            search, by which EVLGen's release decoded; both_ways takes of all beams the caption that the reverse stream
+            of flm finds probable too. Answers: greedy, and with evlgen beam or released_beam too.
         beams: width of the beam search.
         length_penalty: a beam is worth its log probability over its length to this power.
         repetition_penalty: above 1 makes a word that is there already less probable; EVLGen's release has 1.5 with
@@ -83,7 +86,7 @@ class VQAOptions(TextsOfImagesOptions):
     def check(self) -> None:
         prompt = self.question_prompt
         self._expect("question_prompt", prompt is None or prompt.count("{}") == 1, "a text that holds {} once")
-        self._expect("decoding", self.decoding != "nucleus", "greedy, beam or released_beam for answers")
+        self._expect("decoding", self.decoding in ANSWER_SEARCHES, "greedy, beam or released_beam for answers")
         _check_search(self)
 
 
@@ -127,15 +130,23 @@ class CaptioningOptions(TaskOptions):
     Args:
         prompt: words that every caption starts with; they are read, not predicted.
         decoding: how captions are searched for when they are scored; released_beam goes by the rules of transformers'
-            beam search, by which EVLGen's release decoded.
-        beams: width of the beam search.
+            beam search, by which EVLGen's release decoded; both_ways takes of all beams the one that the reverse stream
+            of flm finds probable too.
+        beams: width of the beam search; both_ways chooses among as many captions.
         length_penalty: a beam is worth its log probability over its length to this power.
         repetition_penalty: above 1 makes a word that is there already less probable; EVLGen's release has 1.5 with
             Vicuna. Not of nucleus.
+        l2r_score_weight: of the log probability by the forward stream, in both_ways.
+        r2l_score_weight: the same of the reverse stream, which needs task.r2l_weight.
+        reconstruction_score_weight: the same of the reconstructor, each word from all the others; it needs
+            task.reconstruction_weight.
         top_p: nucleus samples from the fewest most probable tokens that hold this much probability.
         temperature: divides the scores that nucleus samples from.
         max_tokens: longest caption in tokens.
         min_tokens: no caption ends before it has so many, the prompt's included.
+        r2l_weight: of the reverse stream's loss in training, beside the 1 of the forward stream's; 0 leaves that stream
+            out of the network. Of flm in default behaviour only.
+        reconstruction_weight: the same of the reconstructor; it needs r2l_weight.
         self_critical: train on the CIDEr-D of sampled captions, over that of the greedy one.
         document_frequencies: file of document frequencies for that reward; null counts the training captions.
     """
@@ -146,10 +157,15 @@ class CaptioningOptions(TaskOptions):
     beams: PositiveInt = scoring(3)
     length_penalty: NonNegativeFloat = scoring(1.0)
     repetition_penalty: PositiveFloat = scoring(1.0)
+    l2r_score_weight: NonNegativeFloat = scoring(1.0)
+    r2l_score_weight: NonNegativeFloat = scoring(1.0)
+    reconstruction_score_weight: NonNegativeFloat = scoring(0.0)
     top_p: PositiveFloat = scoring(0.9)
     temperature: PositiveFloat = scoring(1.0)
     max_tokens: PositiveInt = scoring(30)
     min_tokens: NonNegativeInt = scoring(0)
+    r2l_weight: NonNegativeFloat = 0.0
+    reconstruction_weight: NonNegativeFloat = 0.0
     self_critical: bool = False
     document_frequencies: str | None = None
 
@@ -158,6 +174,9 @@ class CaptioningOptions(TaskOptions):
         most = f"at most task.max_tokens ({self.max_tokens})"
         self._expect("min_tokens", self.min_tokens <= self.max_tokens, most)
         _check_search(self)
+        has_r2l = self.r2l_weight > 0
+        self._expect("reconstruction_weight", has_r2l or not self.reconstruction_weight, "0 with task.r2l_weight 0")
+        self._expect("decoding", has_r2l or self.decoding != "both_ways", NEEDS_R2L)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from data_prep.manifest import write_atomically
 from model.batch import Batch, Row
 from model.build import build_captioning, build_objective
 from model.config import Vocabulary
+from model.decode.both_ways import both_ways, check_both_ways
 from model.decode.likelihood import log_probabilities
 from model.decode.search import nucleus
 from model.decode.stream import decoder_of
@@ -41,7 +42,7 @@ from pipeline.metrics.captions import METRICS, CaptionScores, caption_scores, to
 from pipeline.metrics.submissions import caption_submission
 from pipeline.tasks.language_rows import LanguageRows
 from pipeline.tasks.pretraining import held_out_pass
-from pipeline.tasks.searching import decoding, most_probable
+from pipeline.tasks.searching import decoding, most_probable, weights_of
 from pipeline.tasks.task import EvaluationPass, EvaluationRanks, Measurement, Prediction, Score
 
 IN_TRAINING = ("bleu", "cider_d")  # which take seconds
@@ -91,11 +92,11 @@ class CaptioningTask:
     def build(self, config: Config, vocabulary: Vocabulary) -> nn.Module:
         sizes = (config.model, config.objective, vocabulary, config.data.max_text_length)
         if not reads_by_language_model(config):
-            return build_captioning(*sizes, config.task.self_critical)
-        if config.task.self_critical:
-            raise ValueError(
-                "task.self_critical is not for evlgen; use objective.name flm or --task.self_critical false"
-            )
+            options = config.task
+            return build_captioning(*sizes, options.self_critical, options.r2l_weight, options.reconstruction_weight)
+        for option, none in (("self_critical", "false"), ("r2l_weight", "0")):
+            if getattr(config.task, option):
+                raise ValueError(f"task.{option} is not for evlgen; use objective.name flm or --task.{option} {none}")
         return build_objective(*sizes)
 
     def preparation(self, config: Config, objective: nn.Module, tokenizer: TextTokenizer) -> Preparation:
@@ -108,7 +109,9 @@ class CaptioningTask:
 
     def scores(self, objective: nn.Module) -> tuple[Score, ...]:
         named = [Score("cider_d", True), Score("loss", False), *(Score(f"bleu_{n}", True) for n in (4, 3, 2, 1))]
-        return *named, Score("caption_loss", False), Score("caption_accuracy", True)
+        terms = ["caption", *getattr(objective, "directions", ())]
+        each = [(Score(f"{term}_loss", False), Score(f"{term}_accuracy", True)) for term in terms]
+        return *named, *(score for pair in each for score in pair)
 
     def passes(
         self,
@@ -124,6 +127,8 @@ class CaptioningTask:
                 f"task.min_tokens {config.task.min_tokens} is more than the {longest(config)} tokens that a caption may"
                 " have (data.max_text_length - 2); lower it"
             )
+        if config.task.decoding == "both_ways":
+            check_both_ways(objective, weights_of(config.task))
         corpora, tokenizer = list(held_out), preparation.maker.tokenizer
         images = dataclasses.replace(preparation, maker=ImageRows(), planner=images_only)
         batches = eval_loader(config, corpora, images, ranks.place, ranks.pin, texts_per_image=1)
@@ -133,7 +138,7 @@ class CaptioningTask:
         losses = eval_loader(config, corpora, reading, ranks.place, ranks.pin, texts_per_image=ALL_TEXTS)
         return [
             EvaluationPass(batches, spare, writer.measure, (), writer.summarise, write=writer.write),
-            held_out_pass(losses, placeholder_batch(reading), {"caption": 1.0}),
+            held_out_pass(losses, placeholder_batch(reading), {"caption": 1.0} | getattr(objective, "directions", {})),
         ]
 
     def protocol(self, config: Config) -> dict[str, Any]:
@@ -224,7 +229,10 @@ class Writer:
         most = longest(self.config)
         tokens = objective.net.encode(batch.images)
         decoder = decoder_of(objective, batch.images, prompt, tokens)
-        found = self._search(decoder, most, batch)
+        if self.config.task.decoding == "both_ways":
+            found = self._both_ways(objective, decoder, tokens, most)
+        else:
+            found = self._search(decoder, most, batch)
         likelihood = log_probabilities(objective, tokens, found, most, len(prompt)).tolist()
         unusable = {key for key, _ in batch.problems}
         predictions = []
@@ -235,6 +243,11 @@ class Writer:
                 about = {"position": position, "key": key, **of_image, "caption": text}
                 predictions.append(about | {"log_probability": round(value, 4)})
         return Measurement({}, predictions)
+
+    def _both_ways(self, objective: nn.Module, decoder: Any, tokens: Tensor, most: int) -> list[list[int]]:
+        options = self.config.task
+        search = (options.beams, options.length_penalty, weights_of(options), self.ranks.all_agree)
+        return both_ways(objective, decoder, tokens, most, *search, options.min_tokens, options.repetition_penalty)
 
     def _search(self, decoder: Any, most: int, batch: Batch) -> list[list[int]]:
         options, agree = self.config.task, self.ranks.all_agree

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data_prep.manifest import write_atomically
 from data_prep.video.decoding import is_video
 from model.build import build_captioning, build_objective
+from model.decode.both_ways import ScoreWeights, both_ways, check_both_ways
 from model.decode.mask_predict import ITERATIONS, mask_predict
 from model.decode.search import greedy, greedy_steps, nucleus
 from model.decode.stream import decoder_of
@@ -34,7 +35,7 @@ from pipeline.data.transforms import UnusableSample
 from pipeline.pictures.pictures import Pictures, pictures_of
 from pipeline.tasks.caption_lengths import training_lengths
 from pipeline.tasks.caption_scores import Summary, summarise
-from pipeline.tasks.searching import BEAMS
+from pipeline.tasks.searching import BEAMS, weights_of
 from pipeline.tasks.trained_run import TrainedRun, read_run
 from pipeline.weights.starting import load_trained
 
@@ -84,6 +85,7 @@ class Captioner:
     beam_rules: str = "beam"  # a search of BEAMS
     min_tokens: int = 0
     repetition_penalty: float = 1.0
+    score_weights: ScoreWeights | None = None  # by which both_ways chooses among the beams
 
     @torch.inference_mode()
     def caption(self, pixels: Sequence[Tensor], first: int = 0) -> list[str]:
@@ -92,6 +94,8 @@ class Captioner:
         images = torch.stack(list(pixels)).to(self.device)
         if self.objective.name == "mlm":
             ids = mask_predict(self.objective, images, self.lengths)
+        elif self.score_weights is not None:
+            ids = self._both_ways(images, self.score_weights)
         else:
             ids = self._search(decoder_of(self.objective, images, self.prompt), len(images), first)
         return [self._text(row) for row in ids]
@@ -122,6 +126,13 @@ class Captioner:
             return BEAMS[self.beam_rules](decoder, self.max_tokens, self.beams, self.length_penalty, **both)
         return greedy(decoder, self.max_tokens, **both)
 
+    def _both_ways(self, images: Tensor, weights: ScoreWeights) -> list[list[int]]:
+        tokens = self.objective.net.encode(images)
+        decoder = decoder_of(self.objective, images, self.prompt, tokens)
+        both = {"min_tokens": self.min_tokens, "repetition_penalty": self.repetition_penalty}
+        search = (self.max_tokens, self.beams, self.length_penalty, weights)
+        return both_ways(self.objective, decoder, tokens, *search, **both)
+
     @property
     def search(self) -> str:
         """How captions are found, for people."""
@@ -130,6 +141,9 @@ class Captioner:
         if self.nucleus is not None:
             top_p, temperature, seed = self.nucleus
             return f"Nucleus sampling, top p {top_p:g}, temperature {temperature:g}, seed {seed}"
+        if self.score_weights is not None:
+            weights = ", ".join(f"{weight:g}" for weight in self.score_weights)
+            return f"Both ways, {self.beams} beams, weights {weights} (l2r, r2l, reconstruction)"
         return f"Beam search of width {self.beams}" if self.beams > 1 else "Greedy search"
 
 
@@ -141,11 +155,13 @@ def load_captioner(
     prompt: str = "",
     lengths: Sequence[int] | None = None,
     nucleus: Nucleus | None = None,
+    score_weights: ScoreWeights | None = None,
 ) -> Captioner:
     """The model of a run folder, or of one of its checkpoint folders; captions start with ``prompt``.
 
     A run of task captioning also reads its own ``task.prompt``, which captions do not show, and searches as its options
-    say where neither ``beams`` nor ``nucleus`` is given; any other run searches greedily then.
+    say where none of ``beams``, ``nucleus`` and ``score_weights`` is given; any other run searches greedily then. With
+    ``score_weights`` an FLM chooses both ways among its ``beams``, 3 if that is None.
 
     ``lengths``, in tokens, are for mlm models, which have no beams and no prompt; None takes quantiles of the run's
     training captions.
@@ -156,7 +172,7 @@ def load_captioner(
     """
     found = read_run(run)
     objective = _built(found.config, found.tokenizer)
-    captioner = captioner_of(found, objective, device, beams, max_tokens, prompt, lengths, nucleus)
+    captioner = captioner_of(found, objective, device, beams, max_tokens, prompt, lengths, nucleus, score_weights)
     load_trained(objective, found.config.model, found.checkpoint)
     objective.eval().to(device)
     return captioner
@@ -171,6 +187,7 @@ def captioner_of(
     prompt: str = "",
     lengths: Sequence[int] | None = None,
     nucleus: Nucleus | None = None,
+    score_weights: ScoreWeights | None = None,
 ) -> Captioner:
     """A captioner of a run's ``objective``, in evaluation mode on ``device`` when it captions; else as
     :func:`load_captioner`."""
@@ -178,10 +195,10 @@ def captioner_of(
     longest = config.data.max_text_length
     most = min(max_tokens or longest - 2, longest - 2)  # words without <s> and </s>
     if objective.name == "mlm":
-        if (beams or 1) > 1 or prompt or nucleus:
+        if (beams or 1) > 1 or prompt or nucleus or score_weights:
             raise ValueError(
-                f"{run.folder} is an mlm model: no --beams, no --nucleus and no --prompt; --lengths is what it can be"
-                " told"
+                f"{run.folder} is an mlm model: no --beams, no --nucleus and no --prompt, nor --both-ways; --lengths is"
+                " what it can be told"
             )
         lengths = _mlm_lengths(lengths, config, tokenizer, objective.planner.full_stop, most)
     elif lengths is not None:
@@ -190,12 +207,18 @@ def captioner_of(
     penalty, repetition, rules, least = 1.0, 1.0, "beam", 0
     if isinstance(options, CaptioningOptions):
         own, least = options.prompt, min(options.min_tokens, most)
-        if beams is None and nucleus is None:
-            beams, penalty = options.beams if options.decoding in BEAMS else 1, options.length_penalty
+        if (beams, nucleus, score_weights) == (None, None, None):
+            has_beams = options.decoding in BEAMS or options.decoding == "both_ways"
+            beams, penalty = options.beams if has_beams else 1, options.length_penalty
             rules = options.decoding if options.decoding in BEAMS else rules
             repetition = options.repetition_penalty
             if options.decoding == "nucleus":
                 nucleus = Nucleus(options.top_p, options.temperature, config.train.seed)
+            if options.decoding == "both_ways":
+                score_weights = weights_of(options)
+    if score_weights is not None:
+        check_both_ways(objective, score_weights)
+        beams = beams or CaptioningOptions.beams
     words = " ".join(part for part in (own, prompt) if part)
     return Captioner(
         objective=objective,
@@ -213,6 +236,7 @@ def captioner_of(
         beam_rules=rules,
         min_tokens=least,
         repetition_penalty=repetition,
+        score_weights=score_weights,
     )
 
 
@@ -220,7 +244,8 @@ def _built(config: Config, tokenizer: TextTokenizer) -> nn.Module:
     """The objective of a run; raises ValueError for a task that writes no captions."""
     sizes = (config.model, config.objective, tokenizer.vocabulary, config.data.max_text_length)
     if config.task.name == "captioning" and not reads_by_language_model(config):
-        return build_captioning(*sizes, config.task.self_critical)
+        options = config.task
+        return build_captioning(*sizes, options.self_critical, options.r2l_weight, options.reconstruction_weight)
     if config.task.name not in ("captioning", "pretraining"):
         raise ValueError(f"a run of task {config.task.name} writes no captions; use one of captioning or pretraining")
     if config.objective.name == "qformer_stage1":

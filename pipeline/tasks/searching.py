@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from model.decode.both_ways import ScoreWeights
 from model.decode.ranked_beam import ranked_beam
 from model.decode.search import Decoder, beam, greedy
+from pipeline.config.task_options import CaptioningOptions
 
 BEAMS = {"beam": beam, "released_beam": ranked_beam}
 OPTIONS_OF = {
@@ -14,6 +16,7 @@ OPTIONS_OF = {
     "beam": ("beams", "length_penalty"),
     "released_beam": ("beams", "length_penalty"),
     "nucleus": ("top_p", "temperature"),
+    "both_ways": ("beams", "length_penalty", "l2r_score_weight", "r2l_score_weight", "reconstruction_score_weight"),
 }
 
 
@@ -35,6 +38,11 @@ def most_probable(
         return greedy(decoder, max_tokens, all_agree, **both)
     search = BEAMS[options.decoding]
     return search(decoder, max_tokens, options.beams, options.length_penalty, all_agree, **both)
+
+
+def weights_of(options: CaptioningOptions) -> ScoreWeights:
+    """What decoding both_ways weighs its candidates by."""
+    return ScoreWeights(options.l2r_score_weight, options.r2l_score_weight, options.reconstruction_score_weight)
 
 
 def decoding(options: SearchOptions) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from tests.rounding import TINY
 from tests.tiny_flm import MAX_TEXT_LENGTH, VOCABULARY, caption, images, pair_rows, tiny_config, tiny_flm, with_text
 
 HEAD = r"(?!net\.).+"
+BOTH = {"r2l_weight": 0.5, "reconstruction_weight": 0.25}
 
 
-def captioning(name: str = "flm", behaviour: str = "default"):
+def captioning(name: str = "flm", behaviour: str = "default", **weights: float):
     torch.manual_seed(0)
-    built = build_captioning(tiny_config(behaviour), objective_options(name), VOCABULARY, MAX_TEXT_LENGTH)
+    built = build_captioning(tiny_config(behaviour), objective_options(name), VOCABULARY, MAX_TEXT_LENGTH, **weights)
     with torch.no_grad():
         for parameter_name, parameter in built.named_parameters():
             if parameter.ndim > 1 and "vision" not in parameter_name:
@@ -185,12 +186,86 @@ def test_weights_of_a_pretraining_run_grow_by_the_two_tokens() -> None:
 
 
 def test_rows_without_a_caption_have_no_target() -> None:
-    for built in (captioning(), captioning("flm", "released"), captioning("ar", "released")):
+    for built in (captioning(), captioning(**BOTH), captioning("flm", "released"), captioning("ar", "released")):
         rows = pair_rows([built.form.write(caption(3)[1:-1], MAX_TEXT_LENGTH), [0, 2]])
         rows[1] = dataclasses.replace(rows[1], role="placeholder")
         alone = built.planner()(images(2)[:1], rows[:1])
         both = built.planner()(images(2), rows)
-        torch.testing.assert_close(built(both)["caption"], built(alone)["caption"], rtol=TINY, atol=0)
+        for name, loss in built(alone).items():
+            torch.testing.assert_close(built(both)[name], loss, rtol=TINY, atol=0)
         assert both.counts == alone.counts
         empty = built.planner()(images(1), [dataclasses.replace(rows[1], image=0)])
-        assert built(empty)["caption"] == 0
+        assert set(built(empty)) == set(built.term_weights) and not any(built(empty).values())
+
+
+@pytest.mark.parametrize("terms", [("caption", "r2l"), ("caption", "r2l", "flm")])
+@pytest.mark.parametrize("boundary_states", [False, True])
+def test_the_other_directions_learn_what_they_learned_in_pretraining(terms: tuple[str, ...], boundary_states) -> None:
+    """Same weights, same captions and seeds, same losses; without its weight the reconstructor is not there."""
+    torch.manual_seed(0)
+    options = objective_options("flm", itm_weight=0.0, negative_share=0.0)
+    config = tiny_config(boundary_states=boundary_states)
+    pretrained = build_objective(config, options, VOCABULARY, MAX_TEXT_LENGTH).eval()
+    weights = dict(list(BOTH.items())[: len(terms) - 1])
+    built = build_captioning(config, options, VOCABULARY, MAX_TEXT_LENGTH, **weights).eval()
+    started_from(pretrained, built)
+    assert built.term_weights == dict(zip(terms, (1.0, 0.5, 0.25)))
+    names = {name for name, _ in built.named_parameters()}
+    assert any("reconstructor" in name for name in names) == ("flm" in terms)
+    assert all(torch.equal(value, pretrained.get_parameter(name)) for name, value in built.named_parameters())
+    rows = pair_rows([caption(5), caption(9, 1), caption(1, 2)])
+    theirs = pretrained.score(pretrained.planner(images(3), rows))
+    ours = built.score(built.planner()(images(3), rows))
+    assert set(ours) == set(terms)
+    for name in terms:
+        found, expected = ours[name], theirs["l2r" if name == "caption" else name]
+        torch.testing.assert_close(found[0], expected[0], rtol=TINY, atol=0)
+        assert found[1] == expected[1]
+
+
+@torch.no_grad()
+def test_no_direction_knows_the_token_that_it_predicts() -> None:
+    """Invariant 3: what a target is predicted from moves with no other token than those it may see, from which on; and
+    with each of those."""
+    built, num_prompt = captioning(**BOTH), 1
+    batch = built.planner(num_prompt)(images(1), pair_rows([caption(6)]))
+    words = range(1 + num_prompt, 7)
+    assert [batch.terms[name].target.tolist() for name in ("caption", "r2l", "flm")] == [
+        [*batch.plan.text[0, list(words)].tolist(), 2],
+        *[batch.plan.text[0, list(words)].tolist()] * 2,
+    ]
+    spans = dict(zip(batch.plan.query_index.tolist(), batch.plan.query_span.tolist(), strict=True))
+    before = built.net(batch)
+    for changed in range(1, 7):
+        text = batch.plan.text.clone()
+        text[0, changed] = 17 if text[0, changed] != 17 else 18
+        after = built.net(with_text(batch, text))
+        for name, seen in (
+            ("caption", lambda target: changed < target),  # noqa: B023
+            ("r2l", lambda target: changed > target),  # noqa: B023
+            ("flm", lambda target: not spans[target][0] <= changed <= spans[target][1]),  # noqa: B023
+        ):
+            term = batch.terms[name]
+            states, others = (getattr(one, term.source)[term.position] for one in (before, after))
+            for place, target in enumerate([*words, 7][: len(states)]):
+                assert torch.equal(states[place], others[place]) != seen(target), (name, target, changed)
+
+
+def test_the_reverse_stream_is_computed_where_it_is_read_and_learns() -> None:
+    built = captioning(r2l_weight=1.0).train()
+    batch = built.planner()(images(2), pair_rows([caption(5), caption(1)]))
+    assert batch.plan.r2l_index.tolist() == [2, 3, 4, 5, 6, 8 + 2] and not len(batch.plan.query_index)
+    built(batch)["r2l"].backward()
+    assert built.net.stream_embedding.weight.grad[0].abs().max() > 0
+    one_way = captioning().flops(captioning().planner()(images(2), pair_rows([caption(5), caption(1)])))
+    assert one_way < built.flops(batch) < 2 * one_way
+
+
+def test_directions_that_can_not_learn_are_refused() -> None:
+    for behaviour, name, more, message in (
+        ("default", "ar", {}, "task.r2l_weight is for objective.name flm, found ar"),
+        ("released", "flm", {}, "task.r2l_weight has no released behaviour"),
+        ("default", "flm", {"self_critical": True}, "task.r2l_weight is not for task.self_critical"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            captioning(name, behaviour, r2l_weight=1.0, **more)

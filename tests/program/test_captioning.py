@@ -1,4 +1,4 @@
-"""Captioning through the real loop: from a pretrained FLM run on two ranks, then by its own rewards."""
+"""Captioning through the real loop: from a pretrained FLM run on two ranks, with both streams, by its own rewards."""
 
 from __future__ import annotations
 
@@ -84,6 +84,24 @@ def test_pretrained_fine_tuned_scored_and_rewarded(
     assert {"position", "key", "image_id", "caption", "references", "log_probability", "cider_d"} == set(lines[0])
     assert generate(["--run", "run", "--data", "data", "--samples", "3", "--nucleus", "0.8"]) == 0
     assert "Nucleus sampling" in capsys.readouterr().out
+
+    both = (
+        *task,
+        "--task.r2l_weight",
+        "1",
+        "--task.decoding",
+        "both_ways",
+        "--model.weights",
+        "flm",
+        "--output",
+        "both",
+    )
+    assert run_ranks(2, train, tmp_path, *both, "--train.steps", "2") == [0, 0]
+    assert all({"caption_loss", "r2l_loss"} <= set(record) for record in logged(tmp_path / "both", "train"))
+    last = logged(tmp_path / "both", "eval")[-1]
+    assert {"cider_d", "r2l_loss"} <= set(last) and last["captions"] == 7
+    start = json.loads((tmp_path / "both" / "environment.json").read_text())["starting_weights"]["model"]["names"]
+    assert "net.stream_embedding.weight" not in [*start["dropped"], *start["fresh"]], "the reverse stream goes on"
 
     rewarded = (*task, "--task.self_critical", "true", "--model.weights", "run", "--output", "cider")
     assert run_ranks(2, train, tmp_path, *rewarded, "--train.steps", "3", "--optim.learning_rate", "1e-4") == [0, 0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.decode.search import beam, greedy, greedy_steps, nucleus
+from model.decode.search import beam, best_beams, greedy, greedy_steps, nucleus
 from model.decode.stream import decoder_of
 from tests.tiny_flm import VOCABULARY, images, tiny_flm
 
@@ -63,6 +63,30 @@ def log_softmax(scores: Sequence[float]) -> list[float]:
     return [score - total for score in scores]
 
 
+def beams_by_definition(
+    scores: Callable[[Sequence[int]], list[float]],
+    max_tokens: int,
+    beams: int,
+    penalty: float,
+    prompt: Sequence[int] = (),
+    eos: int = EOS,
+) -> list[tuple[float, list[int]]]:
+    """All that one image's search finds, the best first; every step is taken, none is spared by stopping early."""
+    found: list[tuple[float, list[int]]] = []
+    alive: list[tuple[float, list[int]]] = [(0.0, list(prompt))]
+    for length in range(len(prompt) + 1, max_tokens + 1):
+        following = []
+        for value, words in alive:
+            for token, log_probability in enumerate(log_softmax(scores(words))):
+                if token != eos:
+                    following.append((value + log_probability, [*words, token]))
+                else:
+                    found.append(((value + log_probability) / length**penalty, words))
+        alive = sorted(following, key=lambda one: -one[0])[:beams]
+    found += [(value / max_tokens**penalty, words) for value, words in alive]
+    return sorted((one for one in found if one[0] > -math.inf), key=lambda one: -one[0])
+
+
 def beam_by_definition(
     scores: Callable[[Sequence[int]], list[float]],
     max_tokens: int,
@@ -71,22 +95,8 @@ def beam_by_definition(
     prompt: Sequence[int] = (),
     eos: int = EOS,
 ) -> list[int]:
-    """One image's caption; every step is taken, none is spared by stopping early."""
-    best, found = -math.inf, list(prompt)
-    alive: list[tuple[float, list[int]]] = [(0.0, list(prompt))]
-    for length in range(len(prompt) + 1, max_tokens + 1):
-        following = []
-        for value, words in alive:
-            for token, log_probability in enumerate(log_softmax(scores(words))):
-                if token != eos:
-                    following.append((value + log_probability, [*words, token]))
-                elif (value + log_probability) / length**penalty > best:
-                    best, found = (value + log_probability) / length**penalty, words
-        alive = sorted(following, key=lambda one: -one[0])[:beams]
-    for value, words in alive:
-        if value / max_tokens**penalty > best:
-            best, found = value / max_tokens**penalty, words
-    return found
+    """One image's caption."""
+    return [*beams_by_definition(scores, max_tokens, beams, penalty, prompt, eos), (0.0, list(prompt))][0][1]
 
 
 def greedy_by_definition(
@@ -120,6 +130,23 @@ def test_searches_find_what_their_definition_finds(
         lengths |= {len(caption) for caption in by_beam}
         differences += by_beam != by_greedy
     assert share_of_never == 1 or (len(lengths) > 1 and differences)  # else nothing would be tested
+
+
+@pytest.mark.parametrize(("eos_bonus", "share_of_never"), [(-3.0, 0.0), (0.0, 0.0), (3.0, 0.0), (0.0, 0.6), (0.0, 1.0)])
+def test_the_best_beams_are_those_of_their_definition(eos_bonus: float, share_of_never: float) -> None:
+    """Those that are found, best first, of images of one batch that are done at different steps."""
+    for seed in range(12):
+        draw = random.Random(seed)
+        max_tokens, beams, penalty = draw.randint(2, 7), draw.randint(1, 6), draw.choice([0.0, 0.5, 1.0, 2.0])
+        table, count = random_scores(seed, 6, eos_bonus, share_of_never), draw.randint(1, 8)
+        found = best_beams(TableDecoder(table, 4), count, max_tokens, beams, penalty)
+        for image in range(4):
+            scores = lambda words, image=image, table=table: table(image, words)  # noqa: E731
+            expected = beams_by_definition(scores, max_tokens, beams, penalty)[:count]
+            there = [one for one in found[image] if one.value > NEVER]
+            assert [one.words for one in there] == [words for _, words in expected]
+            assert [one.value for one in there] == pytest.approx([value for value, _ in expected], abs=1e-5)
+            assert found[image][len(there) :] == [([], NEVER)] * (count - len(there))
 
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 1.0, 2.0, 5.0])

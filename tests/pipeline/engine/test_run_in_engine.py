@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.batch import Row
+from model.decode.both_ways import ScoreWeights, both_ways
 from model.decode.mask_predict import mask_predict
 from model.decode.search import beam, greedy
 from model.decode.stream import decoder_of
@@ -49,6 +50,10 @@ def captions_of(objective, rank: int, all_agree) -> tuple[dict[str, list[list[in
         "beam": beam(decoder_of(objective, pictures), MAX_TOKENS, 3, all_agree=agree("beam")),
         "prompted": beam(decoder_of(objective, pictures, [36]), MAX_TOKENS, 2, all_agree=agree("prompted")),
     }
+    if objective.name == "flm":  # candidates are scored in two passes
+        tokens, weights = objective.net.encode(pictures), ScoreWeights(1, 1, 1)
+        search = (MAX_TOKENS, 5, 1.0, weights, all_agree)
+        captions["both_ways"] = both_ways(objective, decoder_of(objective, pictures), tokens, *search)
     return captions, waited
 
 
@@ -96,7 +101,7 @@ def test_captions_in_a_zero3_engine_are_those_outside(name: str) -> None:
         assert one.captions == [expected] * 2
         assert one.training
         assert "size" in one.outside  # there, weights are no more than parts
-        assert set(one.held) <= {"net.type_embedding.weight"}
+        assert set(one.held) <= {"net.type_embedding.weight", "net.stream_embedding.weight"}
     assert found[0].captions != found[1].captions
     for search in found[0].waited:
         assert found[0].waited[search] + found[1].waited[search] > 0  # else nothing would be tested

@@ -10,15 +10,16 @@ import torch
 from data_prep.record import Record
 from data_prep.shard_writer import SplitWriter
 from data_prep.tokenizer import train_tokenizer
+from model.decode.both_ways import ScoreWeights, both_ways
 from model.decode.stream import decoder_of
 from model.objectives.table import OBJECTIVES
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError
 from pipeline.data.shard_reader import Corpus
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import clean_caption, load_tokenizer
 from pipeline.distributed.places import Place
 from pipeline.finetuning.caption_reward import CiderReward, document_frequencies
-from pipeline.finetuning.captioning import METRICS_NAME, CaptioningTask, decoding
+from pipeline.finetuning.captioning import METRICS_NAME, CaptioningTask, decoding, prompt_words
 from pipeline.loading.collate import Item, collate
 from pipeline.metrics.captions import IN_LOOP, caption_scores
 from pipeline.metrics.cider import DocumentFrequencies, cider_scores, plain_words
@@ -77,10 +78,11 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", ["greedy", "beam", "nucleus"])
+@pytest.mark.parametrize("search", ["greedy", "beam", "nucleus", "both_ways"])
 def test_each_image_once_and_the_same_for_any_ranks_and_batches(data: Path, search: str) -> None:
+    weights = ("--task.r2l_weight", "1") if search == "both_ways" else ()
     config, corpus, tokenizer = (
-        configured(data, "--task.decoding", search, "--task.max_tokens", "9"),
+        configured(data, "--task.decoding", search, "--task.max_tokens", "9", *weights),
         Corpus(data / "toy" / "dev"),
         load_tokenizer(data / "tokenizer"),
     )
@@ -281,3 +283,50 @@ def test_more_tokens_than_a_caption_may_have_are_refused(data: Path) -> None:
     objective = built(config, tokenizer)
     with pytest.raises(ConfigError, match="task.min_tokens 29 is more than the 18 tokens that a caption may have"):
         sweep(config, objective, tokenizer, Corpus(data / "toy" / "dev"))
+
+
+def test_both_ways_takes_the_beam_that_the_weights_say_and_is_in_the_protocol(data: Path) -> None:
+    """The scored captions are those of the search itself; the reverse stream's loss is measured beside the other."""
+    options = ["--task.decoding", "both_ways", "--task.max_tokens", "9", "--task.prompt", "a red", "--task.beams", "5"]
+    options += ["--task.r2l_weight", "1", "--task.reconstruction_weight", "0.5", "--task.l2r_score_weight", "0.5"]
+    config, corpus = configured(data, *options), Corpus(data / "toy" / "dev")
+    config.task.reconstruction_score_weight = 2.0
+    tokenizer, task = load_tokenizer(data / "tokenizer"), CaptioningTask()
+    objective = built(config, tokenizer)
+    found, _, _ = sweep(config, objective, tokenizer, corpus)
+    preparation = task.preparation(config, objective, tokenizer)
+    one, losses = task.passes(config, objective, preparation, [corpus], EvaluationRanks(Place(0, 1, 0, "single")))
+    expected = []
+    with torch.no_grad():
+        for batch in one.batches:
+            tokens, prompt = objective.net.encode(batch.images), prompt_words(config, tokenizer)
+            decoder = decoder_of(objective, batch.images, prompt)
+            chosen = both_ways(objective, decoder, tokens, 9, 5, 1.0, ScoreWeights(0.5, 1, 2))
+            expected += [clean_caption(tokenizer.decode(words[len(prompt) :]), False) for words in chosen]
+        measured = losses.measure(objective, next(iter(losses.batches))).sums
+    assert [one["caption"] for one in found] == expected
+    assert {"caption_loss", "r2l_loss", "flm_loss"} <= set(measured)
+    assert {"r2l_loss", "flm_accuracy"} <= {score.name for score in task.scores(objective)}
+    assert task.protocol(config)["decoding"] == {
+        **{"name": "both_ways", "beams": 5, "length_penalty": 1.0},
+        **{"l2r_score_weight": 0.5, "r2l_score_weight": 1.0, "reconstruction_score_weight": 2.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task.decoding", "both_ways"], "another one with task.r2l_weight 0, .* train with --task.r2l_weight 1"),
+        (["--task.reconstruction_weight", "1"], "task.reconstruction_weight is 1.0, expected 0 with task.r2l_weight 0"),
+    ],
+)
+def test_directions_that_are_not_trained_are_refused(data: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configured(data, *options)
+
+
+def test_scoring_by_a_reconstructor_that_is_not_there_is_refused(data: Path) -> None:
+    options = ["--task.decoding", "both_ways", "--task.r2l_weight", "1", "--task.reconstruction_score_weight", "1"]
+    config, tokenizer = configured(data, *options), load_tokenizer(data / "tokenizer")
+    with pytest.raises(ValueError, match="reconstruction_score_weight is 1, .* has no reconstructor; use 0"):
+        sweep(config, built(config, tokenizer), tokenizer, Corpus(data / "toy" / "dev"))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data_prep.tokenizer import train_tokenizer
+from model.decode.both_ways import ScoreWeights
 from pipeline import generate
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import load_tokenizer
@@ -20,7 +21,7 @@ from pipeline.evaluate import main as evaluate
 from pipeline.generate import main
 from pipeline.reporting.page import write_report
 from pipeline.tasks.caption_lengths import QUANTILES
-from pipeline.tasks.captioning import Captioner, Item, load_captioner, write_results
+from pipeline.tasks.captioning import Captioner, Item, items_of_corpora, load_captioner, write_results
 from tests.tiny_corpus import make_corpus
 from tests.written_run import TINY, write_run
 
@@ -51,6 +52,50 @@ def test_a_runs_own_search_is_taken_whole_or_not_at_all(run: Path) -> None:
     for beams, expected in ((None, (2, "released_beam", 0.5, 1.5)), (3, (3, "beam", 1.0, 1.0))):
         found = load_captioner(folder, torch.device("cpu"), beams=beams)
         assert (found.beams, found.beam_rules, found.length_penalty, found.repetition_penalty) == expected
+
+
+def test_an_flm_run_may_caption_both_ways(run: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--run", str(run), str(image), "--max-tokens", "6"]
+    found = []
+    for more in (["--beams", "3"], ["--both-ways", "--score-weights", "1", "0", "0"], ["--both-ways"]):
+        assert main([*words, *more]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1], "the forward stream alone is beam search"
+    assert main([*words, "--both-ways", "--beams", "9", "--score-weights", "0", "1", "1"]) == 0
+    assert capsys.readouterr().out != found[0]
+    captioner = load_captioner(run, torch.device("cpu"), score_weights=ScoreWeights())
+    assert captioner.search == "Both ways, 3 beams, weights 1, 1, 0 (l2r, r2l, reconstruction)"
+
+
+@pytest.mark.slow
+def test_a_pretrained_flm_is_scored_both_ways(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With its own reverse stream and reconstructor; by the same search as its captioner's."""
+    monkeypatch.setenv("PATH", "")  # no scores that need Java, which take long
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    words = ["--run", str(run), "--task", "captioning", "--samples", "4", "--task.decoding", "both_ways"]
+    words += ["--task.r2l_weight", "1", "--task.max_tokens", "6"]
+    assert evaluate([*words, "--task.reconstruction_score_weight", "1"]) == 2
+    assert "this model of captioning has no reconstructor; use 0" in capsys.readouterr().err
+    words += ["--task.reconstruction_weight", "1", "--task.reconstruction_score_weight", "0.5"]
+    assert evaluate(words) == 0
+    [card] = (run / "evaluations").glob("captioning-*-both_ways/scorecard.json")
+    lines = (card.parent / "predictions.jsonl").read_text().splitlines()
+    found = {one["key"]: one["caption"] for one in map(json.loads, lines)}
+    captioner = load_captioner(run, torch.device("cpu"), None, 6, score_weights=ScoreWeights(1.0, 1.0, 0.5))
+    items = list(items_of_corpora(open_corpora([str(run.parent / "data")], "dev"), 12, captioner))
+    captions = dict(zip([one.name for one in items], captioner.caption([one.pixels for one in items]), strict=True))
+    assert len(found) == 4 and found == {key: captions[key] for key in found}
+
+
+@pytest.mark.slow
+def test_a_captioning_run_that_decodes_both_ways_captions_so(run: Path) -> None:
+    task = "task: {{name: captioning, decoding: both_ways, beams: 4, r2l_weight: 1.0, r2l_score_weight: 0.5}}\n"
+    folder = write_run(run.parent / "both_ways", run.parent / "data", TINY + task)
+    found = load_captioner(folder, torch.device("cpu"))
+    assert (found.beams, found.score_weights) == (4, ScoreWeights(1.0, 0.5, 0.0))
+    assert load_captioner(folder, torch.device("cpu"), beams=2).score_weights is None
 
 
 @pytest.mark.slow
@@ -110,7 +155,7 @@ def test_beams_prompt_and_length(run: Path, image: Path, capsys: pytest.CaptureF
     assert captioner.max_tokens == 18  # max_text_length without <s> and </s>
 
 
-@pytest.mark.parametrize("search", [[], ["--nucleus", "0.9", "--seed", "3"], ["--beams", "2"]])
+@pytest.mark.parametrize("search", [[], ["--nucleus", "0.9", "--seed", "3"], ["--beams", "2"], ["--both-ways"]])
 def test_batching_changes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, search: list[str]) -> None:
     """Invariant 5."""
     files = []
@@ -282,10 +327,20 @@ def test_mlm_without_its_data_asks_for_lengths(
         (["--run", "RUN", "IMAGE", "--beams", "2", "--nucleus", "0.5"], "--beams and --nucleus"),
         (["--run", "RUN", "IMAGE", "--results", "x.json"], "--results is for --data DIR"),
         (["--run", "RUN", "IMAGE", "--temperature", "2"], "are for --nucleus TOP_P"),
+        (["--run", "RUN", "IMAGE", "--score-weights", "1", "1", "0"], "--score-weights is for --both-ways"),
+        (["--run", "RUN", "IMAGE", "--both-ways", "--nucleus", "0.5"], "--both-ways and --nucleus"),
+        (["--run", "MLM", "IMAGE", "--both-ways"], "nor --both-ways"),
+        (["--run", "CAPTIONING", "IMAGE", "--both-ways"], "needs the r2l stream of FLM, this model of captioning has"),
     ],
 )
 def test_mistakes_are_one_line(
-    run: Path, image: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+    run: Path,
+    captioning_run: Path,
+    image: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     other = tmp_path / "other"
     if "OTHER" in arguments:
@@ -293,7 +348,7 @@ def test_mistakes_are_one_line(
         config = (run / "config.yaml").read_text()
         (other / "config.yaml").write_text(config.replace("bottom_layers: 1", "bottom_layers: 2"))
     places = {"RUN": run, "IMAGE": image, "DATA": run.parent / "data", "ABSENT": tmp_path / "absent", "OTHER": other}
-    places["MLM"] = run.parent / "mlm"
+    places |= {"MLM": run.parent / "mlm", "CAPTIONING": captioning_run}
     assert main([str(places.get(word, word)) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -162,7 +162,7 @@ def _beside_spans(plan: TextPlan, index: Tensor, is_r2l: Tensor) -> Tensor:
     ``index`` and ``is_r2l`` [N1+N2] are the order of the packed states.
     """
     num_rows, num_positions = plan.text.shape
-    place = index.new_zeros(2, num_rows * num_positions)
+    place = index.new_full((2, num_rows * num_positions), -1)  # no state: to gather one is an error, and not another's
     place[is_r2l.long(), index] = torch.arange(len(index), device=index.device)
     row_start = plan.query_index // num_positions * num_positions
     lo, hi = plan.query_span.unbind(1)

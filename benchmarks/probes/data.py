@@ -90,8 +90,8 @@ def choose(
 
 @torch.inference_mode()
 def encoded(data: ProbeData, captioner: Captioner, at_a_time: int = 32) -> ProbeData:
-    """The same with the tokens [I, P, W] of a frozen vision tower in the place of pixels: they are the same for all
-    checkpoints, and the tower is most of what a probe costs on a CPU."""
+    """The same with the tokens [I, P, W] of a frozen vision tower in the place of pixels, as all checkpoints have the
+    same."""
     tower, known = captioner.objective.net.vision, {}
 
     def of(items: list[Item]) -> list[Item]:

@@ -121,7 +121,10 @@ class _Making:
         """Write the part; None where its yield is too low, which is noted then. Raises LowYieldError where this machine
         or its network keeps all from coming."""
         self._written = ShardFolder(self._place / "part", 1, self._plan.recipe.samples_per_shard)
-        try:
+        with contextlib.ExitStack() as undone:
+            undone.callback(self._order.close)
+            unwritten = undone.enter_context(contextlib.ExitStack())  # what is undone unless all of it is there
+            unwritten.callback(self._written.abandon)
             scratch = self._place / "scratch"
             scratch.mkdir()
             table = self._plan.table(self._number)
@@ -129,11 +132,7 @@ class _Making:
             for position in self._order.missing(len(self._rows)):
                 self._lose(position, "lost_by_downloader", "")
             self._written.close()
-        except BaseException:
-            self._written.abandon()
-            raise
-        finally:
-            self._order.close()
+            unwritten.pop_all()
         report = PartReport(
             len(self._rows),
             self.downloaded,

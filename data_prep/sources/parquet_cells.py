@@ -85,15 +85,21 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 def _values(column: pyarrow.Array, binary: bool) -> list[Any]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    try:
-        column = column.cast(_without_text(column.type))
-    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
-        pass  # a type that holds no text, or one that can't be cast: its cells are read as they are
+    column = _texts_as_bytes(column)
     try:
         values = column.to_pylist()
     except (ValueError, OverflowError, pyarrow.ArrowException):
         values = [_value(cell) for cell in column]
     return values if binary else [_decoded(value) for value in values]
+
+
+def _texts_as_bytes(column: pyarrow.Array) -> pyarrow.Array:
+    """So that one text that is no UTF-8 does not keep the others from being read. A column that can't be cast stays as
+    it is: then cell by cell says which of its cells are :class:`Unreadable`."""
+    try:
+        return column.cast(_without_text(column.type))
+    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
+        return column
 
 
 def _value(cell: pyarrow.Scalar) -> Any:

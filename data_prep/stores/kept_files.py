@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 KEPT_BYTES = 4 * 2**30  # of all files together; those that were opened longest ago go
@@ -105,16 +105,14 @@ def _keep(path: Path, content: bytes) -> int:
     if found.f_bavail * found.f_frsize < len(content) + SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
     descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
+    with ExitStack() as undone:  # what is undone unless the file stands at its place
+        undone.callback(Path(beside).unlink, missing_ok=True)
+        undone.callback(os.close, descriptor)
         with open(descriptor, "wb", closefd=False) as stream:
             stream.write(content)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.replace(beside, path)
-    except BaseException:
-        os.close(descriptor)
-        with suppress(OSError):
-            os.unlink(beside)
-        raise
+        undone.pop_all()
     _written[0] += 1
     if (_written[0] - 1) % _WRITTEN_PER_LOOK == 0:
         _remove_oldest(path.parent)

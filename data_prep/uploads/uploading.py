@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,12 @@ def upload_files(plan: list[Upload], overwrite: bool, say: Callable[[str], None]
     for one in manifests:
         _make_way(one, overwrite)
     others = plan[: len(plan) - len(manifests)]
-    with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:
-        try:
-            for number, (one, was_there) in enumerate(zip(others, threads.map(_bring, others)), start=1):
-                _count(done, one, was_there)
-                if number % 100 == 0:
-                    say(f"{number} of {len(plan)} files, {done.bytes / 2**20:.0f} MiB written")
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as threads, ExitStack() as stopped:
+        stopped.callback(threads.shutdown, wait=False, cancel_futures=True)  # files not begun when one fails, or Ctrl-C
+        for number, (one, was_there) in enumerate(zip(others, threads.map(_bring, others)), start=1):
+            _count(done, one, was_there)
+            if number % 100 == 0:
+                say(f"{number} of {len(plan)} files, {done.bytes / 2**20:.0f} MiB written")
     for one in manifests:
         _count(done, one, _bring(one))
     return done

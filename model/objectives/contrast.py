@@ -24,10 +24,10 @@ class PooledSimilarity(nn.Module):
 
     def __init__(self, width: int, embedding_width: int) -> None:
         super().__init__()
-        self.text_projection = nn.Linear(width, embedding_width)
         self.image_projection = nn.Linear(width, embedding_width)
-        self.log_scale = first_log_scale()
-        for linear in (self.text_projection, self.image_projection):
+        self.text_projection = nn.Linear(width, embedding_width)
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / FIRST_TEMPERATURE)]))  # of one over the temperature
+        for linear in (self.image_projection, self.text_projection):
             nn.init.normal_(linear.weight, std=initial_std(width))
             nn.init.zeros_(linear.bias)
 
@@ -36,17 +36,12 @@ class PooledSimilarity(nn.Module):
         return self.embed_texts(texts) @ self.embed_images(images).T * scale(self.log_scale)
 
     def embed_texts(self, texts: Tensor) -> Tensor:
-        """[C, D] -> fp32 [C, E], of length 1."""
+        """[.., D] -> fp32 [.., E], of length 1."""
         return F.normalize(self.text_projection(texts).float(), dim=-1)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """[B, D] -> fp32 [B, E], of length 1."""
+        """[.., D] -> fp32 [.., E], of length 1."""
         return F.normalize(self.image_projection(images).float(), dim=-1)
-
-
-def first_log_scale() -> nn.Parameter:
-    """The learned logarithm of one over the temperature, fp32 [1]."""
-    return nn.Parameter(torch.tensor([math.log(1 / FIRST_TEMPERATURE)]))
 
 
 def scale(log_scale: Tensor) -> Tensor:

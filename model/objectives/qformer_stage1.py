@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from model.batch import Batch
 from model.config import QFormerStage1Options
 from model.heads import LanguageModelHead, MatchingHead
-from model.layers import initial_std
 from model.learning_rate_groups import declared_group
-from model.objectives.contrast import first_log_scale, scale
+from model.objectives.contrast import PooledSimilarity, contrast, scale
 from model.plans.image_text import ImageTextPlanner
 from model.qformer import Pairs, QFormerPairs
 
@@ -32,7 +31,7 @@ class QFormerStage1(nn.Module):
         super().__init__()
         width = net.connector.config.width
         self.net, self.planner = net, ImageTextPlanner(net.vocabulary)
-        self.similarity = Similarity(width, options.embedding_width)
+        self.similarity = NearestQuery(width, options.embedding_width)
         self.itm_head = MatchingHead(width)
         self.lm_head = LanguageModelHead(width, net.vocabulary.size)
         self.term_weights = {"itc": options.itc_weight, "itm": options.itm_weight, "itg": options.itg_weight}
@@ -53,10 +52,10 @@ class QFormerStage1(nn.Module):
         return {name: (losses.sum(), correct.float().sum()) for name, (losses, correct) in self._losses(batch).items()}
 
     def _losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        pairs, words = self.net(batch), batch.terms["itg"]
+        pairs, words, contrasted = self.net(batch), batch.terms["itg"], batch.terms["itc"].position
         scores = self.similarity(pairs.queries, pairs.first)
         return {
-            "itc": _contrast(scores, batch.plan.apart, batch.terms["itc"].position),
+            "itc": contrast(*(table.index_select(0, contrasted) for table in (scores.T, batch.plan.apart)), contrasted),
             "itm": self._match(pairs, batch, scores.detach()),
             "itg": self.lm_head(pairs.words.index_select(0, words.position), words.target),
         }
@@ -95,39 +94,14 @@ class QFormerStage1(nn.Module):
         return parameter.ndim > 1
 
 
-class Similarity(nn.Module):
+class NearestQuery(PooledSimilarity):
     """Scores of all images and texts: cosine of a text and of the query that is nearest to it, over a temperature."""
-
-    learning_rate_group = "head"
-
-    def __init__(self, width: int, embedding_width: int) -> None:
-        super().__init__()
-        self.image_projection = nn.Linear(width, embedding_width)
-        self.text_projection = nn.Linear(width, embedding_width)
-        self.log_scale = first_log_scale()
-        for linear in (self.image_projection, self.text_projection):
-            nn.init.normal_(linear.weight, std=initial_std(width))
-            nn.init.zeros_(linear.bias)
 
     def forward(self, queries: Tensor, first: Tensor) -> Tensor:
         """[P, Q, D], [P, D] -> fp32 [P, P], rows are images."""
-        images = F.normalize(self.image_projection(queries).float(), dim=-1)
-        texts = F.normalize(self.text_projection(first).float(), dim=-1)
+        images, texts = self.embed_images(queries), self.embed_texts(first)
         nearest = (images.flatten(0, 1) @ texts.T).unflatten(0, images.shape[:2]).amax(1)
         return nearest * scale(self.log_scale)
-
-
-def _contrast(scores: Tensor, apart: Tensor, contrasted: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [C] losses, the mean of finding the text of an image and the image of a text among those apart from it; fp32
-    [C] the share of the two that is right."""
-    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill(~(apart | own), float("-inf"))
-    losses, correct = [], []
-    for table in (scores, scores.T):
-        rows = table.index_select(0, contrasted)
-        losses.append(F.cross_entropy(rows, contrasted, reduction="none"))
-        correct.append((rows.argmax(1) == contrasted).float())
-    return (losses[0] + losses[1]) / 2, (correct[0] + correct[1]) / 2
 
 
 def wrong_pairs(scores: Tensor, apart: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

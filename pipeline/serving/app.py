@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -93,7 +93,8 @@ def _captions(upload: Upload) -> Captions:
 
 async def _caption_stream(service: Service, request: Request) -> Response:
     service.uploads.admit()
-    try:
+    with ExitStack() as admitted:
+        admitted.callback(service.uploads.release)
         upload = await service.uploads.read(request)
         asked = _captions(upload)
         if (asked.beams or 1) > 1:
@@ -102,9 +103,7 @@ async def _caption_stream(service: Service, request: Request) -> Response:
             request, lambda model: model.caption_stream(upload.picture, asked.prompt, max_tokens=asked.max_tokens)
         )
         begin = await anext(values, "")  # so that what the model refuses has its own code
-    except BaseException:
-        service.uploads.release()
-        raise
+        admitted.pop_all()  # released when the stream ends
     return _Events(_events(begin, values), service.uploads.release)
 
 

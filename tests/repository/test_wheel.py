@@ -124,11 +124,8 @@ RUNS = {"captioner": "captioning", "vqa": "vqa", "nlvr2": "nlvr2", "retrieval": 
 PROGRAM = """
 import json, sys
 for number, snippet in enumerate(json.load(sys.stdin)):
-    try:
-        exec(compile(snippet, f"snippet {number}", "exec"), {"__name__": "snippet"})
-    except BaseException:
-        print(snippet)
-        raise
+    print(snippet, flush=True)
+    exec(compile(snippet, f"snippet {number}", "exec"), {"__name__": "snippet"})
     print("done", number)
 import openflm, model, pipeline
 print([module.__file__ for module in (openflm, model, pipeline)])

@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 
 Decoding = Literal["greedy", "beam", "released_beam", "nucleus", "both_ways"]
 ANSWER_SEARCHES = ("greedy", "beam", "released_beam")
-NEEDS_R2L = "another one with task.r2l_weight 0, which leaves no reverse stream; train with --task.r2l_weight 1"
+NEEDS_R2L = "greedy, beam or nucleus, as task.r2l_weight 0 trains no reverse stream; or give --task.r2l_weight 1 too"
 
 
 def scoring(default: Any) -> Any:

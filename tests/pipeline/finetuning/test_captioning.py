@@ -316,7 +316,10 @@ def test_both_ways_takes_the_beam_that_the_weights_say_and_is_in_the_protocol(da
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task.decoding", "both_ways"], "greedy, beam or nucleus, as task.r2l_weight 0 .* give --task.r2l_weight 1 too"),
+        (
+            ["--task.decoding", "both_ways"],
+            "greedy, beam or nucleus, as task.r2l_weight 0 .* give --task.r2l_weight 1 too",
+        ),
         (["--task.reconstruction_weight", "1"], "task.reconstruction_weight is 1.0, expected 0 with task.r2l_weight 0"),
     ],
 )

@@ -242,6 +242,7 @@ def _refuse_news(model: ModelConfig, objective: ObjectiveOptions) -> None:
         f"objective.itc_weight {objective.itc_weight:g}": objective.itc_weight,
         "objective.query_rate below 1": is_flm and objective.query_rate != 1,
         "objective.stream_rate below 1": is_flm and objective.stream_rate != 1,
+        "objective.reconstruction_share below 1": is_flm and objective.reconstruction_share != 1,
         "model.reconstructor.boundary_states": is_flm and model.reconstructor.boundary_states,
     }
     if asked := [option for option, is_asked in news.items() if is_asked]:

@@ -285,6 +285,8 @@ class FLMOptions(PairOptions):
         span_placement: uniform places the hidden span anywhere around its target, centred around it.
         query_rate: share of a caption's words that are reconstructed, at least one, drawn anew each time.
         stream_rate: the same of the words that each stream predicts; all their states are computed whatever it is.
+        reconstruction_share: share of the captions whose words are reconstructed; of the others only the forward
+            stream is computed, which costs less than half, and learns.
         l2r_weight: weight of the forward language-model loss.
         r2l_weight: weight of the reverse language-model loss.
     """
@@ -294,16 +296,19 @@ class FLMOptions(PairOptions):
     span_placement: Literal["uniform", "centred"] = "uniform"
     query_rate: float = 1.0
     stream_rate: float = 1.0
+    reconstruction_share: float = 1.0
     l2r_weight: float = 1.0
     r2l_weight: float = 1.0
 
     def check(self) -> None:
         super().check()
         self._expect("corruption_rate", 0 <= self.corruption_rate <= 1, "0 to 1")
-        for name in ("query_rate", "stream_rate"):
+        for name in ("query_rate", "stream_rate", "reconstruction_share"):
             self._expect(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
         for name in ("l2r_weight", "r2l_weight"):
             self._expect(name, 0 <= getattr(self, name) < float("inf"), "a number, 0 or more")
+        learns = self.l2r_weight > 0 or self.reconstruction_share == 1
+        self._expect("l2r_weight", learns, "above 0 with objective.reconstruction_share below 1")
 
 
 @dataclass

@@ -290,9 +290,7 @@ class Speedrun:
         return [
             command
             for one in self.arguments.finetune
-            for command in finetuning.commands(
-                one, folder, row.config, {**ALWAYS, "train.seed": seed}, self.arguments.finetune_samples
-            )
+            for command in finetuning.commands(one, folder, row.config, {**ALWAYS, "train.seed": seed})
         ]
 
     def _run(self, jobs: list[Job], stop: StopRequest, done: int = 0) -> list[str]:
@@ -324,7 +322,7 @@ class Speedrun:
         named = ("evaluations", "jobs", "ranks", *(f"{name}_images" for name, _, _ in probes.IMAGES))
         fixed = {name: getattr(arguments, name) for name in named}
         if arguments.finetune:
-            fixed["finetune"] = [*map(str, arguments.finetune), arguments.finetune_samples]
+            fixed["finetune"] = [*map(str, arguments.finetune)]
         return {"budget": str(self.budget), **fixed, "data": self.corpora, "tokenizer": self.tokenizer}
 
     def _facts(self) -> dict[str, Any]:

@@ -35,13 +35,13 @@ def check(finetunings: list[Finetuning], config: Config) -> None:
             raise ConfigError(f"--finetune: recipe {one.recipe} is of task {task}, expected one of: {known}")
 
 
-def commands(one: Finetuning, run: Path, config: Config, settings: Mapping[str, Any], samples: int) -> list[list[str]]:
+def commands(one: Finetuning, run: Path, config: Config, settings: Mapping[str, Any]) -> list[list[str]]:
     """Train from the last checkpoint of ``run``, whose ``config`` is given, and score on held-out samples."""
     folder = run / FOLDER / one.name
     own = {**settings, **QUIET, "train.steps": one.steps}
     weights = ["--model.weights", str(run), "--output", str(folder)]
     train = [sys.executable, str(ROOT / "pipeline" / "train.py"), *_words(one, config), *weights, *as_arguments(own)]
-    score = [sys.executable, "-m", "pipeline.evaluate", "--run", str(folder), "--samples", str(samples)]
+    score = [sys.executable, "-m", "pipeline.evaluate", "--run", str(folder), "--samples", str(one.samples)]
     return [train, score]
 
 

@@ -62,12 +62,12 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add(
         "--finetune",
         nargs="+",
-        metavar="RECIPE=STEPS",
+        metavar="RECIPE=STEPS[:N]",
         default=[],
         type=_finetuning,
-        help="recipes of tasks to fine-tune each training's last checkpoint by, and score (flickr8k_caption=150)",
+        help="recipes of tasks to fine-tune each training's last checkpoint by, scored on N held-out samples "
+        f"(flickr8k_caption=150:500; N is {Finetuning.samples} if not said)",
     )
-    add("--finetune-samples", type=count, default=300, help="held-out samples that score a fine-tuning (default: 300)")
     add(
         "--clock",
         choices=("measured", "calibrated"),
@@ -90,13 +90,16 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """A recipe of a task, and for how many steps each training's last checkpoint is fine-tuned by it."""
+    """A recipe of a task, for how many steps each training's last checkpoint is fine-tuned by it, and how many
+    held-out samples score it.
+    """
 
     recipe: str
     steps: int
+    samples: int = 300
 
     def __str__(self) -> str:
-        return f"{self.recipe}={self.steps}"
+        return f"{self.recipe}={self.steps}:{self.samples}"
 
     @property
     def name(self) -> str:
@@ -105,10 +108,13 @@ class Finetuning:
 
 
 def _finetuning(text: str) -> Finetuning:
-    recipe, _, steps = text.rpartition("=")
-    if not recipe or not steps.isdecimal() or not int(steps):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected RECIPE=STEPS, such as flickr8k_caption=150")
-    return Finetuning(recipe, int(steps))
+    recipe, _, numbers = text.rpartition("=")
+    counts = numbers.split(":")
+    if not recipe or len(counts) > 2 or not all(count.isdecimal() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected RECIPE=STEPS or RECIPE=STEPS:SAMPLES, such as flickr8k_caption=150:500"
+        )
+    return Finetuning(recipe, *map(int, counts))
 
 
 def shared_words(arguments: argparse.Namespace) -> list[str]:

@@ -26,7 +26,7 @@ def flm(
         planner = ReleasedPlanner(vocabulary, objective.corruption_rate, max_text_length)
     else:
         centred = objective.span_placement == "centred"
-        rates = {"query_rate": objective.query_rate, "stream_rate": objective.stream_rate}
+        rates = {name: getattr(objective, name) for name in ("query_rate", "stream_rate", "reconstruction_share")}
         every_word = objective.itc_weight > 0
         planner = FLMPlanner(
             vocabulary, objective.corruption_rate, share, centred=centred, every_word=every_word, **rates

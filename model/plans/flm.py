@@ -15,7 +15,7 @@ from model.config import Vocabulary
 from model.plans.builder import PlanBuilder, matched_rows, padded_length, round_up, row_generator
 from model.plans.spans import centred_spans, centred_word_spans, uniform_spans
 
-QUERY_STREAM, L2R_STREAM, R2L_STREAM = 2, 3, 4  # of a row's generator
+QUERY_STREAM, L2R_STREAM, R2L_STREAM, SHARE_STREAM = 2, 3, 4, 5  # of a row's generator
 LANGUAGE_TERMS = {"flm": ("queries", "token"), "l2r": ("l2r", "token"), "r2l": ("r2l", "token")}
 
 
@@ -26,7 +26,8 @@ class FLMPlanner:
     Targets: ``flm`` words 1..n-2, or ``query_rate`` of them, from their queries; ``l2r`` tokens 1..n-1 from the state
     before, ``r2l`` words 1..n-2 from the state after, or ``stream_rate`` of them; ``itm`` the CLS query of rows that
     have a negative caption, and of that caption. Read rows have a CLS query too, and all states. With ``every_word``
-    each word has its state in both streams, whoever reads it.
+    each word has its state in both streams, whoever reads it. Of a caption that is not among ``reconstruction_share``
+    of all only ``l2r`` is predicted.
     """
 
     vocabulary: Vocabulary
@@ -36,6 +37,7 @@ class FLMPlanner:
     centred: bool = False
     query_rate: float = 1.0
     stream_rate: float = 1.0
+    reconstruction_share: float = 1.0
     every_word: bool = False
 
     def __call__(self, images: Tensor, rows: list[Row]) -> Batch:
@@ -54,19 +56,27 @@ class FLMPlanner:
     def _predict_words(self, builder: PlanBuilder, row: Row, number: int, all_states: bool) -> None:
         """Targets of a pair. Without a CLS query nobody reads the l2r state of `</s>`, nor r2l's of `<s>` and w1."""
         ids, length = np.array(row.token_ids), len(row.token_ids)
-        words = np.arange(1, length - 1)
         l2r_stop, r2l_start = (length, 0) if all_states else (length - 1, 1 if self.every_word else 2)
         l2r = builder.add_states("l2r", number, np.arange(l2r_stop))
-        r2l = builder.add_states("r2l", number, np.arange(r2l_start, length))
+        forward = _drawn(length - 1, self.stream_rate, row.seed, L2R_STREAM)
+        builder.add_targets("l2r", l2r[forward], ids[1:][forward])
+        reconstructed = row_generator(row.seed, SHARE_STREAM).random() < self.reconstruction_share
+        if reconstructed or all_states or self.every_word:
+            r2l = builder.add_states("r2l", number, np.arange(r2l_start, length))
+        if reconstructed:
+            self._reconstruct(builder, row, number, r2l[2 - r2l_start :])
+
+    def _reconstruct(self, builder: PlanBuilder, row: Row, number: int, r2l: np.ndarray) -> None:
+        """Targets that see both sides of a word, and those of the reverse stream: ``r2l``, the states behind words."""
+        ids, length = np.array(row.token_ids), len(row.token_ids)
+        words = np.arange(1, length - 1)
         place = centred_word_spans if self.centred else uniform_spans
         spans = place(length, self.corruption_rate, row_generator(row.seed))
         chosen = _drawn(len(words), self.query_rate, row.seed, QUERY_STREAM)
         queries = builder.add_queries(number, words[chosen], spans[chosen])
         builder.add_targets("flm", queries, ids[words[chosen]])
-        forward = _drawn(length - 1, self.stream_rate, row.seed, L2R_STREAM)
-        builder.add_targets("l2r", l2r[forward], ids[1:][forward])
         reverse = _drawn(len(words), self.stream_rate, row.seed, R2L_STREAM)
-        builder.add_targets("r2l", r2l[2 - r2l_start :][reverse], ids[words][reverse])
+        builder.add_targets("r2l", r2l[reverse], ids[words][reverse])
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def test_it_keeps_the_model_data_and_objective_of_the_training_and_takes_the_rec
         "7",
     ]
     config = parse_command_line(options).config
-    train, score = finetuning.commands(Finetuning("flickr8k_caption", 9), Path("run"), config, {"train.seed": 3}, 50)
+    train, score = finetuning.commands(Finetuning("flickr8k_caption", 9, 50), Path("run"), config, {"train.seed": 3})
     launch = parse_command_line(train[2:])
     found = launch.config
     assert found.model == dataclasses.replace(config.model, weights="run")
@@ -56,7 +56,9 @@ def test_a_recipe_that_can_not_be_is_refused_first(word: str, message: str) -> N
         finetuning.check([Finetuning(recipe, int(steps))], parse_command_line(["--recipe", "demo"]).config)
 
 
-@pytest.mark.parametrize("word", ["flickr8k_caption", "flickr8k_caption=0", "=5", "flickr8k_caption=many"])
+@pytest.mark.parametrize(
+    "word", ["flickr8k_caption", "flickr8k_caption=0", "=5", "flickr8k_caption=many", "flickr8k_caption=5:0", "a=5:6:7"]
+)
 def test_it_wants_a_recipe_and_steps(word: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse(["--data", "d", "--output", "o", "--steps", "5", "--finetune", word], "")

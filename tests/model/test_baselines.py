@@ -315,6 +315,11 @@ def test_captions_of_one_token_are_learnt_from(name: str, targets: int, rate: fl
         (dict(corruption_rate=-0.1), "objective.corruption_rate is -0.1"),
         (dict(query_rate=0.0), "objective.query_rate is 0.0, expected above 0"),
         (dict(stream_rate=1.5), "objective.stream_rate is 1.5, expected above 0 and at most 1"),
+        (dict(reconstruction_share=0.0), "objective.reconstruction_share is 0.0, expected above 0 and at most 1"),
+        (
+            dict(reconstruction_share=0.5, l2r_weight=0.0),
+            "objective.l2r_weight is 0.0, expected above 0 with objective.reconstruction_share below 1",
+        ),
     ],
 )
 def test_rates_out_of_range_are_refused(options: dict, message: str) -> None:

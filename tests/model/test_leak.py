@@ -140,3 +140,21 @@ def test_a_placeholder_row_changes_nothing_for_others():
     for key, value in without.items():
         assert value == pytest.approx(with_placeholder[key], rel=OF_LOSSES, abs=OF_LOSSES)
     assert all(value == 0 for (_, row), value in with_placeholder.items() if row == 2)
+
+
+def test_a_caption_that_is_not_reconstructed_keeps_its_forward_loss_and_changes_nothing_for_others():
+    whole, part = (tiny_flm(corruption_rate=0.4, reconstruction_share=share).double() for share in (1.0, 0.5))
+    rows, pictures = pair_rows([caption(4, 1), caption(7, 2), caption(5, 3), caption(1, 4)]), images(4)
+    expected, found = losses_by_row(whole, rows, pictures), losses_by_row(part, rows, pictures)
+    left_out = {row for row in range(len(rows)) if found["flm", row] == 0}
+    assert 0 < len(left_out) < len(rows)
+    for (name, row), value in found.items():
+        gone = row in left_out and name in ("flm", "r2l")
+        assert value == (0 if gone else pytest.approx(expected[name, row], rel=OF_LOSSES, abs=OF_LOSSES))
+
+    alone = part.float().planner(pictures, [dataclasses.replace(rows[row], image=0) for row in left_out])
+    losses = part(alone)
+    assert alone.counts["flm"] == 0 and alone.counts["l2r"] > 0
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in part.parameters() if p.grad is not None)

@@ -136,6 +136,36 @@ def test_streams_predict_a_share_of_the_words(rate: float) -> None:
         assert counts[name].sum() == counts[name][places].sum()
 
 
+@pytest.mark.parametrize("every_word", [False, True])
+def test_a_share_of_the_captions_is_reconstructed(every_word: bool) -> None:
+    """The others have their forward stream alone, and the states that matching or a contrast reads; nothing moves."""
+    settings = {"negative_share": 0.5, "every_word": every_word}
+    whole, part = (
+        FLMPlanner(VOCABULARY, 0.3, **settings),
+        FLMPlanner(VOCABULARY, 0.3, reconstruction_share=0.25, **settings),
+    )
+    samples, reconstructed = 2000, 0
+    for seed in range(samples):
+        judged = [Row(caption(4, 2), 0, seed=1, role="negative")] if seed % 2 else []
+        rows = [Row(caption(6, 1), 0, seed=seed, role="pair"), *judged]
+        expected, found = whole(images(1), rows), part(images(1), rows)
+        assert torch.equal(found.plan.l2r_index, expected.plan.l2r_index)
+        assert torch.equal(found.terms["l2r"].target, expected.terms["l2r"].target)
+        assert torch.equal(found.terms["itm"].target, expected.terms["itm"].target)
+        if found.counts["flm"]:
+            reconstructed += 1
+            for name in ("flm", "r2l"):
+                assert torch.equal(found.terms[name].target, expected.terms[name].target)
+            for field in ("r2l_index", "query_index", "query_span"):
+                assert torch.equal(getattr(found.plan, field), getattr(expected.plan, field))
+        else:
+            assert found.counts["r2l"] == 0 and found.counts["itm"] == 2 * len(judged)
+            assert len(found.plan.query_index) == found.counts["itm"]
+            kept = len(expected.plan.r2l_index) if judged or every_word else 0
+            assert len(found.plan.r2l_index) == kept
+    assert abs(reconstructed / samples - 0.25) < 5 * np.sqrt(0.25 * 0.75 / samples)
+
+
 def test_negatives_and_placeholders_carry_no_language_targets():
     rows = [*pair_rows([caption(4, 1), caption(6, 2)]), Row(caption(5, 3), 1, seed=7, role="negative")]
     batch = planner()(images(2), rows)

@@ -26,6 +26,9 @@ from pipeline.distributed.preempt import StopRequest
 from pipeline.host.keyboard import keep_launcher_from_keys
 keep_launcher_from_keys()
 stop = StopRequest().listen()
+open("rank" + os.environ["RANK"], "w").close()
+while not all(os.path.exists(name) for name in ("rank0", "rank1")):  # a key before a rank listens is another story
+    time.sleep(0.01)
 terminal = os.open("/dev/tty", os.O_RDWR)
 while os.tcgetpgrp(terminal) == os.getpgrp():
     time.sleep(0.01)

@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.probes.__main__ import IMAGES
 from benchmarks.speedrun.plan import Budget
 
+RECIPES = Path(__file__).resolve().parent / "recipes"
 _WORDS = {int: "whole number", float: "number"}
 
 
@@ -42,7 +43,13 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     budget.add_argument("--budget-minutes", type=amount, metavar="M", help="minutes of training of each row and seed")
     budget.add_argument("--budget-tflop", type=amount, metavar="F", help="TFLOP of training of each row and seed")
     budget.add_argument("--steps", type=count, metavar="N", help="optimizer steps of each: equal samples")
-    add("--recipe", default="demo", help="settings all rows start from: a name or a YAML file (default: demo)")
+    add(
+        "--recipe",
+        default="demo",
+        type=_recipe,
+        help="settings all rows start from: a name in benchmarks/speedrun/recipes, a recipe of training, or a YAML "
+        "file (default: demo)",
+    )
     add("--deepspeed", metavar="FILE", help="DeepSpeed JSON of all trainings (default: that of pipeline/train.py)")
     add("--rows", default="objectives", help="benchmarks/speedrun/rows/NAME.yaml or a YAML file (default: objectives)")
     add("--only", nargs="+", metavar="ROW", help="only these rows of the file")
@@ -115,6 +122,12 @@ def _finetuning(text: str) -> Finetuning:
             f"found {text!r}, expected RECIPE=STEPS or RECIPE=STEPS:SAMPLES, such as flickr8k_caption=150:500"
         )
     return Finetuning(recipe, *map(int, counts))
+
+
+def _recipe(name: str) -> str:
+    """The file of a recipe of the speedrun, any other as it is: pipeline/train.py knows it."""
+    own = RECIPES / f"{name}.yaml"
+    return str(own) if own.is_file() else name
 
 
 def shared_words(arguments: argparse.Namespace) -> list[str]:

@@ -360,6 +360,13 @@ def test_mistakes_are_one_line(data, tmp_path, capsys) -> None:
     assert "found no speedrun to report on" in capsys.readouterr().err
 
 
+def test_its_own_recipes_go_by_their_names_and_others_as_for_training() -> None:
+    words = ["--data", "d", "--output", "o", "--steps", "5", "--recipe"]
+    for name in ("photos", "photos_trained", "scenes"):
+        assert Path(parse([*words, name], "").recipe) == FOLDER.parent / "recipes" / f"{name}.yaml"
+    assert [parse([*words, name], "").recipe for name in ("flm_tiny", "own.yaml")] == ["flm_tiny", "own.yaml"]
+
+
 def test_a_calibrated_clock_does_not_see_what_else_ran() -> None:
     lines = [{"step": 5, "step_seconds": 9.0, "gflop_per_sample": 2.0}]
     assert clock_of(lines, batch_size=4) == {0: (0.0, 0.0), 5: (45.0, 0.04)}

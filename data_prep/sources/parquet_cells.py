@@ -85,21 +85,14 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 def _values(column: pyarrow.Array, binary: bool) -> list[Any]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    column = _texts_as_bytes(column)
+    column = column.cast(
+        _without_text(column.type)
+    )  # one text that is no UTF-8 shall not keep the others from being read
     try:
         values = column.to_pylist()
     except (ValueError, OverflowError, pyarrow.ArrowException):
         values = [_value(cell) for cell in column]
     return values if binary else [_decoded(value) for value in values]
-
-
-def _texts_as_bytes(column: pyarrow.Array) -> pyarrow.Array:
-    """So that one text that is no UTF-8 does not keep the others from being read. A column that can't be cast stays as
-    it is: then cell by cell says which of its cells are :class:`Unreadable`."""
-    try:
-        return column.cast(_without_text(column.type))
-    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
-        return column
 
 
 def _value(cell: pyarrow.Scalar) -> Any:
@@ -110,10 +103,13 @@ def _value(cell: pyarrow.Scalar) -> Any:
 
 
 def _without_text(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """``kind`` with binary in the place of text, also inside lists and structs; any column can be cast to it."""
     types = pyarrow.types
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return pyarrow.large_binary()
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_large_list(kind):
+        return pyarrow.large_list(_without_text(kind.value_type))
+    if types.is_list(kind):
         return pyarrow.list_(_without_text(kind.value_type))
     if types.is_struct(kind):
         return pyarrow.struct([(field.name, _without_text(field.type)) for field in kind])

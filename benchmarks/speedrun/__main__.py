@@ -322,7 +322,7 @@ class Speedrun:
         named = ("evaluations", "jobs", "ranks", *(f"{name}_images" for name, _, _ in probes.IMAGES))
         fixed = {name: getattr(arguments, name) for name in named}
         if arguments.finetune:
-            fixed["finetune"] = [*map(str, arguments.finetune)]
+            fixed["finetune"] = list(map(str, arguments.finetune))
         return {"budget": str(self.budget), **fixed, "data": self.corpora, "tokenizer": self.tokenizer}
 
     def _facts(self) -> dict[str, Any]:

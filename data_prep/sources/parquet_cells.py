@@ -85,9 +85,7 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 def _values(column: pyarrow.Array, binary: bool) -> list[Any]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    column = column.cast(
-        _without_text(column.type)
-    )  # one text that is no UTF-8 shall not keep the others from being read
+    column = column.cast(_without_text(column.type))  # so that one text that is no UTF-8 does not cost the others
     try:
         values = column.to_pylist()
     except (ValueError, OverflowError, pyarrow.ArrowException):

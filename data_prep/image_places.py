@@ -88,10 +88,7 @@ def is_archive(path: Path) -> bool:
 
 def is_plain_file(path: Path) -> bool:
     """Whether ``path`` is a file, or a link to one: no folder, pipe or device."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
+    return _of_path(os.fspath(path)) is not None
 
 
 def _open(path: Path, streams: list[BinaryIO]) -> _Folder | _Archive:
@@ -118,22 +115,26 @@ class _Folder:
         self._below: dict[str, list[str]] | None = None
 
     def exactly(self, name: str) -> Found | None:
-        path = self._path / name
-        return _of_path(path) if is_plain_file(path) else None
+        return _of_path(os.path.join(self._path, name))
 
     def deeper(self, name: str) -> Found | None:
         if self._below is None:
             self._below = _by_last(self._files())
         only = _only(self._below, name)
-        return None if only is None or not is_plain_file(self._path / only) else _of_path(self._path / only)
+        return None if only is None else self.exactly(only)
 
     def names(self) -> list[str]:
         inside = os.path.realpath(self._path) + os.sep
-        return [name for name in self._files() if os.path.realpath(self._path / name).startswith(inside)]
+        return [name for name in self._files() if not self._leads_out(name, inside)]
+
+    def _leads_out(self, name: str, inside: str) -> bool:
+        path = os.path.join(self._path, name)
+        return os.path.islink(path) and not os.path.realpath(path).startswith(inside)
 
     def _files(self) -> Iterator[str]:
-        for folder, _, files in os.walk(self._path):
-            yield from (os.path.relpath(os.path.join(folder, file), self._path) for file in files)
+        for folder, _, files in os.walk(self._path):  # links to folders are not followed
+            below = os.path.relpath(folder, self._path)
+            yield from files if below == os.curdir else (os.path.join(below, file) for file in files)
 
 
 class _Archive:
@@ -167,12 +168,18 @@ def _only(below: dict[str, list[str]], name: str) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _of_path(path: Path) -> Found:
+def _of_path(path: str) -> Found | None:
+    """The plain file at ``path``, or that a link there leads to; None for anything else."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+
     def read(limit: int) -> bytes:
         with open(path, "rb") as stream:
             return stream.read(limit + 1)
 
-    return Found(path.name, path.stat().st_size, read)
+    return Found(os.path.basename(path), found.st_size, read) if stat.S_ISREG(found.st_mode) else None
 
 
 def _zip(path: Path, streams: list[BinaryIO]) -> _Archive:

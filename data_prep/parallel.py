@@ -20,35 +20,65 @@ Result = TypeVar("Result")
 _MOMENT_SECONDS = 0.1
 
 
+class Workers:
+    """Context manager: processes for maps that follow each other; one worker means this process."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self._number > 1:
+            # spawn, not fork: the parent may hold threads (pyarrow), and a forked copy of a locked lock never opens.
+            context = multiprocessing.get_context("spawn")
+            with held_signals():
+                self._executor = ProcessPoolExecutor(self._number, mp_context=context, initializer=_ignore_interrupt)
+        return self
+
+    def start(self, function: Callable) -> None:
+        """Start the processes, and let them import what ``function`` needs while this one does something else."""
+        for _ in range(self._number if self._executor else 0):
+            self._submit(function, [])
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item], chunk_size: int = 32) -> Iterator[Result]:
+        """As ``ordered_map``."""
+        if self._executor is None:
+            yield from map(function, items)
+            return
+        try:
+            pending: deque = deque()
+            for chunk in _chunks(items, chunk_size):
+                pending.append(self._submit(function, chunk))
+                if len(pending) >= 3 * self._number:
+                    yield from _result(pending.popleft())
+            while pending:
+                yield from _result(pending.popleft())
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a worker process died (out of memory?); give fewer --workers") from error
+
+    def _submit(self, function: Callable[[Item], Result], chunk: list[Item]) -> Future:
+        assert self._executor is not None
+        with held_signals(), _interrupts_blocked():  # it starts processes as they are needed
+            return self._executor.submit(_run_chunk, function, chunk)
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            with held_signals():
+                self._executor.shutdown(wait=True, cancel_futures=True)
+
+
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, chunk_size: int = 32
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int | Workers, chunk_size: int = 32
 ) -> Iterator[Result]:
     """``map(function, items)`` in ``workers`` processes; ``function`` must pickle. One worker means this process.
 
     Raises ChildProcessError when a worker dies.
     """
-    if workers <= 1:
-        yield from map(function, items)
+    if isinstance(workers, Workers):
+        yield from workers.map(function, items, chunk_size)
         return
-    chunks = _chunks(items, chunk_size)
-    # spawn, not fork: the parent may hold threads (pyarrow), and a forked copy of a locked lock never opens.
-    context = multiprocessing.get_context("spawn")
-    with held_signals():
-        executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
-    try:
-        pending: deque = deque()
-        for chunk in chunks:
-            with held_signals(), _interrupts_blocked():  # it starts workers as they are needed
-                pending.append(executor.submit(_run_chunk, function, chunk))
-            if len(pending) >= 3 * workers:
-                yield from _result(pending.popleft())
-        while pending:
-            yield from _result(pending.popleft())
-    except BrokenProcessPool as error:
-        raise ChildProcessError("a worker process died (out of memory?); give fewer --workers") from error
-    finally:
-        with held_signals():
-            executor.shutdown(wait=True, cancel_futures=True)
+    with Workers(workers) as processes:
+        yield from processes.map(function, items, chunk_size)
 
 
 @contextmanager

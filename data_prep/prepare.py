@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data_prep.filters import DuplicateFilter, Limits, check_record
 from data_prep.manifest import Manifest
-from data_prep.parallel import ordered_map
+from data_prep.parallel import Workers, ordered_map
 from data_prep.record import LowYieldError, Record, Rejection
 from data_prep.shard_writer import SplitWriter, describe_counts
 from data_prep.video.decoding import ClipLimits
@@ -23,7 +23,7 @@ def fill_split(
     writer: SplitWriter,
     source: Iterable[Record | Rejection],
     limits: Limits | ClipLimits,
-    workers: int,
+    workers: int | Workers,
     drop_duplicates: bool = False,
     min_yield: float = 0.0,
     total: int | None = None,
@@ -49,6 +49,11 @@ def fill_split(
         _check_yield(writer, min_yield)
     assert writer.manifest is not None
     return writer.manifest
+
+
+def start_workers(workers: Workers) -> None:
+    """Let processes import what ``fill_split`` needs of them while this one does something else."""
+    workers.start(_check)
 
 
 def _check_yield(writer: SplitWriter, min_yield: float) -> None:

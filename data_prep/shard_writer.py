@@ -32,6 +32,7 @@ from data_prep.sample_fields import CLIP_FIELDS, fields_of
 
 REJECTED_NAME = "rejected.jsonl"
 _BLOCK = tarfile.BLOCKSIZE
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # mtime, uid, gid 0 and mode 644: equal content, equal bytes
 
 
 class ShardFolder:
@@ -278,24 +279,19 @@ class _ShardWriter:
         extensions = record.extensions if record.video is None else ()
         for number, (content, extension) in enumerate(zip(record.images, extensions, strict=True)):
             members[self._fields[number]] = (f"{number}.{extension}" if len(record.images) > 1 else extension, content)
-        row = [-1] * self._columns.width
+        row, blocks, position = [-1] * self._columns.width, [], self._position
         for field in self._fields:
             extension, content = members[field]
-            row[self._columns.offset[field]] = self._add_member(f"{record.key}.{extension}", content)
+            padding = b"\0" * (-len(content) % _BLOCK)
+            blocks += [tar_header(f"{record.key}.{extension}", len(content)), content, padding]
+            row[self._columns.offset[field]] = position + len(blocks[-3])
             row[self._columns.size[field]] = len(content)
+            position += len(blocks[-3]) + len(content) + len(padding)
+        self._write(b"".join(blocks))
         for caption_number in range(len(captions)):
             self._rows.append([*row[:-1], caption_number])
         self.samples += 1
         return {extension for extension, _ in members.values()}
-
-    def _add_member(self, name: str, content: bytes) -> int:
-        info = tarfile.TarInfo(name)  # mtime, uid, gid 0 and mode 644: equal content gives equal bytes
-        info.size = len(content)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._position
-        self._write(content)
-        self._write(b"\0" * (-len(content) % _BLOCK))
-        return offset
 
     def _write(self, content: bytes) -> None:
         self._stream.write(content)
@@ -324,6 +320,22 @@ class _ShardWriter:
     def abandon(self) -> None:
         with contextlib.suppress(OSError):
             self._stream.close()
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The header that tarfile makes of a member of these, for short names by the places that differ alone, which takes
+    a tenth of the time. POSIX.1-1988, ustar."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    if len(encoded) > tarfile.LENGTH_NAME or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    header = bytearray(_HEADER)
+    header[: len(encoded)] = encoded
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8  # the checksum is taken as if it were blank
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)
 
 
 def _sync_and_close(stream: Any) -> None:

@@ -1,10 +1,11 @@
 """Measures how fast a folder of pictures becomes a corpus, against decoding every picture of it once.
 
-    python -m benchmarks.cost.local_folder --images DIR [--workers 2] [--rounds 3] [--output FILE]
+    python -m benchmarks.cost.local_folder --images DIR [--side 640] [--number 2000] [--rounds 3] [--output FILE]
 
 In each round two commands run one after another, imports and all, with as many processes: Pillow alone, which reads
 and decodes each file, and `data_prep local`, whose captions are the files' names. The ratio is of one round; the
-folder is read once before, so that both find it in memory.
+folder is read once before, so that both find it in memory. With --side it is copies that are measured, of so many
+pixels on the longer side: what is done for each picture besides decoding weighs the more, the smaller they are.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.decode:
         return decode_all(arguments.images, arguments.workers)
-    paths = pictures(arguments.images)
-    for path in paths:
-        path.read_bytes()
     rounds = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if arguments.side or arguments.number:
+            arguments.images = copies(arguments, folder / "pictures")
+        paths = pictures(arguments.images)
+        size = sum(len(path.read_bytes()) for path in paths)
         rows = "".join(f"{json.dumps({'file': path.name, 'caption': f'picture {path.stem}'})}\n" for path in paths)
         (folder / "captions.jsonl").write_text(rows)
         for _ in range(arguments.rounds):
@@ -44,11 +46,11 @@ def main() -> int:
     ratios = [one["decoding"] / one["data_prep local"] for one in rounds]
     result = {
         "pictures": len(paths),
+        "mean_kib": round(size / len(paths) / 1024, 1),
         "workers": arguments.workers,
         "seconds": rounds,
         "speed_of_preparing_in_that_of_decoding": {"median": statistics.median(ratios), "rounds": ratios},
-        "command": f"python -m benchmarks.cost.local_folder --images DIR --workers {arguments.workers} "
-        f"--rounds {arguments.rounds}",
+        "command": "python -m benchmarks.cost.local_folder --images DIR " + shown(arguments),
         "machine": machine(),
     }
     text = json.dumps(result, indent=1)
@@ -61,6 +63,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="a folder of JPEG files")
+    parser.add_argument("--side", type=int, help="measure copies, their longer side of so many pixels, JPEG quality 90")
+    parser.add_argument("--number", type=int, help="the first pictures alone")
     parser.add_argument("--workers", type=int, default=2, help="processes of either command (default: 2)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
@@ -70,6 +74,21 @@ def parse_arguments() -> argparse.Namespace:
 
 def pictures(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.jpg"))
+
+
+def copies(arguments: argparse.Namespace, folder: Path) -> Path:
+    folder.mkdir()
+    for path in pictures(arguments.images)[: arguments.number]:
+        with Image.open(path) as image:
+            scale = (arguments.side or max(image.size)) / max(image.size)
+            sides = tuple(max(1, round(scale * side)) for side in image.size)
+            image.convert("RGB").resize(sides, Image.Resampling.BICUBIC).save(folder / path.name, quality=90)
+    return folder
+
+
+def shown(arguments: argparse.Namespace) -> str:
+    words = {name: getattr(arguments, name) for name in ("side", "number", "workers", "rounds")}
+    return " ".join(f"--{name} {value}" for name, value in words.items() if value)
 
 
 def decode_all(folder: Path, workers: int) -> int:

@@ -2,6 +2,7 @@
 
 about.json     what they are hashes of, with which versions; written last
 hashes.npy     uint64 [N], row s * I + i for image i of sample s; 0: this image has no hash
+inner.npy      uint64 [N], hashes of the images without 5 % of each side; 0 as above
 digests.npy    uint64 [N, 2], BLAKE2b of the encoded image
 keys.npy       bytes [samples]
 pictures.npy   uint8 [N, 1152], what the hashes are of (pictures.py)
@@ -28,7 +29,7 @@ from data_prep.similar.pictures import PICTURE_BYTES, VERSION
 from data_prep.similar.split_samples import KEY_BYTES
 
 FOLDER, ABOUT = ".hashes", "about.json"
-ARRAYS = ("hashes", "digests", "keys", "pictures")
+ARRAYS = ("hashes", "inner", "digests", "keys", "pictures")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class HashSet:
 
     def __init__(self, folder: Path, about: About, arrays: dict[str, np.ndarray]) -> None:
         self.folder, self.about = folder, about
-        self.hashes, self.digests, self.keys, self.pictures = (arrays[name] for name in ARRAYS)
+        self.hashes, self.inner, self.digests, self.keys, self.pictures = (arrays[name] for name in ARRAYS)
         self.name = f"{about.corpus}/{about.split}"
 
     def key(self, row: int) -> str:
@@ -79,10 +80,7 @@ def open_hashes(folder: Path) -> HashSet:
             raise PrepError(f"{folder}: {found}; make them anew by `python -m data_prep hashes SPLIT`")
         about = About(**content)
         arrays = {name: load_array(folder / f"{name}.npy", mapped=True) for name in ARRAYS}
-        count = about.samples * about.num_images
-        expected = {"hashes": (count,), "digests": (count, 2), "keys": (about.samples,)}
-        expected["pictures"] = (count, PICTURE_BYTES)
-        for name, shape in expected.items():
+        for name, shape in _shapes(about.samples, about.num_images).items():
             if arrays[name].shape != shape:
                 raise ValueError(f"{name}.npy holds {arrays[name].shape}, expected {shape}")
     except PrepError:
@@ -90,6 +88,12 @@ def open_hashes(folder: Path) -> HashSet:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise PrepError(f"{folder}: no readable hashes ({error}); make them by `python -m data_prep hashes`") from error
     return HashSet(folder, about, arrays)
+
+
+def _shapes(samples: int, num_images: int) -> dict[str, tuple[int, ...]]:
+    count = samples * num_images
+    shapes = {"hashes": (count,), "inner": (count,), "digests": (count, 2), "keys": (samples,)}
+    return {**shapes, "pictures": (count, PICTURE_BYTES)}
 
 
 def stale_reason(split_dir: Path) -> str | None:
@@ -112,12 +116,11 @@ class HashWriter:
     def __init__(self, folder: Path, samples: int, num_images: int) -> None:
         self._folder, self._beside = folder, folder.with_name(f"{folder.name}.{os.getpid()}.part")
         self._beside.mkdir(parents=True)
-        count, self._images = samples * num_images, num_images
-        shapes = {"hashes": (count,), "digests": (count, 2), "keys": (samples,), "pictures": (count, PICTURE_BYTES)}
-        types = {"hashes": "<u8", "digests": "<u8", "keys": f"S{KEY_BYTES}", "pictures": "u1"}
+        self._images = num_images
+        types = {"keys": f"S{KEY_BYTES}", "pictures": "u1"}
         self._arrays = {
-            name: np.lib.format.open_memmap(self._beside / f"{name}.npy", "w+", np.dtype(types[name]), shapes[name])
-            for name in ARRAYS
+            name: np.lib.format.open_memmap(self._beside / f"{name}.npy", "w+", np.dtype(types.get(name, "<u8")), shape)
+            for name, shape in _shapes(samples, num_images).items()
         }
         self._filled = 0
 
@@ -136,11 +139,11 @@ class HashWriter:
     def keys(self) -> np.ndarray:
         return self._arrays["keys"]
 
-    def add(self, hashes: np.ndarray, digests: np.ndarray, keys: list[bytes], pictures: np.ndarray) -> None:
-        """The images of further samples, in the order of the split."""
+    def add(self, keys: list[bytes], **of_images: np.ndarray) -> None:
+        """Further samples, in the order of the split: their keys, and each other array by its name."""
         rows = slice(self._filled * self._images, (self._filled + len(keys)) * self._images)
-        self._arrays["hashes"][rows], self._arrays["digests"][rows] = hashes, digests
-        self._arrays["pictures"][rows] = pictures
+        for name, values in of_images.items():
+            self._arrays[name][rows] = values
         self._arrays["keys"][self._filled : self._filled + len(keys)] = keys
         self._filled += len(keys)
 

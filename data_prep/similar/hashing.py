@@ -28,16 +28,18 @@ from data_prep.similar.hash_files import (
     versions,
 )
 from data_prep.similar.near_hashes import in_order, strides
-from data_prep.similar.pictures import PICTURE_BYTES, hashes_of, picture_of, tells_enough
+from data_prep.similar.pictures import INNER, PICTURE_BYTES, hashes_of, picture_of, tells_enough
 from data_prep.similar.split_samples import image_fields, key_before, samples_of, spans_of
 
 NUM_COMMONEST = 20
+_NONE = np.uint64(0)  # the hash of what has none
 
 
 class _Hashed(NamedTuple):
     """Of one shard, as ``HashWriter.add`` takes it."""
 
     hashes: np.ndarray
+    inner: np.ndarray
     digests: np.ndarray
     keys: list[bytes]
     pictures: np.ndarray
@@ -66,8 +68,9 @@ def _hash_split(split_dir: Path, workers: int, max_pixels: int) -> None:
     with HashWriter(split_dir / FOLDER, manifest.samples, manifest.num_images) as writer:
         shards = ordered_map(hash_one, manifest.shards, workers, 1)
         for found in progress(shards, len(manifest.shards), f"hashing {manifest.corpus}", "shard"):
-            writer.add(*found[:-1])
-            unreadable += found.unreadable
+            arrays = found._asdict()
+            unreadable += arrays.pop("unreadable")
+            writer.add(**arrays)
         about = About(
             corpus=manifest.corpus,
             split=manifest.split,
@@ -104,8 +107,10 @@ def _hash_shard(split_dir: Path, manifest: Manifest, max_pixels: int, shard: Sha
                     readable[place] = True
                 except ImageProblem:
                     continue
-    hashes = np.where(readable & tells_enough(pictures), hashes_of(pictures), np.uint64(0))
-    return _Hashed(hashes, digests, keys, pictures, count - absent - int(readable.sum()))
+    hashes, inner = np.where(
+        readable & tells_enough(pictures), [hashes_of(pictures), hashes_of(pictures, INNER)], _NONE
+    )
+    return _Hashed(hashes, inner, digests, keys, pictures, count - absent - int(readable.sum()))
 
 
 def digest_of(content: bytes) -> np.ndarray:

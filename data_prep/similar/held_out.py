@@ -12,10 +12,10 @@ import numpy as np
 
 from data_prep.similar.hash_files import HashSet
 from data_prep.similar.near_hashes import pairs_between, strides, write_distinct
-from data_prep.similar.pictures import MIN_CORRELATION, Look, correlations, hashes_of, looks, same_colours
+from data_prep.similar.pictures import INNER, MIN_CORRELATION, PLAIN, Look, correlations, hashes_of, looks, same_colours
 
 DISTANCE = 8  # bits of 64
-_HELD_OUT_AT_A_TIME = 50_000  # images, each looked at in up to 42 ways
+_HELD_OUT_AT_A_TIME = 50_000  # images, each looked at in up to 40 ways
 _COMPARED_AT_A_TIME = 2048  # pairs of pictures
 
 
@@ -28,7 +28,7 @@ class Match(NamedTuple):
     exact: bool  # the same bytes
     distance: int  # bits
     correlation: float
-    look: Look | None = None  # at the held-out picture
+    look: Look | None = None  # at the held-out picture, or at the split's where that is the larger
 
     def detail(self, others: Sequence[HashSet]) -> str:
         """For `rejected.jsonl` and lists: which held-out image, and how near."""
@@ -37,6 +37,14 @@ class Match(NamedTuple):
             return f"the bytes of {name}"
         mirrored = ", mirrored" if self.look is not None and self.look.mirrored else ""
         return f"like {name}: distance {self.distance}, correlation {self.correlation:.2f}{mirrored}"
+
+
+class _Searched(NamedTuple):
+    """Hashes of the split's images under ``look``, and the file of them sorted, without repeats."""
+
+    hashes: np.ndarray
+    distinct: Path
+    look: Look
 
 
 def held_out_matches(
@@ -55,19 +63,22 @@ def held_out_matches(
     """
     best: dict[int, Match] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        distinct = Path(folder) / "split.npy"
-        write_distinct(split.hashes, distinct)
+        searches = [(_Searched(split.hashes, Path(folder) / "split.npy", PLAIN), looks(crops, mirrored))]
+        if crops:
+            searches.append((_Searched(split.inner, Path(folder) / "inner.npy", INNER), looks(False, mirrored)))
+        for searched, _ in searches:
+            write_distinct(searched.hashes, searched.distinct)
         for number, other in enumerate(others):
             for match in _same_bytes(split, other, number):
                 best.setdefault(match.row, match)
             for start in range(0, len(other.hashes), _HELD_OUT_AT_A_TIME):
                 held_rows = np.arange(start, min(start + _HELD_OUT_AT_A_TIME, len(other.hashes)))
                 held_rows = held_rows[np.asarray(other.hashes[held_rows]) != 0]
-                views = looks(crops, mirrored)
-                for match in _near(split, distinct, other, number, held_rows, views, distance, workers):
-                    known = best.get(match.row)
-                    if known is None or (not known.exact and match.correlation > known.correlation):
-                        best[match.row] = match
+                for searched, views in searches:
+                    for match in _near(split, searched, other, number, held_rows, views, distance, workers):
+                        known = best.get(match.row)
+                        if known is None or (not known.exact and match.correlation > known.correlation):
+                            best[match.row] = match
     return [best[row] for row in sorted(best)]
 
 
@@ -84,7 +95,7 @@ def _same_bytes(split: HashSet, other: HashSet, number: int) -> Iterator[Match]:
 
 def _near(
     split: HashSet,
-    distinct: Path,
+    searched: _Searched,
     other: HashSet,
     number: int,
     held_rows: np.ndarray,
@@ -95,10 +106,11 @@ def _near(
     """Matches of near hashes whose pictures agree."""
     pictures = np.asarray(other.pictures[held_rows])
     seen = np.stack([hashes_of(pictures, look) for look in views], axis=1)  # [held out, looks]
-    held_file = distinct.with_name("held.npy")
+    held_file = searched.distinct.with_name("held.npy")
     np.save(held_file, np.unique(seen))
-    pairs = np.concatenate([np.zeros((0, 2), np.uint64), *pairs_between(distinct, held_file, distance, workers)])
-    rows_of = rows_with(split.hashes, np.unique(pairs[:, 0]))
+    near = pairs_between(searched.distinct, held_file, distance, workers)
+    pairs = np.concatenate([np.zeros((0, 2), np.uint64), *near])
+    rows_of = rows_with(searched.hashes, np.unique(pairs[:, 0]))
     order = np.argsort(seen, axis=None, kind="stable")
     ordered = seen.ravel()[order]
     begins, ends = np.searchsorted(ordered, pairs[:, 1]), np.searchsorted(ordered, pairs[:, 1], side="right")
@@ -108,13 +120,16 @@ def _near(
             row_number, look = divmod(place, len(views))
             by_look[look] += [(row, row_number, (value ^ held).bit_count()) for row in rows_of[value]]
     for look, found in sorted(by_look.items()):
+        at_held_out = searched.look == PLAIN
+        view = views[look] if at_held_out else searched.look._replace(mirrored=views[look].mirrored)
         for start in range(0, len(found), _COMPARED_AT_A_TIME):
             part = found[start : start + _COMPARED_AT_A_TIME]
             rows, numbers = [row for row, _, _ in part], [one for _, one, _ in part]
-            alike = agreement(pictures[numbers], split.pictures[rows], views[look])
+            sides = pictures[numbers], split.pictures[rows]
+            alike = agreement(*(sides if at_held_out else sides[::-1]), view)
             for (row, one, bits), value in zip(part, alike.tolist()):
                 if value >= MIN_CORRELATION:
-                    yield Match(row, number, int(held_rows[one]), False, bits, value, views[look])
+                    yield Match(row, number, int(held_rows[one]), False, bits, value, view)
 
 
 def agreement(one: np.ndarray, other: np.ndarray, look: Look) -> np.ndarray:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep.images import image_problems, open_image, upright_rgb
 
-VERSION = 1  # of pictures and hashes; others are made anew
+VERSION = 2  # of pictures and hashes; others are made anew
 SIDE, COLOUR_SIDE = 32, 8
 GREY_BYTES, COLOUR_BYTES = SIDE**2, 2 * COLOUR_SIDE**2
 PICTURE_BYTES = GREY_BYTES + COLOUR_BYTES
@@ -48,19 +48,25 @@ class Look(NamedTuple):
 
 
 PLAIN = Look()
+_CUT = 2  # of 40: 5 %
+INNER = Look((_CUT, _UNITS - _CUT), (_CUT, _UNITS - _CUT))  # all four sides cut off
 
 
 def looks(crops: bool, mirrored: bool) -> list[Look]:
-    """The ways in which a copy may differ: with ``crops``, up to 5 % cut off (from either of two copies), at each of 9
-    places or on all four sides; each of them mirrored too if asked."""
+    """The ways in which a copy may differ: with ``crops``, up to 5 % cut off, at each of 9 places from either of the
+    two, or on all four sides from the copy; each of them mirrored too if asked.
+
+    A look beyond the border, at what the other copy lacks, guesses: on all four sides too much for a hash. There the
+    larger of the two is to be looked at, by INNER.
+    """
     found = [PLAIN]
     if crops:
-        for cut in (2, -2):  # of 40: 5 %; the other copy is the cropped one where it is below 0
+        for cut in (_CUT, -_CUT):  # the other copy is the cropped one where it is below 0
             begins = (0, cut // 2, cut)
             places = [(begin, _UNITS - cut + begin) for begin in begins]
             found += [Look(rows, columns) for rows, columns in itertools.product(places, repeat=2)]
-            found.append(Look((cut, _UNITS - cut), (cut, _UNITS - cut)))
-    return [Look(look.rows, look.columns, turn) for turn in ((False, True) if mirrored else (False,)) for look in found]
+        found.append(INNER)
+    return [look._replace(mirrored=turn) for turn in ((False, True) if mirrored else (False,)) for look in found]
 
 
 def picture_of(content: bytes, max_pixels: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from data_prep.annotations.visual_genome import coco_ids_of, read_visual_genome
 from data_prep.annotations.vqav2 import held_out_images, read_vqav2, vocabulary_answers
 from data_prep.filters import Limits
 from data_prep.manifest import CAPTIONS, write_atomically
+from data_prep.options.downloads import add_download
 from data_prep.options.dry_run import add_dry_run, plan_images
 from data_prep.options.shared import (
     Verb,
@@ -42,7 +43,6 @@ from data_prep.passport import source_files
 from data_prep.prepare import fill_split
 from data_prep.record import MissingInput, PrepError, Rejection
 from data_prep.shard_writer import refuse_existing
-from data_prep.verbs.urls import add_download
 from data_prep.video.decoding import ClipLimits
 from data_prep.vqa_answers import MIN_COUNT, build_vocabulary, vocabulary_file
 

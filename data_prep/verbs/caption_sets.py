@@ -13,12 +13,12 @@ from data_prep.annotations.nocaps import read_nocaps
 from data_prep.annotations.published import compare
 from data_prep.annotations.visual_genome import read_regions
 from data_prep.filters import Limits, check_record
+from data_prep.options.downloads import begin, download_rows
 from data_prep.options.dry_run import plan_download
 from data_prep.options.shared import Verb, limits_of, local_path, plain_name
 from data_prep.passport import source_files
 from data_prep.record import PrepError, Record, Rejection, UrlRow
 from data_prep.verbs.annotation import Part, add_options, coco_held_out, prepare_parts
-from data_prep.verbs.urls import begin, download_rows
 
 
 def run_coco(args: argparse.Namespace) -> int:

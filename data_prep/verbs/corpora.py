@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.options.downloads import add_download, begin, download_rows
 from data_prep.options.dry_run import Counted, add_dry_run, plan_download
 from data_prep.options.shared import Verb, local_path, name_list, plain_name, share
 from data_prep.passport import source_files
@@ -15,7 +16,6 @@ from data_prep.sources.conceptual import conceptual_columns, conceptual_rows, sp
 from data_prep.sources.laion import Scores, laion_columns, laion_rows
 from data_prep.sources.sbu import sbu_files, sbu_rows
 from data_prep.sources.tables import table_files
-from data_prep.verbs.urls import add_download, begin, download_rows
 
 
 def run_cc3m(args: argparse.Namespace) -> int:

@@ -17,8 +17,11 @@ from data_prep.own_pictures.gathering import Gathered, annotated_splits, gather,
 from data_prep.own_pictures.image_names import ImageNames
 from data_prep.own_pictures.telling import next_commands, nothing_usable, refused_lines, rejections_of, rows_of
 from data_prep.own_pictures.writing import arguments_of, standing, written_together
-from data_prep.prepare import fill_split
+from data_prep.parallel import Workers
+from data_prep.prepare import fill_split, start_workers
 from data_prep.record import PrepError, Rejection
+
+_MANY = 200  # pictures, for which all processes are needed
 
 
 def run_local(args: argparse.Namespace) -> int:
@@ -28,6 +31,11 @@ def run_local(args: argparse.Namespace) -> int:
         )
     if len(args.columns) == 1:
         raise PrepError(f"--columns {args.columns[0]}: one name, expected IMAGE,CAPTION (or more captions)")
+    with Workers(args.workers) as workers:
+        return _run_local(args, workers)
+
+
+def _run_local(args: argparse.Namespace, workers: Workers) -> int:
     with open_places([args.images]) as places:
         names = ImageNames(args.images, found := places.names())
         if args.captions is None:
@@ -35,6 +43,8 @@ def run_local(args: argparse.Namespace) -> int:
         else:
             sources = [open_captions(args.captions, args.columns)]
         gathered = gather(sources, names)
+        if not args.dry_run and len(gathered.pictures) > _MANY:
+            start_workers(workers)
         read_contents(gathered, places, limits_of(args))
         shares = {"dev": args.dev_share, "test": args.test_share}
         told = split_pictures(gathered, shares, args.seed, places, limits_of(args))
@@ -54,7 +64,7 @@ def run_local(args: argparse.Namespace) -> int:
         print(f"{args.output}: prepared from these captions and images already; nothing to do")
         refused: list[Rejection] = []
     else:
-        known, refused = _write(args, splits, arguments, gathered)
+        known, refused = _write(args, splits, arguments, gathered, workers)
     for line in refused_lines(refused, names):
         print(line)
     for split, manifest in known.items():
@@ -64,7 +74,11 @@ def run_local(args: argparse.Namespace) -> int:
 
 
 def _write(
-    args: argparse.Namespace, splits: list[AnnotatedSplit], arguments: dict[str, Any], gathered: Gathered
+    args: argparse.Namespace,
+    splits: list[AnnotatedSplit],
+    arguments: dict[str, Any],
+    gathered: Gathered,
+    workers: Workers,
 ) -> tuple[dict[str, Manifest], list[Rejection]]:
     """All splits, and what was refused on the way."""
     limits, known, refused = limits_of(args), {}, []
@@ -75,7 +89,7 @@ def _write(
             )
             source, total = records(one, [args.images]), len(one.images)
             known[one.split] = fill_split(
-                writer, source, limits, args.workers, args.drop_duplicates, total=total, label=one.split
+                writer, source, limits, workers, args.drop_duplicates, total=total, label=one.split
             )
             refused += rejections_of(beside / one.split, rows_of(one, gathered))
         publish()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
 
 import pytest
 
 from data_prep.held_signals import held_signals
-from data_prep.parallel import ordered_map
+from data_prep.parallel import Workers, ordered_map
 
 
 class Told(BaseException):
@@ -83,3 +84,17 @@ def test_workers_begin_without_interrupts_and_the_parent_keeps_its_own() -> None
     """Between its start and its first line of ours, Ctrl-C would end a worker in a traceback."""
     assert list(ordered_map(blocked_when_a_worker_starts, range(4), 2, chunk_size=1)) == [True] * 4
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def _twice(number: int) -> tuple[int, int]:
+    return os.getpid(), 2 * number
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_processes_serve_several_maps(number: int) -> None:
+    with Workers(number) as workers:
+        workers.start(_twice)
+        found = [list(ordered_map(_twice, range(count), workers, 4)) for count in (50, 0, 30)]
+    assert [[value for _, value in one] for one in found] == [[2 * item for item in range(n)] for n in (50, 0, 30)]
+    first, second = ({process for process, _ in one} for one in (found[0], found[2]))
+    assert len(first | second) <= number and (os.getpid() in first) == (number == 1)

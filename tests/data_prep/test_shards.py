@@ -19,7 +19,7 @@ from data_prep.parallel import ordered_map
 from data_prep.prepare import fill_split
 from data_prep.record import LowYieldError, PrepError, Record, Rejection
 from data_prep.shard_members import row_text
-from data_prep.shard_writer import SplitWriter
+from data_prep.shard_writer import SplitWriter, tar_header
 
 
 def jpeg(grey=0, size=(24, 24)):
@@ -256,3 +256,17 @@ def test_what_is_of_a_caption_stands_beside_the_captions(tmp_path):
     with tarfile.open(tmp_path / "c" / "train" / "00000.tar") as tar:
         meta = json.load(tar.extractfile("k.json"))
     assert meta == {"file": "k.jpg", "label": ["x", "z"], "captions": ["a", "c"]}
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "é" * 20 + ".txt", "x" * 100, "f/" + "y" * 100, "\udcff.json", ""])
+@pytest.mark.parametrize("size", [0, 1, 511, 8**11 - 1])
+def test_headers_are_those_of_tarfile(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_what_a_header_cannot_hold_is_refused():
+    for name, size in (("z" * 101, 1), ("a.jpg", 8**11)):
+        with pytest.raises(ValueError):
+            tar_header(name, size)

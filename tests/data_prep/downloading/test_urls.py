@@ -190,7 +190,7 @@ def test_private_addresses_are_downloaded_when_allowed_only(server, tmp_path, mo
     """Invariant 7: a table of URLs from outside does not reach into one's own network."""
     given = []
     monkeypatch.setattr(
-        "data_prep.verbs.urls.make_parts", lambda plan, options, *_: given.append(options.fetch) or sys.exit(9)
+        "data_prep.options.downloads.make_parts", lambda plan, options, *_: given.append(options.fetch) or sys.exit(9)
     )
     table = write_table(tmp_path / "rows.tsv", [(url(server, "ok"), "x")])
     arguments = ["urls", "--input", str(table), "--output", str(tmp_path / "web")]

@@ -17,6 +17,7 @@ from data_prep.filters import REASONS, Limits
 from data_prep.manifest import Shard, file_sha256, find_splits, index_columns, read_manifest, write_manifest
 from data_prep.similar import hash_files
 from data_prep.similar.hash_files import FOLDER, open_hashes
+from data_prep.similar.pictures import VERSION
 from pipeline.data.shard_reader import open_corpora
 from tests.data_prep.foreign.shards import triples, write_tar
 from tests.data_prep.similar.photos import cropped, jpeg, photo, write_split
@@ -122,6 +123,25 @@ def test_decontaminated_split(corpora, capsys, tmp_path):
     assert against == {"name": "shown/test", "fingerprint": read_manifest(corpora / "shown" / "test").fingerprint()}
 
 
+@pytest.mark.slow(3)
+def test_either_of_two_copies_may_be_the_one_cut_on_all_sides(capsys, tmp_path):
+    """Of 200 photographs 178 were found where the held-out one was cut: its hash guessed what was cut off. Here no
+    guess is right: another photograph lies over what is cut off."""
+    whole, cut = {}, {}
+    for seed in range(50):
+        shown = cropped(photo(seed), 0.05, 0.05, 0.05, 0.05)
+        around = Image.blend(photo(seed), photo(1000 + seed), 0.5)
+        around.paste(shown, (round(0.05 * around.width), round(0.05 * around.height)))
+        whole[f"p{seed:02}"] = jpeg(around if seed < 40 else around.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        cut[f"p{seed:02}"] = jpeg(shown, 75)
+    whole, cut = write_split(tmp_path / "whole" / "train", whole), write_split(tmp_path / "cut" / "test", cut)
+    for split, other in ((whole, cut), (cut, whole)):
+        code, out, _ = run(capsys, "decontaminate", split, "--against", other, "--report", *FAST)
+        assert code == 1 and "40 of 50 samples contaminated" in out
+        code, out, _ = run(capsys, "decontaminate", split, "--against", other, "--report", "--mirror", *FAST)
+        assert code == 1 and "50 of 50 samples contaminated" in out
+
+
 @pytest.mark.slow(5)
 def test_workers_change_no_byte(corpora, capsys, tmp_path):
     for workers in (1, 2):
@@ -165,9 +185,9 @@ def test_exported_hashes_serve_without_the_images(corpora, capsys, tmp_path):
     about.write_text(about.read_text().replace(f'"pillow": "{hash_files.versions()["pillow"]}"', '"pillow": "1.0"'))
     code, out, _ = run(capsys, "decontaminate", corpora / "web" / "train", "--against", about.parent, "--report", *FAST)
     assert code == 1 and "'pillow': '1.0'" in out
-    about.write_text(about.read_text().replace('"hash_version": 1', '"hash_version": 0'))
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"hash_version": 0}))
     code, _, err = run(capsys, "decontaminate", corpora / "web" / "train", "--against", about.parent, "--report", *FAST)
-    assert code == 2 and err.count("\n") == 1 and "version 0, this program makes 1" in err
+    assert code == 2 and err.count("\n") == 1 and f"version 0, this program makes {VERSION}" in err
 
 
 @pytest.mark.slow(3)

@@ -1,10 +1,11 @@
 """Measures how fast a list of URLs becomes a split, against plain img2dataset on the same list and server.
 
-    python -m benchmarks.cost.preparing [--urls 4000] [--repeats 3] [--images DIR] [--output FILE]
+    python -m benchmarks.cost.preparing [--urls 4000] [--repeats 3] [--latency 0.15] [--images DIR] [--output FILE]
 
-A server in a process of its own answers from memory. In each round every way prepares the same list once, one after
-another; ratios are of one round. "seconds" are those of the whole command, imports and all; "CPU seconds" those of its
-processes, which other work on the machine changes less. Ways:
+A server in a process of its own answers from memory, at once or after --latency seconds, as servers of the world do:
+then two workers don't wait for cores that they share with the server. In each round every way prepares the same list
+once, one after another; ratios are of one round. "seconds" are those of the whole command, imports and all; "CPU
+seconds" those of its processes, which other work on the machine changes less. Ways:
 
 * img2dataset: its own defaults (images of 256 pixels, padded and encoded again), shards of 1,000;
 * img2dataset, bytes kept: `--disable_all_reencoding`, which judges nothing;
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +39,7 @@ from PIL import Image
 from tests.data_prep.parts.image_server import REPOSITORY, mpirun
 
 SIZE, DISTINCT = (320, 240), 64
+HOSTS = [f"127.0.0.{number}" for number in range(1, 17)]  # a list names many, and each is spared; all are this machine
 THREADS = 32
 RESULTS = REPOSITORY / "benchmarks" / "results" / "preparing.json"
 
@@ -44,11 +47,12 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "preparing.json"
 def main() -> int:
     arguments = parse_arguments()
     if arguments.serve is not None:
-        return serve(arguments.serve)
+        return serve(arguments.serve, arguments.latency)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         write_images(folder / "images", arguments.images)
         command = [sys.executable, "-m", "benchmarks.cost.preparing", "--serve", str(folder / "images")]
+        command += ["--latency", str(arguments.latency)]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
         try:
             table = write_table(folder / "rows.parquet", int(server.stdout.readline()), arguments.urls)
@@ -72,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--urls", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before the server answers")
     parser.add_argument("--processes", type=int, default=2, help="of img2dataset and of parts")
     parser.add_argument("--ways", nargs="+", help="some of the ways only")
     parser.add_argument("--images", type=Path, help="a folder of JPEG files (default: drawn ones)")
@@ -94,8 +99,8 @@ def write_images(folder: Path, source: Path | None) -> None:
         coarse.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=92)
 
 
-def serve(folder: Path) -> int:
-    """Answer every GET /N with image N modulo their number; prints the port."""
+def serve(folder: Path, latency: float) -> int:
+    """Answer every GET /N after ``latency`` seconds with image N modulo their number; prints the port."""
     paths = sorted(folder.glob("*.jpg"), key=lambda path: int(path.stem))
     bodies = [path.read_bytes() for path in paths]
     answers = [
@@ -105,20 +110,27 @@ def serve(folder: Path) -> int:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             line = self.request.recv(65536).partition(b"\r\n")[0]
+            time.sleep(latency)
             self.request.sendall(answers[int(line.split()[1][1:]) % len(answers)])
 
     class Server(socketserver.ThreadingTCPServer):
         request_queue_size, daemon_threads, allow_reuse_address = 256, True, True
 
-    with Server(("127.0.0.1", 0), Handler) as server:
-        print(server.server_address[1], flush=True)
-        server.serve_forever()
+    servers = [Server((HOSTS[0], 0), Handler)]
+    port = servers[0].server_address[1]
+    servers += [Server((host, port), Handler) for host in HOSTS[1:]]
+    threads = [threading.Thread(target=server.serve_forever) for server in servers]
+    for thread in threads:
+        thread.start()
+    print(port, flush=True)
+    for thread in threads:
+        thread.join()
     return 0
 
 
 def write_table(path: Path, port: int, urls: int) -> Path:
     rows = {
-        "url": [f"http://127.0.0.1:{port}/{n}" for n in range(urls)],
+        "url": [f"http://{HOSTS[n % len(HOSTS)]}:{port}/{n}" for n in range(urls)],
         "caption": [f"picture {n}" for n in range(urls)],
     }
     pyarrow.parquet.write_table(pyarrow.table(rows), path)

@@ -22,8 +22,8 @@ class RangeServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type[http.server.BaseHTTPRequestHandler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.folder, self.faults, self.always = folder, [], "ok"
         self.redirects: dict[str, str] = {}  # path -> where it leads
         self.asked: list[tuple[str, str, str]] = []  # method, path, range
@@ -52,7 +52,7 @@ def serving(folder: Path) -> Iterator[RangeServer]:
             server.shutdown()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:

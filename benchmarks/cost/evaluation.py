@@ -2,9 +2,10 @@
 
     python -m benchmarks.cost.evaluation --run RUN --output RESULT.json -- --split dev --samples 256
 
-What follows `--` goes to `pipeline.evaluate` as it is. Seconds are those of the scorecard: from the first batch to the
-last score, without starting Python and loading the model. One and two ranks alternate; a ratio is of two runs of one
-round.
+What follows `--` goes to `pipeline.evaluate` as it is. Each rank is held on a core of its own with the processes that
+it starts, as ranks of a job have theirs: else one rank decodes images on the core that the other would have. Seconds
+are those of the scorecard: from the first batch to the last score, without starting Python and loading the model. One
+and two ranks alternate; a ratio is of two runs of one round.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def evaluate(world: int, run: Path, words: Sequence[str]) -> dict[str, Any]:
     """The scorecard of an evaluation on so many ranks, one thread each, started from nothing."""
+    cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as output:
         listening, variables = reserve_port()
         command = [sys.executable, "-m", "pipeline.evaluate", "--run", str(run), "--output", output, *words]
@@ -72,7 +74,8 @@ def evaluate(world: int, run: Path, words: Sequence[str]) -> dict[str, Any]:
             place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
             environment = os.environ | variables | place | {"OMP_NUM_THREADS": "1"}
             descriptors = () if rank else (listening.fileno(),)
-            ranks.append(subprocess.Popen(command, env=environment, pass_fds=descriptors, stdout=subprocess.DEVNULL))
+            held = ["taskset", "--cpu-list", str(cores[rank]), *command]
+            ranks.append(subprocess.Popen(held, env=environment, pass_fds=descriptors, stdout=subprocess.DEVNULL))
         listening.close()
         if any([rank.wait() for rank in ranks]):
             raise SystemExit("an evaluation failed; its message stands above")

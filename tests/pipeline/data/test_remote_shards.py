@@ -12,11 +12,13 @@ import pytest
 from data_prep.manifest import ManifestError, find_manifests
 from data_prep.stores import kept_files, requests
 from data_prep.stores.address import Address
+from data_prep.stores.failures import StoreMissing
 from pipeline.data import shard_files
 from pipeline.data.remote_shards import LostStore
 from pipeline.data.shard_files import LostCorpus
 from pipeline.data.shard_reader import Corpus, open_corpora
 from pipeline.data.transforms import UnusableSample
+from tests.hub_server import NAME, serving_hub
 from tests.pipeline.data.test_reader import records, write_split
 from tests.range_server import RangeServer, serving
 
@@ -70,6 +72,30 @@ def test_samples_are_those_of_a_disk_by_one_request_each(split: Path, remote: Co
     assert texts == [here.read_text(row) for row in range(len(here))] and len(of_tars(server)) == 2 * len(here)
     assert (remote.first_rows() == here.first_rows()).all()
     assert pickle.loads(pickle.dumps(remote)).read(5) == here.read(5)
+
+
+def test_a_dataset_of_hugging_face_reads_as_a_disk(split: Path, monkeypatch) -> None:
+    """Its file system would read 5 MiB ahead of each range."""
+    with serving_hub(split.parents[1]) as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        settings = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+        for name, value in settings.items():  # of the environment, read when it is imported
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        requests.open_anew()
+        (remote,) = open_corpora([f"hf://datasets/{NAME}@main/toy"], "train")
+        here = Corpus(split)
+        assert remote.fingerprint == here.fingerprint
+        server.asked.clear()
+        assert rows(remote) == rows(here)
+        ranges = [tuple(map(int, wanted.removeprefix("bytes=").split("-"))) for wanted in of_tars(server)]
+        assert len(ranges) == len(here) and max(last - first for first, last in ranges) < 10_000
+        server.faults = ["short", "ok", "short"]
+        assert rows(remote) == rows(here) and server.faults == []
+        with pytest.raises(StoreMissing, match="no such object"):
+            requests.read_range(f"hf://datasets/{NAME}@main/toy/train/none.tar", 0, 10)
+        with pytest.raises(StoreMissing, match="no such object"):
+            requests.read_range("hf://datasets/user/other@main/a", 0, 10)
+    requests.open_anew()
 
 
 def test_read_ahead_gives_the_same_and_asks_once(split: Path, remote: Corpus, server: RangeServer) -> None:

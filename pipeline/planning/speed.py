@@ -105,6 +105,7 @@ def demands_of(
         reduced = float(whole * sums if zero.stage < 3 else 0)  # whole buckets, at stage 2 too
         gathered = float({0: 0, 1: whole, 2: whole, 3: (whole + everything) * accumulation}[zero.stage])
     moved = 2 * sums * _copies(zero.stage, ranks, kind) * whole
+    moved += 3 * (accumulation - 1) * (whole if zero.stage < 2 else whole / ranks)  # added to the sum of those before
     if zero.stage == 3 and ranks > 1:  # a rank's part of the weights into a buffer, each weight out of it
         moved += 2 * accumulation * (1 + 1 / ranks) * everything
     own = part if zero.stage else parameters.trained
@@ -160,8 +161,10 @@ def _copies(stage: int, ranks: int, kind: DeviceKind) -> float:
 
     As counted in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, comm/coalesced_collectives.py).
     """
-    if stage < 3:
+    if stage == 0:
         return 3.0 if ranks > 1 else 1.0  # into a bucket; to a flat copy and back
+    if stage < 3:  # into a bucket; divided; to a flat copy and back; a rank's part out of it
+        return (4.0 if ranks > 1 else 2.0) + 1 / ranks
     copies = 3 + 1 / ranks  # into a bucket; to a copy in the order of the ranks; divided; a rank's part out of it
     return copies if kind == "cuda" else copies + 1 + 1 / ranks  # gloo scatters by summing a copy of all
 

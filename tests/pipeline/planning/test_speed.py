@@ -72,8 +72,8 @@ def test_efficiency_falls_with_nodes_and_rises_with_the_batch() -> None:
     ("stage", "ranks", "kind", "bytes_of_a_parameter"),
     [
         (0, 1, "cpu", 2 * 4 + 2 * 4 + 3 * 4 + 28),  # into a bucket; back; norm and scaling; Adam
-        (1, 1, "cpu", 2 * 4 + 4 * 4 + 3 * 4 + 28),  # flat and back
-        (2, 4, "cuda", 6 * 2 + (4 * 4 + 3 * 4 + 28) / 4),
+        (1, 1, "cpu", 2 * 3 * 4 + 4 * 4 + 3 * 4 + 28),  # into a bucket, divided, out of it; flat and back
+        (2, 4, "cuda", 2 * 4.25 * 2 + (4 * 4 + 3 * 4 + 28) / 4),
         (3, 1, "cpu", 2 * (4 + 2) * 4 + 4 * 4 + 3 * 4 + 28),  # gloo: one copy and its part more
         (3, 4, "cuda", 2 * 3.25 * 2 + 2 * 1.25 * 2 + (4 * 4 + 3 * 4 + 28) / 4),
     ],
@@ -81,6 +81,16 @@ def test_efficiency_falls_with_nodes_and_rises_with_the_batch() -> None:
 def test_what_a_step_moves_in_memory_for_its_optimizer(stage: int, ranks: int, kind, bytes_of_a_parameter) -> None:
     demands = demands_of(PARAMETERS, WORK, Zero(stage, 4 if kind == "cpu" else 2), ranks, 1, kind)
     assert demands.optimizer_traffic == pytest.approx(bytes_of_a_parameter * 10**9)
+
+
+def test_gradients_of_further_micro_batches_are_added() -> None:
+    def moved(stage: int, accumulation: int) -> float:
+        return demands_of(PARAMETERS, WORK, Zero(stage, 4), 4, accumulation, "cpu").optimizer_traffic / 10**9
+
+    assert moved(1, 3) - moved(1, 1) == pytest.approx(2 * 3 * 4)  # read, read, written
+    assert moved(2, 3) - moved(2, 1) == pytest.approx(
+        2 * (3 * 4 / 4 + 2 * 4.25 * 4)
+    )  # a rank's part; reduced each time
 
 
 def test_gathering_may_be_slower_than_summing() -> None:

@@ -279,19 +279,22 @@ class _ShardWriter:
         extensions = record.extensions if record.video is None else ()
         for number, (content, extension) in enumerate(zip(record.images, extensions, strict=True)):
             members[self._fields[number]] = (f"{number}.{extension}" if len(record.images) > 1 else extension, content)
-        row, blocks, position = [-1] * self._columns.width, [], self._position
+        row = [-1] * self._columns.width
         for field in self._fields:
             extension, content = members[field]
-            padding = b"\0" * (-len(content) % _BLOCK)
-            blocks += [tar_header(f"{record.key}.{extension}", len(content)), content, padding]
-            row[self._columns.offset[field]] = position + len(blocks[-3])
+            row[self._columns.offset[field]] = self._add_member(f"{record.key}.{extension}", content)
             row[self._columns.size[field]] = len(content)
-            position += len(blocks[-3]) + len(content) + len(padding)
-        self._write(b"".join(blocks))
         for caption_number in range(len(captions)):
             self._rows.append([*row[:-1], caption_number])
         self.samples += 1
         return {extension for extension, _ in members.values()}
+
+    def _add_member(self, name: str, content: bytes) -> int:
+        self._write(tar_header(name, len(content)))
+        offset = self._position
+        self._write(content)
+        self._write(b"\0" * (-len(content) % _BLOCK))
+        return offset
 
     def _write(self, content: bytes) -> None:
         self._stream.write(content)

@@ -31,7 +31,6 @@ PART_BYTES = 32 * 2**20  # of a large upload, which S3 takes in parts
 _PARTS_AT_A_TIME = 4
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
 _BUSY_PAUSE_SECONDS = 1.0  # at least, after an answer that asks for patience
-_READING = {"hf": {"cache_type": "none"}}  # else each range is 5 MiB longer, to be read ahead of a stream
 _PACKAGES = {"s3": "'.[s3]'", "s3a": "'.[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
 
 Found = TypeVar("Found")
@@ -46,8 +45,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
     def attempt(files: Any, seconds: float) -> bytes:
         begin = start + len(found)
-        more = _READING.get(url.partition("://")[0], {})
-        data = _call(files, "cat_file", url, start=begin, end=start + size, seconds=seconds, **more)
+        data = _call(files, "cat_file", url, start=begin, end=start + size, seconds=seconds)
         if len(data) > size - len(found):
             raise StoreError(f"{url}: {len(data)} bytes for a range of {size - len(found)}: ranges are not served here")
         found.extend(data)
@@ -169,6 +167,8 @@ def _call(files: Any, name: str, *args: Any, seconds: float, **options: Any) -> 
     if name in ("ls", "info"):
         options["refresh"] = True  # sizes of an earlier listing may be stale
     if not files.async_impl:
+        if name == "cat_file":  # by an open file, which would read 5 MiB ahead of the range
+            options["cache_type"] = "none"
         return getattr(files, name)(*args, **options)
     import fsspec.asyn
 

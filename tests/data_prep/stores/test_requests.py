@@ -154,3 +154,12 @@ def test_redirects_lead_to_web_servers_only(server: RangeServer, content: bytes)
             StoreError, match="leads to ftp://.*, expected http or https|leads elsewhere .*file:///etc/passwd"
         ):
             read_range(f"{server.url}/{name}", 0, 10)
+
+
+def test_a_file_system_without_a_cache_of_its_own_is_read_too() -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/bucket/file", b"0123456789")
+    assert read_range("memory://bucket/file", 2, 5) == b"23456"
+    with pytest.raises(StoreShort, match="10 bytes, expected at least 12"):
+        read_range("memory://bucket/file", 8, 4)

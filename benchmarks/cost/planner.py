@@ -2,10 +2,11 @@
 
     python -m benchmarks.cost.planner [--repeats 2] [--only NAME ...] [--output benchmarks/results/planner.json]
 
-Every configuration is a run of the training program on synthetic scenes, with one thread a rank, that saves in its
-course and at its end. Memory is the peak of a rank's resident memory (VmHWM) against ``memory_of``; the interpreter and
-its libraries are a constant, measured by a run of the smallest recipe. A step is the median over a run's steps, the
-best of the repeats; the machine's constants are fitted on some configurations and judged on the others.
+Every configuration is two runs of the training program on synthetic scenes, with one thread a rank. One saves in its
+course and at its end: its peak of a rank's resident memory (VmHWM) is compared with ``memory_of``; the interpreter and
+its libraries are a constant, measured by a run of the smallest recipe. The other saves at its end only, for a
+checkpoint that is written beside steps slows them: a step is the median over its steps, the best of the repeats; the
+machine's constants are fitted on some configurations and judged on the others.
 """
 
 from __future__ import annotations
@@ -35,16 +36,18 @@ from pipeline.planning.counts import Parameters, Work, count_parameters
 from pipeline.planning.memory import CPU, HEAP_BLOCK, Memory, Zero, memory_of, zero_of
 from pipeline.planning.speed import Demands, Machine, demands_of, speed_of
 
+SAVE_EVERY = 3  # steps of a run whose memory is measured
 NOT_COUNTED = 2  # first steps of a run, in which the heap finds its size
 SMALL = "--recipe flm_tiny --data.num_workers 1"
 COMMON = (
-    "--recipe demo --train.eval_every 0 --train.eval_samples 4 --train.save_every 3"
-    " --train.precision auto --tracking.tensorboard false --tracking.report false --guard.save_incident_every 0"
+    "--recipe demo --train.eval_every 0 --train.eval_samples 4 --train.precision auto"
+    " --tracking.tensorboard false --tracking.report false --guard.save_incident_every 0"
     " --data.num_workers 1 --data.prefetch 1 --model.reconstructor.bottom_layers null --model.text.heads 8"
     " --optim.warmup_fraction 0 --optim.learning_rate 1e-5"
 )
 WIDE = "--model.text.width 512 --model.text.ffn_width 2048 --model.vision.width 512 --model.vision.head_width 64"
 WIDER = "--model.text.width 768 --model.text.ffn_width 3072 --model.vision.width 384 --model.vision.head_width 64"
+NARROW = "--model.text.width 64 --model.text.ffn_width 256 --model.vision.width 64 --model.vision.head_width 16"
 IMAGES = (
     "--model.text.width 256 --model.text.ffn_width 1024 --model.vision.width 256 --model.vision.layers 8"
     " --model.vision.image_size 128"
@@ -60,6 +63,8 @@ CONFIGURATIONS: dict[str, tuple[int, int, int, int, str]] = {  # ranks, ZeRO sta
     "zero2, 1 rank, images, checkpointing": (1, 2, 16, 1, f"{IMAGES} --model.activation_checkpointing true"),
     "zero3, 1 rank": (1, 3, 2, 1, WIDE),
     "zero3, 2 ranks": (2, 3, 4, 1, WIDE),
+    "zero0, 1 rank, narrow": (1, 0, 2, 1, NARROW),  # what a step costs beside products and bytes
+    "zero3, 1 rank, narrow": (1, 3, 2, 1, NARROW),
 }
 FITTED = (  # the others are judged
     "zero0, 1 rank",
@@ -67,6 +72,8 @@ FITTED = (  # the others are judged
     "zero1, 1 rank, 2 micro-batches",
     "zero2, 1 rank, images",
     "zero3, 2 ranks",
+    "zero0, 1 rank, narrow",
+    "zero3, 1 rank, narrow",
 )
 
 
@@ -93,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"smallest recipe: {base / 1e6:.0f} MB", file=sys.stderr, flush=True)
         tried: dict[str, list[Trained]] = {name: [] for name in names}
         for repeat, name in itertools.product(range(arguments.repeats), names):
-            words = [*words_of(name), "--data", str(data), "--train.steps", str(arguments.steps)]
-            tried[name].append(train(words, CONFIGURATIONS[name][0], folder / f"{name.replace(' ', '_')}-{repeat}"))
+            words = [*words_of(name), "--data", str(data)]
+            tried[name].append(measure(words, CONFIGURATIONS[name][0], arguments.steps, folder / f"{name}-{repeat}"))
             print(f"{name}: {shown(tried[name][-1])}", file=sys.stderr, flush=True)
         given_data = ["--data", str(data)]
         counts = {name: count([*words_of(name), *given_data], CONFIGURATIONS[name][0], data, base) for name in names}
@@ -111,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost.planner", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=2, help="runs of each configuration (default 2)")
-    parser.add_argument("--steps", type=int, default=8, help=f"of a run, {NOT_COUNTED} not counted (default 8)")
+    parser.add_argument(
+        "--steps", type=int, default=14, help=f"of a run that is timed, {NOT_COUNTED} not counted (default 14)"
+    )
     parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), metavar="NAME", help="these configurations")
     parser.add_argument("--folder", type=Path, help="where data and runs are made (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here")
@@ -126,6 +135,14 @@ def words_of(name: str) -> list[str]:
     ranks, stage, size, accumulation, options = CONFIGURATIONS[name]
     sizes = f"--optim.micro_batch_size {size} --optim.batch_size {ranks * size * accumulation}"
     return f"{COMMON} --deepspeed ds_configs/zero{stage}.json {options} {sizes}".split()
+
+
+def measure(words: Sequence[str], ranks: int, steps: int, folder: Path) -> Trained:
+    """Peak of a run that saves, seconds of ``steps`` steps of another that does not until its end."""
+    every = lambda step: ["--train.save_every", str(step)]  # noqa: E731
+    saving = train([*words, "--train.steps", str(2 * SAVE_EVERY + 2), *every(SAVE_EVERY)], ranks, folder / "saving")
+    timed = train([*words, "--train.steps", str(steps), *every(steps)], ranks, folder / "timed")
+    return Trained(saving.peak_bytes, timed.step_seconds)
 
 
 def shown(trained: Trained) -> str:
@@ -218,17 +235,20 @@ def fit(counts: Mapping[str, Counted], seconds: Mapping[str, float]) -> dict[str
 
 
 def units_names() -> tuple[str, ...]:
-    return "flops", "states", "summed", "gathered"
+    return "flops", "states", "summed", "gathered", "operations", "hooked"
 
 
 def units(one: Counted) -> dict[str, float]:
-    """How much of each demand a step has: products; bytes of weights, gradients and moments; bytes over the ranks."""
+    """How much of each demand a step has: products; bytes of weights, gradients and moments; bytes over the ranks;
+    operations; modules with hooks."""
     demands = one.demands
     return {
         "flops": demands.flops,
         "states": demands.optimizer_traffic,
         "summed": demands.reduced,
         "gathered": demands.gathered / 2,
+        "operations": demands.operations,
+        "hooked": demands.hooked,
     }
 
 
@@ -243,6 +263,8 @@ def machine_of(constants: Mapping[str, float]) -> Machine:
         memory_bandwidth=rate("states"),
         node_bandwidth=1 / summed,
         gathering=constants["gathered"] / summed,
+        operation_seconds=constants["operations"],
+        hook_seconds=constants["hooked"],
         message_seconds=0.0,
         step_seconds=0.0,
     )

@@ -30,10 +30,14 @@ TASKS_OF_CLASSES = {"vqa": A_VOTE, "gqa": A_VOTE, "okvqa": A_VOTE, "nlvr2": 0, "
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements of every parameter: of those that are trained, by group of the optimizer; of those that are frozen."""
+    """Elements of every parameter: of those that are trained, by group of the optimizer; of those that are frozen.
+
+    ``modules`` is the number of modules of the network, of every level.
+    """
 
     groups: tuple[tuple[int, ...], ...]
     frozen_sizes: tuple[int, ...]
+    modules: int = 0
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -82,7 +86,7 @@ def count_parameters(objective: nn.Module) -> Parameters:
             groups.setdefault(key, []).append(parameter.numel())
         else:
             frozen.append(parameter.numel())
-    return Parameters(tuple(map(tuple, groups.values())), tuple(frozen))
+    return Parameters(tuple(map(tuple, groups.values())), tuple(frozen), sum(1 for _ in objective.modules()))
 
 
 def count_work(

@@ -1,8 +1,9 @@
 """Seconds of a step, and what a run asks of its network, loaders and disk, by a simple model with stated constants.
 
 What a step demands is counted; a machine's constants turn demands into seconds. Products and memory traffic of a GPU
-follow one another, the host's launches run beside both, and sums over the ranks run beside the last backward pass as
-far as they are overlapped. On a CPU nothing runs beside anything, and activations are in its caches.
+follow one another, what its host does (launches, and DeepSpeed's hooks at ZeRO 3) runs beside both, and sums over the
+ranks run beside the last backward pass as far as they are overlapped. On a CPU nothing runs beside anything, and
+activations are in its caches.
 Legend: P trained parameters, N ranks, M nodes, G ranks of a node, b bytes of a weight.
 """
 
@@ -25,7 +26,8 @@ class Machine:
     The defaults are a DGX H100: NVIDIA's datasheets "H100 Tensor Core GPU" (989.5e12 FLOP/s in bf16, 3.35e12 bytes/s of
     memory, NVLink 450e9 bytes/s each way) and "DGX H100" (a network card of 400 Gbit/s for each GPU), times the share
     that is usually reached. The shares, the time of a launch and that of a message are assumptions that nothing here
-    has measured; images per core are measured (docs/log.md, "Is loading the limit?").
+    has measured; images per core are measured (docs/log.md, "Is loading the limit?"), and so are the hooks, on a core
+    of an AMD EPYC (benchmarks/cost/planner.py).
     """
 
     kind: DeviceKind = "cuda"
@@ -33,6 +35,7 @@ class Machine:
     fp32_flops: float = 0.45 * 67e12
     memory_bandwidth: float = 0.8 * 3.35e12  # bytes per second
     operation_seconds: float = 8e-6  # of the host, for an operation's launch
+    hook_seconds: float = 0.6e-3  # of the host, for a module's forward and backward pass at ZeRO 3
     node_bandwidth: float = 0.8 * 450e9  # bytes per second of a rank to its node, each way
     network_bandwidth: float = 0.8 * 50e9  # bytes per second of a rank to other nodes, each way
     gathering: float = 1.0  # time of bytes gathered or scattered, in that of half a sum, which moves as many
@@ -53,12 +56,14 @@ class Demands:
 
     ``reduced`` bytes are summed over all ranks, ``gathered`` bytes come together on every rank or are scattered;
     what is offloaded causes ``host_traffic`` in the node's memory, and bytes that are ``copied`` to and from it;
-    ``last_backward`` is the share of the products that runs after the first gradients may be summed.
+    ``last_backward`` is the share of the products that runs after the first gradients may be summed. ``hooked`` modules
+    are those whose passes DeepSpeed accompanies, counted in each micro-batch.
     """
 
     flops: float
     traffic: float
     operations: int
+    hooked: int
     optimizer_traffic: float
     host_traffic: float
     copied: float
@@ -119,6 +124,7 @@ def demands_of(
         flops=accumulation * (work.flops + work.recomputed_flops),
         traffic=float(accumulation * work.activations.traffic),
         operations=accumulation * work.activations.operations,
+        hooked=accumulation * parameters.modules if zero.stage == 3 else 0,
         optimizer_traffic=moved + (0.0 if zero.offload_optimizer else adam),
         host_traffic=adam if zero.offload_optimizer else 0.0,
         copied=offloaded,
@@ -132,11 +138,13 @@ def demands_of(
 def speed_of(demands: Demands, machine: Machine, work: Work, ranks: int, accumulation: int) -> Speed:
     """Seconds of a step on ``machine``."""
     compute, hidden = demands.flops / machine.flops, 0.0
+    host = demands.operations * machine.operation_seconds + demands.hooked * machine.hook_seconds
     reducing = _all_reduce(demands.reduced, machine, ranks)
     if machine.kind == "cuda":
-        compute += demands.traffic / machine.memory_bandwidth
-        compute = max(compute, demands.operations * machine.operation_seconds)
+        compute = max(compute + demands.traffic / machine.memory_bandwidth, host)
         hidden = min(reducing, compute * demands.last_backward)
+    else:
+        compute += host
     communication = reducing - hidden + machine.gathering * _all_reduce(demands.gathered, machine, ranks) / 2
     communication += demands.collectives * machine.message_seconds * _hops(machine, ranks)
     optimizer = demands.optimizer_traffic / machine.memory_bandwidth

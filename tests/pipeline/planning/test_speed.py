@@ -42,6 +42,20 @@ def test_a_host_that_launches_slowly_is_the_limit() -> None:
     assert speed(1, machine=slow).compute == pytest.approx(1.0)
 
 
+def test_at_stage_3_the_host_accompanies_every_module_of_every_micro_batch() -> None:
+    hooked = dataclasses.replace(PARAMETERS, modules=200)
+
+    def compute(stage: int, accumulation: int, machine: Machine = PLAIN, kind: str = "cuda") -> float:
+        demands = demands_of(hooked, WORK, Zero(stage, 2), 1, accumulation, kind)
+        return speed_of(demands, dataclasses.replace(machine, kind=kind), WORK, 1, accumulation).compute
+
+    slow = dataclasses.replace(PLAIN, hook_seconds=1e-2)
+    assert compute(3, 4, slow) == pytest.approx(4 * (1000 * PLAIN.operation_seconds + 200 * 1e-2))
+    assert compute(2, 4, slow) == compute(2, 4)
+    quick = dataclasses.replace(PLAIN, operation_seconds=0.0, hook_seconds=0.0)
+    assert compute(3, 4, slow, "cpu") - compute(3, 4, quick, "cpu") == pytest.approx(compute(3, 4, slow))  # in turn
+
+
 def test_a_sum_over_a_node_and_over_nodes() -> None:
     """Stage 1: gradients summed, 2 (N-1)/N of their bytes a link; weights gathered, half of that."""
     in_node = 2 * 7 / 8 * 2e9 / 1e11

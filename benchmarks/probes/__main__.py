@@ -107,12 +107,15 @@ def measure(captioner: Captioner, data: ProbeData) -> dict[str, Any]:
     began = time.perf_counter()
     values: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    features = [features_of(captioner, split) for split in (data.train, data.test)]
-    values |= _match(data, *(pairs for pairs, _ in features))
-    if data.train.questions and data.test.questions:
-        values |= _answer(data, *(questions for _, questions in features))
+    if captioner.objective.name == "evlgen":
+        skipped |= dict.fromkeys(("matching", "vqa"), "the states of a frozen language model are not learnt")
     else:
-        skipped["vqa"] = "the samples' metadata holds no questions"
+        features = [features_of(captioner, split) for split in (data.train, data.test)]
+        values |= _match(data, *(pairs for pairs, _ in features))
+        if data.train.questions and data.test.questions:
+            values |= _answer(data, *(questions for _, questions in features))
+        else:
+            skipped["vqa"] = "the samples' metadata holds no questions"
     try:
         values |= _caption(captioner, data)
     except ValueError as error:  # released behaviour needs a prompt

@@ -41,13 +41,12 @@ from benchmarks.speedrun.plan import (
     write_json,
 )
 from benchmarks.speedrun.report import Findings, write_report
-from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows
+from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows, with_packaged_weights
 from pipeline.checkpoint.files import published, remove
-from pipeline.config.options import Config, fail, weighted_paths
+from pipeline.config.options import fail, weighted_paths
 from pipeline.config.recipes import find_recipe
 from pipeline.data.shard_reader import open_corpora
-from pipeline.data.tokenizer import load_tokenizer
-from pipeline.data.tokenizer_source import tokenizer_source
+from pipeline.data.tokenizer import tokenizer_of
 from pipeline.distributed.host_cores import usable_cores
 from pipeline.distributed.preempt import StopRequest
 from pipeline.distributed.run_lock import lock_run
@@ -96,8 +95,9 @@ class Speedrun:
         self.rows = load_rows(arguments.rows, shared_words(arguments), arguments.only)
         self.target_rows = target_rows(self.rows, arguments.target)
         data = self.rows[0].config.data
-        tokenizer = load_tokenizer(tokenizer_source(Config(data=data)))
-        check_models(self.rows, tokenizer.vocabulary)
+        ready = with_packaged_weights(self.rows)
+        tokenizer = tokenizer_of(ready[0].config)
+        check_models(ready, tokenizer.vocabulary)
         for row in self.rows:
             finetuning.check(arguments.finetune, row.config)
         corpora = open_corpora([path for path, _ in weighted_paths(data)], data.train_split)

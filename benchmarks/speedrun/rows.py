@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from model.config import Vocabulary
 from pipeline.config.command_line import parse_command_line
 from pipeline.config.options import Config, ConfigError, leaves
 from pipeline.config.recipes import read_yaml
+from pipeline.weights.packaged import use_packaged_weights
 
 FOLDER = Path(__file__).resolve().parent / "rows"
 SHARE = "budget_share"
@@ -67,6 +69,18 @@ def load_rows(name: str, base: Sequence[str], only: Sequence[str] | None = None)
             raise ConfigError(f"--only: found {missing[0]!r}, expected rows of {path.name}: {', '.join(written)}")
         written = {row: written[row] for row in written if row in only}
     return [_row(path, row, content, base) for row, content in written.items()]
+
+
+def with_packaged_weights(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the paths of weights that they name by package; identities keep the names.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    found = copy.deepcopy(list(rows))
+    for row in found:
+        use_packaged_weights(row.config)
+    return found
 
 
 def check_models(rows: Sequence[Row], vocabulary: Vocabulary) -> None:

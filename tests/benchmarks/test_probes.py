@@ -15,12 +15,13 @@ from model.batch import Row
 from model.build import build_objective
 from pipeline.config.command_line import parse_command_line
 from pipeline.data.shard_reader import open_corpora
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer, tokenizer_of
 from pipeline.data.transforms import clip_transform
 from pipeline.pictures.pictures import Pictures
 from pipeline.tasks.captioning import Captioner, Item, caption_items
 from tests.rounding import TINY
 from tests.tiny_corpus import make_corpus
+from tests.tiny_frozen_parts import write_language_model
 
 
 def blobs(num_items: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,6 +175,20 @@ def test_captions_of_the_right_images_score_above_those_of_others(data: Path, mo
     monkeypatch.setattr("benchmarks.probes.__main__.caption_items", perfect)
     values = measure(model, found)
     assert values["caption_cider_d"] == pytest.approx(10) and values["caption_blind_cider_d"] < 5
+
+
+@pytest.mark.slow
+def test_of_a_frozen_language_model_captions_alone_are_compared(data: Path, tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "llm")
+    config = parse_command_line(["--recipe", "evlgen_tiny", "--model.language.name", str(folder)]).config
+    tokenizer = tokenizer_of(config)
+    objective = build_objective(config.model, config.objective, tokenizer.vocabulary, 32).eval()
+    model = Captioner(objective, tokenizer, Pictures(clip_transform(32)), torch.device("cpu"), Path(), max_tokens=6)
+    found = encoded(chosen(data, model), model)
+    found.captioned = [item._replace(references=[*item.references, "a second one"]) for item in found.captioned]
+    values = measure(model, found)
+    assert set(values["skipped"]) == {"matching", "vqa"} and values["caption_cider_d"] >= 0
+    assert not {"matching_accuracy", "vqa_accuracy"} & set(values)
 
 
 @pytest.mark.slow

@@ -29,11 +29,20 @@ from benchmarks.speedrun.plan import (
 from benchmarks.speedrun.rows import FOLDER, Row, check_models, load_rows
 from model.config import Vocabulary
 from pipeline.config.options import Config, ConfigError, OptimConfig
+from pipeline.data.tokenizer import tokenizer_of
 from pipeline.distributed.preempt import SIGNALS
 from tests.benchmarks.test_speedrun_jobs import python
 from tests.tiny_corpus import make_corpus
+from tests.tiny_frozen_parts import write_language_model
 
 DEMO = ["--recipe", "demo"]
+
+
+def evlgen_words(folder: Path) -> list[str]:
+    """Options of an EVLGen whose tower gives 7 x 7 tokens, as that of the recipe photos_evlgen, and a class token."""
+    words = ["--recipe", "evlgen_tiny", "--model.language.name", str(write_language_model(folder / "llm"))]
+    words += ["--model.vision.image_size", "56", "--model.connector.num_tokens", "30"]
+    return [*words, "--model.connector.max_positions", "64"]
 
 
 def row(share: float = 1.0, batch_size: int = 64) -> Row:
@@ -96,9 +105,14 @@ def test_each_round_of_calibration_has_all_rows_and_other_neighbours(count: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_rows_that_come_along_are_lawful(path: Path) -> None:
-    rows = load_rows(path.stem, DEMO)
-    check_models(rows, Vocabulary(400, 0, 1, 2, 3))
+def test_the_rows_that_come_along_are_lawful(path: Path, tmp_path: Path) -> None:
+    of_connectors = path.stem == "connectors"
+    rows = load_rows(path.stem, evlgen_words(tmp_path) if of_connectors else DEMO)
+    check_models(rows, tokenizer_of(rows[0].config).vocabulary if of_connectors else Vocabulary(400, 0, 1, 2, 3))
+    if of_connectors:
+        assert "random weights" in path.read_text() and not any(one.config.model.connector.pretrained for one in rows)
+        sizes = {one.name: one.config.model.connector.num_tokens for one in rows}
+        assert set(sizes.values()) == {30, 15, 49} and sizes["pooling"] == 30
     assert len({repr(one.options) + str(one.budget_share) for one in rows}) == len(rows) >= 4
     if path.stem == "objectives":
         assert {one.config.objective.name for one in rows} == {"flm", "mlm", "ar", "prefixlm"}
@@ -362,7 +376,7 @@ def test_mistakes_are_one_line(data, tmp_path, capsys) -> None:
 
 def test_its_own_recipes_go_by_their_names_and_others_as_for_training() -> None:
     words = ["--data", "d", "--output", "o", "--steps", "5", "--recipe"]
-    for name in ("photos", "photos_trained", "scenes"):
+    for name in ("photos", "photos_evlgen", "photos_trained", "scenes"):
         assert Path(parse([*words, name], "").recipe) == FOLDER.parent / "recipes" / f"{name}.yaml"
     assert [parse([*words, name], "").recipe for name in ("flm_tiny", "own.yaml")] == ["flm_tiny", "own.yaml"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -220,7 +221,7 @@ def test_a_stage_that_fails_ends_the_pipeline_with_its_table(desk: Desk, script:
     *pipeline.restart*) exit 2 ;;
     esac"""
     site = desk.site(PYTHON=str(script("python", body)), TASKS=["one", "two"], PREPARE=["synth --train 8"])
-    inner = f"export SLURM_CPU_BIND=quiet,mask_cpu:0x1 PMI_RANK=0; bash {SCRIPTS}/pipeline.sh"
+    inner = f"export SLURM_CPU_BIND=quiet,mask_cpu:0x1 PMI_RANK=0; bash {shlex.quote(str(SCRIPTS / 'pipeline.sh'))}"
     wrap = ["sbatch", "--parsable", f"--output={desk.folder}/outer.out", "--cpus-per-task=3", "--wrap", inner]
     desk.cluster.run(*wrap, OPENFLM_SITE=str(site), OUT=str(desk.folder))
     desk.wait(lambda: (desk.folder / "scores").exists())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 from collections.abc import Callable
@@ -95,7 +96,8 @@ def test_salloc_from_another_host(desk: Desk, python: Path, data: Path, undistur
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("no other host name: unshare --uts is not permitted here")
     site = desk.site(PYTHON=str(python), DATA=[str(data)])
-    typed = f"hostname login; salloc --nodes=2 bash {SCRIPTS}/pretrain_flm.sh {' '.join(OPTIONS)}"
+    command = ["salloc", "--nodes=2", "bash", str(SCRIPTS / "pretrain_flm.sh"), *OPTIONS]
+    typed = f"hostname login; {shlex.join(command)}"
     variables = {"OPENFLM_SITE": str(site), "TEST_FOLDER": str(desk.folder)}
     desk.cluster.run("unshare", "--uts", "bash", "-c", typed, seconds=600, **variables)
     assert_same(desk.folder / "runs" / "flm_tiny", undisturbed)

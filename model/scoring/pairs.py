@@ -76,7 +76,8 @@ class _Block:
 
     ``states`` [U, D] are behind the first top layer's self-attention. ``queries`` [M, D] are the CLS queries after the
     bottom half, None in a network without reconstructor; ``of_caption`` int64 [M, S*T] numbers the states that each
-    reads, where ``is_state`` bool [M, 1, S*T]. ``read`` int64 [M] numbers the states that are CLS features otherwise.
+    reads, where ``is_state`` bool [M, 1, S*T], and ``beside`` int64 [M, 2] those that are added to it, None in a
+    network without boundary states. ``read`` int64 [M] numbers the states that are CLS features otherwise.
     """
 
     states: Tensor
@@ -86,6 +87,7 @@ class _Block:
     queries: Tensor | None
     of_caption: Tensor
     is_state: Tensor
+    beside: Tensor | None
 
 
 class _Shared:
@@ -114,6 +116,8 @@ def _encode_block(net: nn.Module, planner: Planner, captions: list[list[int]], d
     has_queries = len(plan.query_index) > 0
     read_cells = plan.query_index if has_queries else plan.l2r_index[term.position]
     longest = int(plan.lengths.max())
+    row_start = torch.arange(num_rows) * num_positions
+    know_all = torch.stack([row_start + plan.lengths - 1, grid + row_start], 1)  # as model.flm's CLS queries have them
     of_caption = state_of_cell.view(-1, num_rows, num_positions)[:, :, :longest].transpose(0, 1)
     is_state = (torch.arange(longest) < plan.lengths[:, None])[:, None].expand_as(of_caption)
 
@@ -129,6 +133,7 @@ def _encode_block(net: nn.Module, planner: Planner, captions: list[list[int]], d
         queries=None,
         of_caption=move(of_caption.flatten(1)),
         is_state=move(is_state.flatten(1)[:, None]),
+        beside=state_of_cell[move(know_all)] if has_queries and net.boundary_states else None,
     )
     words, kept = plan.text.flatten()[cells[first] % grid], cells[first]
     return _bottom_half(net, block, move(words), move(kept % num_positions), move(kept >= grid), has_queries)
@@ -193,7 +198,7 @@ def _fuse(net: nn.Module, block: _Block, image: list[tuple[Tensor, ...]]) -> Ten
         mixed = merge_heads(F.scaled_dot_product_attention(query, key, value))[0]
         states = layer.ffn(layer.cross_residual(attention.out(mixed), states))
         queries = _reconstruct(net, "top", number, block, queries, states)
-    return states if queries is None else queries
+    return states if queries is None else _with_states(block, queries, states)
 
 
 def _reconstruct(
@@ -207,8 +212,15 @@ def _reconstruct(
     if which < 0:
         return queries
     layer = layers[which]
+    if which == 0:
+        queries = _with_states(block, queries, states)
     mixed = _attend_once(layer.cross_attention, queries, states[block.of_caption], block.is_state)
     return layer.ffn(layer.cross_residual(mixed, queries))
+
+
+def _with_states(block: _Block, queries: Tensor, states: Tensor) -> Tensor:
+    """Queries [M, D] with the boundary states of CLS queries added, in a network that has them."""
+    return queries if block.beside is None else queries + states[block.beside].sum(1)
 
 
 def _attend_once(attention: nn.Module, query_MD: Tensor, states_MKD: Tensor, mask_M1K: Tensor) -> Tensor:

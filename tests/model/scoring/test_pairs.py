@@ -49,11 +49,29 @@ def score_from_scratch(objective: torch.nn.Module, pixels: torch.Tensor, token_i
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_scores_are_those_of_every_pair_from_scratch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_scores(built(name), monkeypatch)
+
+
+@pytest.mark.parametrize("boundary", [False, True])
+@pytest.mark.parametrize("depth", [(2, 2), (0, 1), (1, 2), (0, 0)])
+def test_scores_with_any_depth_of_the_reconstructor(
+    depth: tuple[int, int], boundary: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = built("flm")
+    net = objective.net
+    net.boundary_states = boundary
+    for half, kept in zip((net.reconstructor_bottom, net.reconstructor_top), depth, strict=True):
+        del half[: len(half) - kept]
+    check_scores(objective, monkeypatch, least_spread=1e-2 if boundary or sum(depth) else 0.0)
+
+
+def check_scores(objective: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, least_spread: float = 1e-2) -> None:
+    """Scores of two pictures with all captions by pairs, and one by one."""
     monkeypatch.setattr(pairs, "BLOCK_CAPTIONS", 5)  # several blocks, a short one last
-    objective, pictures = built(name), images(2)[:, 0]
+    pictures = images(2)[:, 0]
     captions = pairs.encode_captions(objective.net, objective.planner, CAPTIONS)
     for picture in pictures:
         scores = score(objective, captions, picture)
         expected = torch.tensor([score_from_scratch(objective, picture, ids) for ids in CAPTIONS])
-        assert expected.std() > 1e-2
+        assert expected.std() >= least_spread
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)

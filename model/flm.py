@@ -81,7 +81,7 @@ class FLM(nn.Module):
         for number, layer in enumerate(self.bottom):
             states = run(layer, states, attend_text, recompute=recompute)
             if number >= skip:
-                queries = _with_states(queries, states, beside if number == skip else None)
+                queries = with_states(queries, states, beside if number == skip else None)
                 reader = self.reconstructor_bottom[number - skip]
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
 
@@ -93,10 +93,10 @@ class FLM(nn.Module):
         for number, layer in enumerate(self.top):
             states = run(layer, states, attend_text, tokens, attend_images, recompute=recompute)
             if number >= skip:
-                queries = _with_states(queries, states, beside if number == skip else None)
+                queries = with_states(queries, states, beside if number == skip else None)
                 reader = self.reconstructor_top[number - skip]
                 queries = run(reader, queries, states, attend_states, recompute=recompute)
-        return Features(*streams.split(states), _with_states(queries, states, beside), bottom, images)
+        return Features(*streams.split(states), with_states(queries, states, beside), bottom, images)
 
     def stream_masks(self, plan: TextPlan) -> Tensor:
         """Which states see each other, bool [2, R, T, T]: l2r, r2l."""
@@ -169,7 +169,7 @@ def _beside_spans(plan: TextPlan, index: Tensor, is_r2l: Tensor) -> Tensor:
     return torch.stack([place[0, row_start + lo - 1], place[1, row_start + hi + 1]])
 
 
-def _with_states(queries: Tensor, states: Tensor, beside: Tensor | None) -> Tensor:
+def with_states(queries: Tensor, states: Tensor, beside: Tensor | None) -> Tensor:
     """Queries [Q, D] with the states [N1+N2, D] ``beside`` what is hidden from them added, if that is given."""
     if beside is None:
         return queries

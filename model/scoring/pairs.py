@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention, merge_heads, split_heads, text_attention
 from model.batch import Planner, Row, TextPlan
+from model.flm import with_states
 from model.towers import encode_images
 
 BLOCK_CAPTIONS = 256
@@ -76,7 +77,7 @@ class _Block:
 
     ``states`` [U, D] are behind the first top layer's self-attention. ``queries`` [M, D] are the CLS queries after the
     bottom half, None in a network without reconstructor; ``of_caption`` int64 [M, S*T] numbers the states that each
-    reads, where ``is_state`` bool [M, 1, S*T], and ``beside`` int64 [M, 2] those that are added to it, None in a
+    reads, where ``is_state`` bool [M, 1, S*T], and ``beside`` int64 [2, M] those that are added to it, None in a
     network without boundary states. ``read`` int64 [M] numbers the states that are CLS features otherwise.
     """
 
@@ -117,7 +118,7 @@ def _encode_block(net: nn.Module, planner: Planner, captions: list[list[int]], d
     read_cells = plan.query_index if has_queries else plan.l2r_index[term.position]
     longest = int(plan.lengths.max())
     row_start = torch.arange(num_rows) * num_positions
-    know_all = torch.stack([row_start + plan.lengths - 1, grid + row_start], 1)  # as model.flm's CLS queries have them
+    know_all = torch.stack([row_start + plan.lengths - 1, grid + row_start])  # as model.flm's CLS queries have them
     of_caption = state_of_cell.view(-1, num_rows, num_positions)[:, :, :longest].transpose(0, 1)
     is_state = (torch.arange(longest) < plan.lengths[:, None])[:, None].expand_as(of_caption)
 
@@ -198,7 +199,7 @@ def _fuse(net: nn.Module, block: _Block, image: list[tuple[Tensor, ...]]) -> Ten
         mixed = merge_heads(F.scaled_dot_product_attention(query, key, value))[0]
         states = layer.ffn(layer.cross_residual(attention.out(mixed), states))
         queries = _reconstruct(net, "top", number, block, queries, states)
-    return states if queries is None else _with_states(block, queries, states)
+    return states if queries is None else with_states(queries, states, block.beside)
 
 
 def _reconstruct(
@@ -213,14 +214,9 @@ def _reconstruct(
         return queries
     layer = layers[which]
     if which == 0:
-        queries = _with_states(block, queries, states)
+        queries = with_states(queries, states, block.beside)
     mixed = _attend_once(layer.cross_attention, queries, states[block.of_caption], block.is_state)
     return layer.ffn(layer.cross_residual(mixed, queries))
-
-
-def _with_states(block: _Block, queries: Tensor, states: Tensor) -> Tensor:
-    """Queries [M, D] with the boundary states of CLS queries added, in a network that has them."""
-    return queries if block.beside is None else queries + states[block.beside].sum(1)
 
 
 def _attend_once(attention: nn.Module, query_MD: Tensor, states_MKD: Tensor, mask_M1K: Tensor) -> Tensor:

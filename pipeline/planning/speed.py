@@ -57,7 +57,8 @@ class Demands:
     ``reduced`` bytes are summed over all ranks, ``gathered`` bytes come together on every rank or are scattered;
     what is offloaded causes ``host_traffic`` in the node's memory, and bytes that are ``copied`` to and from it;
     ``last_backward`` is the share of the products that runs after the first gradients may be summed. ``hooked`` modules
-    are those whose passes DeepSpeed accompanies, counted in each micro-batch.
+    are those whose passes DeepSpeed accompanies, counted in each micro-batch; frozen ones count as the others, though
+    most of them have no backward pass.
     """
 
     flops: float

@@ -17,7 +17,7 @@ TRUE = {"flops": 4e-11, "states": 2e-10, "summed": 1e-9, "gathered": 5e-9, "oper
 
 
 def counted(number: int, ranks: int) -> Counted:
-    parameters = Parameters(groups=((10**6 * number, 4 * 10**6),), frozen_sizes=(), modules=100 + 17 * number % 5)
+    parameters = Parameters(groups=((10**6 * number, 4 * 10**6),), frozen_sizes=(), modules=100 + 10 * number)
     activations = Activations(0, 10**7, 10**7, 10**7, 0, operations=300 + 70 * number**2, traffic=10**8 * (7 - number))
     work = Work(8, 100, 1e10 * (1 + number % 3), 0.0, 0, activations)
     zero = Zero(number % 4, 4)

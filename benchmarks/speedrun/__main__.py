@@ -25,6 +25,7 @@ from benchmarks.speedrun import finetuning
 from benchmarks.speedrun.curves import Run, read_run
 from benchmarks.speedrun.display import Display
 from benchmarks.speedrun.jobs import ROOT, Job, Stopped, run_jobs
+from benchmarks.speedrun.joining import IDENTITY, SOURCES, join
 from benchmarks.speedrun.options import parse, probe_words, shared_words, shown
 from benchmarks.speedrun.plan import (
     ROUNDS,
@@ -35,6 +36,7 @@ from benchmarks.speedrun.plan import (
     costs_to,
     hours_of_training,
     identity,
+    packed,
     read_json,
     steps_within,
     too_few_steps,
@@ -43,7 +45,7 @@ from benchmarks.speedrun.plan import (
 from benchmarks.speedrun.report import Findings, write_report
 from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows, with_packaged_weights
 from pipeline.checkpoint.files import published, remove
-from pipeline.config.options import fail, weighted_paths
+from pipeline.config.options import ConfigError, fail, weighted_paths
 from pipeline.config.recipes import find_recipe
 from pipeline.data.shard_reader import open_corpora
 from pipeline.data.tokenizer import tokenizer_of
@@ -113,8 +115,11 @@ class Speedrun:
         if arguments.report_only and not note.is_file():
             raise ValueError(f"{self.output}: found no speedrun to report on; leave --report-only out to begin one")
         self.lock = None if arguments.report_only else lock_run(self.output, wait_seconds=1)
-        accept_command(note, identity(self.rows, self._fixed()), arguments.seeds)
-        self.costs = costs_from(read_json(self.output / "calibration.json"))
+        self.identity = identity(self.rows, self._fixed())
+        self.joined = join(arguments.join, self.identity, arguments.seeds)
+        accept_command(note, self.identity, arguments.seeds)
+        self.costs = self.joined.costs | costs_from(read_json(self.output / "calibration.json"))
+        self._check_steps_of_joined()
 
     def run(self) -> int:
         """Calibrate, train and probe what is not done yet, report."""
@@ -125,7 +130,7 @@ class Speedrun:
             return self.report(failures)
         steps = {row.name: self.steps(row) for row in self.rows}
         every = [(row, seed) for seed in self.arguments.seeds for row in self.rows]
-        due = [(row, seed) for row, seed in every if not (self.run_folder(row, seed) / DONE).is_file()]
+        due = [(row, seed) for row, seed in every if not self.is_done(row, seed)]
         for row in self.rows:
             print(f"{row.name}: {steps[row.name]} steps{self._expected(row)}", flush=True)
             if line := too_few_steps(row.name, steps[row.name]):
@@ -169,13 +174,17 @@ class Speedrun:
         finished = [self.run_folder(row, seed) for row in self.rows for seed in self.arguments.seeds]
         finished = [folder for folder in finished if (folder / DONE).is_file()]
         frozen = all(row.config.model.vision.frozen for row in self.rows)
-        if not finished or not frozen or not self.several_captions or (self.output / NEIGHBOURS).is_file():
+        if not finished or not frozen or not self.several_captions or self.neighbours():
             return []
         words = ["--run", str(finished[0]), "--output", str(self.output / NEIGHBOURS)]
         words += ["--caption-images", str(self.arguments.caption_images)]
         command = [sys.executable, "-m", "benchmarks.probes.neighbours", *words]
         output = (self.output / NEIGHBOURS).with_suffix(".out")
         return self._run([Job(label="captions of neighbours", commands=[command], output=output)], stop)
+
+    def neighbours(self) -> dict[str, float]:
+        """The scores of those captions, empty before they are known."""
+        return read_json(self.output / NEIGHBOURS) or self.joined.neighbours
 
     def steps(self, row: Row) -> int:
         return steps_within(self.budget, row, self.costs.get(row.name), self.arguments.evaluations)
@@ -230,12 +239,12 @@ class Speedrun:
 
     def report(self, failures: list[str]) -> int:
         """Write what is known by now; returns the exit code."""
-        failures = failures + self._unequal_starts()
         runs = {}
         for row in self.rows:
-            seeds = [seed for seed in self.arguments.seeds if (self.run_folder(row, seed) / DONE).is_file()]
+            seeds = [seed for seed in self.arguments.seeds if self.is_done(row, seed)]
             if seeds:
-                runs[row.name] = [self._read(row, seed) for seed in seeds]
+                runs[row.name] = [self.joined.runs.get((row.name, seed)) or self._read(row, seed) for seed in seeds]
+        failures = failures + self._unequal_starts([run for of_row in runs.values() for run in of_row])
         if runs:
             findings = Findings(self.rows, runs, self.costs, self._facts(), failures, self.target_rows)
             print(write_report(self.output, findings))
@@ -249,24 +258,39 @@ class Speedrun:
         step_seconds = self.costs[row.name].step_seconds if self.arguments.clock == "calibrated" else None
         run = read_run(folder, row.name, seed, row.config.optim.batch_size, self.beat(row), step_seconds)
         run.last.probes |= finetuning.scores(folder)
+        run.starting_weights = read_json(folder / DONE).get("starting_weights")
         return run
 
-    def _unequal_starts(self) -> list[str]:
-        """What is wrong where, of runs that asked for the same weights, some got them from a hub and some did not."""
-        starts: dict[str, dict[str, str]] = {}  # asked -> got -> the first run that did
+    def _check_steps_of_joined(self) -> None:
+        """Raise ConfigError where a training of another folder is not as long as this folder's calibration asks for."""
         for row in self.rows:
-            model = row.config.model
-            asked = str((model.weights, model.vision.pretrained, model.text.pretrained))
             for seed in self.arguments.seeds:
-                got = read_json(self.run_folder(row, seed) / DONE).get("starting_weights")
-                if got is not None:
-                    starts.setdefault(asked, {}).setdefault(str(got), f"row {row.name}, seed {seed}")
+                run = self.joined.runs.get((row.name, seed))
+                if run and run.last.step != self.steps(row):
+                    raise ConfigError(
+                        f"--join: row {row.name}, seed {seed} has {run.last.step} steps, here it would have "
+                        f"{self.steps(row)}: {self.output} was calibrated by itself; give another --output"
+                    )
+
+    def _unequal_starts(self, runs: Sequence[Run]) -> list[str]:
+        """What is wrong where, of runs that asked for the same weights, some got them from a hub and some did not."""
+        models = {row.name: row.config.model for row in self.rows}
+        starts: dict[str, dict[str, str]] = {}  # asked -> got -> the first run that did
+        for run in runs:
+            model = models[run.row]
+            asked = str((model.weights, model.vision.pretrained, model.text.pretrained))
+            if run.starting_weights is not None:
+                got = starts.setdefault(asked, {})
+                got.setdefault(str(run.starting_weights), f"row {run.row}, seed {run.seed}")
         return [
             "the runs did not start from the same weights, so they cannot be compared: "
             + "; ".join(f"{run} from {weights}" for weights, run in got.items())
             for got in starts.values()
             if len(got) > 1
         ]
+
+    def is_done(self, row: Row, seed: int) -> bool:
+        return (row.name, seed) in self.joined.runs or (self.run_folder(row, seed) / DONE).is_file()
 
     def run_folder(self, row: Row, seed: int) -> Path:
         return self.output / "runs" / row.name / f"seed_{seed}"
@@ -339,12 +363,14 @@ class Speedrun:
             "jobs": arguments.jobs,
             "ranks": arguments.ranks,
             "clock": arguments.clock,
-            "neighbours": read_json(self.output / NEIGHBOURS),
+            "neighbours": self.neighbours(),
             "finetune": [str(one) for one in arguments.finetune],
             "recipe": find_recipe(arguments.recipe).stem,
             "data": ", ".join(f"{name} ({size} pairs)" for name, (size, _) in self.corpora.items()),
             "machine": machine,
             "revisions": self._revisions(),
+            SOURCES: self.joined.sources,
+            IDENTITY: packed(self.identity),
         }
 
     def _revisions(self) -> list[str]:

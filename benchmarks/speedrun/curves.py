@@ -47,6 +47,7 @@ class Run:
     points: list[Point] = field(default_factory=list)
     held_out: dict[str, tuple[float, float]] = field(default_factory=dict)  # name: before, after
     skipped: dict[str, str] = field(default_factory=dict)  # probe: why
+    starting_weights: dict[str, str | None] | None = None  # by part; None where that is not known
 
     @property
     def last(self) -> Point:

@@ -81,6 +81,15 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         default="measured",
         help="time of a training: as it was, or its steps at the cost of calibration, where other work goes on beside",
     )
+    add(
+        "--join",
+        nargs="+",
+        metavar="RESULTS",
+        default=[],
+        type=Path,
+        help="results.json of the same comparison in other folders or on other machines: their trainings count as "
+        "done, and each row trains for as many steps as there",
+    )
     add("--keep-checkpoints", action="store_true", help="keep probed checkpoints, not only the last of each run")
     add("--report-only", action="store_true", help="train nothing, write the report of what is finished")
     words = list(sys.argv[1:] if argv is None else argv)

@@ -16,7 +16,9 @@ from pipeline.config.options import ConfigError, flatten
 ROUNDS = 3  # of calibration, where time is what is measured
 FEW_STEPS = 100  # below, a model of the recipe demo has learnt nothing that the probes see
 DROPPED_LINES = 2  # of a calibration's log: kernels warm up, loaders start
+EVERY_ROW = "every row"
 _NOT_COMPARED = {"data.paths", "train.steps", "train.seed"}
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -129,22 +131,55 @@ def accept_command(path: Path, wanted: Mapping[str, Any], seeds: Sequence[int]) 
     before = read_json(path)
     if before:
         there = before["identity"]
-        differences = [
-            f"{name}: {there[name]!r} there, {value!r} here"
-            for name, value in wanted.items()
-            if name in there and there[name] != value
-        ]
+        differences = changes(there, wanted)
         differences += [f"{name} only here" for name in wanted if _is_row(name) and name not in there]
         differences += [f"{name} only there" for name in there if _is_row(name) and name not in wanted]
         gone = [seed for seed in before["seeds"] if seed not in seeds]
         differences += [f"seeds {gone} only there"] if gone else []
         if differences:
-            more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise ConfigError(
-                f"{path.parent} belongs to another command ({'; '.join(differences[:3])}{more}); "
+                f"{path.parent} belongs to another command ({few(differences)}); "
                 "give that command again, or another --output"
             )
     write_json(path, {"identity": dict(wanted), "seeds": list(seeds)})
+
+
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two identities both say, each otherwise."""
+    return [
+        f"{name}: {there[name]!r} there, {value!r} here"
+        for name, value in here.items()
+        if name in there and there[name] != value
+    ]
+
+
+def few(differences: Sequence[str]) -> str:
+    """The first ones in words, and how many more."""
+    more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return f"{'; '.join(differences[:3])}{more}"
+
+
+def packed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity with what all rows have alike written once, for ``every row``; :func:`unpacked` is the way back."""
+    rows = [name for name in identity if _is_row(name)]
+    shared = {
+        name.removeprefix(f"{rows[0]}, "): value
+        for name, value in identity.items()
+        if name.startswith(f"{rows[0]}, ")
+        and all(identity.get(name.replace(rows[0], row, 1), _MISSING) == value for row in rows)
+    }
+    own = {name: value for name, value in identity.items() if name.partition(", ")[2] not in shared}
+    return own | {f"{EVERY_ROW}, {name}": value for name, value in shared.items()}
+
+
+def unpacked(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity that :func:`packed` wrote."""
+    rows, shared = [name for name in content if _is_row(name)], f"{EVERY_ROW}, "
+    found = {name: value for name, value in content.items() if not name.startswith(shared)}
+    for name, value in content.items():
+        if name.startswith(shared):
+            found |= {f"{row}, {name.removeprefix(shared)}": value for row in rows}
+    return found
 
 
 def _is_row(name: str) -> bool:

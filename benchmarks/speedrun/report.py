@@ -86,6 +86,7 @@ def as_markdown(findings: Findings) -> str:
         f"{machine['device_name']}, {machine['cpu_count']} CPU cores, {facts['jobs']} trainings at a time, "
         f"{facts['ranks']} rank{'s' if facts['ranks'] > 1 else ''} each; Python {machine['python']}, "
         f"torch {machine['versions']['torch']}; trainings by revision {', '.join(facts['revisions'])}.",
+        *map(_source, facts["joined"]),
         "\n".join(_table(_head(probes), [_line(findings, row, probes) for row in findings.rows])),
     ]
     blind = [point.probes["vqa_blind"] for run in _all(findings) for point in run.points if "vqa_blind" in point.probes]
@@ -192,6 +193,16 @@ def _against_target(findings: Findings, probes: Sequence[str]) -> list[str]:
             lines.append([row.name, f"{row.budget_share:g}", there or "", *cells, _gap(gaps, probe)])
         parts.append("\n".join(_table(head, lines)))
     return parts
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """What was trained elsewhere."""
+    runs = "; ".join(f"{row} {', '.join(map(str, seeds))}" for row, seeds in source["runs"].items())
+    machine = source["machine"]
+    return (
+        f"Trained elsewhere (seeds): {runs}; {machine['device_name']}, {machine['cpu_count']} CPU cores, "
+        f"torch {machine['versions']['torch']}, revision {', '.join(source['revisions'])}."
+    )
 
 
 def _ratio(found: Mapping[str, Any] | None, row: str) -> str:

@@ -268,9 +268,9 @@ class Stubbed(Speedrun):
         return python(STAND_IN, "probe", str(folder), "{}")
 
 
-def speedrun(data: Path, output: Path, *options: str) -> Stubbed:
+def speedrun(data: Path, output: Path, *options: str, seeds: tuple[int, ...] = (0, 1)) -> Stubbed:
     words = ["--data", str(data), "--output", str(output), "--only", "flm", "mlm_40", "flm_at_40_percent", *options]
-    made = Stubbed(parse([*words, "--seeds", "0", "1"], ""))
+    made = Stubbed(parse([*words, "--seeds", *map(str, seeds)], ""))
     os.close(made.lock)
     return made
 

@@ -1,0 +1,72 @@
+"""Results of the same comparison from other folders or machines: their trainings count as done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speedrun.curves import Point, Run
+from benchmarks.speedrun.plan import Cost, changes, few, read_json, unpacked
+from pipeline.config.options import ConfigError
+
+IDENTITY, SOURCES = "identity", "joined"  # names in results.json
+
+
+@dataclass
+class Joined:
+    """What was read: ``runs`` by row and seed, what a step of a row ``costs``, the scores of ``neighbours``, and for
+    each of ``sources`` its machine, the revisions of its code, and the seeds of each row that are from there.
+    """
+
+    runs: dict[tuple[str, int], Run] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    neighbours: dict[str, float] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+
+def join(paths: Sequence[Path], identity: Mapping[str, Any], seeds: Sequence[int]) -> Joined:
+    """Read files results.json; nothing is taken of rows that ``identity`` has not, and of other seeds.
+
+    Raises:
+        ConfigError: no such file, none of a speedrun, of another comparison (names what differs), or two files with
+            other figures for the same training.
+    """
+    joined = Joined()
+    for path in paths:
+        results = read_json(path)
+        if not {IDENTITY, "runs", "calibration", "machine"} <= results.keys():
+            raise ConfigError(f"--join: {path}: expected results.json of a speedrun, of this version or a later one")
+        if found := changes(unpacked(results[IDENTITY]), identity):
+            raise ConfigError(f"--join: {path} is of another comparison ({few(found)})")
+        new = {}
+        for run in map(_run, results["runs"]):
+            place = (run.row, run.seed)
+            if joined.runs.get(place, run) != run:
+                raise ConfigError(f"--join: row {run.row}, seed {run.seed} has other figures in {path} than before it")
+            if f"row {run.row}" in identity and run.seed in seeds and place not in joined.runs:
+                new[place] = run
+        joined.runs |= new
+        joined.costs = {name: Cost(**cost) for name, cost in results["calibration"].items()} | joined.costs
+        joined.neighbours = joined.neighbours or results.get("neighbours") or {}
+        joined.sources += _sources(results, new)
+    return joined
+
+
+def _sources(results: Mapping[str, Any], new: Mapping[tuple[str, int], Run]) -> list[dict[str, Any]]:
+    """Where the ``new`` ones of a file's runs are from: files that were joined in it, else its own machine."""
+    own = {"machine": results["machine"], "revisions": results["revisions"]}
+    found, left = [], set(new)
+    for source in [*results.get(SOURCES, []), None]:
+        these = left if source is None else {(row, s) for row, s in left if s in source["runs"].get(row, ())}
+        left = left - these
+        seeds = {row: sorted(seed for name, seed in these if name == row) for row in sorted({row for row, _ in these})}
+        found += [{**(source or own), "runs": seeds}] if seeds else []
+    return found
+
+
+def _run(content: Mapping[str, Any]) -> Run:
+    points = [Point(**point) for point in content["points"]]
+    held_out = {name: tuple(values) for name, values in content["held_out"].items()}
+    return Run(**{**content, "points": points, "held_out": held_out})

@@ -106,13 +106,17 @@ def as_markdown(findings: Findings) -> str:
 
 
 def draw(findings: Findings) -> str:
-    """Every probe against time, operations and samples: thin lines are seeds, thick ones their means. SVG."""
+    """Every probe of more than the last checkpoint against time, operations and samples: thin lines are seeds, thick
+    ones their means. SVG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    probes = measured_probes(_all(findings)) or list(PROBES)[:1]
+    runs = _all(findings)
+    probes = [probe for probe in measured_probes(runs) if any(len(curve(run, probe, "samples")[0]) > 1 for run in runs)]
+    probes = probes or list(PROBES)[:1]
     style = {"svg.fonttype": "none", "svg.hashsalt": "openflm", "font.size": 9, "axes.edgecolor": "#888888"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11.5, 2.7 * len(probes) + 0.5), layout="constrained")

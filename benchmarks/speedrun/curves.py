@@ -120,6 +120,11 @@ def mean_curve(runs: Sequence[Run], probe: str, axis: str) -> tuple[list[float],
     )
 
 
+def has_curve(runs: Iterable[Run], probe: str) -> bool:
+    """Whether any run was probed by it more than once."""
+    return any(len(curve(run, probe, "samples")[0]) > 1 for run in runs)
+
+
 def finals(runs: Sequence[Run], probe: str) -> list[float]:
     """The last value of each seed."""
     return [run.last.probes[probe] for run in runs if probe in run.last.probes]
@@ -151,10 +156,10 @@ def time_to_target(
 
     That row's own cost is where its mean curve is first there. A seed's ratio is that over the seed's own cost; a seed
     that never gets there has cost None and counts as ratio 0 in median, min and max. None where there is no target row,
-    or where the untrained models are there already.
+    where the untrained models are there already, or of a probe of the last checkpoint alone.
     """
     found = targets(by_row, target_rows, probe)
-    if found is None:
+    if found is None or not has_curve([run for runs in by_row.values() for run in runs], probe):
         return None
     reference, target = found
     reference_cost = reached(*mean_curve(by_row[reference], probe, axis), target * (1 - 1e-12))

@@ -16,6 +16,7 @@ from benchmarks.speedrun.curves import (
     Run,
     curve,
     finals,
+    has_curve,
     mean_curve,
     measured_probes,
     targets,
@@ -115,8 +116,7 @@ def draw(findings: Findings) -> str:
     from matplotlib.figure import Figure
 
     runs = _all(findings)
-    probes = [probe for probe in measured_probes(runs) if any(len(curve(run, probe, "samples")[0]) > 1 for run in runs)]
-    probes = probes or list(PROBES)[:1]
+    probes = [probe for probe in measured_probes(runs) if has_curve(runs, probe)] or list(PROBES)[:1]
     style = {"svg.fonttype": "none", "svg.hashsalt": "openflm", "font.size": 9, "axes.edgecolor": "#888888"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11.5, 2.7 * len(probes) + 0.5), layout="constrained")
@@ -179,24 +179,35 @@ def _against_target(findings: Findings, probes: Sequence[str]) -> list[str]:
         reference, target = found
         by_axis = {axis: time_to_target(findings.runs, findings.target_rows, probe, axis) for axis in RATIO_AXES}
         title = PROBES[probe][0].upper() + PROBES[probe][1:]
-        there_already = " The untrained models are there already: no ratios." if by_axis["seconds"] is None else ""
         parts.append(
-            f"**{title}: to where {reference} ends ({_value(target, probe)}).** Time, operations, samples: what the "
-            f"mean curve of {reference} needs over what a row needs, median over seeds (lowest, highest); above 1 the "
-            f"row is faster.{there_already}"
+            f"**{title}: to where {reference} ends ({_value(target, probe)}).** "
+            + _on_ratios(reference, by_axis["seconds"] is not None, has_curve(_all(findings), probe))
         )
-        head = ["row", "share of the budget", "seeds there", *RATIO_AXES.values(), "at its end, against the target"]
+        ratios = ["seeds there", *RATIO_AXES.values()] if by_axis["seconds"] else []
+        head = ["row", "share of the budget", *ratios, "at its end, against the target"]
         lines = []
         for row in findings.rows:
             runs = findings.runs.get(row.name)
             if not runs:
                 continue
-            cells = [_ratio(by_axis[axis], row.name) for axis in RATIO_AXES]
-            there = by_axis["seconds"] and f"{by_axis['seconds']['rows'][row.name]['seeds_there']} of {len(runs)}"
+            cells = []
+            if found := by_axis["seconds"]:
+                cells = [f"{found['rows'][row.name]['seeds_there']} of {len(runs)}"]
+                cells += [_ratio(by_axis[axis]["rows"][row.name]["ratio"]) for axis in RATIO_AXES]
             gaps = [value - target for value in finals(runs, probe)]
-            lines.append([row.name, f"{row.budget_share:g}", there or "", *cells, _gap(gaps, probe)])
+            lines.append([row.name, f"{row.budget_share:g}", *cells, _gap(gaps, probe)])
         parts.append("\n".join(_table(head, lines)))
     return parts
+
+
+def _on_ratios(reference: str, are_there: bool, are_curves: bool) -> str:
+    """What the ratios of a table are, or why it has none."""
+    if are_there:
+        return (
+            f"Time, operations, samples: what the mean curve of {reference} needs over what a row needs, median over "
+            "seeds (lowest, highest); above 1 the row is faster."
+        )
+    return "The untrained models are there already: no ratios." if are_curves else "Of the last checkpoints alone."
 
 
 def _source(source: Mapping[str, Any]) -> str:
@@ -209,12 +220,10 @@ def _source(source: Mapping[str, Any]) -> str:
     )
 
 
-def _ratio(found: Mapping[str, Any] | None, row: str) -> str:
-    if found is None:
-        return ""
+def _ratio(ratio: Mapping[str, float]) -> str:
     words = [
         "not reached" if value == 0 else "at once" if math.isinf(value) else f"{value:.2f}"
-        for value in (found["rows"][row]["ratio"][name] for name in ("median", "min", "max"))
+        for value in (ratio[name] for name in ("median", "min", "max"))
     ]
     return words[0] if len(set(words)) == 1 else f"{words[0]} ({words[1]}, {words[2]})"
 

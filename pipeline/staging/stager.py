@@ -72,9 +72,7 @@ class Stager:
         if step // stretch != self._step // stretch:
             self._moved.set()
         self._step = step
-        if self._warning is not None:  # printed by the main thread: one that is forked meanwhile holds no lock
-            print(self._warning, file=sys.stderr, flush=True)
-            self._warning = None
+        self._say_warning()
 
     def close(self) -> None:
         """End copying; the copies stay for a later run."""
@@ -82,6 +80,7 @@ class Stager:
         self._moved.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._say_warning()
         for folder in self._folders:
             folder.close()
 
@@ -145,6 +144,12 @@ class Stager:
         """Copies that are ``ready`` or ``left``, numbered through over all corpora."""
         firsts = zip(self._first.tolist(), self._folders)
         return {first + number for first, folder in firsts for number in getattr(folder, which)}
+
+    def _say_warning(self) -> None:
+        """In the main thread: one that is forked meanwhile holds no lock."""
+        if self._warning is not None:
+            print(self._warning, file=sys.stderr, flush=True)
+            self._warning = None
 
     def _warn(self, what: str) -> None:
         if not self._warned:

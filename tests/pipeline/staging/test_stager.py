@@ -162,6 +162,17 @@ def test_a_failing_disk_is_said_once_and_tried_again(disk: Path, corpora, monkey
     assert len(lines) == 1 and os.strerror(code) in lines[0] and "originals are read instead" in lines[0]
 
 
+def test_what_goes_wrong_behind_the_last_step_is_said_at_the_end(disk: Path, corpora, capsys) -> None:
+    for corpus in corpora:
+        for tar in corpus.split_dir.glob("*.tar"):
+            tar.write_bytes(tar.read_bytes()[:-1] + b"?")
+    staging = make(disk, corpora)
+    staging.start(0)
+    wait_until(lambda: staging._refused.all())
+    staging.close()
+    assert capsys.readouterr().err.count("it is not copied") == 1
+
+
 def test_an_altered_original_is_said_once_and_left_out(disk: Path, corpora, capsys) -> None:
     for corpus in corpora:
         tar = corpus.split_dir / "00000.tar"

@@ -26,7 +26,7 @@ from benchmarks.speedrun.curves import Run, read_run
 from benchmarks.speedrun.display import Display
 from benchmarks.speedrun.jobs import ROOT, Job, Stopped, run_jobs
 from benchmarks.speedrun.joining import IDENTITY, SOURCES, join
-from benchmarks.speedrun.options import parse, probe_words, shared_words, shown
+from benchmarks.speedrun.options import parse, probe_words, shared_words, shown, without_folders
 from benchmarks.speedrun.plan import (
     ROUNDS,
     accept_command,
@@ -258,7 +258,8 @@ class Speedrun:
         step_seconds = self.costs[row.name].step_seconds if self.arguments.clock == "calibrated" else None
         run = read_run(folder, row.name, seed, row.config.optim.batch_size, self.beat(row), step_seconds)
         run.last.probes |= finetuning.scores(folder)
-        run.starting_weights = read_json(folder / DONE).get("starting_weights")
+        starts = read_json(folder / DONE).get("starting_weights")
+        run.starting_weights = starts and {part: start and without_folders(start) for part, start in starts.items()}
         return run
 
     def _check_steps_of_joined(self) -> None:

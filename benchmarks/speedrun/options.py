@@ -150,12 +150,17 @@ def probe_words(arguments: argparse.Namespace) -> list[str]:
     return [word for name, _, _ in IMAGES for word in (f"--{name}-images", str(getattr(arguments, f"{name}_images")))]
 
 
+def without_folders(word: str) -> str:
+    """An absolute path by its name, which is the same on other machines; all else as it is."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def shown(word: str) -> str:
     """An absolute path as seen from the working folder, or its name alone."""
     path = Path(word)
     if not path.is_absolute():
         return word
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else without_folders(word)
 
 
 def _budget(arguments: argparse.Namespace) -> Budget:

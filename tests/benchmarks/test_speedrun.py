@@ -236,9 +236,9 @@ if what == "train":
             if step in (0, steps):
                 log.write(json.dumps({"kind": "eval", "step": step, "loss": 5.0 - 2 * step / steps}) + "\\n")
     (folder / "beat").write_text(str(every))
-    (folder / "environment.json").write_text(
-        '{"starting_weights": {"text": {"taken": null}}, "git_revision": "0123456789abcdef", "git_changed": true}'
-    )
+    starts = {"text": {"taken": None}, "vision": {"taken": f"/{folder.name}/tower.pth"}}
+    noted = {"starting_weights": starts, "git_revision": "0123456789abcdef", "git_changed": True}
+    (folder / "environment.json").write_text(json.dumps(noted))
 else:
     every, records = int((folder / "beat").read_text()), (folder / "log.jsonl").read_text().splitlines()
     steps = max(json.loads(record)["step"] for record in records)

@@ -104,6 +104,8 @@ def test_seeds_of_two_folders_become_one_report(data: Path, tmp_path: Path, hand
         "mlm_40/seed_1",
     ]
     joined = json.loads((second / "results.json").read_text())
+    starts = [run["starting_weights"] for run in joined["runs"]]
+    assert starts == [{"text": None, "vision": "tower.pth"}] * 6  # wherever a machine has it
     assert [(run["row"], run["seed"]) for run in joined["runs"]][:2] == [("flm", 0), ("flm", 1)]
     assert [source["runs"] for source in joined["joined"]] == [{"flm": [0], "mlm_40": [0]}]
     assert "Trained elsewhere (seeds): flm 0; mlm_40 0; " in (second / "table.md").read_text()

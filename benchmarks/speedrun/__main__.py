@@ -116,7 +116,7 @@ class Speedrun:
             raise ValueError(f"{self.output}: found no speedrun to report on; leave --report-only out to begin one")
         self.lock = None if arguments.report_only else lock_run(self.output, wait_seconds=1)
         self.identity = identity(self.rows, self._fixed())
-        self.joined = join(arguments.join, self.identity, arguments.seeds)
+        self.joined = join(arguments.join, self.identity, arguments.seeds, arguments.clock)
         accept_command(note, self.identity, arguments.seeds)
         self.costs = self.joined.costs | costs_from(read_json(self.output / "calibration.json"))
         self._check_steps_of_joined()

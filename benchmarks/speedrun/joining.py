@@ -12,6 +12,7 @@ from benchmarks.speedrun.plan import Cost, changes, few, read_json, unpacked
 from pipeline.config.options import ConfigError
 
 IDENTITY, SOURCES = "identity", "joined"  # names in results.json
+_NEEDED = {IDENTITY, "runs", "calibration", "clock", "machine", "revisions"}
 
 
 @dataclass
@@ -26,22 +27,27 @@ class Joined:
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
-def join(paths: Sequence[Path], identity: Mapping[str, Any], seeds: Sequence[int]) -> Joined:
+def join(paths: Sequence[Path], identity: Mapping[str, Any], seeds: Sequence[int], clock: str) -> Joined:
     """Read files results.json; nothing is taken of rows that ``identity`` has not, and of other seeds.
 
     Raises:
-        ConfigError: no such file, none of a speedrun, of another comparison (names what differs), or two files with
-            other figures for the same training.
+        ConfigError: no such file, none of a speedrun, of another comparison or ``clock`` (names what differs), or two
+            files with other figures for the same training.
     """
     joined = Joined()
     for path in paths:
         results = read_json(path)
-        if not {IDENTITY, "runs", "calibration", "machine"} <= results.keys():
-            raise ConfigError(f"--join: {path}: expected results.json of a speedrun, of this version or a later one")
-        if found := changes(unpacked(results[IDENTITY]), identity):
+        if not _NEEDED <= results.keys():
+            missing = ", ".join(sorted(_NEEDED - results.keys()))
+            raise ConfigError(
+                f"--join: {path}: found no {missing}, expected results.json of a speedrun; those of earlier versions "
+                "do not say what was compared"
+            )
+        found = changes(unpacked(results[IDENTITY]), identity)
+        if found := found + changes({"--clock": results["clock"]}, {"--clock": clock}):
             raise ConfigError(f"--join: {path} is of another comparison ({few(found)})")
         new = {}
-        for run in map(_run, results["runs"]):
+        for run in _runs(path, results["runs"]):
             place = (run.row, run.seed)
             if joined.runs.get(place, run) != run:
                 raise ConfigError(f"--join: row {run.row}, seed {run.seed} has other figures in {path} than before it")
@@ -66,7 +72,13 @@ def _sources(results: Mapping[str, Any], new: Mapping[tuple[str, int], Run]) -> 
     return found
 
 
-def _run(content: Mapping[str, Any]) -> Run:
-    points = [Point(**point) for point in content["points"]]
-    held_out = {name: tuple(values) for name, values in content["held_out"].items()}
-    return Run(**{**content, "points": points, "held_out": held_out})
+def _runs(path: Path, contents: Sequence[Mapping[str, Any]]) -> list[Run]:
+    runs = []
+    for content in contents:
+        try:
+            points = [Point(**point) for point in content["points"]]
+            held_out = {name: tuple(values) for name, values in content["held_out"].items()}
+            runs.append(Run(**{**content, "points": points, "held_out": held_out}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"--join: {path}: a training in it is not readable ({error!r})") from None
+    return runs

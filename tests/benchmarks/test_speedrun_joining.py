@@ -39,6 +39,7 @@ def results(path: Path, *runs: tuple[str, int, float], **more: object) -> Path:
         "identity": packed(IDENTITY),
         "machine": {"device_name": path.stem},
         "revisions": ["0123"],
+        "clock": "measured",
         "calibration": {"flm": {"step_seconds": 0.5, "gflop_per_sample": 2.0}},
         "runs": [
             {
@@ -59,32 +60,36 @@ def results(path: Path, *runs: tuple[str, int, float], **more: object) -> Path:
 def test_each_training_is_taken_once_and_its_machine_is_known(tmp_path: Path) -> None:
     first = results(tmp_path / "first.json", ("flm", 0, 2.0), ("mlm", 0, 3.0), ("gone", 0, 3.0), ("flm", 5, 3.0))
     source = {"machine": {"device_name": "first"}, "revisions": ["0123"], "runs": {"flm": [0], "mlm": [0]}}
-    found = join([first], IDENTITY, [0, 1])
+    found = join([first], IDENTITY, [0, 1], "measured")
     assert list(found.runs) == [("flm", 0), ("mlm", 0)] and found.sources == [source]
     assert found.runs["flm", 0].held_out == {"loss": (5.0, 3.0)} and found.costs["flm"].step_seconds == 0.5
 
     both = results(tmp_path / "both.json", ("flm", 0, 2.0), ("mlm", 0, 3.0), ("flm", 1, 4.0), joined=[source])
     of_both = {"machine": {"device_name": "both"}, "revisions": ["0123"], "runs": {"flm": [1]}}
-    assert join([both], IDENTITY, [0, 1]).sources == [source, of_both]
-    assert join([first, both], IDENTITY, [0, 1]).sources == [source, of_both]
-    assert join([both], IDENTITY, [1]).sources == [of_both]
+    assert join([both], IDENTITY, [0, 1], "measured").sources == [source, of_both]
+    assert join([first, both], IDENTITY, [0, 1], "measured").sources == [source, of_both]
+    assert join([both], IDENTITY, [1], "measured").sources == [of_both]
 
     other = results(tmp_path / "other.json", ("flm", 0, 9.0))
     with pytest.raises(ConfigError, match=r"row flm, seed 0 has other figures in .*other.json"):
-        join([first, other], IDENTITY, [0])
+        join([first, other], IDENTITY, [0], "measured")
 
 
 def test_what_is_of_another_comparison_is_refused(tmp_path: Path) -> None:
     path = results(tmp_path / "results.json", ("flm", 0, 2.0))
     with pytest.raises(ConfigError, match="another comparison .row flm, b: 2 there, 7 here"):
-        join([path], IDENTITY | {"row flm, b": 7}, [0])
-    assert join([path], {"budget": "2 minutes", "row new": "trained", "row new, b": 7}, [0]).runs == {}
-    for text, said in (("{}", "expected results.json of a speedrun"), ("{", "not readable")):
+        join([path], IDENTITY | {"row flm, b": 7}, [0], "measured")
+    assert join([path], {"budget": "2 minutes", "row new": "trained", "row new, b": 7}, [0], "measured").runs == {}
+    with pytest.raises(ConfigError, match="another comparison .--clock: 'measured' there, 'calibrated' here"):
+        join([path], IDENTITY, [0], "calibrated")
+    broken = path.read_text().replace('"tflop"', '"flop"')
+    no_results = "found no calibration, clock, identity, machine, revisions, runs, expected results.json"
+    for text, said in (("{}", no_results), ("{", "not readable"), (broken, "a training in it is not readable")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
-            join([path], IDENTITY, [0])
-    with pytest.raises(ConfigError, match="expected results.json of a speedrun"):
-        join([tmp_path / "none.json"], IDENTITY, [0])
+            join([path], IDENTITY, [0], "measured")
+    with pytest.raises(ConfigError, match=no_results):
+        join([tmp_path / "none.json"], IDENTITY, [0], "measured")
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def as_markdown(findings: Findings) -> str:
         f"`{facts['command']}`",
         f"{machine['device_name']}, {machine['cpu_count']} CPU cores, {facts['jobs']} trainings at a time, "
         f"{facts['ranks']} rank{'s' if facts['ranks'] > 1 else ''} each; Python {machine['python']}, "
-        f"torch {machine['versions']['torch']}; trainings by revision {', '.join(facts['revisions'])}.",
+        f"torch {machine['versions']['torch']}; trainings by revision {', '.join(facts['revisions']) or 'none here'}.",
         *map(_source, facts["joined"]),
         "\n".join(_table(_head(probes), [_line(findings, row, probes) for row in findings.rows])),
     ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.speedrun.curves import Point, Run
-from benchmarks.speedrun.plan import Cost, changes, few, read_json, unpacked
+from benchmarks.speedrun.plan import Cost, changes, few, unpacked
 from pipeline.config.options import ConfigError
 
 IDENTITY, SOURCES = "identity", "joined"  # names in results.json
@@ -36,13 +37,7 @@ def join(paths: Sequence[Path], identity: Mapping[str, Any], seeds: Sequence[int
     """
     joined = Joined()
     for path in paths:
-        results = read_json(path)
-        if not _NEEDED <= results.keys():
-            missing = ", ".join(sorted(_NEEDED - results.keys()))
-            raise ConfigError(
-                f"--join: {path}: found no {missing}, expected results.json of a speedrun; those of earlier versions "
-                "do not say what was compared"
-            )
+        results = _results(path)
         found = changes(unpacked(results[IDENTITY]), identity)
         if found := found + changes({"--clock": results["clock"]}, {"--clock": clock}):
             raise ConfigError(f"--join: {path} is of another comparison ({few(found)})")
@@ -70,6 +65,20 @@ def _sources(results: Mapping[str, Any], new: Mapping[tuple[str, int], Run]) -> 
         seeds = {row: sorted(seed for name, seed in these if name == row) for row in sorted({row for row, _ in these})}
         found += [{**(source or own), "runs": seeds}] if seeds else []
     return found
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--join: {path}: not readable ({error}), expected results.json of a speedrun") from None
+    missing = _NEEDED - (results.keys() if isinstance(results, dict) else set())
+    if missing:
+        raise ConfigError(
+            f"--join: {path}: found no {', '.join(sorted(missing))}, expected results.json of a speedrun; those of "
+            "earlier versions do not say what was compared"
+        )
+    return results
 
 
 def _runs(path: Path, contents: Sequence[Mapping[str, Any]]) -> list[Run]:

@@ -3,8 +3,9 @@
     python -m benchmarks.speedrun --data DIR... --output OUT (--budget-minutes M | --budget-tflop F | --steps N)
 
 Each row and seed is a real training (pipeline/train.py) whose learning rate has its whole schedule within the budget;
-probes run on its checkpoints, off the clock. OUT gets table.md, curves.svg and results.json. The same command again
-goes on where it was. Exit codes: 0 done, 1 a training failed, 2 a mistake in the command, 75 or 130 told to stop.
+probes run on its checkpoints, off the clock. OUT gets table.md, curves.svg, scores.svg and results.json. The same
+command again goes on where it was. Exit codes: 0 done, 1 a training failed, 2 a mistake in the command, 75 or 130 told
+to stop.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from benchmarks.speedrun.plan import (
     too_few_steps,
     write_json,
 )
-from benchmarks.speedrun.report import Findings, write_report
+from benchmarks.speedrun.report import FILES, Findings, write_report
 from benchmarks.speedrun.rows import Row, as_arguments, check_models, load_rows, target_rows, with_packaged_weights
 from pipeline.checkpoint.files import published, remove
 from pipeline.config.options import ConfigError, fail, weighted_paths
@@ -248,7 +249,7 @@ class Speedrun:
         if runs:
             findings = Findings(self.rows, runs, self.costs, self._facts(), failures, self.target_rows)
             print(write_report(self.output, findings))
-            print(f"written: {', '.join(str(self.output / n) for n in ('table.md', 'curves.svg', 'results.json'))}")
+            print(f"written: {', '.join(str(self.output / name) for name in FILES)}")
         for failure in failures or ([] if runs else ["no training has been finished and probed yet"]):
             print(f"error: {failure}", file=sys.stderr, flush=True)
         return EXIT_FAILED if failures or not runs else EXIT_DONE

@@ -1,8 +1,7 @@
-"""Writes what a speedrun found: table.md, curves.svg, results.json."""
+"""Writes what a speedrun found: table.md, curves.svg, scores.svg, results.json."""
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,24 +13,24 @@ from benchmarks.speedrun.curves import (
     AXES,
     PROBES,
     Run,
-    curve,
     finals,
     has_curve,
-    mean_curve,
     measured_probes,
     targets,
     time_to_target,
 )
 from benchmarks.speedrun.plan import Cost, write_json
+from benchmarks.speedrun.plots import draw_curves, draw_scores
 from benchmarks.speedrun.rows import Row
 
-TABLE, PLOT, RESULTS = "table.md", "curves.svg", "results.json"
+TABLE, CURVES, SCORES, RESULTS = FILES = "table.md", "curves.svg", "scores.svg", "results.json"
 WITHOUT_MODEL = {  # scores of benchmarks/probes/neighbours.py
     "random_caption": "a random training caption",
     "nearest_caption": "the nearest training image's",
     "consensus": "the consensus of the 15 nearest",
     "person": "a person's against the others of the image",
 }
+SHOWN_AS_LINES = ("nearest_caption", "consensus")  # a person is far above them
 RATIO_AXES = {"seconds": "time", "tflop": "operations", "samples": "samples"}
 
 
@@ -48,10 +47,13 @@ class Findings:
 
 
 def write_report(output: Path, findings: Findings) -> str:
-    """Write the three files into ``output``; returns the text of table.md."""
+    """Write ``FILES`` into ``output``; returns the text of table.md."""
     text = as_markdown(findings)
     (output / TABLE).write_text(text, encoding="utf-8")
-    (output / PLOT).write_text(draw(findings), encoding="utf-8")
+    (output / CURVES).write_text(draw_curves(findings.rows, findings.runs), encoding="utf-8")
+    neighbours = findings.facts.get("neighbours") or {}
+    lines = {WITHOUT_MODEL[name]: neighbours[name] for name in SHOWN_AS_LINES if name in neighbours}
+    (output / SCORES).write_text(draw_scores(findings.rows, findings.runs, lines), encoding="utf-8")
     write_json(output / RESULTS, _finite(as_results(findings)))
     return text
 
@@ -104,48 +106,6 @@ def as_markdown(findings: Findings) -> str:
     parts += _against_target(findings, probes)
     parts += [f"Failed: {failure}" for failure in findings.failures]
     return "\n\n".join(parts) + "\n"
-
-
-def draw(findings: Findings) -> str:
-    """Every probe of more than the last checkpoint against time, operations and samples: thin lines are seeds, thick
-    ones their means. SVG.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    runs = _all(findings)
-    probes = [probe for probe in measured_probes(runs) if has_curve(runs, probe)] or list(PROBES)[:1]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "openflm", "font.size": 9, "axes.edgecolor": "#888888"}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(11.5, 2.7 * len(probes) + 0.5), layout="constrained")
-        grid = figure.subplots(len(probes), len(AXES), squeeze=False, sharey="row", sharex="col")
-        colours = matplotlib.colormaps["tab10" if len(findings.rows) <= 10 else "tab20"]
-        for line, probe in zip(grid, probes, strict=True):
-            line[0].set_ylabel(PROBES[probe])
-            for axes, axis in zip(line, AXES, strict=True):
-                for number, row in enumerate(findings.rows):
-                    colour, dashes = colours(number), "-" if row.budget_share == 1 else "--"
-                    _draw_row(axes, findings.runs.get(row.name, ()), probe, axis, row.name, colour, dashes)
-                axes.spines[["top", "right"]].set_visible(False)
-                axes.grid(linewidth=0.4, alpha=0.5)
-        for axes, label in zip(grid[-1], AXES.values(), strict=True):
-            axes.set_xlabel(label)
-        lines, names = grid[0][0].get_legend_handles_labels()
-        if names:
-            figure.legend(lines, names, loc="outside upper left", ncols=6, frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def _draw_row(axes: Any, runs: Sequence[Run], probe: str, axis: str, name: str, colour: Any, dashes: str) -> None:
-    for run in runs:
-        axes.plot(*curve(run, probe, axis), color=colour, linewidth=0.6, alpha=0.45, linestyle=dashes)
-    if runs:
-        xs, ys = mean_curve(runs, probe, axis)
-        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=3, linestyle=dashes, label=name)
 
 
 def _head(probes: Sequence[str]) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from xml.etree import ElementTree
+
 import pytest
 
-from benchmarks.speedrun.report import Findings, as_markdown, draw
+from benchmarks.speedrun.plots import draw_curves, draw_scores
+from benchmarks.speedrun.report import FILES, Findings, as_markdown, write_report
 from benchmarks.speedrun.rows import load_rows
 from tests.benchmarks.test_speedrun import DEMO, line_run
 
@@ -20,9 +24,34 @@ def findings() -> Findings:
     return Findings(load_rows("objectives", DEMO, list(runs)), runs, {}, facts, [], ["mlm_40"])
 
 
-def test_what_only_the_last_checkpoint_has_is_not_drawn(findings: Findings) -> None:
-    svg = draw(findings)
+def test_curves_are_of_probes_of_several_checkpoints(findings: Findings) -> None:
+    svg = draw_curves(findings.rows, findings.runs)
     assert "VQA accuracy, linear probe" in svg and "fine-tuned" not in svg
+
+
+def test_scores_are_of_every_probe_with_a_dot_for_each_seed(findings: Findings) -> None:
+    findings.runs["flm"].append(line_run("flm", 1, [0.1, 0.2, 0.4]))
+    svg = draw_scores(findings.rows, findings.runs, {})
+    dots = {
+        group.get("id"): len(group.findall(".//{*}use")) for group in ElementTree.fromstring(svg).findall(".//{*}g")
+    }
+    assert dots["flm vqa_accuracy"] == 2 and dots["mlm_40 vqa_accuracy"] == 1
+    assert dots["flm finetuned_accuracy"] == 1, "of one seed alone"
+    assert "VQA accuracy, linear probe" in svg and "fine-tuned answers, accuracy" in svg
+
+
+def test_captions_without_a_model_are_lines_among_scores_of_captions(findings: Findings) -> None:
+    lines = {"the consensus of the 15 nearest": 0.35}
+    assert "the consensus" not in draw_scores(findings.rows, findings.runs, lines)
+    findings.runs["flm"][0].last.probes["finetuned_cider_d"] = 0.3
+    assert "the consensus" in draw_scores(findings.rows, findings.runs, lines)
+
+
+def test_a_report_is_written_whole(findings: Findings, tmp_path: Path) -> None:
+    findings.facts["neighbours"] = {"random_caption": 0.1, "nearest_caption": 0.2, "consensus": 0.3, "person": 0.8}
+    write_report(tmp_path, findings)
+    assert sorted(FILES) == sorted(path.name for path in tmp_path.iterdir())
+    assert all((tmp_path / name).stat().st_size for name in FILES)
 
 
 def test_what_only_the_last_checkpoint_has_gives_no_ratios(findings: Findings) -> None:

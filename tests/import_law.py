@@ -12,7 +12,7 @@ LAW: dict[str, dict[str, tuple[str, ...]]] = {
         "merge": (),
         "connectors": ("core", "merge", "vision.tower", "vision.channel_norm"),
         "plans": ("core", "language.text_form"),
-        "language": ("core",),
+        "language": ("core", "cpu.door"),
         "networks": ("core", "vision", "merge", "connectors", "language"),
         "objectives": ("core", "plans", "networks", "decode"),
         "decode": ("core", "plans", "networks"),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.language import attention
 from model.language.lora import adapter_macs
 from model.recomputing import run
 from model.torchvision_shim import ensure_torchvision
@@ -65,6 +66,7 @@ class LanguageModel(nn.Module):
         import transformers
 
         self.llm = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.get_default_dtype())
+        attention.use_it(self.llm)
         self.width = self.llm.get_input_embeddings().embedding_dim
         self.num_tokens = self.llm.get_input_embeddings().num_embeddings
         self.max_length = getattr(settings, "max_position_embeddings", None)  # None: as long as you like

@@ -1,6 +1,6 @@
 """Attention of a language model in bf16 on a CPU, by plain products.
 
-PyTorch's fused kernel needs four times as long for its backward pass in bf16 as these need.
+PyTorch's fused kernel needs three times as long for its backward pass in bf16 as these need (docs/log.md).
 
 Legend (suffixes of names): R rows, H heads of queries, K those of keys and values (H is a multiple), L queries, T keys,
 C channels of a head.

@@ -13,7 +13,7 @@ NAME = "openflm"  # among transformers' attentions
 
 
 def use_it(llm: Any) -> None:
-    """Have a language model that would run PyTorch's fused attention run ours, which is the same where it is best."""
+    """Have a language model that would run PyTorch's fused attention run ``attention``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -17,7 +17,12 @@ ROUNDS = 3  # of calibration, where time is what is measured
 FEW_STEPS = 100  # below, a model of the recipe demo has learnt nothing that the probes see
 DROPPED_LINES = 2  # of a calibration's log: kernels warm up, loaders start
 EVERY_ROW = "every row"
-_NOT_COMPARED = {"data.paths", "data.tokenizer", "train.steps", "train.seed"}  # of files what is in them
+_NOT_COMPARED = {
+    "data.paths",
+    "data.tokenizer",
+    "train.steps",
+    "train.seed",
+}  # names; the contents of files are compared
 _MISSING = object()
 
 

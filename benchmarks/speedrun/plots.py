@@ -45,9 +45,9 @@ def draw_scores(rows: Sequence[Row], by_row: Mapping[str, Sequence[Run]], captio
     """
     runs = [run for runs in by_row.values() for run in runs]
     probes = measured_probes(runs) or list(PROBES)[:1]
-    height = -(-len(probes) // PANELS)
-    with _figure(height=(0.24 * len(rows) + 0.9) * height) as (figure, buffer):
-        grid = figure.subplots(height, PANELS, squeeze=False, sharey=True)
+    num_lines = -(-len(probes) // PANELS)
+    with _figure(height=(0.24 * len(rows) + 0.9) * num_lines) as (figure, buffer):
+        grid = figure.subplots(num_lines, PANELS, squeeze=False, sharey=True)
         for axes, probe in zip(grid.flat, probes):
             axes.set_title(textwrap.fill(PROBES[probe], 45), fontsize=9, loc="left")
             for place, (row, colour) in enumerate(zip(rows, _colours(rows), strict=True)):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.cpu import door
 
 NAME = "openflm"  # among transformers' attentions
+_PYTORCHS = ("position_bias", "softcap", "cache")  # what only PyTorch's attention knows, or refuses
 
 
 def use_it(llm: Any) -> None:
@@ -41,7 +42,8 @@ def attention(
         and door.is_open(query.device)
         and attention_mask is not None
         and attention_mask.is_floating_point()
-        and not (dropout or others.get("position_bias") is not None)
+        and not dropout
+        and all(others.get(name) is None for name in _PYTORCHS)
     )
     if not is_ours:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)

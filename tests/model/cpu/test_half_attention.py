@@ -104,3 +104,10 @@ def test_dropout_of_the_weights_is_left_to_pytorch(used: list[torch.dtype]) -> N
     language = language_model("opt", attention_dropout=0.5).to(torch.bfloat16).train()
     states(language, torch.bfloat16)
     assert used == []
+
+
+def test_what_pytorchs_attention_refuses_is_refused(used: list[torch.dtype]) -> None:
+    query, key, value, added = inputs(4, 4, 7, 7)
+    with pytest.raises(ValueError, match="softcap"):
+        attention.attention(torch.nn.Module(), query, key, value, added, softcap=30.0)
+    assert used == []

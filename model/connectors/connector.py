@@ -64,7 +64,7 @@ class Connector(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``initial_std`` for weights and tables, zeros for biases."""
+        """``initial_std`` for weights and tables, zeros for biases; a TomeFormer begins as merging alone."""
         std = initial_std(self.config.width)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -74,6 +74,8 @@ class Connector(nn.Module):
         for name in ("token_type", "queries"):
             if hasattr(self.body, name):
                 nn.init.normal_(getattr(self.body, name), std=std)
+        if isinstance(self.body, TomeFormer):
+            self.body.begin_as_merging()
 
     def forward(self, tokens: Tensor, num_tokens: int | None = None) -> Tensor:
         """[B, P, W] -> [B, Q, L]; where tokens are merged, any number of them is left that ``num_tokens`` asks for."""

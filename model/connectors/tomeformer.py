@@ -38,6 +38,15 @@ class TomeFormer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=TOP_EPS)
         self.layers = nn.ModuleList(MergingLayer(config) for _ in range(config.layers))
 
+    def begin_as_merging(self) -> None:
+        """Make layers merge and normalise only, until training lets them add what they compute.
+
+        From random layers training does not find the image, or late (docs/log.md).
+        """
+        for layer in self.layers:
+            nn.init.zeros_(layer.attention.out.weight)
+            nn.init.zeros_(layer.ffn.down.weight)
+
     def forward(self, tokens: Tensor, merges: Sequence[int], protect_first: bool = True) -> Merged:
         """[B, T, D], the number of merges of each layer -> [B, N, D]; a protected first (class) token is not merged."""
         tokens = self.norm(tokens + self.position.weight[: tokens.shape[1]] + self.token_type)

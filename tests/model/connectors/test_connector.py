@@ -37,6 +37,8 @@ def test_every_part_is_trained(name: str) -> None:
     tokens = model(images)
     assert tokens.shape == (3, 6, LANGUAGE_WIDTH) and model.num_tokens == 6
     tokens.square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.01).step()  # a TomeFormer's layers begin with adding nothing
+    model(images).square().sum().backward()
     unused = {name for name, parameter in model.named_parameters() if not parameter.grad.any()}
     assert not unused
     model.eval()
@@ -60,6 +62,17 @@ def test_macs_are_those_that_are_run(name: str) -> None:
         assert counted == model.macs() + similarities + sums
     else:
         assert counted == model.macs()
+
+
+def test_a_tomeformer_of_random_weights_begins_as_merging() -> None:
+    """What it adds is nothing; means of tokens, normalised, are all that is left of an image."""
+    model = connector(merging="plain").eval()
+    images = torch.randn(2, 25, WIDTH)
+    body, merged = model.body, model.trace(images)
+    tokens = body.norm(model.input(model.norm(images)) + body.position.weight[:25] + body.token_type)
+    for layer, plan in zip(body.layers, merged.plans, strict=True):
+        tokens = layer.ffn.residual.norm(merge_mean(layer.residual.norm(tokens), plan))
+    torch.testing.assert_close(merged.tokens, tokens)
 
 
 def test_a_tomeformer_serves_any_number_of_tokens() -> None:

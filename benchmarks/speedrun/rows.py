@@ -75,11 +75,12 @@ def with_packaged_weights(rows: Sequence[Row]) -> list[Row]:
     """The rows with the paths of weights that they name by package; identities keep the names.
 
     Raises:
-        ConfigError: a package is not installed.
+        ConfigError: a package is not installed, or a row begins with a folder that is not there.
     """
     found = copy.deepcopy(list(rows))
     for row in found:
         use_packaged_weights(row.config)
+        _check_folders(row)
     return found
 
 
@@ -92,6 +93,17 @@ def check_models(rows: Sequence[Row], vocabulary: Vocabulary) -> None:
                 build_objective(row.config.model, row.config.objective, vocabulary, length)
         except ValueError as error:
             raise ConfigError(f"row {row.name}: {error}") from None
+
+
+def _check_folders(row: Row) -> None:
+    """Raise ConfigError where its training would, after those of other rows; names of a hub are not looked up."""
+    model = row.config.model
+    for option, named in (("weights", model.weights), ("connector.pretrained", model.connector.pretrained)):
+        is_folder = option == "weights" or (named or "").startswith((".", "/"))
+        if named and is_folder and not Path(named).exists():
+            raise ConfigError(
+                f"row {row.name}: model.{option}: found no {named}; make it, or name other rows by --only"
+            )
 
 
 def as_arguments(options: dict[str, Any]) -> list[str]:

@@ -309,7 +309,7 @@ def test_mistakes_are_one_line(data, tmp_path, capsys) -> None:
 
 def test_its_own_recipes_go_by_their_names_and_others_as_for_training() -> None:
     words = ["--data", "d", "--output", "o", "--steps", "5", "--recipe"]
-    for name in ("photos", "photos_evlgen", "photos_trained", "scenes"):
+    for name in ("photos", "photos_evlgen", "photos_qformer_stage1", "photos_trained", "scenes", "scenes_evlgen"):
         assert Path(parse([*words, name], "").recipe) == FOLDER.parent / "recipes" / f"{name}.yaml"
     assert [parse([*words, name], "").recipe for name in ("flm_tiny", "own.yaml")] == ["flm_tiny", "own.yaml"]
 

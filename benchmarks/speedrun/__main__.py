@@ -280,7 +280,8 @@ class Speedrun:
         starts: dict[str, dict[str, str]] = {}  # asked -> got -> the first run that did
         for run in runs:
             model = models[run.row]
-            asked = str((model.weights, model.vision.pretrained, model.text.pretrained))
+            parts = (model.vision.pretrained, model.text.pretrained, model.language.name, model.connector.pretrained)
+            asked = str((model.weights, *parts))
             if run.starting_weights is not None:
                 got = starts.setdefault(asked, {})
                 got.setdefault(str(run.starting_weights), f"row {run.row}, seed {run.seed}")

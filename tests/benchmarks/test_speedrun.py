@@ -258,6 +258,17 @@ def test_the_whole_course_with_a_stand_in_for_training(data, tmp_path, handlers,
         speedrun(data, output, "--budget-minutes", "3", *budget[2:])
 
 
+@pytest.mark.parametrize(("part", "option"), [("connector", "pretrained"), ("language", "name")])
+def test_only_rows_that_ask_for_the_same_weights_must_begin_with_them(data, tmp_path, part, option) -> None:
+    made, asked = speedrun(data, tmp_path, "--steps", "20"), (None, "./own", None)
+    for each, folder in zip(made.rows, asked, strict=True):
+        setattr(getattr(each.config.model, part), option, folder)
+    runs = [Run(each.name, 0, starting_weights={part: folder}) for each, folder in zip(made.rows, asked, strict=True)]
+    assert not made._unequal_starts(runs)
+    runs[2].starting_weights = {part: "./own"}
+    assert f"row {runs[0].row}, seed 0 from {{'{part}': None}}" in made._unequal_starts(runs)[0]
+
+
 @pytest.mark.slow
 def test_a_signal_ends_it_and_the_same_command_goes_on(data, tmp_path, handlers) -> None:
     output = tmp_path / "out"

@@ -75,12 +75,12 @@ def with_packaged_weights(rows: Sequence[Row]) -> list[Row]:
     """The rows with the paths of weights that they name by package; identities keep the names.
 
     Raises:
-        ConfigError: a package is not installed, or a row begins with a folder that is not there.
+        ConfigError: a package is not installed, or a row begins with a file or folder that is not there.
     """
     found = copy.deepcopy(list(rows))
     for row in found:
         use_packaged_weights(row.config)
-        _check_folders(row)
+        _check_paths(row)
     return found
 
 
@@ -95,12 +95,19 @@ def check_models(rows: Sequence[Row], vocabulary: Vocabulary) -> None:
             raise ConfigError(f"row {row.name}: {error}") from None
 
 
-def _check_folders(row: Row) -> None:
+def _check_paths(row: Row) -> None:
     """Raise ConfigError where its training would, after those of other rows; names of a hub are not looked up."""
     model = row.config.model
-    for option, named in (("weights", model.weights), ("connector.pretrained", model.connector.pretrained)):
-        is_folder = option == "weights" or (named or "").startswith((".", "/"))
-        if named and is_folder and not Path(named).exists():
+    begun = {
+        "weights": model.weights,
+        "vision.pretrained": model.vision.pretrained,
+        "text.pretrained": model.text.pretrained,
+        "language.name": model.language.name,
+        "connector.pretrained": model.connector.pretrained,
+    }
+    for option, named in begun.items():
+        is_path = option == "weights" or (named or "").startswith((".", "/"))
+        if named and is_path and not Path(named).exists():
             raise ConfigError(
                 f"row {row.name}: model.{option}: found no {named}; make it, or name other rows by --only"
             )

@@ -80,11 +80,12 @@ def test_sizes_that_the_model_refuses_name_the_row(tmp_path: Path) -> None:
         load_rows("none", DEMO)
 
 
-def test_folders_that_rows_begin_with_are_looked_for_before_anything_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["model.weights", "model.vision.pretrained", "model.text.pretrained"])
+def test_what_rows_begin_with_is_looked_for_before_anything_trains(tmp_path: Path, option: str) -> None:
     run, path = tmp_path / "run", tmp_path / "rows.yaml"
-    path.write_text(f"begun: {{objective.name: ar, model.weights: {run}}}")
+    path.write_text(f"begun: {{objective.name: ar, {option}: {run}}}")
     rows = load_rows(str(path), DEMO)
-    with pytest.raises(ConfigError, match=f"row begun: model.weights: found no {run}; make it"):
+    with pytest.raises(ConfigError, match=f"row begun: {option}: found no {run}; make it"):
         with_packaged_weights(rows)
     run.mkdir()
     assert with_packaged_weights(rows)[0].config == rows[0].config

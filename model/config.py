@@ -119,7 +119,9 @@ class ConnectorConfig:
             with random ones.
         num_tokens: tokens that the language model reads of an image.
         merges_per_layer: tokens that each layer of tomeformer, or round of tome, merges, instead of num_tokens (the
-            release: 19).
+            release: 19); a number, or one for each.
+        merges_slope: with one number in merges_per_layer it is the mean: -1 merges twice as many in the first layer and
+            none in the last, 1 the other way round, in even steps between.
         merging: weighted counts a merged token as many times as there are tokens in it, plain once, as the release.
         fewest_tokens: train with any number of tokens from this one to num_tokens, drawn for each micro-batch, so that
             one model serves all of them; null trains with num_tokens. Of tomeformer and tome.
@@ -136,7 +138,8 @@ class ConnectorConfig:
     name: Literal["tomeformer", "tome", "qformer", "perceiver", "pooling", "pixel_shuffle"] = "tomeformer"
     pretrained: str | None = None
     num_tokens: int = 29
-    merges_per_layer: int | None = None
+    merges_per_layer: int | list[int] | None = None
+    merges_slope: float = 0.0
     merging: Literal["weighted", "plain"] = "weighted"
     fewest_tokens: int | None = None
     width: int = 768

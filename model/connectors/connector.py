@@ -15,7 +15,7 @@ from model.connectors.regroup import PixelShuffle, Pooling
 from model.connectors.tome import Merged, TokenMerging
 from model.connectors.tomeformer import TomeFormer
 from model.layers import initial_std
-from model.merge.schedule import constant_merges, merges_to_budget, tokens_after
+from model.merge.schedule import clamped_merges, merges_to_budget, sloped_merges, tokens_after
 from model.vision.channel_norm import ChannelNorm
 from model.vision.tower import Grid
 
@@ -57,7 +57,7 @@ class Connector(nn.Module):
         if config.merges_per_layer and self.num_tokens <= 1 + self.has_class_token:
             raise ValueError(
                 f"model.connector.merges_per_layer {config.merges_per_layer} merges all {num_tokens} tokens of an image"
-                f" into one; expected at most {_most_merges_per_layer(config, num_tokens, self.has_class_token)}"
+                f" into one; expected {self._fewer_merges()}"
             )
         if config.fewest_tokens is not None:
             self._merges_to(config.fewest_tokens)
@@ -105,13 +105,27 @@ class Connector(nn.Module):
     def _merges_to(self, num_tokens: int | None) -> Sequence[int]:
         """The merges of each layer that leave ``num_tokens``, or as many as the options say."""
         config = self.config
-        around = (self.num_image_tokens, config.layers)
         if num_tokens is None and config.merges_per_layer is not None:
-            return constant_merges(*around, config.merges_per_layer, self.has_class_token)
+            return self._merges_by(config.merges_per_layer)
         try:
-            return merges_to_budget(*around, num_tokens or config.num_tokens, self.has_class_token)
+            return merges_to_budget(
+                self.num_image_tokens, config.layers, num_tokens or config.num_tokens, self.has_class_token
+            )
         except ValueError as error:
             raise ValueError(f"model.connector.num_tokens: {error}") from None
+
+    def _merges_by(self, per_layer: int | Sequence[int]) -> Sequence[int]:
+        """The merges of each layer where options ask for so many."""
+        if isinstance(per_layer, int):
+            per_layer = sloped_merges(self.config.layers, per_layer, self.config.merges_slope)
+        return clamped_merges(self.num_image_tokens, per_layer, self.has_class_token)
+
+    def _fewer_merges(self) -> str:
+        """What ``merges_per_layer`` may be for more than one token to remain, and the class token."""
+        if not isinstance(self.config.merges_per_layer, int):
+            return "smaller numbers"
+        left = lambda number: self.num_image_tokens - sum(self._merges_by(number))  # noqa: E731
+        return f"at most {max(n for n in range(self.num_image_tokens) if n == 0 or left(n) > 1 + self.has_class_token)}"
 
 
 def _regroup(config: ConnectorConfig, grid: Grid | None) -> Pooling | PixelShuffle | TokenMerging | None:
@@ -121,22 +135,27 @@ def _regroup(config: ConnectorConfig, grid: Grid | None) -> Pooling | PixelShuff
     return None if on_grid is None else on_grid(grid, config.num_tokens)
 
 
-def _most_merges_per_layer(config: ConnectorConfig, num_tokens: int, protect_first: bool) -> int:
-    """The largest number of merges that leaves more than one token, and the class token."""
-    left = lambda number: tokens_after(num_tokens, constant_merges(num_tokens, config.layers, number, protect_first))  # noqa: E731
-    return max((n for n in range(num_tokens) if left(n)[-1] > 1 + protect_first), default=0)
-
-
 def _check(config: ConnectorConfig, num_tokens: int, grid: Grid | None) -> None:
     """Raises ValueError for what does not fit, by the first reason."""
     merges, on_grid = config.name in MERGING, config.name in ("pooling", "pixel_shuffle")
     own = [name for name in ("merges_per_layer", "fewest_tokens") if getattr(config, name) is not None]
     fewest, most = config.fewest_tokens or 1, config.max_positions
+    per_layer = config.merges_per_layer
+    of_each = per_layer if isinstance(per_layer, list) else [per_layer or 0] * config.layers
     refusals = [
         (config.width % config.heads, f"width {config.width} is not a multiple of heads {config.heads}; change either"),
         (config.num_tokens < 1, f"num_tokens is {config.num_tokens}, expected 1 or more"),
         (own and not merges, f"{''.join(own[:1])} is of tomeformer and tome; leave it null with {config.name}"),
-        ((config.merges_per_layer or 0) < 0, f"merges_per_layer is {config.merges_per_layer}, expected 0 or more"),
+        (min(of_each, default=0) < 0, f"merges_per_layer is {per_layer}, expected 0 or more"),
+        (
+            len(of_each) != config.layers,
+            f"merges_per_layer has {len(of_each)} numbers, expected {config.layers}, as layers",
+        ),
+        (not -1 <= config.merges_slope <= 1, f"merges_slope is {config.merges_slope}, expected -1 to 1"),
+        (
+            config.merges_slope and not isinstance(per_layer, int),
+            f"merges_slope {config.merges_slope} needs one number in merges_per_layer; found {per_layer}",
+        ),
         (len(own) == 2, "fewest_tokens has no effect beside merges_per_layer; set num_tokens instead of that"),
         (not 1 <= fewest <= config.num_tokens, f"fewest_tokens is {fewest}, expected 1 to num_tokens"),
         (

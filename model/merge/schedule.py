@@ -1,19 +1,28 @@
-"""How many tokens each layer merges: a constant number, or what a budget of tokens at the end asks for."""
+"""How many tokens each layer merges: given numbers, those on a slope, or what a budget of tokens at the end needs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from model.merge.plan import most_merges
 
 
-def constant_merges(num_tokens: int, num_layers: int, num_merges: int, protect_first: bool = True) -> tuple[int, ...]:
-    """``num_merges`` in each layer, fewer where a layer has not as many to merge."""
+def clamped_merges(num_tokens: int, wanted: Iterable[int], protect_first: bool = True) -> tuple[int, ...]:
+    """As many merges in each layer as are ``wanted``, fewer where a layer has not as many to merge."""
     merges = []
-    for _ in range(num_layers):
-        merges.append(min(num_merges, most_merges(num_tokens, protect_first)))
+    for number in wanted:
+        merges.append(min(number, most_merges(num_tokens, protect_first)))
         num_tokens -= merges[-1]
     return tuple(merges)
+
+
+def sloped_merges(num_layers: int, mean: int, slope: float) -> tuple[int, ...]:
+    """``mean`` merges a layer on average, in even steps from ``mean * (1 - slope)`` in the first, rounded down.
+
+    A slope of -1 begins with twice the mean and ends with none, 1 the other way round.
+    """
+    first, steps = int(mean * (1 - slope)), max(num_layers - 1, 1)
+    return tuple(first + 2 * (mean - first) * layer // steps for layer in range(num_layers))
 
 
 def merges_to_budget(num_tokens: int, num_layers: int, budget: int, protect_first: bool = True) -> tuple[int, ...]:
@@ -22,7 +31,7 @@ def merges_to_budget(num_tokens: int, num_layers: int, budget: int, protect_firs
     Raises:
         ValueError: so few can't be reached (a layer halves the tokens at most), or more than there are.
     """
-    fewest = num_tokens - sum(constant_merges(num_tokens, num_layers, num_tokens, protect_first))
+    fewest = num_tokens - sum(clamped_merges(num_tokens, [num_tokens] * num_layers, protect_first))
     if not fewest <= budget <= num_tokens:
         raise ValueError(
             f"{budget} tokens can't remain of {num_tokens} after {num_layers} layers; {fewest} can at least"

@@ -108,6 +108,7 @@ def type_in_words(hint: Any) -> str:
         int: "a whole number",
         float: "a number",
         list[str]: "a list of texts",
+        list[int]: "a list of whole numbers",
     }
     for restricted, name in ((PositiveInt, "above 0"), (NonNegativeInt, "of at least 0")):
         words[restricted] = f"a whole number {name}"

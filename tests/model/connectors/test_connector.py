@@ -86,6 +86,9 @@ def test_a_tomeformer_serves_any_number_of_tokens() -> None:
     assert trace.sizes.sum(1).tolist() == [25.0, 25.0] and trace.tokens.shape[1] == 7
     assert (trace.sizes[:, 0] == 1).all(), "the class token stays alone"
     assert connector(merges_per_layer=4).num_tokens == 25 - 3 * 4
+    assert connector(merges_per_layer=[5, 0, 2]).merges == (5, 0, 2)
+    assert connector(merges_per_layer=4, merges_slope=-1).merges == (8, 4, 0)
+    assert connector(merges_per_layer=4, merges_slope=1).merges == (0, 4, 8)
     assert connector(Grid(5, 5, 0)).eval().trace(images).sizes[:, 0].min() >= 1, "a tower without a class token"
 
 
@@ -143,6 +146,15 @@ def test_pixel_shuffle_keeps_every_number() -> None:
         ({"fewest_tokens": 3}, "num_tokens: 3 tokens can't remain of 25"),
         ({"fewest_tokens": 7}, "fewest_tokens is 7, expected 1 to num_tokens"),
         ({"merges_per_layer": -1}, "merges_per_layer is -1, expected 0 or more"),
+        ({"merges_per_layer": [4, -1, 2]}, r"merges_per_layer is \[4, -1, 2\], expected 0 or more"),
+        ({"merges_per_layer": [4, 2]}, "merges_per_layer has 2 numbers, expected 3, as layers"),
+        ({"merges_per_layer": []}, "merges_per_layer has 0 numbers, expected 3, as layers"),
+        ({"layers": 5, "merges_per_layer": 25}, "merges_per_layer 25 merges all 25 tokens .* expected at most 7$"),
+        ({"layers": 5, "merges_per_layer": 25, "merges_slope": -0.5}, "merges all 25 tokens .* expected at most 5$"),
+        ({"layers": 5, "merges_per_layer": [25] * 5}, "merges all 25 tokens of an image into one; expected smaller"),
+        ({"merges_per_layer": 4, "merges_slope": 1.5}, "merges_slope is 1.5, expected -1 to 1"),
+        ({"merges_per_layer": [4, 4, 4], "merges_slope": 1}, r"merges_slope 1 needs one number .* found \[4, 4, 4\]"),
+        ({"merges_slope": -0.5}, "merges_slope -0.5 needs one number in merges_per_layer; found None"),
         ({"merges_per_layer": 2, "fewest_tokens": 5}, "fewest_tokens has no effect beside merges_per_layer"),
         (
             {"name": "qformer", "merges_per_layer": 2},

@@ -13,7 +13,7 @@ from model.config import ConnectorConfig
 from model.connectors.queries import QFormer
 from model.connectors.tomeformer import TomeFormer
 from model.merge.apply import membership
-from model.merge.schedule import constant_merges, merges_to_budget
+from model.merge.schedule import clamped_merges, merges_to_budget
 from model.torchvision_shim import ensure_torchvision
 from model.weights.connectors import QFORMER_FRESH, bert_of_connector
 from model.weights.start import start_from
@@ -47,7 +47,7 @@ def test_equal_to_the_release(name: str) -> None:
     model = TomeFormer(config)
     load(model, dump["state_dict"], dump["config"], config)
     inputs = dump["inputs_embeds"].clone().requires_grad_()
-    merges = constant_merges(inputs.shape[1], config.layers, dump["config"]["r"])
+    merges = clamped_merges(inputs.shape[1], [dump["config"]["r"]] * config.layers)
     model.eval()
     found = model(inputs, merges)
     assert found.sizes is None
@@ -143,7 +143,7 @@ def test_the_cost_is_that_of_the_paper() -> None:
     """Linear layers of the paper's connector: 11.877 GMAC with r = 19, 21.8 without (specification sections 8, 9)."""
     with torch.device("meta"):
         model = TomeFormer(ConnectorConfig())
-    merges = constant_merges(257, 12, 19)
+    merges = clamped_merges(257, [19] * 12)
     lengths = [257 - 19 * layer for layer in range(12)]
     attention = sum(2 * length**2 * 768 for length in lengths)
     assert round((model.macs(257, merges) - attention) / 1e9, 3) == 11.877

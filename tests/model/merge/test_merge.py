@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.merge.apply import membership, merge_mean, merge_sizes, merge_weighted
 from model.merge.plan import MergePlan, bipartite_plan, most_merges
-from model.merge.schedule import constant_merges, merges_to_budget, tokens_after
+from model.merge.schedule import clamped_merges, merges_to_budget, sloped_merges, tokens_after
 from tests.oracle import GRADIENT, assert_near, load_oracle
 from tests.rounding import rounding
 
@@ -133,7 +133,7 @@ def test_a_plan_has_no_gradient_and_is_made_in_single_precision() -> None:
 
 @given(st.integers(2, 300), st.integers(1, 14), st.data(), st.booleans())
 def test_budgets_are_kept(num_tokens: int, num_layers: int, data: st.DataObject, protect_first: bool) -> None:
-    everything = constant_merges(num_tokens, num_layers, num_tokens, protect_first)
+    everything = clamped_merges(num_tokens, [num_tokens] * num_layers, protect_first)
     fewest = tokens_after(num_tokens, everything)[-1]
     budget = data.draw(st.integers(fewest, num_tokens))
     merges = merges_to_budget(num_tokens, num_layers, budget, protect_first)
@@ -148,5 +148,25 @@ def test_budgets_are_kept(num_tokens: int, num_layers: int, data: st.DataObject,
 
 
 def test_the_schedule_of_the_release() -> None:
-    assert tokens_after(257, constant_merges(257, 12, 19)) == [238, 219, 200, 181, 162, 143, 124, 105, 86, 67, 48, 29]
+    left = tokens_after(257, clamped_merges(257, sloped_merges(12, 19, 0)))
+    assert left == [238, 219, 200, 181, 162, 143, 124, 105, 86, 67, 48, 29]
     assert merges_to_budget(257, 12, 29) == (19,) * 12
+
+
+def test_slopes_are_those_of_the_release() -> None:
+    """Its helper of schedules, which nothing calls there."""
+    schedules = load_oracle("01b_parse_r.pt", "evlgen")
+    slopes = {"(12, 19)": 0, "(12, (19, 0))": 0, "(12, (19, -1))": -1, "(12, (19, 1))": 1, "(12, (19, 0.5))": 0.5}
+    assert schedules.keys() == slopes.keys()
+    for name, slope in slopes.items():
+        assert list(sloped_merges(12, 19, slope)) == schedules[name]
+
+
+@given(st.integers(1, 14), st.integers(0, 40), st.floats(-1, 1))
+def test_a_slope_keeps_the_mean(num_layers: int, mean: int, slope: float) -> None:
+    """To a merge a layer, by which each is rounded down; no layer merges less than none."""
+    merges = sloped_merges(num_layers, mean, slope)
+    assert merges[0] == int(mean * (1 - slope)) and min(merges) >= 0
+    assert list(merges) == sorted(merges, reverse=merges[0] > mean)
+    if num_layers > 1:
+        assert mean * num_layers - num_layers < sum(merges) <= mean * num_layers

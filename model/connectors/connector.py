@@ -149,7 +149,7 @@ def _check(config: ConnectorConfig, num_tokens: int, grid: Grid | None) -> None:
         (min(of_each, default=0) < 0, f"merges_per_layer is {per_layer}, expected 0 or more"),
         (
             len(of_each) != config.layers,
-            f"merges_per_layer has {len(of_each)} numbers, expected {config.layers}, as layers",
+            f"merges_per_layer is {per_layer}, expected a number for each of {config.layers} layers",
         ),
         (not -1 <= config.merges_slope <= 1, f"merges_slope is {config.merges_slope}, expected -1 to 1"),
         (

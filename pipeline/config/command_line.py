@@ -202,6 +202,7 @@ def _new_parser() -> ArgumentParser:
     for action in parser._actions:
         if action.metavar == "CONFIG":
             action.help = SUPPRESS
+        action.option_strings = [name for name in action.option_strings if not name.endswith("+")]  # lists come whole
         if "--data" in action.option_strings:
             action.metavar, action.help = "DIR [DIR ...]", "folders of prepared data, DIR or DIR:WEIGHT (data.paths)"
     return parser

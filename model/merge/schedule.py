@@ -19,7 +19,7 @@ def clamped_merges(num_tokens: int, wanted: Iterable[int], protect_first: bool =
 def sloped_merges(num_layers: int, mean: int, slope: float) -> tuple[int, ...]:
     """``mean`` merges a layer on average, in even steps from ``mean * (1 - slope)`` in the first, rounded down.
 
-    A slope of -1 begins with twice the mean and ends with none, 1 the other way round.
+    A slope of -1 begins with twice the mean and ends with none, 1 the other way round; a single layer is the first.
     """
     first, steps = int(mean * (1 - slope)), max(num_layers - 1, 1)
     return tuple(first + 2 * (mean - first) * layer // steps for layer in range(num_layers))
